@@ -1,0 +1,131 @@
+"""Sealing a provider key, so that only keyvault can open it.
+
+The statement that names the public key is believed only if a pinned intake
+signing key signed it, for this deployment and for now. The seal is bound to
+everything that the key is for: replayed under another tenant, owner, provider,
+key, operation, request or deployment, it does not open.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from byokeep import dsse, hpke
+from byokeep.common.v1 import options_pb2
+from byokeep.encoding import fields
+from byokeep.keyvault.v1 import custody_pb2
+
+LABEL = "byokeep/intake/v1"
+MAX_WINDOW = datetime.timedelta(hours=1)
+KEY_MIN, KEY_MAX = 16, 512
+SUITE = hpke.HYBRID_V1
+
+_SKEW = datetime.timedelta(minutes=2)
+_ADMIN_PREFIXES = {"openai": "sk-admin-", "anthropic": "sk-ant-admin"}
+
+
+class UntrustedIntakeKeyError(Exception):
+    """The intake statement is not one that this client may seal to."""
+
+
+class KeyFormatError(ValueError):
+    """The text can't be a provider key. `rule` is charset, length or admin; no value is shown."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        """Keep the rule that was broken beside the sentence."""
+        super().__init__(message)
+        self.rule = rule
+
+
+@dataclass(frozen=True, slots=True)
+class SealContext:
+    """Everything that a seal is bound to."""
+
+    tenant: str
+    owner: str
+    provider: str
+    key_id: str
+    operation: str
+    request_id: str
+
+    def info(self, deployment: str, intake_key_id: str) -> bytes:
+        """Return HPKE's `info`; docs/sealing.md has it for other languages."""
+        return fields(
+            LABEL,
+            deployment,
+            intake_key_id,
+            self.tenant,
+            self.owner,
+            self.provider,
+            self.key_id,
+            self.operation,
+            self.request_id,
+        )
+
+
+def check_key(provider: str, key: str) -> None:
+    """Refuse what can't be a key or must not be kept. Raises KeyFormatError."""
+    if not KEY_MIN <= len(key) <= KEY_MAX:
+        raise KeyFormatError(
+            "length", f"a provider key has {KEY_MIN} to {KEY_MAX} characters; this has {len(key)}"
+        )
+    if any(not "\x21" <= character <= "\x7e" for character in key):
+        raise KeyFormatError(
+            "charset",
+            "a provider key has printable ASCII characters only:"
+            " no blank, line break or accented letter",
+        )
+    prefix = _ADMIN_PREFIXES.get(provider)
+    if prefix and key.startswith(prefix):
+        raise KeyFormatError(
+            "admin",
+            "this is an administrator's key, which can make and delete keys;"
+            " create an ordinary API key for reviews",
+        )
+
+
+def verify_statement(
+    statement: options_pb2.SignedEnvelope,
+    *,
+    deployment: str,
+    pinned: Mapping[str, Ed25519PublicKey],
+    now: datetime.datetime,
+) -> custody_pb2.IntakeStatement:
+    """Return the statement that a pinned key signed for this deployment and time.
+
+    Raises:
+        UntrustedIntakeKeyError: unpinned key, other deployment, over, or too long a window.
+    """
+    try:
+        payload = dsse.verify(statement, dsse.INTAKE_KEY, pinned)
+    except dsse.SignatureError as error:
+        raise UntrustedIntakeKeyError(f"intake statement refused: {error}") from None
+    parsed = custody_pb2.IntakeStatement.FromString(payload)
+    start = parsed.not_before.ToDatetime(datetime.UTC)
+    end = parsed.not_after.ToDatetime(datetime.UTC)
+    if parsed.deployment != deployment:
+        raise UntrustedIntakeKeyError("intake statement refused: it is for another deployment")
+    if not start - _SKEW <= now <= end or end - start > MAX_WINDOW:
+        raise UntrustedIntakeKeyError("intake statement refused: its window is not now")
+    return parsed
+
+
+def seal_key(
+    key: str, context: SealContext, statement: custody_pb2.IntakeStatement
+) -> custody_pb2.SealedKey:
+    """Seal a provider key for one operation on one key. Raises KeyFormatError."""
+    check_key(context.provider, key)
+    return custody_pb2.SealedKey(
+        intake_key_id=statement.intake_key_id,
+        suite=statement.suite,
+        ciphertext=hpke.seal(
+            statement.suite,
+            statement.public_key,
+            key.encode("ascii"),
+            context.info(statement.deployment, statement.intake_key_id),
+        ),
+    )

@@ -1,0 +1,146 @@
+"""A small HTTP/1.1 server on asyncio streams: keep-alive, bounded, and able to misbehave.
+
+A library would stand in the way of cutting an answer in the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Final
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+MAX_BODY_BYTES: Final = 32 * 1024 * 1024
+_IDLE_SECONDS: Final = 75.0
+_PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request; header names are lower case, of a repeated one the last counts."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
+
+    def json(self) -> object:
+        """The body as JSON, or None if it isn't."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer; ``cut_after`` bytes of it (head included) are sent, then the line is cut."""
+
+    status: int
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    cut_after: int | None = None
+
+    def wire(self) -> bytes:
+        """The whole answer as it goes over the line."""
+        lines = [
+            f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, 'Unknown')}",
+            f"date: {formatdate(usegmt=True)}",
+            f"content-length: {len(self.body)}",
+            *(f"{name}: {value}" for name, value in self.headers),
+        ]
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + self.body
+
+
+def json_reply(status: int, document: object, headers: tuple[tuple[str, str], ...] = ()) -> Reply:
+    """An answer with a JSON body."""
+    body = json.dumps(document).encode()
+    return Reply(status, body, (("content-type", "application/json"), *headers))
+
+
+Handler = Callable[[Request], Awaitable[Reply]]
+
+
+class _BadRequestError(Exception):
+    """What came is not HTTP that this server reads."""
+
+
+async def serve(
+    handler: Handler, host: str, port: int, tls: ssl.SSLContext | None = None
+) -> asyncio.Server:
+    """Listen on host and port (0: any free one) and answer with the handler."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await _connection(handler, reader, writer)
+        except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):
+            pass  # the client went away, or never spoke HTTP
+        except asyncio.CancelledError:
+            pass  # the emulator stops; asyncio 3.11 would report this task as failed
+        finally:
+            writer.transport.abort()
+
+    return await asyncio.start_server(
+        connected,
+        host,
+        port,
+        limit=MAX_HEAD_BYTES,
+        backlog=512,
+        ssl=tls,
+        ssl_handshake_timeout=10 if tls else None,
+    )
+
+
+async def _connection(
+    handler: Handler, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    # So that drain() means: written. (With high=0 asyncio's TLS transport pauses for ever.)
+    writer.transport.set_write_buffer_limits(high=1, low=0)
+    while True:
+        try:
+            async with asyncio.timeout(_IDLE_SECONDS):
+                request = await _read_request(reader)
+        except _BadRequestError:
+            writer.write(Reply(400, b"bad request\n", (("connection", "close"),)).wire())
+            await writer.drain()
+            break
+        reply = await handler(request)
+        wire = reply.wire()
+        writer.write(wire if reply.cut_after is None else wire[: reply.cut_after])
+        await writer.drain()
+        if reply.cut_after is not None:
+            return
+        if request.headers.get("connection", "").lower() == "close":
+            break
+    writer.close()
+    await writer.wait_closed()
+
+
+async def _read_request(reader: asyncio.StreamReader) -> Request:
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    try:
+        method, target, version = lines[0].split(" ")
+        pairs = [line.split(":", 1) for line in lines[1:] if line]
+        headers = {name.strip().lower(): value.strip() for name, value in pairs}
+        url = urlsplit(target)
+    except ValueError:
+        raise _BadRequestError from None
+    if version != "HTTP/1.1":
+        raise _BadRequestError
+    body = await _read_body(reader, headers)
+    return Request(method, unquote(url.path), dict(parse_qsl(url.query)), headers, body)
+
+
+async def _read_body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> bytes:
+    # The providers' clients, ours included, always announce a length.
+    length = headers.get("content-length", "0")
+    if "transfer-encoding" in headers or not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+        raise _BadRequestError
+    return await reader.readexactly(int(length))

@@ -1,0 +1,184 @@
+"""Split a diff into the texts of single provider calls, in the annotated format of the prompt.
+
+    ### src/app.py
+    #   renamed from src/main.py
+        41  def total(items):
+           -    return sum(items)
+        42 +    return sum(item.price for item in items)
+       ...
+        90  context of a later hunk
+
+A numbered line has its number in the new file right-aligned in six columns, a blank, and its sign.
+Content never starts before the sign and never breaks its line, so that it can't pass for a header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from services.common.diff import Diff, FileDiff, Hunk
+
+BYTES_PER_TOKEN: Final = 3
+"""No tokenizer counts more than a token for three bytes of real code by much: English and code
+have about four bytes a token, Claude's newer tokenizer about three, CJK text three bytes a
+character and about one token. Bytes rather than characters, so that such text isn't undercounted.
+"""
+
+MIN_CHUNK_TOKENS: Final = 1024
+"""Smallest budget: a header with two paths of `MAX_PATH_BYTES` fits, with room for a line."""
+
+MAX_LINE_BYTES: Final = 16_384
+"""A longer line is generated or minified; reviewing it costs the customer more than it finds."""
+
+_SEPARATOR: Final = "   ..."
+_MARKER_BYTES: Final = 64
+_UNSAFE: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+_NOTES: Final = {
+    "added": "#   new file",
+    "deleted": "#   deleted file",
+    "renamed": "#   renamed from ",
+    "copied": "#   copied from ",
+}
+_VISIBLE: Final = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if code != 0x09},
+    0x7F: "\u2421",
+    **dict.fromkeys([*range(0x80, 0xA0), 0x2028, 0x2029], "\N{REPLACEMENT CHARACTER}"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The part of a diff that one provider call reviews.
+
+    `id` is a SHA-256 in hex of the caller's salt and the text, equal whenever both are; `files`
+    are the paths shown, in order; `estimated_tokens` is for `text` alone.
+    """
+
+    index: int
+    id: str
+    text: str
+    files: tuple[str, ...]
+    estimated_tokens: int
+
+
+def estimate_tokens(text: str) -> int:
+    """Upper estimate of the tokens of a text: a third of its UTF-8 bytes, rounded up."""
+    return -(-len(text.encode()) // BYTES_PER_TOKEN)
+
+
+def plan(diff: Diff, max_tokens_per_chunk: int, *, salt: str) -> tuple[Chunk, ...]:
+    """Divide a diff on file borders, then hunk borders, then between lines.
+
+    Files are packed greedily in their order; only a file that fits no chunk is divided. Files
+    without hunks (binary, mode or name only) are left out. `salt` is a digest of all that the
+    answer depends on beside the text (model, guidance, prompt version), so that equal ids mean
+    equal calls. Raises `ValueError` for a budget below `MIN_CHUNK_TOKENS`.
+    """
+    if max_tokens_per_chunk < MIN_CHUNK_TOKENS:
+        raise ValueError(f"max_tokens_per_chunk: at least {MIN_CHUNK_TOKENS} expected")
+    packer = _Packer(max_tokens_per_chunk * BYTES_PER_TOKEN)
+    for file in diff.files:
+        if file.hunks:
+            packer.add(file)
+    packer.flush()
+    seen: Counter[str] = Counter()
+    chunks = []
+    for index, (text, files) in enumerate(packer.done):
+        # A patch series can hold the same change twice; each call still needs an id of its own.
+        identity = f"{len(salt)}:{salt}{seen[text]}:{text}"
+        seen[text] += 1
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        chunks.append(Chunk(index, digest, text, files, estimate_tokens(text)))
+    return tuple(chunks)
+
+
+@dataclass(slots=True)
+class _Packer:
+    """Fills one text after the other, each up to `limit` bytes."""
+
+    limit: int
+    done: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    _lines: list[str] = field(default_factory=list)
+    _files: dict[str, None] = field(default_factory=dict)
+    _size: int = 0
+    _header: list[str] | None = None
+
+    def add(self, file: FileDiff) -> None:
+        """Add a file, whole where one chunk can hold it."""
+        header = _header(file)
+        cap = min(MAX_LINE_BYTES, self.limit - _size(header) - _size([_SEPARATOR]))
+        hunks = [list(_render(hunk, cap)) for hunk in file.hunks]
+        if self._size + _size(header) + sum(_size([_SEPARATOR, *hunk]) for hunk in hunks) > (
+            self.limit
+        ):
+            self.flush()
+        for hunk in hunks:
+            if self._put(file.path, header, hunk):
+                continue
+            self.flush()
+            if self._put(file.path, header, hunk):
+                continue
+            for line in hunk:
+                if not self._put(file.path, header, [line], same_hunk=True):
+                    self.flush()
+                    self._put(file.path, header, [line], same_hunk=True)
+
+    def flush(self) -> None:
+        """Close the text at hand, if there is one."""
+        if self._lines:
+            self.done.append(("\n".join(self._lines), tuple(self._files)))
+        self._lines, self._files, self._size, self._header = [], {}, 0, None
+
+    def _put(
+        self, path: str, header: list[str], lines: list[str], *, same_hunk: bool = False
+    ) -> bool:
+        """Append lines below their file's header; False, and no change, if there is no room."""
+        if self._header is not header:
+            lines = header + lines
+        elif not same_hunk:
+            lines = [_SEPARATOR, *lines]
+        size = _size(lines)
+        if self._size + size > self.limit:
+            return False
+        self._lines += lines
+        self._size += size
+        self._files[path] = None
+        self._header = header
+        return True
+
+
+def _size(lines: list[str]) -> int:
+    """Bytes of the lines with their newlines."""
+    return sum(len(line.encode()) + 1 for line in lines)
+
+
+def _header(file: FileDiff) -> list[str]:
+    note = _NOTES.get(file.status)
+    if note is None:
+        return [f"### {file.path}"]
+    return [f"### {file.path}", note + (file.old_path or "" if note.endswith(" ") else "")]
+
+
+def _render(hunk: Hunk, cap: int) -> Iterator[str]:
+    """Annotated lines of at most `cap` bytes, newline included."""
+    # Where every line ends in CR it says nothing; where only some do, it is the change itself.
+    crlf = all(line.text.endswith("\r") for line in hunk.lines)
+    for line in hunk.lines:
+        text = line.text.removesuffix("\r") if crlf else line.text
+        if _UNSAFE.search(text):
+            text = text.translate(_VISIBLE)
+        number = "" if line.new_no is None else line.new_no
+        yield _truncate(f"{number:>6} {line.kind}{text}", cap)
+
+
+def _truncate(line: str, cap: int) -> str:
+    data = line.encode()
+    if len(data) < cap:
+        return line
+    kept = data[: cap - _MARKER_BYTES].decode(errors="ignore")
+    return f"{kept}… [line truncated by byokeep: {len(data) - len(kept.encode())} bytes]"

@@ -1,0 +1,124 @@
+"""Settings from the environment, checked whole before anything starts.
+
+A dataclass declares them; a missing or wrong one is named, with what is allowed,
+and its value is not repeated: it may be a secret in the wrong place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import stat
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from byokeep.transport import TlsFiles
+
+T = TypeVar("T")
+
+
+class ConfigError(Exception):
+    """The service can't start as it is configured; the text says what to change."""
+
+
+def setting(help_text: str, *, default: Any = dataclasses.MISSING) -> Any:
+    """Declare a setting of a settings dataclass; without a default it is required."""
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceSettings:
+    """What every service is told."""
+
+    deployment: str = setting("name of this deployment, as in clients' trust bundles")
+    trust_domain: str = setting("SPIFFE trust domain of every caller")
+    listen: str = setting("host:port of the mTLS gRPC server")
+    health_listen: str = setting("host:port of the plaintext gRPC health server")
+    tls_cert: Path = setting("PEM file: this service's certificate chain")
+    tls_key: Path = setting("PEM file: its private key")
+    tls_ca: Path = setting("PEM file: CA certificates of every caller and callee")
+    callers: str = setting("caller classes: class=spiffe-pattern pairs separated by blanks")
+    mode: Literal["production", "development"] = setting(
+        "production, or development (one machine, throwaway keys)", default="production"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "debug, info, warning or error", default="info"
+    )
+    ready_file: Path | None = setting("file to write once the service serves", default=None)
+
+    @property
+    def tls(self) -> TlsFiles:
+        """The files of this service's identity."""
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_ca)
+
+
+def load(cls: type[T], environ: Mapping[str, str]) -> T:
+    """Build settings from `BYOKEEP_<NAME>` variables.
+
+    Raises:
+        ConfigError: names every setting that is missing or wrong, and what is allowed.
+    """
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name = f"BYOKEEP_{field.name.upper()}"
+        raw = environ.get(name, "")
+        if not raw:
+            if field.default is dataclasses.MISSING:
+                problems.append(f"{name} is not set: {field.metadata['help']}")
+            continue
+        try:
+            values[field.name] = _convert(hints[field.name], raw)
+        except ValueError as error:
+            problems.append(f"{name} {error}: {field.metadata['help']}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return cls(**values)
+
+
+def _convert(kind: Any, raw: str) -> Any:
+    if typing.get_origin(kind) is types.UnionType:
+        kind = next(one for one in typing.get_args(kind) if one is not types.NoneType)
+    if typing.get_origin(kind) is Literal:
+        allowed = typing.get_args(kind)
+        if raw not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return raw
+    converters: dict[Any, Callable[[str], Any]] = {
+        str: str,
+        Path: Path,
+        int: _whole_number,
+        bool: _yes_or_no,
+    }
+    return converters[kind](raw)
+
+
+def _whole_number(raw: str) -> int:
+    if not raw.isascii() or not raw.isdigit():
+        raise ValueError("must be a whole number")
+    return int(raw)
+
+
+def _yes_or_no(raw: str) -> bool:
+    if raw not in ("yes", "no"):
+        raise ValueError("must be yes or no")
+    return raw == "yes"
+
+
+def read_secret_file(path: Path) -> str:
+    """Return a secret file's text, without its final line break.
+
+    Raises:
+        ConfigError: missing, or readable by others than its owner.
+    """
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"{path}: readable by others than its owner; chmod 600 it")
+    return text.rstrip("\n")

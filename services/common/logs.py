@@ -1,0 +1,69 @@
+"""Logs as JSON lines: events of our own with ids and numbers, and no exception text.
+
+An exception's text may hold what a provider or a library put there, so a report
+names the exception's type and the places in the code, never its message or locals.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        ours = getattr(record, "byokeep_fields", None)
+        line: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "service": self._service,
+            # A library's message is its template: its arguments are not ours to show.
+            "event": record.msg if isinstance(record.msg, str) else type(record.msg).__name__,
+        }
+        if ours is None:
+            line["logger"] = record.name
+        else:
+            line.update(ours)
+        if record.exc_info and record.exc_info[1] is not None:
+            line.update(describe(record.exc_info[1]))
+        return json.dumps(line, default=str)
+
+
+def describe(error: BaseException) -> dict[str, object]:
+    """Return an exception's type and where it was raised: no message, no locals."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-8)
+    return {
+        "error": f"{type(error).__module__}.{type(error).__qualname__}",
+        "at": [f"{frame.filename.rsplit('/', 2)[-1]}:{frame.lineno}" for frame in frames],
+    }
+
+
+def setup(service: str, level: str) -> None:
+    """Send our events at `level`, and libraries' from WARNING on, to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(service))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("services").setLevel(level.upper())
+    logging.captureWarnings(capture=True)
+
+
+def event(
+    logger: logging.Logger, name: str, *, level: int = logging.INFO, **fields: object
+) -> None:
+    """Log one event with ids and numbers."""
+    logger.log(level, name, extra={"byokeep_fields": fields})
+
+
+def failure(logger: logging.Logger, name: str, error: BaseException, **fields: object) -> None:
+    """Log one event with an exception's type and places."""
+    event(logger, name, level=logging.ERROR, **fields, **describe(error))

@@ -1,0 +1,48 @@
+"""A secret in memory: shown by nothing, wiped at the end."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+
+class Secret:
+    """Bytes that are wiped when their block ends and that no report can show.
+
+    Python copies bytes freely, so this reduces how long a secret can be found in
+    memory; it can't promise that no copy was made by a library underneath.
+    """
+
+    __slots__ = ("_buffer",)
+
+    def __init__(self, value: bytes | bytearray) -> None:
+        """Take over a bytearray as it is; copy immutable bytes."""
+        self._buffer = value if isinstance(value, bytearray) else bytearray(value)
+
+    def reveal(self) -> bytearray:
+        """Return the buffer itself. It is wiped when the block ends: keep no reference."""
+        return self._buffer
+
+    def wipe(self) -> None:
+        """Overwrite the buffer with zeros."""
+        self._buffer[:] = bytes(len(self._buffer))
+
+    def __enter__(self) -> Secret:
+        """Use as a block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wipe, however the block ended."""
+        self.wipe()
+
+    def __repr__(self) -> str:
+        """Show nothing."""
+        return "<Secret>"
+
+    def __reduce__(self) -> str:
+        """Refuse to be pickled."""
+        raise TypeError("a secret is not pickled")

@@ -1,0 +1,135 @@
+"""Runs a service: checks, hardening, mTLS server, health port, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from typing import Any, Protocol
+
+import grpc
+import uvloop
+from byokeep.transport import MAX_MESSAGE_BYTES
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from services.common import authz, hardening, logs
+from services.common.config import ConfigError, ServiceSettings
+from services.common.interceptor import Gate
+from services.common.tls import ServerIdentity
+
+log = logging.getLogger(__name__)
+DRAIN_SECONDS = 10.0
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Identities are checked at the handshake: a connection must not outlive them for long.
+    ("grpc.max_connection_age_ms", 10 * 60_000),
+    ("grpc.max_connection_age_grace_ms", 65 * 60_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+
+class App(Protocol):
+    """What a service brings. It may also have `authorize` and `denied` (see interceptor)."""
+
+    async def start(self) -> None:
+        """Open what the service needs, before it serves."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add its servicers."""
+
+    async def stop(self) -> None:
+        """Close everything, after the last call ended."""
+
+
+class _Registrar:
+    """Stands for the server while servicers are added, to learn which services there are."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+        self.services: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        self.services.append(service)
+        self._server.add_registered_method_handlers(service, handlers)
+
+
+def main(name: str, settings: ServiceSettings, app: App) -> None:
+    """Serve until SIGTERM. Exits with EX_CONFIG where it can't start as configured."""
+    try:
+        hardening.check_environment(os.environ)
+        hardening.close_the_door()
+        logs.setup(name, settings.log_level)
+        uvloop.run(_serve(name, settings, app))
+    except ConfigError as error:
+        sys.exit(_refuse(name, error))
+
+
+def _refuse(name: str, error: ConfigError) -> int:
+    print(f"{name} does not start:\n{error}", file=sys.stderr)  # noqa: T201 for a person
+    return EXIT_CONFIG
+
+
+async def build(settings: ServiceSettings, app: App) -> grpc.aio.Server:
+    """Return the mTLS server with an app's servicers behind the gate, not yet started."""
+    gate = Gate(
+        authz.CallerClasses(settings.callers, settings.trust_domain),
+        getattr(app, "authorize", None),
+        getattr(app, "denied", None),
+    )
+    server = grpc.aio.server(interceptors=[gate], options=_OPTIONS)
+    registrar = _Registrar(server)
+    app.register(registrar)  # type: ignore[arg-type]
+    for service in registrar.services:
+        for method in authz.methods_of(service):
+            authz.declared_access(method)
+    credentials = ServerIdentity(settings.tls).credentials()
+    try:
+        server.add_secure_port(settings.listen, credentials)
+    except RuntimeError:
+        raise ConfigError("BYOKEEP_LISTEN: can't listen there") from None
+    return server
+
+
+async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await app.start()
+    server = await build(settings, app)
+    await server.start()
+    status, health_server = await _health(settings.health_listen)
+    if settings.ready_file is not None:
+        settings.ready_file.write_text(json.dumps({"pid": os.getpid()}))
+    logs.event(log, "serving", listen=settings.listen, deployment=settings.deployment)
+    await stop.wait()
+    logs.event(log, "draining")
+    await status.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    await server.stop(DRAIN_SECONDS)
+    await app.stop()
+    await health_server.stop(None)
+    logs.event(log, "stopped")
+
+
+async def _health(listen: str) -> tuple[health_aio.HealthServicer, grpc.aio.Server]:
+    # Kubernetes probes have no client certificate: health alone is served in the clear.
+    server = grpc.aio.server()
+    servicer = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    try:
+        server.add_insecure_port(listen)
+    except RuntimeError:
+        raise ConfigError("BYOKEEP_HEALTH_LISTEN: can't listen there") from None
+    await server.start()
+    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    return servicer, server
