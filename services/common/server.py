@@ -80,8 +80,8 @@ def _refuse(name: str, error: ConfigError) -> int:
     return EXIT_CONFIG
 
 
-async def build(settings: ServiceSettings, app: App) -> grpc.aio.Server:
-    """Return the mTLS server with an app's servicers behind the gate, not yet started."""
+async def build(settings: ServiceSettings, app: App) -> tuple[grpc.aio.Server, int]:
+    """Return the mTLS server, not yet started, and its port; servicers are behind the gate."""
     gate = Gate(
         authz.CallerClasses(settings.callers, settings.trust_domain),
         getattr(app, "authorize", None),
@@ -95,10 +95,10 @@ async def build(settings: ServiceSettings, app: App) -> grpc.aio.Server:
             authz.declared_access(method)
     credentials = ServerIdentity(settings.tls).credentials()
     try:
-        server.add_secure_port(settings.listen, credentials)
+        port = server.add_secure_port(settings.listen, credentials)
     except RuntimeError:
         raise ConfigError("BYOKEEP_LISTEN: can't listen there") from None
-    return server
+    return server, port
 
 
 async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
@@ -106,7 +106,7 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await app.start()
-    server = await build(settings, app)
+    server, _ = await build(settings, app)
     await server.start()
     status, health_server = await _health(settings.health_listen)
     if settings.ready_file is not None:

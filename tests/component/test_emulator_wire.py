@@ -8,6 +8,8 @@ import socket
 import httpx
 import pytest
 
+from deploy.local.emulator.models import CHAT_MODELS
+from deploy.local.emulator.wire.base import USAGE_TOKENS
 from services.llm_runner.providers import FINDINGS_SCHEMA
 from tests.component.providers.harness import running_emulator
 
@@ -22,7 +24,7 @@ X_GOOG = {"x-goog-api-key": "AIzaSy0123456789abcdef"}
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 OPENAI_BODY = {
-    "model": "gpt-5.4-mini",
+    "model": CHAT_MODELS["openai"][0],
     "messages": MESSAGES,
     "max_completion_tokens": 100,
     "response_format": {
@@ -31,7 +33,7 @@ OPENAI_BODY = {
     },
 }
 ANTHROPIC_BODY = {
-    "model": "claude-sonnet-5-5",
+    "model": CHAT_MODELS["anthropic"][0],
     "messages": MESSAGES,
     "max_tokens": 100,
     "output_config": {"format": {"type": "json_schema", "schema": FINDINGS_SCHEMA}},
@@ -47,7 +49,7 @@ GEMINI_BODY = {
 CHAT = {
     OPENAI: ("/v1/chat/completions", OPENAI_BODY, BEARER),
     ANTHROPIC: ("/v1/messages", ANTHROPIC_BODY, X_API),
-    GEMINI: ("/v1beta/models/gemini-3.5-flash:generateContent", GEMINI_BODY, X_GOOG),
+    GEMINI: (f"/v1beta/models/{CHAT_MODELS['gemini'][0]}:generateContent", GEMINI_BODY, X_GOOG),
 }
 
 
@@ -75,7 +77,9 @@ def without(body, *path):
 @pytest.mark.parametrize("host", list(CHAT))
 def test_right_request(http, host):
     path, body, headers = CHAT[host]
-    assert http.post(host + path, json=body, headers=headers).status_code == 200
+    answer = http.post(host + path, json=body, headers=headers)
+    assert answer.status_code == 200
+    assert str(USAGE_TOKENS) in answer.text
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,16 @@ def test_plain_diff_without_git_header() -> None:
     ]
 
 
+def test_mail_text_after_a_file_without_hunks_is_noise() -> None:
+    moved = "diff --git a/x b/y\nsimilarity index 100%\nrename from x\nrename to y\n"
+    mail = "-- \n2.39.5\n\nrename from secret\nrename to z\nnew file mode 100644\n"
+    plain = "--- a/p\n+++ b/p\n@@ -1 +1 @@\n-a\n+b\n"
+    assert [(f.old_path, f.new_path, f.status) for f in parse(moved + mail + plain).files] == [
+        ("x", "y", "renamed"),
+        ("p", "p", "modified"),
+    ]
+
+
 def test_dev_null_without_mode_lines() -> None:
     added = "diff --git a/x b/x\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+b\n"
     assert (only(added).status, only(added).path) == ("added", "x")

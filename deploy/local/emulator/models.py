@@ -1,44 +1,21 @@
-"""The models that the emulator offers: real ids, in the order of the real lists.
-
-Taken from the providers' public model pages in late 2026; edit here only.
-"""
+"""The models that the emulator offers: those that byokeep knows, and a few of no use to it."""
 
 from __future__ import annotations
 
+import tomllib
+from importlib import resources
 from typing import Final
 
 PROVIDERS: Final = ("openai", "anthropic", "gemini")
 
-CHAT_MODELS: Final[dict[str, tuple[str, ...]]] = {
-    "openai": (
-        "gpt-5.6-sol",
-        "gpt-5.6-terra",
-        "gpt-5.6-luna",
-        "gpt-5.5",
-        "gpt-5.4",
-        "gpt-5.4-mini",
-        "gpt-5.4-nano",
-        "gpt-4.1",
-    ),
-    "anthropic": (
-        "claude-opus-5-5",
-        "claude-sonnet-5-5",
-        "claude-haiku-5-5",
-        "claude-opus-5",
-        "claude-sonnet-5",
-        "claude-sonnet-4-6",
-        "claude-haiku-4-5-20251001",
-    ),
-    "gemini": (
-        "gemini-3.6-flash",
-        "gemini-3.5-flash",
-        "gemini-3.5-flash-lite",
-        "gemini-3.1-pro-preview",
-        "gemini-3.1-flash-lite",
-        "gemini-2.5-pro",
-        "gemini-2.5-flash",
-    ),
-}
+
+def _known() -> dict[str, tuple[str, ...]]:
+    data = resources.files("services.common").joinpath("data/models.toml").read_text("utf-8")
+    return {name: tuple(table["models"]) for name, table in tomllib.loads(data).items()}
+
+
+# From the catalog, so that every default and every example has a model here.
+CHAT_MODELS: Final = _known()
 
 # In the lists, but of no use for a review.
 OTHER_MODELS: Final[dict[str, tuple[str, ...]]] = {

@@ -6,13 +6,12 @@ Not a reviewer, only something that finds true lines in a true diff.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
 
 from deploy.local.emulator.diff import FileDiff, Line, parse
-from deploy.local.emulator.rulebook import PREFILTER, RULES, Rule
+from deploy.local.emulator.rulebook import RULES, Rule
 
 MAX_FINDINGS: Final = 200
 _STATEMENT_LINES: Final = 10
@@ -37,31 +36,41 @@ def review(prompt: str) -> list[dict[str, Any]]:
     """Return findings on added lines, each of the shape of a review's findings."""
     findings: list[dict[str, Any]] = []
     for file in parse(prompt):
-        suffix = PurePosixPath(file.path).suffix.lower()
-        rules = [rule for rule in RULES if rule.suffixes is None or suffix in rule.suffixes]
-        for place in _places(file):
-            findings += (_finding(file.path, place, r) for r in rules if _applies(r, place))
+        rules = _rules_for(file)
+        for index, line in enumerate(file.lines):
+            hits = _hits(rules, line.text) if line.added else ()
+            if not hits:
+                continue
+            place = _place(file.lines, index)
+            findings += (_finding(file.path, place, r) for r in hits if _applies(r, place))
             if len(findings) >= MAX_FINDINGS:
                 return findings[:MAX_FINDINGS]
     return findings
 
 
-def _places(file: FileDiff) -> Iterator[_Place]:
-    for index, line in enumerate(file.lines):
-        if not line.added or not PREFILTER.search(line.text):
-            continue
-        following = _adjacent(file.lines, index)
-        parts, depth = [line.text], _depth(line.text)
-        last = line.number
-        for later in following:
-            if depth <= 0:
-                break
-            parts.append(later.text)
-            depth += _depth(later.text)
-            last = later.number
-        if depth > 0:  # the end is out of sight: judge the line alone
-            parts, last = parts[:1], line.number
-        yield _Place(line, "\n".join(parts), last, following[0].text if following else "")
+def _rules_for(file: FileDiff) -> list[Rule]:
+    suffix = PurePosixPath(file.path).suffix.lower()
+    rules = [rule for rule in RULES if rule.suffixes is None or suffix in rule.suffixes]
+    return _hits(rules, "\n".join(line.text for line in file.lines if line.added))
+
+
+def _hits(rules: list[Rule], text: str) -> list[Rule]:
+    lowered = text.lower()
+    return [rule for rule in rules if any(needle in lowered for needle in rule.needles)]
+
+
+def _place(lines: list[Line], index: int) -> _Place:
+    line, following = lines[index], _adjacent(lines, index)
+    parts, depth, last = [line.text], _depth(line.text), line.number
+    for later in following:
+        if depth <= 0:
+            break
+        parts.append(later.text)
+        depth += _depth(later.text)
+        last = later.number
+    if depth > 0:  # the end is out of sight: judge the line alone
+        parts, last = parts[:1], line.number
+    return _Place(line, "\n".join(parts), last, following[0].text if following else "")
 
 
 def _adjacent(lines: list[Line], index: int) -> list[Line]:

@@ -80,7 +80,7 @@ def _attempt(
         return FailureKind.NETWORK_BEFORE_SEND
     except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL):
         return FailureKind.BAD_REQUEST
-    except (httpx.TransportError, OSError):
+    except (httpx.RequestError, OSError):
         return FailureKind.AMBIGUOUS
 
 
@@ -89,7 +89,7 @@ def _read(response: httpx.Response) -> bytes:
         return b""  # identity was asked for: a compressed body could be a bomb
     deadline = time.monotonic() + MAX_BODY_SECONDS
     body = bytearray()
-    for chunk in response.iter_raw():
+    for chunk in response.iter_bytes():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             return b""

@@ -26,7 +26,7 @@ from services.llm_runner.providers.base import (
 from services.llm_runner.providers.exchange import Answer
 
 # The list gives ids only. These families speak chat completions with structured output...
-_CHAT: Final = re.compile(r"(ft:)?(gpt-(4o|4\.|[5-9])|chatgpt-|o[1-9])")
+_CHAT: Final = re.compile(r"(ft:)?(gpt-(4o|4\.|[5-9]|\d\d)|chatgpt-|o[1-9])")
 # ...except these members, which take or give something else, or have other endpoints.
 _NOT_CHAT: Final = re.compile(
     r"audio|codex|deep-research|image|live|realtime|search|transcribe|tts|-pro\b|instruct"

@@ -44,7 +44,7 @@ class SealError(Exception):
 class PrivateKey:
     """An HPKE private key: opens seals, and shows nothing of itself."""
 
-    def __init__(self, suite: options_pb2.HpkeSuite, raw: bytes) -> None:
+    def __init__(self, suite: options_pb2.HpkeSuite.ValueType, raw: bytes) -> None:
         """Load a raw private key: 32 bytes of X25519, or a 64-byte ML-KEM seed before them."""
         self.suite = suite
         self._suite = _suite(suite)
@@ -58,7 +58,7 @@ class PrivateKey:
             self.public_bytes = mlkem.public_key().public_bytes_raw() + self.public_bytes
 
     @classmethod
-    def generate(cls, suite: options_pb2.HpkeSuite) -> PrivateKey:
+    def generate(cls, suite: options_pb2.HpkeSuite.ValueType) -> PrivateKey:
         """Make a fresh key of a suite."""
         raw = X25519PrivateKey.generate().private_bytes_raw()
         if suite == HYBRID_V1:
@@ -86,7 +86,10 @@ class PrivateKey:
 
 
 def seal(
-    suite: options_pb2.HpkeSuite, public_key: bytes, plaintext: bytes | bytearray, info: bytes
+    suite: options_pb2.HpkeSuite.ValueType,
+    public_key: bytes,
+    plaintext: bytes | bytearray,
+    info: bytes,
 ) -> bytes:
     """Seal bytes to a raw public key, bound to `info`. Raises SealError for a malformed key."""
     chosen = _suite(suite)
@@ -96,13 +99,15 @@ def seal(
     return sealed
 
 
-def _suite(suite: options_pb2.HpkeSuite) -> Suite:
+def _suite(suite: options_pb2.HpkeSuite.ValueType) -> Suite:
     if suite not in _SUITES:
         raise SealError("the suite is not supported")
     return _SUITES[suite]
 
 
-def _public(suite: options_pb2.HpkeSuite, raw: bytes) -> X25519PublicKey | MLKEM768X25519PublicKey:
+def _public(
+    suite: options_pb2.HpkeSuite.ValueType, raw: bytes
+) -> X25519PublicKey | MLKEM768X25519PublicKey:
     if suite == X25519_V1:
         return X25519PublicKey.from_public_bytes(raw)
     if len(raw) != _MLKEM_PUBLIC + 32:

@@ -37,11 +37,11 @@ def last_of(name: str) -> str:
     return name.rsplit("/", 1)[1]
 
 
-def provider_value(provider: str) -> options_pb2.Provider:
+def provider_value(provider: str) -> options_pb2.Provider.ValueType:
     """Return the enum value of `openai`, `anthropic` or `gemini`. Raises KeyError."""
     return _PROVIDERS[provider]
 
 
-def provider_id(value: options_pb2.Provider) -> str:
+def provider_id(value: options_pb2.Provider.ValueType) -> str:
     """Return `openai`, `anthropic` or `gemini` for an enum value. Raises KeyError."""
     return next(name for name, known in _PROVIDERS.items() if known == value)

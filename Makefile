@@ -1,0 +1,98 @@
+# byokeep: `make help` lists what there is. Needs Python >= 3.11 and nothing else.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.SUFFIXES:
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+export BENCH_SECONDS
+
+BIN := .venv/bin
+VENV := .venv/.stamp
+PACKAGE := clients/python/src/byokeep
+STUBS := $(PACKAGE)/common/v1/options_pb2.py
+PROTOS := $(shell find protos -name '*.proto') protos/generate.py
+LINTED := services deploy tests clients/python/src/byokeep protos
+LOCKED := keyvault orchestrator llm_runner
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-emit-index-url --no-emit-package byokeep
+
+.PHONY: help run up down status clean test lint bench protos lock setup
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  DIFF=FILE         make run: review this git diff instead of the one shipped"
+	@echo "  LIVE=1            make run, make up: real provider hosts, with your own key"
+	@echo "  BYOKEEP_STATE=DIR make up, down, status, clean: where the stack lives"
+	@echo "  PYTEST_ARGS=...   make test: arguments for pytest"
+	@echo "  BENCH_SECONDS=N   make bench: seconds per measurement"
+	@echo "  PYTHON=python3.x  the Python >= 3.11 that .venv is made with"
+
+run: $(VENV) $(STUBS) ## show byokeep: throwaway stack, a key, a review, its custody trail
+	@$(BIN)/python -m deploy.local run $(if $(DIFF),--diff "$(DIFF)") $(if $(LIVE),--live)
+
+up: $(VENV) $(STUBS) ## start a stack that stays, with tenant demo and a profile for .venv/bin/byokeep
+	@$(BIN)/python -m deploy.local up $(if $(LIVE),--live)
+
+down: $(VENV) $(STUBS) ## stop it; its data stays
+	@$(BIN)/python -m deploy.local down
+
+status: $(VENV) $(STUBS) ## say which of its processes run and serve
+	@$(BIN)/python -m deploy.local status
+
+clean: ## stop the stack; erase its data, .venv, build and generated stubs
+	@if [ -e $(STUBS) ] && [ -e $(VENV) ]; then $(BIN)/python -m deploy.local clean; fi
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(PACKAGE)/common $(PACKAGE)/keyvault $(PACKAGE)/orchestrator $(PACKAGE)/runner $(PACKAGE)/_buf
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+test: $(VENV) $(STUBS) ## unit, component and security tests, on a real PostgreSQL and real processes
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV) $(STUBS) build/image.binpb ## ruff, mypy --strict, import-linter, buf
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/mypy services deploy $(PACKAGE)
+	$(BIN)/lint-imports
+	$(BIN)/buf lint build/image.binpb --config protos/buf.yaml
+	$(BIN)/buf breaking build/image.binpb --against protos/baseline.binpb --config protos/buf.yaml
+
+bench: $(VENV) $(STUBS) ## measure; writes build/bench/results.json
+	$(BIN)/python -m tests.bench
+
+protos: $(STUBS) ## make the Python stubs from protos/
+	@:
+
+lock: $(VENV) ## pin and hash requirements/*.txt anew from the pyproject files
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-emit-index-url --no-annotate requirements/bootstrap.in -o requirements/bootstrap.txt
+	for service in $(LOCKED); do \
+		$(COMPILE) --extra $$service pyproject.toml -o requirements/$$service.txt || exit 1; done
+	$(COMPILE) $(foreach extra,$(LOCKED) local dev,--extra $(extra)) pyproject.toml \
+		-o requirements/dev.txt
+
+setup: $(VENV) $(STUBS) ## only make .venv and the stubs
+	@:
+
+$(VENV): requirements/bootstrap.txt requirements/dev.txt pyproject.toml clients/python/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "byokeep needs Python >= 3.11; say which with PYTHON=..."; exit 1; }
+	@echo "setting up .venv"
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/bootstrap.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation \
+		-e clients/python -e .
+	@touch $@
+
+$(STUBS): $(VENV) $(PROTOS)
+	@mkdir -p build
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py >build/protos.log 2>&1 || \
+		{ cat build/protos.log; exit 1; }
+	@touch $@
+
+build/image.binpb: $(VENV) $(PROTOS)
+	@mkdir -p build
+	@$(BIN)/python protos/generate.py --image $@

@@ -1,0 +1,7 @@
+"""`python -m byokeep.cli`."""
+
+from __future__ import annotations
+
+from byokeep.cli import main
+
+main()

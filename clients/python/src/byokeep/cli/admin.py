@@ -1,0 +1,129 @@
+"""`byokeep admin`: keyvault's administration, for operators."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from byokeep import names
+from byokeep.cli.errors import CliError, Exit
+from byokeep.cli.output import message_dict, when
+from byokeep.cli.session import Session, command, group, request_id
+from byokeep.cli.tenants import Name, confirm_by_name
+from byokeep.cli.text import clean
+from byokeep.keyvault.v1 import admin_pb2
+
+app = typer.Typer(no_args_is_help=True)
+
+_REWRAP_SECONDS = 3600
+
+
+@app.callback()
+@group
+def admin() -> None:
+    """Administration of keyvault: its state, and tenants' key-encryption keys (KEK)."""
+
+
+@app.command()
+@command()
+def status(session: Session) -> None:
+    """Say how keyvault is: backend, leases, reconcile pass."""
+    answer = session.connection.admin.GetStatus(admin_pb2.GetStatusRequest())
+    if session.out.as_json:
+        session.out.json(message_dict(answer))
+        return
+    healthy = "answers" if answer.kek_backend_healthy else "does not answer"
+    leases = "given" if answer.leases_allowed else f"refused: {clean(answer.refusal_reason)}"
+    reconcile = when(answer.reconcile_time) if answer.HasField("reconcile_time") else "not yet"
+    out = session.out
+    out.print(f"deployment   {clean(answer.deployment)}")
+    out.print(f"KEK backend  {clean(answer.kek_backend)}, {healthy}; shred: {clean(answer.shred)}")
+    out.print(f"leases       {leases}; live now: {answer.live_leases}")
+    out.print(f"tenants      {answer.tenants}")
+    out.print(f"reconcile    {reconcile}; frozen keys: {answer.frozen_keys}")
+
+
+@app.command("create-tenant-key")
+@command()
+def create_tenant_key(session: Session, name: Name) -> None:
+    """Create a tenant's KEK; nothing changes where it exists."""
+    answer = session.connection.admin.CreateTenantKey(
+        admin_pb2.CreateTenantKeyRequest(tenant=names.tenant_name(name), request_id=request_id())
+    )
+    if session.out.as_json:
+        session.out.json(message_dict(answer))
+        return
+    what = "is created" if answer.created else "was there before"
+    session.out.print(f"KEK of tenant {name} {what}: {clean(answer.backend)} v{answer.version}")
+
+
+@app.command("rotate-kek")
+@command()
+def rotate_kek(session: Session, name: Name) -> None:
+    """Make a new version of a tenant's KEK; rewrap then moves the data keys to it."""
+    answer = session.connection.admin.RotateTenantKey(
+        admin_pb2.RotateTenantKeyRequest(tenant=names.tenant_name(name), request_id=request_id())
+    )
+    if session.out.as_json:
+        session.out.json(message_dict(answer))
+    else:
+        session.out.print(f"KEK of tenant {name} is at v{answer.version}")
+        session.out.note(f"next: byokeep admin rewrap {name}")
+
+
+@app.command()
+@command()
+def rewrap(session: Session, name: Name) -> None:
+    """Wrap a tenant's data keys again under the newest KEK. With --json: a line for each step."""
+    request = admin_pb2.RewrapTenantRequest(tenant=names.tenant_name(name))
+    latest = admin_pb2.RewrapTenantResponse()
+    with session.out.progress(f"rewrapping {name} …") as progress:
+        for latest in session.connection.admin.RewrapTenant(request, timeout=_REWRAP_SECONDS):
+            progress(f"rewrapping {name}: {latest.done} of {latest.total}")
+            if session.out.as_json:
+                session.out.json_line(message_dict(latest))
+    if not session.out.as_json:
+        session.out.print(f"rewrapped {latest.done} of {latest.total} data keys")
+    if latest.failed:
+        raise CliError(
+            f"{latest.failed} data keys could not be wrapped again",
+            "byokeep admin status; keyvault's log names them",
+            Exit.INTEGRITY,
+            "REWRAP_FAILED",
+        )
+
+
+@app.command("shred-tenant")
+@command()
+def shred_tenant(
+    session: Session,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Destroy a tenant's KEK, and with it every key of the tenant. Can't be undone."""
+    confirm_by_name(name, f"destroy every key of tenant {name}", yes=yes)
+    answer = session.connection.admin.ShredTenant(
+        admin_pb2.ShredTenantRequest(tenant=names.tenant_name(name), request_id=request_id())
+    )
+    if session.out.as_json:
+        session.out.json(message_dict(answer))
+        return
+    session.out.print(
+        f"tenant {name} is shredded ({clean(answer.shred)});"
+        f" versions that died with it: {answer.destroyed_versions}"
+    )
+
+
+@app.command("resume-leases")
+@command()
+def resume_leases(
+    session: Session,
+    reason: Annotated[str, typer.Option(help="Why; goes into the audit log.", show_default=False)],
+) -> None:
+    """Give leases again, after the database was found to be older than its anchor."""
+    session.connection.admin.ResumeLeases(admin_pb2.ResumeLeasesRequest(reason=reason))
+    if session.out.as_json:
+        session.out.json({})
+    else:
+        session.out.print("leases are given again; the audit log has the reason")

@@ -1,0 +1,156 @@
+"""The command line as a whole: its groups, and how errors leave it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from byokeep.cli import admin, audit, keys, models, reviews, status, tenants
+from byokeep.cli.errors import CliError, Exit, from_rpc
+from byokeep.cli.output import print_error
+from byokeep.cli.refusal import refuse_keys
+from byokeep.cli.session import RUN, Run, group
+from byokeep.cli.usage import from_usage
+
+_EXITS = (
+    "Exit codes: 0 done; 1 --fail-on matched; 2 input; 3 permission; 4 the key needs action;"
+    " 5 unavailable; 6 integrity; 7 the review failed."
+)
+
+app = typer.Typer(
+    name="byokeep",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EXITS,
+)
+app.add_typer(keys.app, name="key")
+app.add_typer(reviews.app, name="review")
+app.add_typer(models.app, name="model")
+app.add_typer(tenants.app, name="tenant")
+app.add_typer(tenants.callers, name="caller")
+app.add_typer(audit.app, name="audit")
+app.add_typer(admin.app, name="admin")
+app.command("status")(status.status)
+app.command("doctor")(status.doctor)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib import metadata
+
+        print(f"byokeep {metadata.version('byokeep')}")
+        raise typer.Exit
+
+
+@app.callback()
+@group
+def byokeep(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Keep your own AI provider keys, and review diffs on them.
+
+    A key is sealed here, before it leaves this machine; only keyvault and one short-lived
+    process for each attempt open it, and `byokeep key trail` shows every time that they did.
+    """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Prints errors; raises none."""
+    # gRPC's own log lines say less than our errors, on the same stream.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    state = Run()
+    RUN.set(state)
+    try:
+        error = _run(arguments)
+        if isinstance(error, CliError):
+            print_error(error, as_json=_wants_json(arguments, state))
+            return int(error.exit_code)
+        sys.stdout.flush()
+        return error
+    except BrokenPipeError:
+        # The reader is gone (`| head`); nothing is left to flush into the pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(Exit.OK)
+    finally:
+        if state.session is not None:
+            state.session.close()
+
+
+def _run(arguments: Sequence[str]) -> int | CliError:
+    try:
+        refuse_keys(arguments)
+        command = typer.main.get_command(app)
+        result: Any = command.main(args=list(arguments), prog_name="byokeep", standalone_mode=False)
+        return result if isinstance(result, int) else Exit.OK
+    except CliError as error:
+        return error
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("BYOKEEP_DEBUG"):
+            raise
+        return _explain(error)
+
+
+def _explain(error: Exception) -> CliError:
+    from byokeep.auditlog import VerificationError
+    from byokeep.profile import ProfileError
+    from byokeep.sealing import KeyFormatError, UntrustedIntakeKeyError
+
+    if isinstance(error, typer.Abort | typer.TyperException):
+        return from_usage(error)
+    if isinstance(error, ProfileError):
+        return CliError(str(error), error.hint, reason="CONFIGURATION")
+    if isinstance(error, KeyFormatError):
+        return CliError(str(error), reason=f"KEY_{_RULES[error.rule]}")
+    if isinstance(error, UntrustedIntakeKeyError):
+        return from_untrusted(error)
+    if isinstance(error, VerificationError):
+        return CliError(str(error), exit_code=Exit.INTEGRITY, reason="AUDIT_BROKEN")
+    if "grpc" in sys.modules:
+        import grpc
+
+        if isinstance(error, grpc.RpcError):
+            session = RUN.get().session
+            return from_rpc(error, session.profile if session else None)
+    if isinstance(error, OSError):
+        return CliError(f"{error.filename or 'input or output'}: {error.strerror}")
+    return CliError(
+        f"something unforeseen in the command itself ({type(error).__name__})",
+        "BYOKEEP_DEBUG=1 shows where",
+        Exit.UNAVAILABLE,
+        reason="INTERNAL",
+    )
+
+
+_RULES = {"charset": "CHARSET", "length": "LENGTH", "admin": "IS_ADMIN"}
+
+
+def from_untrusted(error: Exception) -> CliError:
+    """Return the refusal to seal as an error to show."""
+    from byokeep.cli.errors import HINTS
+
+    return CliError(str(error), HINTS["INTAKE_UNTRUSTED"], Exit.INTEGRITY, "INTAKE_UNTRUSTED")
+
+
+def _wants_json(arguments: Sequence[str], state: Run) -> bool:
+    # Also where parsing broke off before it came to the option.
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return (
+        state.options.json
+        or state.options.format == "json"
+        or any(
+            one in ("--json", "--format=json") or (one, two) == ("--format", "json")
+            for one, two in pairs
+        )
+    )

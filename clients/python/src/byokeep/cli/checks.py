@@ -1,0 +1,235 @@
+"""What `byokeep doctor` checks: client files, both endpoints, the clock, the roles."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+
+from byokeep import sealing
+from byokeep.cli.identity import Identity, read_identity
+from byokeep.cli.session import Session
+from byokeep.cli.text import clean
+from byokeep.common.v1 import options_pb2
+from byokeep.errors import error_info
+from byokeep.keyvault.v1 import admin_pb2, audit_pb2
+from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb2
+from byokeep.profile import Endpoint, Profile, ProfileError
+
+_SECONDS = 5.0
+_SOON = datetime.timedelta(hours=1)
+# Never reviewed: a dry run is refused before it is looked at, where the role is lacking.
+_TINY_DIFF = b"--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. `ok` is None where it is neither right nor wrong."""
+
+    what: str
+    ok: bool | None
+    found: str
+    remedy: str = ""
+
+
+def all_checks(session: Session) -> Iterator[Check]:
+    """Yield the checks in order; what can't be looked at any more is left out."""
+    try:
+        profile = session.profile
+    except ProfileError as error:
+        yield Check("configuration", False, str(error), error.hint)
+        return
+    yield Check("configuration", True, f"profile {profile.name} of {profile.source}")
+    yield _trust(profile)
+    identity = None
+    try:
+        identity = read_identity(profile)
+    except ProfileError as error:
+        yield Check("private key", False, str(error), error.hint)
+    except ValueError:
+        yield Check("certificate", False, "certificate or key is not PEM", "issue it again")
+    if identity is None:
+        return
+    yield from _identity(identity)
+    reached = _endpoint("orchestrator", profile, profile.orchestrator)
+    yield reached
+    vault = None
+    if profile.keyvault is not None:
+        vault = _endpoint("keyvault", profile, profile.keyvault)
+        yield vault
+    else:
+        yield Check("keyvault", None, "no address: audit and admin can't be used with this profile")
+    if reached.ok:
+        yield _tenant(session)
+        yield _intake(session)
+        yield from _roles(session, keyvault=bool(vault and vault.ok))
+
+
+def _trust(profile: Profile) -> Check:
+    trust = profile.trust
+    found = (
+        f"deployment {trust.deployment}; pinned: {len(trust.intake_signing_keys)} intake signing"
+        f" and {len(trust.audit_log_keys)} audit log keys"
+    )
+    if trust.intake_signing_keys and trust.audit_log_keys:
+        return Check("trust bundle", True, found)
+    return Check("trust bundle", False, found, "get trust.json again from whom you trust")
+
+
+def _identity(identity: Identity) -> Iterator[Check]:
+    yield Check("private key", True, "readable by its owner alone")
+    now = datetime.datetime.now(datetime.UTC)
+    left = identity.not_after - now
+    found = f"{identity.spiffe_id or 'no SPIFFE ID'}, until {identity.not_after:%Y-%m-%d %H:%M} UTC"
+    remedy = ""
+    if not identity.spiffe_id:
+        remedy = "it needs exactly one URI name, a SPIFFE ID: issue it again"
+    elif not identity.key_fits:
+        found, remedy = "the private key belongs to another certificate", "issue both again"
+    elif not identity.issued_by_trusted_ca:
+        found += "; none of the trust bundle's CAs issued it"
+        remedy = "certificate and trust.json are of two deployments, or of two times: renew both"
+    elif left <= datetime.timedelta() or now < identity.not_before:
+        remedy = "it is not valid now: renew it (a local stack does at its start: make up)"
+    elif left < _SOON:
+        yield Check("certificate", None, f"{found}: it ends within the hour", "renew it")
+        return
+    yield Check("certificate", not remedy, found, remedy)
+
+
+def _endpoint(name: str, profile: Profile, endpoint: Endpoint) -> Check:
+    what = f"{name} {endpoint.address}"
+    host, _, port = endpoint.address.rpartition(":")
+    if not host or not port.isdigit():
+        return Check(what, None, "not host:port; reached by gRPC's own name resolution")
+    context = ssl.create_default_context(cadata=profile.trust.ca.decode())
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(profile.certificate, profile.key)
+    try:
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=endpoint.server_name) as secured,
+        ):
+            version = secured.version()
+    except ssl.SSLCertVerificationError as error:
+        reason = clean(error.verify_message or "").rstrip(".")
+        return Check(
+            what,
+            False,
+            f"its certificate is refused: {reason}",
+            f"it must be {endpoint.server_name}, issued by a CA of trust.json; do not go on",
+        )
+    except ssl.SSLError as error:
+        return Check(what, False, f"TLS fails: {clean(error.reason or '')}", "")
+    except OSError as error:
+        said = error.strerror or "no answer in time"
+        return Check(what, False, f"does not answer: {said}", "is it running? make up")
+    return Check(what, True, f"{version}, certificate of {endpoint.server_name}")
+
+
+def _tenant(session: Session) -> Check:
+    try:
+        parent = session.connection.parent
+        answer = session.connection.tenants.ListTenants(
+            tenant_pb2.ListTenantsRequest(page_size=500), timeout=_SECONDS
+        )
+    except ProfileError as error:
+        return Check("tenant", False, str(error), error.hint)
+    except grpc.RpcError as error:
+        return Check("tenant", False, _said(error), "an operator allows this identity")
+    states = {tenant.name: tenant.state for tenant in answer.tenants}
+    name = session.connection.tenant
+    if parent not in states:
+        remedy = f"byokeep caller allow SPIFFE_ID --role ROLE --tenant {name}, by an operator"
+        return Check("tenant", False, f"{name}: no role for it", remedy)
+    if states[parent] != tenant_pb2.TENANT_STATE_ACTIVE:
+        return Check("tenant", False, f"{name} is not in service", "an operator resumes it")
+    return Check("tenant", True, name)
+
+
+def _intake(session: Session) -> Check:
+    connection = session.connection
+    request = key_pb2.GetIntakeKeyRequest(parent=connection.parent, suite=sealing.SUITE)
+    try:
+        answer = connection.keys.GetIntakeKey(request, timeout=_SECONDS)
+        sealing.verify_statement(
+            answer.statement,
+            deployment=connection.trust.deployment,
+            pinned=connection.trust.intake_signing_keys,
+            now=datetime.datetime.now(datetime.UTC),
+        )
+    except grpc.RpcError as error:
+        return Check("intake key, clock", None, f"not looked at: {_said(error)}")
+    except sealing.UntrustedIntakeKeyError as error:
+        remedy = "set this machine's clock" if "window" in str(error) else "do not add keys here"
+        return Check("intake key, clock", False, str(error), remedy)
+    return Check("intake key, clock", True, "signed by a pinned key, and its hour is now")
+
+
+def _roles(session: Session, *, keyvault: bool) -> Iterator[Check]:
+    connection, parent = session.connection, session.connection.parent
+    sample = review_pb2.ReviewInput(repository="doctor", diff=_TINY_DIFF)
+    suite = options_pb2.HPKE_SUITE_X25519_V1
+    probes: list[tuple[str, Callable[[], object]]] = [
+        (
+            "submitter: review",
+            lambda: connection.reviews.DryRunReview(
+                review_pb2.DryRunReviewRequest(parent=parent, input=sample), timeout=_SECONDS
+            ),
+        ),
+        (
+            "key-admin: add keys, set models",
+            lambda: connection.keys.GetIntakeKey(
+                key_pb2.GetIntakeKeyRequest(parent=parent, suite=suite), timeout=_SECONDS
+            ),
+        ),
+        (
+            "read settings and keys",
+            lambda: connection.settings.GetSettings(
+                settings_pb2.GetSettingsRequest(name=f"{parent}/settings"), timeout=_SECONDS
+            ),
+        ),
+        (
+            "auditor or operator: see callers",
+            lambda: connection.callers.ListCallers(
+                tenant_pb2.ListCallersRequest(parent=parent, page_size=1), timeout=_SECONDS
+            ),
+        ),
+    ]
+    if keyvault:
+        probes += [
+            (
+                "auditor at keyvault",
+                lambda: connection.audit.ListEvents(
+                    audit_pb2.ListEventsRequest(parent=parent, page_size=1), timeout=_SECONDS
+                ),
+            ),
+            (
+                "operator at keyvault",
+                lambda: connection.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=_SECONDS),
+            ),
+        ]
+    for what, probe in probes:
+        yield _role(what, probe)
+
+
+def _role(what: str, probe: Callable[[], object]) -> Check:
+    try:
+        probe()
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.PERMISSION_DENIED:
+            return Check(what, None, "no")
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return Check(what, False, _said(error))
+    # Any other refusal comes after the question who is calling.
+    return Check(what, True, "yes")
+
+
+def _said(error: grpc.RpcError) -> str:
+    info = error_info(error)
+    return clean(info.message) if info.reason else info.code.name

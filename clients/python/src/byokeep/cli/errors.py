@@ -1,0 +1,192 @@
+"""Errors as people and scripts see them: a sentence, a hint, a reason, an exit code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from byokeep.cli.text import clean
+
+if TYPE_CHECKING:
+    import grpc
+
+    from byokeep.errors import ErrorInfo
+    from byokeep.profile import Profile
+
+
+class Exit(IntEnum):
+    """Exit codes of the command."""
+
+    OK = 0
+    FAIL_ON = 1
+    INPUT = 2
+    PERMISSION = 3
+    KEY = 4
+    UNAVAILABLE = 5
+    INTEGRITY = 6
+    REVIEW_FAILED = 7
+    INTERRUPTED = 130
+
+
+BY_CODE: Mapping[str, Exit] = {
+    "INVALID_ARGUMENT": Exit.INPUT,
+    "NOT_FOUND": Exit.INPUT,
+    "ALREADY_EXISTS": Exit.INPUT,
+    "FAILED_PRECONDITION": Exit.INPUT,
+    "ABORTED": Exit.INPUT,
+    "OUT_OF_RANGE": Exit.INPUT,
+    "PERMISSION_DENIED": Exit.PERMISSION,
+    "UNAUTHENTICATED": Exit.PERMISSION,
+    "UNAVAILABLE": Exit.UNAVAILABLE,
+    "DEADLINE_EXCEEDED": Exit.UNAVAILABLE,
+    "RESOURCE_EXHAUSTED": Exit.UNAVAILABLE,
+    "CANCELLED": Exit.UNAVAILABLE,
+    "UNIMPLEMENTED": Exit.UNAVAILABLE,
+    "INTERNAL": Exit.UNAVAILABLE,
+    "UNKNOWN": Exit.UNAVAILABLE,
+    "DATA_LOSS": Exit.INTEGRITY,
+}
+"""Exit code of a gRPC status, where its reason has none of its own."""
+
+BY_REASON: Mapping[str, Exit] = {
+    "KEY_NEEDS_REKEY": Exit.KEY,
+    "NO_ACTIVE_KEY": Exit.KEY,
+    "UNDECRYPTABLE": Exit.KEY,
+    "TENANT_NOT_ACTIVE": Exit.PERMISSION,
+    "PLAN_LACKS": Exit.PERMISSION,
+    "DATABASE_ROLLED_BACK": Exit.INTEGRITY,
+    "INTAKE_UNTRUSTED": Exit.INTEGRITY,
+}
+"""Exit code of an ErrorReason that says more than its status."""
+
+BY_FAILURE: Mapping[str, Exit] = {
+    "KEY_REJECTED": Exit.KEY,
+    "KEY_RESTRICTED": Exit.KEY,
+    "QUOTA_EXHAUSTED": Exit.KEY,
+    "KEY_REVOKED": Exit.KEY,
+}
+"""Exit code of a review's FailureReason; every other one is REVIEW_FAILED."""
+
+HINTS: Mapping[str, str] = {
+    "KEY_EXISTS": "byokeep key rotate {key}",
+    "KEY_NEEDS_REKEY": "byokeep key rotate {key}",
+    "UNDECRYPTABLE": "byokeep key rotate {key}",
+    "NO_ACTIVE_KEY": "byokeep key add {provider}",
+    "NO_MODEL": "byokeep model list, then byokeep model set PROVIDER/MODEL",
+    "MODEL_INVALID": "byokeep model list",
+    "CALLER_NOT_ALLOWED": "byokeep doctor shows which roles this identity has",
+    "TENANT_NOT_ALLOWED": "an operator allows it: byokeep caller allow SPIFFE_ID --role ROLE;"
+    " byokeep doctor shows your SPIFFE ID and roles",
+    "USER_ASSERTION_NOT_ALLOWED": "an operator allows it: byokeep caller allow SPIFFE_ID"
+    " --role ROLE --assert-users",
+    "TENANT_KEY_MISSING": "an operator creates it: byokeep admin create-tenant-key TENANT",
+    "TENANT_EXISTS": "byokeep tenant list",
+    "PLAN_LACKS": "an operator changes the plan: byokeep tenant set-plan TENANT PLAN",
+    "REQUEST_ID_CONFLICT": "leave --request-id out, or use a new one",
+    "ETAG_MISMATCH": "somebody else changed it meanwhile: look again, then repeat",
+    "DATABASE_ROLLED_BACK": "an operator looks into it, then: byokeep admin resume-leases"
+    " --reason TEXT",
+    "DIFF_TOO_LARGE": "review a part of it, or raise max_diff_bytes",
+    "TOO_MANY_CALLS": "byokeep review --dry-run shows the calls; review a part of it",
+    "INTAKE_UNTRUSTED": "nothing was sealed and nothing left this machine; get trust.json again"
+    " from whom you trust, and compare",
+    "INTAKE_KEY_EXPIRED": "repeat the command: it asks for a new intake key",
+}
+_CODE_HINTS: Mapping[str, str] = {
+    "UNAVAILABLE": "byokeep doctor checks configuration, certificates and both endpoints",
+    "DEADLINE_EXCEEDED": "byokeep doctor checks configuration, certificates and both endpoints",
+    "UNAUTHENTICATED": "byokeep doctor checks the certificate that you present",
+}
+_PLACEHOLDERS = {
+    "key": re.compile(r"key_[0-9a-z]{26}"),
+    "provider": re.compile(r"openai|anthropic|gemini"),
+}
+
+
+@dataclass(slots=True, eq=False)
+class CliError(Exception):
+    """An error whose text is fit to be shown as it stands."""
+
+    message: str
+    hint: str = ""
+    exit_code: Exit = Exit.INPUT
+    reason: str = ""
+    code: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return the sentence."""
+        return self.message
+
+    def to_dict(self) -> dict[str, object]:
+        """Return what `--json` prints on stderr."""
+        return {
+            "error": {
+                "message": self.message,
+                "reason": self.reason,
+                "code": self.code,
+                "hint": self.hint,
+                "exit": int(self.exit_code),
+                "metadata": dict(self.metadata),
+            }
+        }
+
+
+def from_rpc(error: grpc.RpcError, profile: Profile | None) -> CliError:
+    """Return a failed call as an error to show; the profile names the endpoint that failed."""
+    from byokeep.errors import error_info
+
+    info = error_info(error)
+    code = info.code.name
+    reason = info.reason.removeprefix("ERROR_REASON_")
+    metadata = {clean(name): clean(value) for name, value in info.metadata.items()}
+    message = clean(info.message) if reason else _transport_message(code, info, profile)
+    return CliError(
+        message=message,
+        hint=_hint(reason, metadata) or _CODE_HINTS.get(code, ""),
+        exit_code=BY_REASON.get(reason) or BY_CODE.get(code, Exit.UNAVAILABLE),
+        reason=reason,
+        code=code,
+        metadata=metadata,
+    )
+
+
+def failure_exit(failure: str) -> Exit:
+    """Return the exit code of a failed review; `failure` is a FailureReason's short name."""
+    return BY_FAILURE.get(failure, Exit.REVIEW_FAILED)
+
+
+def _hint(reason: str, metadata: Mapping[str, str]) -> str:
+    # A command to run is never taken from a server's text: only ids of a known form are.
+    values = {}
+    for name, pattern in _PLACEHOLDERS.items():
+        value = metadata.get(name, "")
+        values[name] = value if pattern.fullmatch(value) else name.upper()
+    return HINTS.get(reason, "").format(**values)
+
+
+def _transport_message(code: str, info: ErrorInfo, profile: Profile | None) -> str:
+    text = clean(info.message)
+    if code == "DEADLINE_EXCEEDED":
+        return "the service did not answer in time"
+    if code != "UNAVAILABLE":
+        return text or f"the call failed: {code}"
+    where = _endpoint(text, profile)
+    if re.search(r"Hostname|Peer name", text):
+        return f"{where} presents the certificate of another service: the connection was refused"
+    if re.search(r"(?i)handshake|certificate|ssl", text):
+        return f"{where} and this client do not accept each other's certificates"
+    return f"{where} does not answer"
+
+
+def _endpoint(text: str, profile: Profile | None) -> str:
+    if profile is None:
+        return "the service"
+    known = {"the orchestrator": profile.orchestrator, "keyvault": profile.keyvault}
+    for name, endpoint in known.items():
+        if endpoint is not None and endpoint.address in text:
+            return f"{name} at {endpoint.address}"
+    return f"the service (orchestrator: {profile.orchestrator.address})"

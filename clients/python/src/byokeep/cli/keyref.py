@@ -1,0 +1,82 @@
+"""Finding the key that is meant: an id, a unique prefix of one, a name, or a provider."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from byokeep import names
+from byokeep.cli.errors import CliError
+from byokeep.cli.output import short
+from byokeep.cli.session import Session, pages
+from byokeep.keyvault.v1 import custody_pb2
+from byokeep.orchestrator.v1 import key_pb2
+
+if TYPE_CHECKING:
+    from byokeep.orchestrator.v1.key_pb2 import Key
+
+_ID = re.compile(r"key_[0-9a-z]{26}")
+_ENDED = {custody_pb2.KEY_VERSION_STATE_REVOKED, custody_pb2.KEY_VERSION_STATE_DESTROYED}
+
+
+def find_key(session: Session, reference: str) -> Key:
+    """Return the key that a reference means. Raises CliError where it is none, or several."""
+    connection = session.connection
+    if _ID.fullmatch(reference):
+        name = names.key_name(connection.tenant, reference)
+        return connection.keys.GetKey(key_pb2.GetKeyRequest(name=name)).key
+    keys = list_keys(session, show_destroyed=True)
+    for matches in _tiers(reference):
+        found = [key for key in keys if matches(key)]
+        found = [key for key in found if key.provider_key.state not in _ENDED] or found
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CliError(
+                f"{len(found)} keys match: {_candidates(found)}",
+                "give the id, or enough of its beginning",
+                reason="KEY_AMBIGUOUS",
+            )
+    known = f"; the tenant has: {_candidates(keys)}" if keys else "; the tenant has none"
+    raise CliError(
+        f"no key of tenant {connection.tenant} matches{known}", "byokeep key list", reason="NO_KEY"
+    )
+
+
+def list_keys(session: Session, *, show_destroyed: bool = False) -> list[Key]:
+    """Return all keys of the tenant."""
+    connection = session.connection
+    request = key_pb2.ListKeysRequest(
+        parent=connection.parent, page_size=500, show_destroyed=show_destroyed
+    )
+    return list(pages(connection.keys.ListKeys, request, "keys"))
+
+
+def key_id(key: Key) -> str:
+    """Return a key's id."""
+    return names.last_of(key.provider_key.name)
+
+
+def provider_of(key: Key) -> str:
+    """Return `openai`, `anthropic` or `gemini`."""
+    return names.provider_id(key.provider_key.provider)
+
+
+def key_state(key: Key) -> str:
+    """Return the short name of a key's state."""
+    return short(custody_pb2.KeyVersionState, key.provider_key.state)
+
+
+def _tiers(reference: str) -> Sequence[Callable[[Key], bool]]:
+    return (
+        lambda key: bool(reference) and key_id(key).startswith(reference),
+        lambda key: bool(reference) and key_id(key).removeprefix("key_").startswith(reference),
+        lambda key: key.provider_key.display_name == reference,
+        lambda key: provider_of(key) == reference,
+    )
+
+
+def _candidates(keys: Sequence[Key]) -> str:
+    shown = [f"{key_id(key)} ({provider_of(key)} {key.provider_key.display_name})" for key in keys]
+    return ", ".join(shown[:10]) + (" …" if len(shown) > 10 else "")

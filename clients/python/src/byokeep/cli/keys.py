@@ -1,0 +1,239 @@
+"""`byokeep key`: add, list, show, rotate, revoke, destroy, roll back, trail."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import typer
+
+from byokeep import ids, names
+from byokeep.cli import trail
+from byokeep.cli.errors import CliError
+from byokeep.cli.keyinput import read_key
+from byokeep.cli.keyref import find_key, key_id, list_keys, provider_of
+from byokeep.cli.keyview import key_row, print_change, print_key
+from byokeep.cli.output import message_dict
+from byokeep.cli.session import Session, command, group, request_id
+from byokeep.cli.verdict import follow
+from byokeep.keyvault.v1 import custody_pb2
+from byokeep.orchestrator.v1 import key_pb2
+
+app = typer.Typer(no_args_is_help=True)
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_USER = re.compile(r"[A-Za-z0-9._@+-]{0,128}")
+
+
+class ProviderName(StrEnum):
+    """Providers, as the command line spells them."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+    GEMINI = "gemini"
+
+
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="KEY",
+        show_default=False,
+        help="Id, unique prefix of an id, name, or provider if it has one key.",
+    ),
+]
+Stdin = Annotated[bool, typer.Option("--stdin", help="Read the key from standard input.")]
+FromEnv = Annotated[
+    str | None,
+    typer.Option(metavar="VAR", help="Read the key from this environment variable."),
+]
+Wait = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0, help="Wait this long for the verdict.")
+]
+
+
+@app.callback()
+@group
+def key() -> None:
+    """Provider keys: add, watch over, rotate, revoke.
+
+    No command takes a key as an argument: it would stay in the shell's history.
+    """
+
+
+@app.command(
+    epilog="Examples:\n\n  byokeep key add openai\n"
+    "  byokeep key add gemini --name ci --stdin < FILE\n"
+    "  byokeep key add anthropic --from-env ANTHROPIC_API_KEY"
+)
+@command()
+def add(
+    session: Session,
+    provider: Annotated[ProviderName, typer.Argument(help="The key's provider.")],
+    name: Annotated[str, typer.Option(help="Name of the key.")] = "default",
+    user: Annotated[str, typer.Option(help="User that owns it; default: the tenant.")] = "",
+    stdin: Stdin = False,
+    from_env: FromEnv = None,
+    wait: Wait = 60,
+) -> None:
+    """Seal a key here, add it, and show its provider's verdict as it comes.
+
+    Asks for the key at a hidden prompt, unless --stdin or --from-env is given.
+    """
+    if not _NAME.fullmatch(name):
+        raise CliError("--name takes 1 to 64 letters, digits, dots, hyphens and underscores")
+    if not _USER.fullmatch(user):
+        raise CliError("--user takes at most 128 letters, digits and ._@+-")
+    connection = session.connection
+    sealed = _seal(session, provider, ids.new_id("key"), "add", user, (stdin, from_env))
+    answer = connection.keys.AddKey(
+        key_pb2.AddKeyRequest(
+            parent=connection.parent,
+            key_id=sealed.key_id,
+            provider=names.provider_value(provider),
+            user=user,
+            display_name=name,
+            sealed_key=sealed.key,
+            request_id=sealed.request_id,
+        )
+    )
+    follow(session, answer.key, wait)
+
+
+@app.command(epilog="Examples:\n\n  byokeep key rotate openai\n  byokeep key rotate key_01k --now")
+@command()
+def rotate(
+    session: Session,
+    reference: Reference,
+    stdin: Stdin = False,
+    from_env: FromEnv = None,
+    now: Annotated[
+        bool,
+        typer.Option(
+            "--now", help="Destroy the version before it at once, without a grace of 24 h."
+        ),
+    ] = False,
+    wait: Wait = 60,
+) -> None:
+    """Add a version to a key; the one before serves until the new one is validated."""
+    found = find_key(session, reference)
+    owner = found.provider_key.owner
+    sealed = _seal(session, provider_of(found), key_id(found), "rotate", owner, (stdin, from_env))
+    answer = session.connection.keys.RotateKey(
+        key_pb2.RotateKeyRequest(
+            name=found.provider_key.name,
+            sealed_key=sealed.key,
+            destroy_previous=now,
+            request_id=sealed.request_id,
+        )
+    )
+    follow(session, answer.key, wait)
+
+
+@app.command("list")
+@command()
+def list_(
+    session: Session,
+    all_: Annotated[bool, typer.Option("--all", help="Also destroyed keys.")] = False,
+) -> None:
+    """List the tenant's keys; the keys themselves can't be read back."""
+    keys = list_keys(session, show_destroyed=all_)
+    if session.out.as_json:
+        session.out.json({"keys": [message_dict(key) for key in keys]})
+    elif not keys:
+        session.out.print(
+            f"tenant {session.connection.tenant} has no key; add one: byokeep key add openai"
+        )
+    else:
+        columns = ("ID", "PROVIDER", "NAME", "OWNER", "STATE", "HINT", "VERDICT")
+        session.out.table(columns, [key_row(key) for key in keys])
+
+
+@app.command()
+@command()
+def show(session: Session, reference: Reference) -> None:
+    """Show a key: its versions, their states, and what its provider said."""
+    found = find_key(session, reference)
+    if session.out.as_json:
+        session.out.json(message_dict(found))
+        return
+    print_key(session, found)
+
+
+@app.command()
+@command()
+def revoke(session: Session, reference: Reference) -> None:
+    """Revoke a key: no new lease from now on, running attempts end. Can't be undone."""
+    found = find_key(session, reference)
+    request = key_pb2.RevokeKeyRequest(
+        name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag
+    )
+    print_change(session, session.connection.keys.RevokeKey(request).key, "revoked")
+
+
+@app.command()
+@command()
+def destroy(
+    session: Session,
+    reference: Reference,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Revoke a key and delete its ciphertext; a tombstone stays. Can't be undone."""
+    found = find_key(session, reference)
+    if not yes:
+        question = f"Destroy {key_id(found)} ({provider_of(found)})? It can't be undone"
+        typer.confirm(question, abort=True, err=True)
+    request = key_pb2.DestroyKeyRequest(
+        name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag
+    )
+    print_change(session, session.connection.keys.DestroyKey(request).key, "destroyed")
+
+
+@app.command("roll-back")
+@command()
+def roll_back(session: Session, reference: Reference) -> None:
+    """Make the version before ACTIVE again, within 24 hours of its replacement."""
+    found = find_key(session, reference)
+    request = key_pb2.RollBackKeyRequest(
+        name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag
+    )
+    key = session.connection.keys.RollBackKey(request).key
+    print_change(session, key, f"rolled back to version {key.provider_key.active_version}")
+
+
+@app.command("trail")
+@command()
+def trail_(session: Session, reference: Reference) -> None:
+    """Draw the life of a key: where its plaintext was, for how long, and that it is gone.
+
+    Keyvault's hash-chained events are recorded; process and time of the plaintext are
+    reported by the runner. With --json: one line of JSON for each entry, then a summary.
+    """
+    trail.show(session, find_key(session, reference))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    key: custody_pb2.SealedKey
+    key_id: str
+    request_id: str
+
+
+def _seal(
+    session: Session,
+    provider: str,
+    key_id: str,
+    operation: Literal["add", "rotate"],
+    owner: str,
+    source: tuple[bool, str | None],
+) -> _Sealed:
+    connection, identifier = session.connection, request_id()
+    profile = connection.profile
+    session.out.note(
+        f"sealing for tenant {connection.tenant} of deployment {connection.trust.deployment}"
+        f" (profile {profile.name} of {profile.source})"
+    )
+    text = read_key(provider, stdin=source[0], from_env=source[1])
+    sealed = connection.seal(provider, text, key_id, operation, identifier, owner)
+    return _Sealed(sealed, key_id, identifier)

@@ -1,0 +1,68 @@
+"""Keys as people see them; the key itself can't be read back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from byokeep.cli.keyref import key_id, key_state, provider_of
+from byokeep.cli.output import message_dict, short, state_text, when
+from byokeep.cli.session import Session
+from byokeep.cli.text import clean
+from byokeep.cli.verdict import verdict_of
+from byokeep.keyvault.v1 import custody_pb2
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from byokeep.orchestrator.v1.key_pb2 import Key
+
+
+def print_key(session: Session, key: Key) -> None:
+    """Print a key with its versions."""
+    out, kept = session.out, key.provider_key
+    out.print(f"{key_id(key)}  {provider_of(key)}  {clean(kept.display_name)}", style="bold")
+    out.print(f"owner     {clean(kept.owner) or 'the tenant'}")
+    out.print(f"added     {when(kept.create_time)}")
+    out.print(f"verdict   {verdict_of(key) or 'none yet'}")
+    if key.validation.models:
+        models = [clean(model) for model in key.validation.models]
+        more = f" and {len(models) - 8} more" if len(models) > 8 else ""
+        out.print(f"models    {', '.join(models[:8])}{more}")
+    out.print()
+    columns = ("VERSION", "STATE", "HINT", "STAGED", "SINCE", "KEK")
+    out.table(
+        columns,
+        [
+            (
+                f"v{version.version}",
+                state_text(short(custody_pb2.KeyVersionState, version.state)),
+                clean(version.hint),
+                when(version.create_time),
+                when(version.state_time),
+                f"{clean(version.kek_backend)} v{version.kek_version}",
+            )
+            for version in kept.versions
+        ],
+    )
+
+
+def key_row(key: Key) -> list[Text | str]:
+    """Return the cells of a key in a list."""
+    kept = key.provider_key
+    return [
+        key_id(key),
+        provider_of(key),
+        clean(kept.display_name),
+        clean(kept.owner) or "-",
+        state_text(key_state(key)),
+        clean(kept.hint) or "-",
+        verdict_of(key) or "-",
+    ]
+
+
+def print_change(session: Session, key: Key, what: str) -> None:
+    """Print what became of a key."""
+    if session.out.as_json:
+        session.out.json(message_dict(key))
+    else:
+        session.out.print(f"{key_id(key)} ({provider_of(key)}) is {what}")

@@ -1,0 +1,120 @@
+"""`byokeep model`: which models the tenant's keys can use, and which reviews use."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from google.protobuf import field_mask_pb2
+
+from byokeep.cli.output import message_dict
+from byokeep.cli.session import Session, command, group, pages, request_id
+from byokeep.cli.text import clean
+from byokeep.orchestrator.v1 import settings_pb2
+
+app = typer.Typer(no_args_is_help=True)
+
+Pattern = Annotated[
+    str | None,
+    typer.Option("--repo", metavar="PATTERN", help="For these repositories, such as 'acme/*'."),
+]
+
+
+@app.callback()
+@group
+def model() -> None:
+    """Models: a review's own, else the repository's, else the tenant's default."""
+
+
+@app.command("list")
+@command()
+def list_(session: Session) -> None:
+    """List the models that the tenant's keys can use, and which are chosen."""
+    connection = session.connection
+    request = settings_pb2.ListModelsRequest(parent=connection.parent, page_size=1000)
+    models = list(pages(connection.settings.ListModels, request, "models"))
+    settings = connection.settings.GetSettings(
+        settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
+    ).settings
+    if session.out.as_json:
+        overrides = [message_dict(entry) for entry in settings.model_overrides]
+        session.out.json(
+            {
+                "models": [message_dict(entry) for entry in models],
+                "defaultModel": settings.default_model,
+                "modelOverrides": overrides,
+            }
+        )
+        return
+    if models:
+        columns = ("MODEL", "KEYS", "CHOSEN")
+        rows = [(clean(entry.model), str(len(entry.key_ids)), _chosen(entry)) for entry in models]
+        session.out.table(columns, rows)
+    else:
+        session.out.print("no model is known: none of the tenant's keys has been validated")
+    _print_choice(session, settings)
+
+
+@app.command(
+    "set",
+    epilog="Examples:\n\n  byokeep model set openai/gpt-5\n"
+    "  byokeep model set anthropic/claude-sonnet-4-5 --repo 'acme/*'",
+)
+@command()
+def set_(
+    session: Session,
+    chosen: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROVIDER/MODEL", show_default=False, help="As model list spells it."
+        ),
+    ],
+    repo: Pattern = None,
+) -> None:
+    """Choose the model of the tenant, or of some of its repositories."""
+    _change(session, chosen, repo)
+
+
+@app.command()
+@command()
+def unset(session: Session, repo: Pattern = None) -> None:
+    """Take the tenant's default away, or the choice for some of its repositories."""
+    _change(session, "", repo)
+
+
+def _change(session: Session, chosen: str, repo: str | None) -> None:
+    connection = session.connection
+    if repo is not None:
+        override = settings_pb2.SetModelOverrideRequest(
+            parent=connection.parent,
+            repository_pattern=repo,
+            model=chosen,
+            request_id=request_id(),
+        )
+        settings = connection.settings.SetModelOverride(override).settings
+    else:
+        update = settings_pb2.UpdateSettingsRequest(
+            settings=settings_pb2.Settings(
+                name=f"{connection.parent}/settings", default_model=chosen
+            ),
+            update_mask=field_mask_pb2.FieldMask(paths=["default_model"]),
+            request_id=request_id(),
+        )
+        settings = connection.settings.UpdateSettings(update).settings
+    if session.out.as_json:
+        session.out.json(message_dict(settings))
+    else:
+        _print_choice(session, settings)
+
+
+def _print_choice(session: Session, settings: settings_pb2.Settings) -> None:
+    default = clean(settings.default_model) or "none: that of the only provider with an active key"
+    session.out.print(f"default: {default}")
+    for entry in settings.model_overrides:
+        session.out.print(f"{clean(entry.repository_pattern)}: {clean(entry.model)}")
+
+
+def _chosen(entry: settings_pb2.Model) -> str:
+    marks = ["tenant's default"] * entry.tenant_default
+    marks += ["provider's default"] * entry.provider_default
+    return ", ".join(marks)

@@ -1,0 +1,194 @@
+"""What the command prints: text through rich for people, proto JSON for programs.
+
+Results go to stdout; progress, notes and errors to stderr. No text is parsed as
+markup, and everything that a server said is cleaned first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from byokeep.cli.text import clean
+
+if TYPE_CHECKING:
+    import datetime
+
+    from google.protobuf.message import Message
+    from google.protobuf.timestamp_pb2 import Timestamp
+    from rich.console import Console, RenderableType
+    from rich.text import Text
+
+# Not a terminal: no wrapping, so that a line stays a line for grep.
+_WIDE = 500
+
+STATE_STYLES: Mapping[str, str] = {
+    "ACTIVE": "green",
+    "PENDING": "yellow",
+    "SUPERSEDED": "dim",
+    "NEEDS_REKEY": "bold red",
+    "REVOKED": "red",
+    "DESTROYED": "dim",
+    "SUSPENDED": "yellow",
+    "COMPLETED": "green",
+    "RUNNING": "cyan",
+    "QUEUED": "yellow",
+    "FAILED": "bold red",
+    "CANCELLED": "dim",
+}
+
+
+class Progress(Protocol):
+    """Where a command says what it is waiting for."""
+
+    def __call__(self, text: str) -> None:
+        """Replace the text that is shown."""
+
+
+class Output:
+    """Standard output and standard error of one run."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        """Choose JSON or text."""
+        self.as_json = as_json
+
+    def json(self, value: object) -> None:
+        """Print one JSON document."""
+        # ASCII: JSON must not carry terminal control characters either.
+        print(json.dumps(value, indent=2))
+
+    def json_line(self, value: object) -> None:
+        """Print one line of NDJSON, at once."""
+        print(json.dumps(value), flush=True)
+
+    def print(self, text: Text | str = "", style: str = "") -> None:
+        """Print a line for people."""
+        self._out.print(text, style=style or None, soft_wrap=not self._out.is_terminal)
+
+    def renderable(self, what: RenderableType) -> None:
+        """Print something that rich lays out."""
+        self._out.print(what)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Text | str]]) -> None:
+        """Print a table without borders."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self._out.print(table)
+
+    def note(self, text: str, style: str = "dim") -> None:
+        """Print a line on stderr that a script may ignore."""
+        self._err.print(text, style=style)
+
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr."""
+        self._err.print(f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def progress(self, text: str) -> Iterator[Progress]:
+        """Show a spinner on a terminal; elsewhere a line of stderr for each new text."""
+        if self.as_json:
+            yield lambda text: None
+        elif self._err.is_terminal:
+            with self._err.status(text) as status:
+                yield lambda text: status.update(text)
+        else:
+            self._err.print(text)
+            shown = text
+
+            def update(text: str) -> None:
+                nonlocal shown
+                if text != shown:
+                    self._err.print(text)
+                    shown = text
+
+            yield update
+
+    @property
+    def unicode(self) -> bool:
+        """Return whether stdout can show more than ASCII."""
+        return "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
+
+    @cached_property
+    def _out(self) -> Console:
+        return _console(sys.stdout.isatty(), stderr=False)
+
+    @cached_property
+    def _err(self) -> Console:
+        return _console(sys.stderr.isatty(), stderr=True)
+
+
+def message_dict(message: Message) -> dict[str, Any]:
+    """Return proto JSON, fields at their default included."""
+    from google.protobuf.json_format import MessageToDict
+
+    return MessageToDict(message, always_print_fields_with_no_presence=True)
+
+
+def short(enum: Any, value: int) -> str:
+    """Return an enum value's name without the prefix of its type: `ACTIVE`."""
+    descriptor = enum.DESCRIPTOR
+    if value not in descriptor.values_by_number:
+        return f"UNKNOWN_{value}"
+    names = descriptor.values_by_number
+    prefix = names[0].name.removesuffix("UNSPECIFIED")
+    name: str = names[value].name.removeprefix(prefix)
+    return "" if name == "UNSPECIFIED" else name
+
+
+def state_text(state: str) -> Text:
+    """Return a state in its colour."""
+    from rich.text import Text
+
+    return Text(state, style=STATE_STYLES.get(state, ""))
+
+
+def when(stamp: Timestamp) -> str:
+    """Return a time in the local zone, to the second; empty where it is not set."""
+    return local_time(stamp).strftime("%Y-%m-%d %H:%M:%S") if stamp.seconds else ""
+
+
+def local_time(stamp: Timestamp) -> datetime.datetime:
+    """Return a time in the local zone."""
+    import datetime
+
+    return stamp.ToDatetime(datetime.UTC).astimezone()
+
+
+def print_error(error: Any, *, as_json: bool) -> None:
+    """Print a CliError on stderr: a sentence, its reason and a hint; or JSON."""
+    if as_json:
+        print(json.dumps(error.to_dict()), file=sys.stderr)
+        return
+    from rich.text import Text
+
+    line = Text("error: ", style="bold red")
+    line.append(clean(error.message), style="default not bold")
+    if error.reason:
+        line.append(f" ({clean(error.reason)})", style="dim not bold")
+    console = _console(sys.stderr.isatty(), stderr=True)
+    console.print(line, soft_wrap=not console.is_terminal)
+    if error.hint:
+        console.print(f"  → {clean(error.hint)}", style="cyan", soft_wrap=not console.is_terminal)
+
+
+def _console(terminal: bool, *, stderr: bool) -> Console:
+    from rich.console import Console
+
+    # A file that can't take an arrow or a dot must not end the command.
+    stream = sys.stderr if stderr else sys.stdout
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
+    width = None if terminal or "COLUMNS" in os.environ else _WIDE
+    return Console(
+        stderr=stderr, markup=False, highlight=False, emoji=False, width=width, soft_wrap=False
+    )

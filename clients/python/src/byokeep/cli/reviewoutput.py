@@ -1,0 +1,168 @@
+"""A review as people read it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from byokeep import names
+from byokeep.cli.output import Output, short, state_text, when
+from byokeep.cli.text import clean
+from byokeep.orchestrator.v1 import review_pb2
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+SEVERITIES = ("critical", "high", "medium", "low", "info")
+TERMINAL = {
+    review_pb2.REVIEW_STATE_COMPLETED,
+    review_pb2.REVIEW_STATE_FAILED,
+    review_pb2.REVIEW_STATE_CANCELLED,
+}
+_STYLES = {
+    "critical": "bold white on red",
+    "high": "bold red",
+    "medium": "yellow",
+    "low": "cyan",
+    "info": "dim",
+}
+
+
+def review_id(review: review_pb2.Review) -> str:
+    """Return a review's id."""
+    return names.last_of(review.name)
+
+
+def severity(finding: review_pb2.Finding) -> str:
+    """Return `critical` … `info`."""
+    return short(review_pb2.Severity, finding.severity).lower()
+
+
+def at_least(review: review_pb2.Review, threshold: str) -> bool:
+    """Return whether a finding is as bad as the threshold, or worse."""
+    limit = review_pb2.Severity.Value(f"SEVERITY_{threshold.upper()}")
+    return any(finding.severity >= limit for finding in review.findings)
+
+
+def progress_line(review: review_pb2.Review) -> str:
+    """Return what a running review is doing, in a line."""
+    state = short(review_pb2.ReviewState, review.state).lower()
+    parts = [f"review {review_id(review)} {state}"]
+    if review.chunks_total:
+        parts.append(f"{review.chunks_done} of {review.chunks_total} chunks")
+    if review.model:
+        parts.append(clean(review.model))
+    if review.finding_count or review.findings:
+        parts.append(f"{review.finding_count or len(review.findings)} findings")
+    if review.attempts > 1:
+        parts.append(f"attempt {review.attempts}")
+    return ", ".join(parts)
+
+
+def print_review(out: Output, review: review_pb2.Review) -> None:
+    """Print findings by file, then a line that sums them up."""
+    ordered = sorted(review.findings, key=lambda finding: (finding.path, finding.start_line))
+    for path, findings in groupby(ordered, key=lambda finding: finding.path):
+        out.print(clean(path), style="bold")
+        for finding in findings:
+            _print_finding(out, finding)
+    out.print(_closing(review))
+    if review.ambiguous_calls:
+        out.warn(
+            f"{review.ambiguous_calls} provider calls lost their answer;"
+            " they may be on the bill, so they were not repeated"
+        )
+
+
+def print_reviews(out: Output, reviews: Sequence[review_pb2.Review]) -> None:
+    """Print a table of reviews."""
+    columns = ("ID", "STATE", "REPOSITORY", "PR", "MODEL", "FINDINGS", "SUBMITTED")
+    out.table(
+        columns,
+        [
+            (
+                review_id(review),
+                state_text(short(review_pb2.ReviewState, review.state)),
+                clean(review.repository),
+                f"#{review.pull_request}" if review.pull_request else "-",
+                clean(review.model),
+                str(review.finding_count),
+                when(review.create_time),
+            )
+            for review in reviews
+        ],
+    )
+
+
+def print_dry_run(out: Output, answer: review_pb2.DryRunReviewResponse) -> None:
+    """Print the calls that a review would make."""
+    out.table(
+        ("CALL", "TOKENS (EST.)", "FILES"),
+        [
+            (str(number), str(chunk.estimated_tokens), clean(", ".join(chunk.files)))
+            for number, chunk in enumerate(answer.chunks, 1)
+        ],
+    )
+    for path in answer.skipped_files:
+        out.print(f"skipped: {clean(path)} (nothing to review in it)", style="dim")
+    calls = f"{answer.calls} call{'s' * (answer.calls != 1)}"
+    out.print(
+        f"{calls} to {clean(answer.model)} on key {clean(answer.key_id)};"
+        f" at most {answer.max_calls_per_review} are allowed; none was made"
+    )
+
+
+def _print_finding(out: Output, finding: review_pb2.Finding) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    level = severity(finding)
+    category = short(review_pb2.Category, finding.category).lower()
+    lines = f"{finding.start_line}"
+    if finding.end_line > finding.start_line:
+        lines += f"-{finding.end_line}"
+    head = Text("  ")
+    head.append(f"{clean(finding.path)}:{lines}", style="underline")
+    head.append("  ")
+    head.append(f" {level.upper()} " if level == "critical" else level.upper(), _STYLES.get(level))
+    head.append(f"  {category}  ", style="dim")
+    head.append(clean(finding.title), style="bold")
+    out.print(head)
+    for text, mark, style in (
+        (finding.message, "", ""),
+        (finding.suggestion, "→ ", "green"),
+    ):
+        if text.strip():
+            body = mark + clean(text, lines=True).strip()
+            out.renderable(Padding(Text(body, style=style), (0, 0, 0, 4)))
+    out.print()
+
+
+def _closing(review: review_pb2.Review) -> Text:
+    from rich.text import Text
+
+    line = Text()
+    counts = Counter(severity(finding) for finding in review.findings)
+    if not counts:
+        line.append("no findings", style="green" if _completed(review) else "")
+    else:
+        line.append(f"{len(review.findings)} finding{'s' * (len(review.findings) != 1)}: ", "bold")
+        for number, level in enumerate(level for level in SEVERITIES if counts[level]):
+            line.append(", " if number else "")
+            line.append(f"{counts[level]} {level}", style=_STYLES[level])
+    if review.dropped_findings:
+        line.append(f"; {review.dropped_findings} dropped (not on lines of the diff)")
+    calls = review.calls_started
+    line.append(f"; {calls} call{'s' * (calls != 1)} to {clean(review.model)}")
+    if review.HasField("end_time"):
+        spent = review.end_time.ToDatetime() - review.create_time.ToDatetime()
+        line.append(f" in {spent.total_seconds():.1f} s")
+    line.append(f"; review {review_id(review)} ", style="")
+    line.append_text(state_text(short(review_pb2.ReviewState, review.state)))
+    return line
+
+
+def _completed(review: review_pb2.Review) -> bool:
+    return review.state == review_pb2.REVIEW_STATE_COMPLETED

@@ -1,0 +1,113 @@
+"""`byokeep status` and `byokeep doctor`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import typer
+
+from byokeep.cli.errors import Exit
+from byokeep.cli.keyref import key_state, list_keys, provider_of
+from byokeep.cli.output import message_dict, state_text
+from byokeep.cli.session import Session, command
+from byokeep.cli.text import clean
+
+_MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
+
+
+@command()
+def status(session: Session) -> None:
+    """Say in a few lines whether byokeep answers, as whom, and how the tenant's keys are."""
+    from byokeep.cli.identity import read_identity
+
+    connection, profile = session.connection, session.profile
+    identity = read_identity(profile)
+    keys = list_keys(session)
+    vault = _vault(session)
+    if session.out.as_json:
+        session.out.json(
+            {
+                "profile": profile.name,
+                "deployment": profile.trust.deployment,
+                "identity": identity.spiffe_id,
+                "tenant": connection.tenant,
+                "keys": [message_dict(key) for key in keys],
+                "keyvault": message_dict(vault) if vault else None,
+            }
+        )
+        return
+    out = session.out
+    out.print(f"orchestrator  {profile.orchestrator.address} answers")
+    if vault is not None:
+        leases = "given" if vault.leases_allowed else f"refused: {clean(vault.refusal_reason)}"
+        out.print(f"keyvault      leases {leases}; live now: {vault.live_leases}")
+    out.print(f"deployment    {profile.trust.deployment} (profile {profile.name})")
+    out.print(f"identity      {identity.spiffe_id}")
+    out.print(f"tenant        {connection.tenant}")
+    if not keys:
+        out.print("keys          none; add one: byokeep key add openai")
+    for key in keys:
+        line = state_text(key_state(key))
+        name = f"{provider_of(key)} {clean(key.provider_key.display_name)}"
+        out.print(_labelled("key", name, line, clean(key.provider_key.hint)))
+
+
+@command()
+def doctor(session: Session) -> None:
+    """Check configuration, certificates, both endpoints, the clock and the roles."""
+    from byokeep.cli.checks import all_checks
+
+    found = []
+    for check in all_checks(session):
+        found.append(check)
+        if not session.out.as_json:
+            _print(session, check)
+    counts = Counter(check.ok for check in found)
+    if session.out.as_json:
+        checks = [
+            {"what": entry.what, "ok": entry.ok, "found": entry.found, "remedy": entry.remedy}
+            for entry in found
+        ]
+        session.out.json({"ok": not counts[False], "checks": checks})
+    else:
+        session.out.print()
+        summary = "all is well" if not counts[False] else f"{counts[False]} to be mended"
+        session.out.print(summary, style="bold")
+    if counts[False]:
+        raise typer.Exit(Exit.UNAVAILABLE)
+
+
+def _vault(session: Session) -> Any:
+    import grpc
+
+    from byokeep.keyvault.v1 import admin_pb2
+
+    if session.profile.keyvault is None:
+        return None
+    try:
+        return session.connection.admin.GetStatus(admin_pb2.GetStatusRequest())
+    except grpc.RpcError as error:
+        # Its state is for operators; everybody else sees the rest.
+        if error.code() != grpc.StatusCode.PERMISSION_DENIED:
+            raise
+    return None
+
+
+def _labelled(label: str, name: str, state: Any, hint: str) -> Any:
+    from rich.text import Text
+
+    return Text(f"{label:<14}{name} ").append_text(state).append(f" {hint}", style="dim")
+
+
+def _print(session: Session, check: Any) -> None:
+    from rich.text import Text
+
+    mark, style = _MARKS[check.ok]
+    if not session.out.unicode:
+        mark = {"✓": "ok", "✗": "NO", "·": "--"}[mark]
+    line = Text(f"{mark} ", style=style)
+    line.append(f"{check.what}: ", style="bold").append(check.found, style="default")
+    session.out.print(line)
+    if check.remedy:
+        session.out.print(f"    → {check.remedy}", style="cyan")

@@ -1,0 +1,253 @@
+"""`byokeep tenant` and `byokeep caller`: for operators."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from byokeep import names
+from byokeep.cli.errors import CliError
+from byokeep.cli.output import message_dict, short, state_text, when
+from byokeep.cli.session import Session, command, group, pages, request_id
+from byokeep.cli.text import clean
+from byokeep.common.v1 import options_pb2
+from byokeep.keyvault.v1 import admin_pb2
+from byokeep.orchestrator.v1 import tenant_pb2
+
+app = typer.Typer(no_args_is_help=True)
+callers = typer.Typer(no_args_is_help=True)
+
+
+class PlanName(StrEnum):
+    """Plans."""
+
+    STARTER = "starter"
+    TEAM = "team"
+    ENTERPRISE = "enterprise"
+
+
+class RoleName(StrEnum):
+    """Roles that a caller may have for a tenant."""
+
+    SUBMITTER = "submitter"
+    KEY_ADMIN = "key-admin"
+    AUDITOR = "auditor"
+    OPERATOR = "operator"
+
+
+Name = Annotated[
+    str, typer.Argument(metavar="TENANT", show_default=False, help="The tenant's name.")
+]
+PlanArgument = Annotated[PlanName, typer.Argument(show_default=False, help="The plan.")]
+SpiffeId = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPIFFE_ID", show_default=False, help="Such as spiffe://acme.example/ci."
+    ),
+]
+
+
+@app.callback()
+@group
+def tenant() -> None:
+    """Tenants: create, suspend, delete, set a plan."""
+
+
+@app.command(epilog="Example:\n\n  byokeep tenant create acme --plan team")
+@command()
+def create(
+    session: Session,
+    name: Name,
+    plan: Annotated[PlanName, typer.Option(help="The plan.")] = PlanName.TEAM,
+) -> None:
+    """Create a tenant, and its key-encryption key in keyvault."""
+    connection, resource = session.connection, names.tenant_name(name)
+    # First the part that may be repeated: a tenant without a KEK could store no key.
+    connection.admin.CreateTenantKey(
+        admin_pb2.CreateTenantKeyRequest(tenant=resource, request_id=request_id())
+    )
+    created = connection.tenants.CreateTenant(
+        tenant_pb2.CreateTenantRequest(name=resource, plan=_plan(plan), request_id=request_id())
+    ).tenant
+    if session.out.as_json:
+        session.out.json(message_dict(created))
+        return
+    session.out.print(f"tenant {name} is created, plan {plan}, with its own key-encryption key")
+    session.out.note(f"allow a service: byokeep caller allow SPIFFE_ID --role ROLE --tenant {name}")
+
+
+@app.command("list")
+@command()
+def list_(session: Session) -> None:
+    """List the tenants that this identity has any role for."""
+    connection = session.connection
+    request = tenant_pb2.ListTenantsRequest(page_size=500)
+    found = list(pages(connection.tenants.ListTenants, request, "tenants"))
+    if session.out.as_json:
+        session.out.json({"tenants": [message_dict(entry) for entry in found]})
+    elif found:
+        rows = [
+            (
+                clean(names.last_of(entry.name)),
+                state_text(short(tenant_pb2.TenantState, entry.state)),
+                short(tenant_pb2.Plan, entry.plan).lower(),
+                when(entry.create_time),
+            )
+            for entry in found
+        ]
+        session.out.table(("TENANT", "STATE", "PLAN", "CREATED"), rows)
+    else:
+        session.out.print("this identity has no role for any tenant")
+
+
+@app.command()
+@command()
+def suspend(
+    session: Session,
+    name: Name,
+    resume: Annotated[bool, typer.Option("--resume", help="Take it back into service.")] = False,
+) -> None:
+    """Take nothing new for a tenant: no reviews, keys or leases; or resume it."""
+    request = tenant_pb2.SuspendTenantRequest(
+        name=names.tenant_name(name), resume=resume, request_id=request_id()
+    )
+    changed = session.connection.tenants.SuspendTenant(request).tenant
+    if session.out.as_json:
+        session.out.json(message_dict(changed))
+    else:
+        state = short(tenant_pb2.TenantState, changed.state)
+        session.out.print(f"tenant {name} is {state}")
+
+
+@app.command()
+@command()
+def delete(
+    session: Session,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a tenant with its reviews, and destroy its keys. Can't be undone."""
+    confirm_by_name(name, f"delete tenant {name} and destroy all of its keys", yes=yes)
+    connection, resource = session.connection, names.tenant_name(name)
+    # An endpoint that is missing must not leave half of it done.
+    admin = connection.admin
+    deleted = connection.tenants.DeleteTenant(
+        tenant_pb2.DeleteTenantRequest(name=resource, request_id=request_id())
+    )
+    shredded = admin.ShredTenant(
+        admin_pb2.ShredTenantRequest(tenant=resource, request_id=request_id())
+    )
+    if session.out.as_json:
+        session.out.json({**message_dict(deleted), **message_dict(shredded)})
+        return
+    session.out.print(
+        f"tenant {name} is deleted; keys destroyed: {deleted.destroyed_keys};"
+        f" its key-encryption key is shredded ({clean(shredded.shred)})"
+    )
+
+
+@app.command("set-plan")
+@command()
+def set_plan(session: Session, name: Name, plan: PlanArgument) -> None:
+    """Set a tenant's plan."""
+    from byokeep.orchestrator.v1 import settings_pb2
+
+    request = settings_pb2.SetPlanRequest(
+        tenant=names.tenant_name(name), plan=_plan(plan), request_id=request_id()
+    )
+    settings = session.connection.settings.SetPlan(request).settings
+    if session.out.as_json:
+        session.out.json(message_dict(settings))
+    else:
+        session.out.print(f"tenant {name} has plan {plan}")
+
+
+@callers.callback()
+@group
+def caller() -> None:
+    """Callers: which internal service may do what for the tenant. Default: nothing."""
+
+
+@callers.command(
+    epilog="Example:\n\n"
+    "  byokeep caller allow spiffe://acme.example/ci --role submitter --tenant acme"
+)
+@command()
+def allow(
+    session: Session,
+    spiffe_id: SpiffeId,
+    role: Annotated[list[RoleName], typer.Option(help="A role; may be repeated.")],
+    assert_users: Annotated[
+        bool, typer.Option("--assert-users", help="It may say for which user it acts.")
+    ] = False,
+) -> None:
+    """Give an identity roles for the tenant, in place of those that it had."""
+    connection = session.connection
+    request = tenant_pb2.AllowCallerRequest(
+        parent=connection.parent,
+        caller=tenant_pb2.Caller(
+            spiffe_id=spiffe_id,
+            roles=[_role(entry) for entry in dict.fromkeys(role)],
+            may_assert_users=assert_users,
+        ),
+        request_id=request_id(),
+    )
+    allowed = connection.callers.AllowCaller(request).caller
+    if session.out.as_json:
+        session.out.json(message_dict(allowed))
+    else:
+        session.out.print(f"{clean(allowed.spiffe_id)}: {_roles(allowed)}")
+
+
+@callers.command()
+@command()
+def deny(session: Session, spiffe_id: SpiffeId) -> None:
+    """Take every role for the tenant from an identity."""
+    connection = session.connection
+    connection.callers.DenyCaller(
+        tenant_pb2.DenyCallerRequest(
+            parent=connection.parent, spiffe_id=spiffe_id, request_id=request_id()
+        )
+    )
+    if session.out.as_json:
+        session.out.json({})
+    else:
+        session.out.print(f"{clean(spiffe_id)} has no role for tenant {connection.tenant}")
+
+
+@callers.command("list")
+@command()
+def list_callers(session: Session) -> None:
+    """List the identities that have a role for the tenant."""
+    connection = session.connection
+    request = tenant_pb2.ListCallersRequest(parent=connection.parent, page_size=500)
+    found = list(pages(connection.callers.ListCallers, request, "callers"))
+    if session.out.as_json:
+        session.out.json({"callers": [message_dict(entry) for entry in found]})
+        return
+    rows = [(clean(entry.spiffe_id), _roles(entry)) for entry in found]
+    session.out.table(("SPIFFE ID", "ROLES"), rows)
+
+
+def confirm_by_name(name: str, what: str, *, yes: bool) -> None:
+    """Ask for a name to be typed before something that can't be undone."""
+    if yes:
+        return
+    typed = typer.prompt(f"To {what}, type its name", err=True)
+    if typed != name:
+        raise CliError("that is another name; nothing was done")
+
+
+def _plan(plan: PlanName) -> tenant_pb2.Plan.ValueType:
+    return tenant_pb2.Plan.Value(f"PLAN_{plan.name}")
+
+
+def _role(role: RoleName) -> options_pb2.TenantRole.ValueType:
+    return options_pb2.TenantRole.Value(f"TENANT_ROLE_{role.name}")
+
+
+def _roles(entry: tenant_pb2.Caller) -> str:
+    named = [short(options_pb2.TenantRole, role).lower().replace("_", "-") for role in entry.roles]
+    return ", ".join(named + ["may assert users"] * entry.may_assert_users)

@@ -1,0 +1,25 @@
+"""Text from servers, made fit for a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Cc: controls, among them ESC and CSI; Cf: bidirectional overrides and other invisibles.
+_UNFIT = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+
+
+def clean(text: str, *, lines: bool = False) -> str:
+    """Return text without control and invisible characters; with `lines`, newlines stay.
+
+    What came from a server, a model or a diff could otherwise move the cursor, hide
+    findings or write to the clipboard.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    text = text.replace("\t", "    ")
+    return "".join(
+        character
+        if unicodedata.category(character) not in _UNFIT or (lines and character == "\n")
+        else " " * (character == "\n")
+        for character in text
+    )

@@ -1,0 +1,125 @@
+"""`byokeep key trail`: the life of a key as a vertical timeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from byokeep.cli.history import Entry, Summary, merge
+from byokeep.cli.keyref import key_id, key_state, provider_of
+from byokeep.cli.session import Session, pages
+from byokeep.cli.text import clean
+from byokeep.keyvault.v1 import audit_pb2
+from byokeep.orchestrator.v1 import key_pb2
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from byokeep.orchestrator.v1.key_pb2 import Key
+
+_STYLES = {"recorded": "green", "reported": "yellow"}
+_GLYPHS = {"recorded": ("●", "*"), "reported": ("○", "o")}
+
+
+def show(session: Session, key: Key) -> None:
+    """Print a key's life; with JSON, a line for each entry and one for the summary."""
+    events = _events(session, key_id(key))
+    entries, summary = merge(events, _uses(session, key))
+    out = session.out
+    if out.as_json:
+        for entry in entries:
+            stamp = entry.time.isoformat().replace("+00:00", "Z")
+            out.json_line({"time": stamp, "source": entry.source, **entry.data})
+        out.json_line({"summary": dataclasses.asdict(summary)})
+        return
+    kept = key.provider_key
+    out.print(
+        f"{key_id(key)}  {provider_of(key)} {clean(kept.display_name)}"
+        f"  {clean(kept.hint)}  {key_state(key)}".rstrip(),
+        style="bold",
+    )
+    for line in _timeline(entries, ascii_only=not out.unicode):
+        out.print(line)
+    for line in _closing(summary):
+        out.print(line)
+
+
+def _events(session: Session, identifier: str) -> Sequence[audit_pb2.AuditEvent] | None:
+    import grpc
+
+    from byokeep.profile import ProfileError
+
+    connection = session.connection
+    request = audit_pb2.ListEventsRequest(
+        parent=connection.parent, key_id=identifier, page_size=1000
+    )
+    try:
+        return list(pages(connection.audit.ListEvents, request, "events"))
+    except ProfileError:
+        why = "the profile has no keyvault address"
+    except grpc.RpcError as error:
+        if error.code() != grpc.StatusCode.PERMISSION_DENIED:
+            raise
+        why = "this identity is not an auditor at keyvault"
+    session.out.warn(f"keyvault's recorded events are missing: {why}; only reports are shown")
+    return None
+
+
+def _uses(session: Session, key: Key) -> Iterable[key_pb2.KeyUse]:
+    request = key_pb2.ListKeyUsesRequest(name=key.provider_key.name, page_size=500)
+    return pages(session.connection.keys.ListKeyUses, request, "uses")
+
+
+def _timeline(entries: Sequence[Entry], *, ascii_only: bool) -> Iterable[Text]:
+    from rich.text import Text
+
+    bar = "|" if ascii_only else "│"
+    day: datetime.date | None = None
+    for number, entry in enumerate(entries):
+        local = entry.time.astimezone()
+        if local.date() != day:
+            day = local.date()
+            yield Text(f"{bar if number else ' '} {day.isoformat()}", style="dim")
+        style = "bold red" if entry.ends_badly else ""
+        line = Text(_GLYPHS[entry.source][ascii_only], style=_STYLES[entry.source])
+        line.append(f" {local:%H:%M:%S}.{local.microsecond // 1000:03d} ", style="dim")
+        line.append(f" {entry.source} ", style=_STYLES[entry.source])
+        line.append(f" {entry.title}", style=style or "default")
+        yield line
+        last = number == len(entries) - 1
+        for detail in entry.details:
+            gap = " " if last else bar
+            yield Text(f"{gap}{' ' * 25}{detail}", style="dim")
+
+
+def _closing(summary: Summary) -> Iterable[Text]:
+    from rich.text import Text
+
+    processes = _count(summary.processes, "process", "processes")
+    line = Text()
+    line.append(f"plaintext existed in {processes}")
+    line.append(f" for {summary.plaintext_ms:.0f} ms in all; ")
+    if summary.alive:
+        line.append(f"{summary.alive} may be alive", style="bold red")
+    else:
+        line.append("none is alive", style="green")
+    if summary.end_unknown:
+        line.append(f" ({summary.end_unknown} without a reported end)", style="yellow")
+    live = str(summary.live_leases) if summary.recorded else "unknown"
+    line.append(f"; leases live now: {live}", style="bold red" if summary.live_leases else "")
+    yield Text()
+    yield line
+    if summary.recorded:
+        yield Text(
+            f"keyvault itself opened it {_count(summary.staged + summary.leased, 'time', 'times')}:"
+            f" {summary.staged} to store it, {summary.leased} to lease it."
+            " Recorded: keyvault's hash chain (byokeep audit export, then verify)."
+            " Reported: the runner's word.",
+            style="dim",
+        )
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

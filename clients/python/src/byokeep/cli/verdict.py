@@ -1,0 +1,88 @@
+"""What a provider said of a key, followed while it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from byokeep.cli.errors import CliError, Exit
+from byokeep.cli.keyref import key_id, key_state, provider_of
+from byokeep.cli.output import message_dict, short, when
+from byokeep.cli.session import Session
+from byokeep.cli.text import clean
+from byokeep.cli.watch import until_done
+from byokeep.orchestrator.v1 import key_pb2
+
+if TYPE_CHECKING:
+    from byokeep.orchestrator.v1.key_pb2 import Key
+
+_GOOD = {
+    "VALID": "the provider accepts it",
+    "RESTRICTED": "the provider accepts it, but may not list models: which it can use is unknown",
+    "QUOTA_EXHAUSTED": "the provider accepts it, but its quota or credit is gone",
+}
+
+
+def verdict_of(key: Key) -> str:
+    """Return the short name of the verdict; empty where there is none yet."""
+    return short(key_pb2.ValidationVerdict, key.validation.verdict)
+
+
+def follow(session: Session, key: Key, wait: float) -> None:
+    """Show a key's validation as it goes on, and end as its verdict says.
+
+    Raises:
+        CliError: the provider rejected it, could not be asked, or was not asked in time.
+    """
+    out = session.out
+    hint = clean(key.provider_key.versions[-1].hint) if key.provider_key.versions else ""
+    what = f"{provider_of(key)} {clean(key.provider_key.display_name)} {hint}".rstrip()
+    if not out.as_json:
+        out.print(f"sealed and stored: {key_id(key)} ({what})")
+    done = False
+    with out.progress(f"asking {provider_of(key)} whether it works …") as progress:
+        for answer in _watch(session, key, wait):
+            key, done = answer.key, answer.done
+            if out.as_json:
+                out.json_line(message_dict(key))
+            if verdict_of(key) and not done:
+                progress(f"{provider_of(key)}: {verdict_of(key)}, asked {_times(key)} …")
+            if done or verdict_of(key) == "UNREACHABLE":
+                break
+    _conclude(session, key, done)
+
+
+def _watch(session: Session, key: Key, wait: float) -> Iterator[key_pb2.WatchKeyResponse]:
+    request = key_pb2.WatchKeyRequest(name=key.provider_key.name)
+    return until_done(lambda left: session.connection.keys.WatchKey(request, timeout=left), wait)
+
+
+def _conclude(session: Session, key: Key, done: bool) -> None:
+    verdict, reference = verdict_of(key), key_id(key)
+    if verdict in _GOOD and done:
+        if session.out.as_json:
+            return
+        session.out.print(f"{verdict}: {_GOOD[verdict]}; {reference} is {key_state(key)}")
+        if verdict == "QUOTA_EXHAUSTED":
+            session.out.warn("reviews will fail until the provider's quota is raised or paid for")
+        return
+    if verdict == "INVALID":
+        raise CliError(
+            "the provider rejects this key; it was destroyed here",
+            "check it at the provider, then run the command again with the right one",
+            Exit.KEY,
+            "KEY_REJECTED",
+        )
+    again = when(key.validation.retry_time)
+    raise CliError(
+        "the provider could not be asked yet; the key is stored and stays PENDING"
+        + (f", next try at {again}" if again else ""),
+        f"byokeep key show {reference}",
+        Exit.UNAVAILABLE,
+        "KEY_UNVALIDATED",
+    )
+
+
+def _times(key: Key) -> str:
+    count = key.validation.attempts
+    return f"{count} time{'s' * (count != 1)}"

@@ -1,0 +1,214 @@
+"""Client files: trust bundle and profiles.
+
+`trust.json` pins what the client believes; `config.toml` says where the services
+are and as whom to call them. Both are described in docs/decisions/0001-module-map.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+_ENDPOINTS = ("orchestrator", "keyvault")
+_KEYS = {
+    *_ENDPOINTS,
+    *(f"{name}_name" for name in _ENDPOINTS),
+    "trust",
+    "certificate",
+    "key",
+    "tenant",
+}
+
+
+class ProfileError(Exception):
+    """A client file is missing or wrong. `hint` says what to do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        """Keep the hint beside the sentence."""
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A service: `host:port`, and the DNS name that its certificate must have."""
+
+    address: str
+    server_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrustBundle:
+    """What a client believes: the CA certificates (PEM), and signing keys by id."""
+
+    deployment: str
+    ca: bytes
+    intake_signing_keys: Mapping[str, Ed25519PublicKey]
+    audit_log_keys: Mapping[str, Ed25519PublicKey]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where the services are, as whom to call them, and for which tenant.
+
+    `keyvault` is None where the profile has no audit and admin edge; `tenant` is
+    empty where none is set; `source` is the config file that it was read from.
+    """
+
+    name: str
+    orchestrator: Endpoint
+    keyvault: Endpoint | None
+    certificate: Path
+    key: Path
+    trust: TrustBundle
+    tenant: str = ""
+    source: Path | None = None
+
+    def read_identity(self) -> tuple[bytes, bytes]:
+        """Return certificate chain and private key, PEM.
+
+        Raises:
+            ProfileError: a file can't be read, or others than its owner can read the key.
+        """
+        certificate = _read(self.certificate, "certificate")
+        key = _read(self.key, "private key")
+        # Also keeps out a key that came with a repository: git checks out 0644.
+        if os.name == "posix" and self.key.stat().st_mode & 0o077:
+            raise ProfileError(
+                f"the private key {self.key} can be read by others than its owner",
+                f"chmod 600 {self.key}",
+            )
+        return certificate, key
+
+
+def find_config(
+    environ: Mapping[str, str] | None = None, directory: Path | None = None
+) -> Path | None:
+    """Return the config file: `BYOKEEP_CONFIG`, else `.byokeep/config.toml` in the
+    working directory or a parent, else `~/.config/byokeep/config.toml`; else None."""
+    environ = os.environ if environ is None else environ
+    if named := environ.get("BYOKEEP_CONFIG"):
+        return Path(named)
+    start = (directory or Path.cwd()).resolve()
+    home = Path(environ.get("HOME") or Path.home())
+    candidates = [folder / ".byokeep" / "config.toml" for folder in (start, *start.parents)]
+    candidates.append(home / ".config" / "byokeep" / "config.toml")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def load_profile(name: str | None = None, config: Path | None = None) -> Profile:
+    """Read a profile; without a name, the file's default one, else its only one.
+
+    Raises:
+        ProfileError: there is no config file, no such profile, or it is wrong.
+    """
+    path = config or find_config()
+    if path is None:
+        raise ProfileError(
+            "there is no configuration: no BYOKEEP_CONFIG, no .byokeep/config.toml here or above,"
+            " no ~/.config/byokeep/config.toml",
+            "`make up` in a byokeep checkout starts a local stack and writes one",
+        )
+    return _profile(path, name, _profiles(path))
+
+
+def load_trust(path: Path) -> TrustBundle:
+    """Read a trust bundle. Raises ProfileError, which names the field that is wrong."""
+    try:
+        data = json.loads(_read(path, "trust bundle"))
+    except ValueError as error:
+        raise ProfileError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ProfileError(f"{path} is not a trust bundle: a JSON object is expected")
+    deployment, ca = data.get("deployment"), data.get("ca")
+    if not isinstance(deployment, str) or not deployment:
+        raise ProfileError(f"{path}: `deployment` must be the name of the deployment")
+    if not isinstance(ca, list) or not ca or not all(_is_certificate(entry) for entry in ca):
+        raise ProfileError(f"{path}: `ca` must be a list of PEM certificates")
+    return TrustBundle(
+        deployment=deployment,
+        ca="".join(entry.rstrip("\n") + "\n" for entry in ca).encode(),
+        intake_signing_keys=_public_keys(path, data, "intake_signing_keys"),
+        audit_log_keys=_public_keys(path, data, "audit_log_keys"),
+    )
+
+
+def _profiles(path: Path) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(_read(path, "configuration").decode())
+    except ValueError as error:
+        raise ProfileError(f"{path} is not TOML: {error}") from None
+    if not isinstance(data.get("profiles"), dict) or not data["profiles"]:
+        raise ProfileError(f"{path} has no [profiles.NAME]")
+    return data
+
+
+def _profile(path: Path, name: str | None, data: Mapping[str, Any]) -> Profile:
+    profiles = data["profiles"]
+    chosen = name or data.get("default_profile") or (min(profiles) if len(profiles) == 1 else None)
+    known = ", ".join(sorted(profiles))
+    if chosen is None:
+        raise ProfileError(
+            f"{path} has several profiles and no default_profile", f"--profile with one of: {known}"
+        )
+    if not isinstance(profiles.get(chosen), dict):
+        raise ProfileError(f"{path} has no such profile", f"it has: {known}")
+    table = profiles[chosen]
+    if unknown := sorted(table.keys() - _KEYS):
+        raise ProfileError(f"{path}, profile {chosen}: unknown setting {unknown[0]}")
+    return Profile(
+        name=chosen,
+        orchestrator=_endpoint(path, table, "orchestrator"),
+        keyvault=_endpoint(path, table, "keyvault") if "keyvault" in table else None,
+        certificate=path.parent / _text(path, table, "certificate"),
+        key=path.parent / _text(path, table, "key"),
+        trust=load_trust(path.parent / _text(path, table, "trust")),
+        tenant=_text(path, table, "tenant") if "tenant" in table else "",
+        source=path,
+    )
+
+
+def _endpoint(path: Path, table: Mapping[str, Any], name: str) -> Endpoint:
+    return Endpoint(_text(path, table, name), _text(path, table, f"{name}_name"))
+
+
+def _text(path: Path, table: Mapping[str, Any], name: str) -> str:
+    value = table.get(name)
+    if not isinstance(value, str) or not value:
+        raise ProfileError(f"{path}: the profile has no `{name}`")
+    return value
+
+
+def _public_keys(path: Path, data: Mapping[str, Any], field: str) -> dict[str, Ed25519PublicKey]:
+    entries = data.get(field)
+    if not isinstance(entries, dict):
+        raise ProfileError(f"{path}: `{field}` must be an object of ids and base64 keys")
+    try:
+        return {
+            key_id: Ed25519PublicKey.from_public_bytes(base64.b64decode(value, validate=True))
+            for key_id, value in entries.items()
+        }
+    except (binascii.Error, TypeError, ValueError):
+        raise ProfileError(
+            f"{path}: `{field}` holds something else than base64 of 32 bytes"
+        ) from None
+
+
+def _is_certificate(entry: object) -> bool:
+    return isinstance(entry, str) and entry.startswith("-----BEGIN CERTIFICATE-----")
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ProfileError(f"the {what} {path} can't be read: {error.strerror}") from None

@@ -1,0 +1,182 @@
+"""`Stack`: real processes, a real PostgreSQL, and providers that do as a test says."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    from byokeep.client import Connection
+
+
+class ProcessHandle(Protocol):
+    """One process of the stack."""
+
+    @property
+    def pid(self) -> int:
+        """Id of the process that runs now."""
+
+    @property
+    def running(self) -> bool:
+        """Whether it lives."""
+
+    @property
+    def exit_status(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+
+    def stop(self, seconds: float = ...) -> None:
+        """SIGTERM, and SIGKILL after so many seconds."""
+
+    def start(self) -> None:
+        """Start it again; returns before it serves (see `Stack.wait_ready`)."""
+
+
+class Stack:
+    """A throwaway stack with tenant `demo`; a context manager.
+
+    Start it from the main thread, or another that outlives it: the kernel ends the
+    processes with the thread that started them.
+    """
+
+    def __init__(
+        self, *, live: bool = False, environment: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        """``environment`` adds variables by process name (`keyvault`, `orchestrator`,
+        `runner`); ``live`` dials the real providers, and there is no emulator then."""
+        self._live = live
+        self._environment = environment
+        self._resources = ExitStack()
+        self._local: Any = None
+        self._emulator: Any = None
+
+    def start(self) -> Self:
+        """Start all; returns once it serves. Raises RuntimeError with the log of what failed."""
+        state_module, supervisor = _deploy("state"), _deploy("supervisor")
+        with ExitStack() as resources:
+            state = resources.enter_context(state_module.throwaway_state())
+            local = supervisor.LocalStack(state, live=self._live, extra=self._environment)
+            resources.callback(local.stop, discard=True)
+            local.start()
+            if local.emulator_ports is not None:
+                control = _deploy("emulator.control").EmulatorControl
+                url = f"http://127.0.0.1:{local.emulator_ports[1]}"
+                self._emulator = resources.enter_context(control(url))
+            self._local = local
+            self._resources = resources.pop_all()
+        return self
+
+    def stop(self) -> None:
+        """Stop all and erase it."""
+        self._resources.close()
+        self._local = self._emulator = None
+
+    @property
+    def config(self) -> Path:
+        """The config.toml with a profile for each role, for `BYOKEEP_CONFIG`."""
+        path: Path = self._running.state.config
+        return path
+
+    @property
+    def trust(self) -> Path:
+        """The trust.json of the stack."""
+        path: Path = self._running.state.trust
+        return path
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds everything, logs included."""
+        path: Path = self._running.state.root
+        return path
+
+    @property
+    def emulator(self) -> Any:
+        """The emulator's control: `fault`, `calls`, `add_key`, `latency`, `release`, `reset`.
+
+        Raises RuntimeError with ``live``.
+        """
+        if self._emulator is None:
+            raise RuntimeError("this stack has no emulator")
+        return self._emulator
+
+    @property
+    def authority(self) -> Any:
+        """The stack's CA; `issue(path_prefix, spiffe_id=..., dns=[...], uris=[...])` makes
+        certificates that its services trust, or should refuse."""
+        return self._running.authority
+
+    def address(self, service: str) -> str:
+        """`host:port` of `keyvault`, `orchestrator` or `runner`."""
+        address: str = self._running.topology.address(service)
+        return address
+
+    def connect(self, role: str = "developer", *, tenant: str | None = None) -> Connection:
+        """Connect as `developer`, `submitter`, `key-admin`, `auditor` or `operator`."""
+        from byokeep.client import connect
+
+        profile = "demo" if role == "developer" else role
+        return connect(profile, config=self.config, tenant=tenant)
+
+    def process(self, name: str) -> ProcessHandle:
+        """`keyvault`, `orchestrator`, `runner`, `emulator` or `postgres`."""
+        handle: ProcessHandle = self._running.process(name)
+        return handle
+
+    def wait_ready(self, name: str) -> None:
+        """Wait until a process that was started again serves. Raises RuntimeError."""
+        self._running.wait_ready(name)
+
+    def restart(self, name: str) -> None:
+        """Stop a process if it runs, start it again, and wait until it serves."""
+        self.process(name).stop()
+        self.process(name).start()
+        self.wait_ready(name)
+
+    def database_url(self, zone: str) -> str:
+        """URL of the database of `keyvault` or `orchestrator`, with its role's password."""
+        url: str = self._running.database_url(zone)
+        return url
+
+    def log(self, name: str) -> str:
+        """All that a process has written so far."""
+        text: str = self._running.process(name).log.read_text(errors="replace")
+        return text
+
+    def __enter__(self) -> Self:
+        """Start."""
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+    @property
+    def _running(self) -> Any:
+        if self._local is None:
+            raise RuntimeError("the stack is not started")
+        return self._local
+
+
+def _deploy(name: str) -> Any:
+    try:
+        return importlib.import_module(f"deploy.local.{name}")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("deploy"):
+            raise
+        raise RuntimeError(
+            "byokeep.testing needs a byokeep checkout in PYTHONPATH, after its `make setup`"
+        ) from None

@@ -1,0 +1,83 @@
+"""`python -m deploy.local`: keep a byokeep stack on this machine, or show it once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from deploy.local import background, demo
+from deploy.local.processes import StackError
+from deploy.local.state import default_root
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    up = commands.add_parser("up", help="start a stack and leave it running")
+    up.add_argument("--foreground", action="store_true", help="stay; Ctrl-C stops the stack")
+    down = commands.add_parser("down", help="stop the stack; its data stays")
+    status = commands.add_parser("status", help="say which processes run and serve")
+    clean = commands.add_parser("clean", help="stop the stack and erase its folder")
+    run = commands.add_parser("run", help="show byokeep on a throwaway stack, and stop it")
+    run.add_argument("--diff", type=Path, help="review this diff instead of the one shipped")
+    run.add_argument("--provider", default="openai", choices=["openai", "anthropic", "gemini"])
+    for command in (up, down, status, clean):
+        command.add_argument(
+            "--state", type=Path, default=None, help="its folder (default: BYOKEEP_STATE)"
+        )
+    for command in (up, run):
+        command.add_argument(
+            "--live", action="store_true", help="real provider hosts; keys are real and cost money"
+        )
+    return parser.parse_args(argv)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    # One is enough: a second must not break off the orderly stop.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    if arguments.command == "run":
+        return demo.run(arguments.diff, provider=arguments.provider, live=arguments.live)
+    root = arguments.state.absolute() if arguments.state else default_root()
+    match arguments.command:
+        case "up" if arguments.foreground:
+            return background.serve(root, live=arguments.live)
+        case "up":
+            return background.up(root, live=arguments.live)
+        case "down":
+            return background.down(root)
+        case "status":
+            return background.status(root)
+        case _:
+            return background.clean(root)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return its exit status."""
+    arguments = _arguments(argv)
+    try:
+        return _dispatch(arguments)
+    except StackError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; everything is stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    for each in _SIGNALS:
+        signal.signal(each, _interrupt)
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""A stack that stays: `up`, `down`, `status` and `clean`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from deploy.local import material
+from deploy.local.processes import StackError, alive, wait_for
+from deploy.local.state import CHECKOUT, State, existing_state, open_state
+from deploy.local.supervisor import LocalStack
+from deploy.local.topology import SERVICES
+
+_STOP_SECONDS = 40.0
+_CHECKOUT_CONFIG = CHECKOUT / ".byokeep" / "config.toml"
+
+
+def show(name: str, what: str, seconds: float) -> None:
+    """Print one line of progress."""
+    print(f"  {name:<14}{what:<34}{seconds:5.1f} s", flush=True)
+
+
+def up(root: Path, *, live: bool) -> int:
+    """Start a stack in the background; return once it serves. Raises StackError."""
+    state = open_state(root)
+    if state.holder() is not None:
+        print(f"already up in {root}")
+        _print_usage()
+        return 0
+    command = [sys.executable, "-m", "deploy.local", "up", "--foreground", f"--state={root}"]
+    supervisor = subprocess.Popen(
+        [*command, *(["--live"] if live else [])],
+        cwd=CHECKOUT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        # Its output ends when it has moved to its log: the stack is up, or has failed.
+        for line in supervisor.stdout or ():
+            print(line, end="", flush=True)
+    except KeyboardInterrupt:
+        supervisor.terminate()
+        supervisor.wait(_STOP_SECONDS)
+        raise
+    if not wait_for(lambda: _describes(state, supervisor.pid), 1.0):
+        return supervisor.wait(_STOP_SECONDS) or 1
+    _print_usage()
+    return 0
+
+
+def serve(root: Path, *, live: bool) -> int:
+    """Be the supervisor of a stack until a signal comes. Raises StackError."""
+    state = open_state(root)
+    lock = state.lock()
+    if lock is None:
+        raise StackError(f"another supervisor (process {state.holder()}) keeps {root} up")
+    stack = LocalStack(state, live=live, report=show)
+    stack.start()
+    try:
+        orchestrator, keyvault = (stack.topology.address(n) for n in ("orchestrator", "keyvault"))
+        material.write_profiles(_CHECKOUT_CONFIG, state, orchestrator, keyvault)
+        if not sys.stdout.isatty():
+            _move_output(state.logs / "supervisor.log")
+        stack.watch()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        stack.stop()
+        os.close(lock)
+    return 0
+
+
+def down(root: Path) -> int:
+    """Stop a running stack. Raises StackError if it doesn't end."""
+    state = existing_state(root)
+    holder = None if state is None else state.holder()
+    if state is None or holder is None:
+        print(f"nothing runs in {root}")
+        return 0
+    os.kill(holder, signal.SIGTERM)
+    if not wait_for(lambda: state.holder() is None, _STOP_SECONDS):
+        os.kill(holder, signal.SIGKILL)  # the kernel then ends its children
+        if not wait_for(lambda: not alive(holder), 5.0):
+            raise StackError(f"the supervisor (process {holder}) does not end")
+    print(f"stopped; data and keys stay in {root}")
+    return 0
+
+
+def status(root: Path) -> int:
+    """Print what runs and serves; 0 if all does, 3 if nothing is up, 1 otherwise."""
+    state = existing_state(root)
+    if state is None or state.holder() is None:
+        print(f"down ({root})")
+        return 3
+    description = _description(state)
+    if description is None:
+        print(f"starting ({root})")
+        return 1
+    print(f"up in {root}, supervisor {description['pid']}")
+    healthy = True
+    for name, pid in description["processes"].items():
+        what = _health(name, pid, description["ports"])
+        healthy &= what in ("SERVING", "running")
+        print(f"  {name:<14}{what:<14} process {pid}")
+    return 0 if healthy else 1
+
+
+def clean(root: Path) -> int:
+    """Stop a stack and erase its folder and the checkout's profile."""
+    if existing_state(root) is not None:
+        down(root)
+        State(root).erase()
+        print(f"erased {root}")
+    shutil.rmtree(_CHECKOUT_CONFIG.parent, ignore_errors=True)
+    return 0
+
+
+def _describes(state: State, pid: int) -> bool:
+    description = _description(state)
+    return description is not None and description["pid"] == pid
+
+
+def _description(state: State) -> dict[str, Any] | None:
+    try:
+        description: dict[str, Any] = json.loads(state.description.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return description
+
+
+def _health(name: str, pid: int, ports: dict[str, int]) -> str:
+    if not alive(pid):
+        return "ended"
+    if name not in SERVICES:
+        return "running"
+    with grpc.insecure_channel(f"127.0.0.1:{ports[f'{name}-health']}") as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=2.0
+            )
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+def _print_usage() -> None:
+    command = Path(sys.prefix) / "bin" / "byokeep"
+    print(
+        f"\ntenant `{material.TENANT}` is ready; in this checkout the command finds it by itself:"
+    )
+    print(f"  {_shortest(command)} key add openai")
+    print("anywhere else:")
+    print(f"  export BYOKEEP_CONFIG={_CHECKOUT_CONFIG}")
+
+
+def _shortest(path: Path) -> Path:
+    return path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
+
+
+def _move_output(log: Path) -> None:
+    sys.stdout.flush()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

@@ -1,0 +1,1 @@
+"""keyvault: keeps customers' provider keys; the only zone that can open one."""

@@ -1,0 +1,64 @@
+"""`python -m services.keyvault serve | migrate | new-keyring`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+
+from services.common import hardening
+from services.common.config import ConfigError, load, read_secret_file
+from services.keyvault.config import Settings
+
+
+def main() -> None:
+    """Run one command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m services.keyvault",
+        description="keyvault keeps customers' provider keys. Settings are BYOKEEP_* variables.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve until SIGTERM")
+    serve.add_argument(
+        "--role",
+        choices=("all", "data", "admin"),
+        default="all",
+        help="data: custody and leases; admin: audit, tenants' KEKs; all: both (one machine)",
+    )
+    commands.add_parser(
+        "migrate",
+        help="bring the schema up to date, make keyvault's own keys,"
+        " print the public ones (JSON, for clients' trust bundles)",
+    )
+    commands.add_parser("new-keyring", help="print a new keyring for backend local")
+    arguments = parser.parse_args()
+    try:
+        _run(arguments)
+    except ConfigError as error:
+        sys.exit(f"keyvault: {error}")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "new-keyring":
+        from services.keyvault.kek.local import new_keyring
+
+        sys.stdout.write(new_keyring() + "\n")
+        return
+    hardening.check_environment(os.environ)
+    settings = load(Settings, os.environ)
+    if arguments.command == "migrate":
+        from services.keyvault import migrate
+
+        migrate.upgrade(read_secret_file(settings.database_url_file))
+        sys.stdout.write(json.dumps(asyncio.run(migrate.bootstrap(settings))) + "\n")
+        return
+    from services.common import server
+    from services.keyvault.server import App
+
+    server.main("keyvault", settings, App(settings, arguments.role))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The log of chain heads, and its anchor outside the database.
+
+Every second the heads of chains that grew become leaves of one append-only Merkle
+log, and the log's size and root are written to a file that is not in the database.
+A database that does not contain what its anchor says was rolled back: no lease is
+given until an operator says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from byokeep.encoding import fields
+from byokeep.keyvault.v1 import audit_pb2
+
+from services.common import logs
+from services.common.config import ConfigError
+from services.common.errors import ByokeepError
+from services.keyvault import chain, merkle
+from services.keyvault.database import Connection, Database
+from services.keyvault.store import audit as store
+
+log = logging.getLogger(__name__)
+_TICK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A position of the log: how many leaves, and the root over them."""
+
+    size: int
+    root: bytes
+
+
+class Anchor:
+    """Extends the log, anchors it, and notices when the database went back."""
+
+    def __init__(self, database: Database, file: Path, deployment: str) -> None:
+        """Anchor a database's log in a file."""
+        self._database = database
+        self._file = file
+        self._deployment = deployment
+        self._frontier = merkle.Frontier()
+        self._ticking = asyncio.Lock()
+        self.rolled_back = False
+
+    def refusal(self) -> ByokeepError | None:
+        """Return why no lease may be given now."""
+        if not self.rolled_back:
+            return None
+        return ByokeepError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "DATABASE_ROLLED_BACK",
+            "keyvault's database is older than its anchor; no lease is given until an operator"
+            " has looked and says so: byokeep admin resume-leases",
+        )
+
+    async def run(self) -> None:
+        """Extend and anchor every second, until cancelled."""
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            try:
+                await self.tick()
+            except (ByokeepError, OSError) as error:
+                logs.failure(log, "anchor_failed", error)
+
+    async def tick(self) -> None:
+        """Compare the database with the anchor; where it holds, extend both."""
+        if self.rolled_back:
+            return
+        async with self._ticking, self._database.transaction() as connection:
+            await store.lock_log(connection)
+            if not await self._holds(connection):
+                self.rolled_back = True
+            else:
+                await self._extend(connection)
+        if self.rolled_back:
+            logs.event(log, "database_rolled_back", level=logging.CRITICAL)
+            await self._note(audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED, "", "")
+        else:
+            # After the commit: an anchor must never be ahead of its database.
+            self._write()
+
+    async def resume(self, caller: str, reason: str) -> None:
+        """Take the database as it is for the truth again, on an operator's word."""
+        await self._note(audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED, caller, reason)
+        async with self._ticking, self._database.transaction() as connection:
+            await store.lock_log(connection)
+            self._frontier = merkle.Frontier()
+            await self._follow(connection)
+            self._write()
+        self.rolled_back = False
+
+    async def _holds(self, connection: Connection) -> bool:
+        anchored = self._read()
+        size = await store.log_size(connection)
+        if anchored is None:
+            # A first start has neither; a database with a log must have had an anchor.
+            return size == 0
+        if size < anchored.size or size < self._frontier.size:
+            return False
+        await self._follow(connection, anchored.size)
+        if self._frontier.size == anchored.size:
+            return self._frontier.root() == anchored.root
+        # Another replica, or a crash before the file was written: the log went on.
+        leaves = await store.leaves(connection, 0, anchored.size)
+        return merkle.root(leaves) == anchored.root
+
+    async def _follow(self, connection: Connection, end: int | None = None) -> None:
+        last = await store.log_size(connection) if end is None else end
+        for leaf in await store.leaves(connection, self._frontier.size, last):
+            self._frontier.append(leaf)
+
+    async def _extend(self, connection: Connection) -> None:
+        await self._follow(connection)
+        for row in await store.unlogged(connection):
+            # Blinded: who holds a checkpoint and one tenant's record learns nothing of others.
+            blind = os.urandom(32)
+            leaf = merkle.leaf_hash(fields(blind, row[0], row[1], row[2]))
+            await store.add_leaf(connection, self._frontier.size, row, blind, leaf)
+            self._frontier.append(leaf)
+
+    async def _note(
+        self, kind: audit_pb2.AuditEventType.ValueType, caller: str, detail: str
+    ) -> None:
+        event = audit_pb2.AuditEvent(type=kind, caller=caller, detail=detail)
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.SYSTEM)
+            await chain.append(connection, head, self._deployment, [event])
+
+    def _read(self) -> Position | None:
+        if not self._file.exists():
+            return None
+        try:
+            data = json.loads(self._file.read_text())
+            if data["deployment"] != self._deployment:
+                raise ValueError
+            return Position(int(data["size"]), bytes.fromhex(data["root"]))
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"BYOKEEP_ANCHOR_FILE: {self._file} is not an anchor of this deployment"
+            ) from None
+
+    def _write(self) -> None:
+        text = json.dumps(
+            {
+                "deployment": self._deployment,
+                "size": self._frontier.size,
+                "root": self._frontier.root().hex(),
+            }
+        )
+        # Whole or not at all, and on the disk before anyone relies on it.
+        temporary = self._file.with_suffix(".new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self._file)

@@ -1,0 +1,131 @@
+"""The audit chains: one per tenant, and `system`.
+
+An event is written in the transaction that it describes, under the lock of its
+chain's row: if it can't be written, nothing else happens either.
+
+    hash = SHA-256("byokeep/audit/v1\\n" ‖ previous hash ‖ body)
+
+over the body's exact bytes, which are never serialized again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+from byokeep.keyvault.v1 import audit_pb2
+
+from services.common.errors import ByokeepError
+from services.keyvault.database import Connection
+
+GENESIS = bytes(32)
+SYSTEM = "system"
+_PREFIX = b"byokeep/audit/v1\n"
+
+_CREATE = "INSERT INTO chain (chain, hash) VALUES (%s, %s) ON CONFLICT DO NOTHING"
+_LOCK = "SELECT sequence, hash, clock_timestamp() FROM chain WHERE chain = %s FOR UPDATE"
+_APPEND = """
+WITH event AS (
+    INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
+    SELECT %(chain)s, * FROM unnest(
+        %(sequences)s::bigint[], %(keys)s::text[], %(bodies)s::bytea[],
+        %(previous)s::bytea[], %(hashes)s::bytea[]
+    )
+)
+UPDATE chain SET sequence = %(sequence)s, hash = %(hash)s WHERE chain = %(chain)s
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of a chain whose row is locked, and the database's time."""
+
+    chain: str
+    sequence: int
+    hash: bytes
+    now: datetime.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One event, ready to be stored."""
+
+    sequence: int
+    key_id: str
+    body: bytes
+    previous_hash: bytes
+    hash: bytes
+
+
+def tenant_chain(tenant: str) -> str:
+    """Return the name of a tenant's chain."""
+    return f"tenants/{tenant}"
+
+
+def link_hash(previous: bytes, body: bytes) -> bytes:
+    """Return the hash of a link."""
+    return hashlib.sha256(_PREFIX + previous + body).digest()
+
+
+async def create(connection: Connection, chain: str) -> None:
+    """Start a chain; nothing where it exists."""
+    await connection.execute(_CREATE, (chain, GENESIS))
+
+
+async def lock(connection: Connection, chain: str) -> Head:
+    """Lock a chain for this transaction. Raises ByokeepError: TENANT_KEY_MISSING."""
+    row = await (await connection.execute(_LOCK, (chain,))).fetchone()
+    if row is None:
+        tenant = chain.rpartition("/")[2]
+        raise ByokeepError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "TENANT_KEY_MISSING",
+            f"tenant {tenant} has no key-encryption key; an operator creates it:"
+            f" byokeep tenant create {tenant}",
+            tenant=tenant,
+        )
+    return Head(chain, *row)
+
+
+def link(
+    head: Head, deployment: str, events: Sequence[audit_pb2.AuditEvent]
+) -> tuple[Head, list[Link]]:
+    """Number, stamp and chain events; return the new head and the links to store."""
+    sequence, previous, links = head.sequence, head.hash, []
+    for event in events:
+        sequence += 1
+        event.deployment, event.chain, event.sequence = deployment, head.chain, sequence
+        event.event_time.FromDatetime(head.now)
+        body = event.SerializeToString(deterministic=True)
+        digest = link_hash(previous, body)
+        links.append(Link(sequence, event.key_id, body, previous, digest))
+        previous = digest
+    return Head(head.chain, sequence, previous, head.now), links
+
+
+def append_parameters(head: Head, links: Sequence[Link]) -> dict[str, object]:
+    """Return the parameters of the append statement."""
+    return {
+        "chain": head.chain,
+        "sequence": head.sequence,
+        "hash": head.hash,
+        "sequences": [one.sequence for one in links],
+        "keys": [one.key_id for one in links],
+        "bodies": [one.body for one in links],
+        "previous": [one.previous_hash for one in links],
+        "hashes": [one.hash for one in links],
+    }
+
+
+async def append(
+    connection: Connection, head: Head, deployment: str, events: Sequence[audit_pb2.AuditEvent]
+) -> Head:
+    """Write events to the end of a locked chain; return its new head."""
+    if not events:
+        return head
+    head, links = link(head, deployment, events)
+    await connection.execute(_APPEND, append_parameters(head, links))
+    return head

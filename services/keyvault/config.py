@@ -1,0 +1,42 @@
+"""Settings of keyvault."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from services.common import config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(config.ServiceSettings):
+    """What keyvault is told."""
+
+    database_url_file: Path = config.setting("0600 file with the postgresql:// URL of its database")
+    anchor_file: Path = config.setting(
+        "file outside the database that holds the newest log position"
+    )
+    grant_keys_dir: Path = config.setting(
+        "folder of *.pem: Ed25519 public keys of orchestrator replicas"
+    )
+    kek_backend: Literal["local"] = config.setting("local", default="local")
+    allow_local_kek: bool = config.setting(
+        "yes: allow backend local in production mode", default=False
+    )
+    keyring_file: Path | None = config.setting("0600 file: keyring of backend local", default=None)
+    intake_per_hour: int = config.setting(
+        "keys that one caller may send in for one tenant, per hour", default=20
+    )
+    tenant_leases_in_flight: int = config.setting(
+        "leases of one tenant that live at once", default=64
+    )
+    database_connections: int = config.setting("connections to the database", default=8)
+
+    def check(self) -> None:
+        """Refuse what must be said on purpose. Raises ConfigError."""
+        if self.kek_backend == "local" and self.mode == "production" and not self.allow_local_kek:
+            raise config.ConfigError(
+                "BYOKEEP_KEK_BACKEND is local in production mode: the keyring is only as safe as"
+                " its copies. Use Vault, or set BYOKEEP_ALLOW_LOCAL_KEK=yes on purpose"
+            )

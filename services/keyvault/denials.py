@@ -1,0 +1,92 @@
+"""Denied calls go to the system chain, in transactions of their own, aggregated.
+
+The first of a kind is written within a second, and one count a minute after it:
+a flood neither fills a disk nor touches a tenant's chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from byokeep.keyvault.v1 import audit_pb2
+
+from services.common import logs
+from services.common.errors import ByokeepError
+from services.keyvault import chain
+from services.keyvault.database import Database
+
+log = logging.getLogger(__name__)
+_TICK_SECONDS = 1.0
+_REPEAT_SECONDS = 60.0
+_MAX_KINDS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is counted together."""
+
+    spiffe_id: str
+    method: str
+    reason: str
+
+
+_OTHER = Kind("", "", "many kinds")
+
+
+class Denials:
+    """Counts denials and writes them to the system chain."""
+
+    def __init__(self, database: Database, deployment: str) -> None:
+        """Write to a database's system chain."""
+        self._database = database
+        self._deployment = deployment
+        self._counts: Counter[Kind] = Counter()
+        self._written: dict[Kind, float] = {}
+
+    def note(self, spiffe_id: str, method: str, reason: str) -> None:
+        """Count one denial; never blocks, and holds a bounded number of kinds."""
+        kind = Kind(spiffe_id[:256], method, reason)
+        if kind not in self._counts and len(self._counts) >= _MAX_KINDS:
+            kind = _OTHER
+        self._counts[kind] += 1
+
+    async def run(self) -> None:
+        """Write what is due, until cancelled."""
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            await self.flush(time.monotonic())
+
+    async def flush(self, now: float, *, everything: bool = False) -> None:
+        """Write kinds that are new, or were last written a minute ago."""
+        for kind in [k for k, at in self._written.items() if now - at > _REPEAT_SECONDS]:
+            del self._written[kind]
+        due = [kind for kind in self._counts if everything or kind not in self._written]
+        if not due:
+            return
+        counts = {kind: self._counts.pop(kind) for kind in due}
+        try:
+            await self._write(counts)
+        except ByokeepError as error:
+            logs.failure(log, "denials_not_written", error, kinds=len(counts))
+            self._counts.update(counts)
+            return
+        self._written.update(dict.fromkeys(due, now))
+
+    async def _write(self, counts: dict[Kind, int]) -> None:
+        events = [
+            audit_pb2.AuditEvent(
+                type=audit_pb2.AUDIT_EVENT_TYPE_DENIED,
+                caller=kind.spiffe_id,
+                method=kind.method,
+                reason=kind.reason,
+                count=count,
+            )
+            for kind, count in counts.items()
+        ]
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.SYSTEM)
+            await chain.append(connection, head, self._deployment, events)

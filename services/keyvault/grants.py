@@ -1,0 +1,94 @@
+"""Grants: verified before they are parsed, and refused with one uniform message."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+from collections.abc import Mapping
+from pathlib import Path
+
+import grpc
+from byokeep import dsse
+from byokeep.common.v1 import options_pb2
+from byokeep.ids import public_key_id
+from byokeep.keyvault.v1 import grant_pb2
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from google.protobuf.message import DecodeError
+
+from services.common.config import ConfigError
+from services.common.errors import ByokeepError
+
+MAX_LIFE = datetime.timedelta(seconds=60)
+SKEW = datetime.timedelta(seconds=5)
+
+
+class GrantRefusedError(Exception):
+    """Why a grant is refused: for the audit log; the caller is told nothing of it."""
+
+
+def refused() -> ByokeepError:
+    """Return the one answer to every grant that is refused."""
+    return ByokeepError(grpc.StatusCode.PERMISSION_DENIED, "GRANT_REFUSED", "the grant was refused")
+
+
+def load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
+    """Load the orchestrator replicas' public keys, by id. Raises ConfigError."""
+    keys: dict[str, Ed25519PublicKey] = {}
+    for path in sorted(folder.glob("*.pem")):
+        key = serialization.load_pem_public_key(path.read_bytes())
+        if not isinstance(key, Ed25519PublicKey):
+            raise ConfigError(f"{path}: not an Ed25519 public key")
+        keys[public_key_id("gsk", key.public_bytes_raw())] = key
+    if not keys:
+        raise ConfigError(f"BYOKEEP_GRANT_KEYS_DIR: no *.pem in {folder}; no lease could be given")
+    return keys
+
+
+def verify(
+    envelope: options_pb2.SignedEnvelope,
+    trusted: Mapping[str, Ed25519PublicKey],
+    deployment: str,
+) -> grant_pb2.Grant:
+    """Return the grant that a trusted key signed for this deployment.
+
+    Raises:
+        GrantRefusedError: signature, type, form, deployment, or a life longer than 60 s.
+    """
+    try:
+        grant = grant_pb2.Grant.FromString(dsse.verify(envelope, dsse.GRANT, trusted))
+    except (dsse.SignatureError, DecodeError) as error:
+        raise GrantRefusedError(type(error).__name__) from None
+    life = _time(grant.expire_time) - _time(grant.issue_time)
+    if grant.deployment != deployment:
+        raise GrantRefusedError("deployment")
+    if not datetime.timedelta() < life <= MAX_LIFE:
+        raise GrantRefusedError("life")
+    if not grant.grant_id or not grant.attempt_id or not grant.tenant:
+        raise GrantRefusedError("form")
+    if grant.purpose not in (
+        grant_pb2.LEASE_PURPOSE_VALIDATION,
+        grant_pb2.LEASE_PURPOSE_REVIEW,
+    ):
+        raise GrantRefusedError("purpose")
+    return grant
+
+
+def check_time(grant: grant_pb2.Grant, now: datetime.datetime) -> None:
+    """Refuse a grant that is not valid at the database's time. Raises GrantRefusedError."""
+    if not _time(grant.issue_time) - SKEW <= now <= _time(grant.expire_time) + SKEW:
+        raise GrantRefusedError("time")
+
+
+def check_holder(grant: grant_pb2.Grant, spiffe_id: str, recipient_public_key: bytes) -> None:
+    """Refuse a caller outside the runner class, or another key. Raises GrantRefusedError."""
+    if spiffe_id.rpartition("/")[2] != grant.runner_class:
+        raise GrantRefusedError("runner class")
+    digest = hashlib.sha256(recipient_public_key).digest()
+    if not hmac.compare_digest(digest, grant.recipient_key_sha256):
+        raise GrantRefusedError("recipient key")
+
+
+def _time(stamp: object) -> datetime.datetime:
+    return stamp.ToDatetime(datetime.UTC)  # type: ignore[attr-defined, no-any-return]

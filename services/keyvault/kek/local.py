@@ -1,0 +1,211 @@
+"""Backend `local`: KEKs under a keyring of root keys that the operator keeps.
+
+Each KEK is 256 random bits, wrapped by a root key and stored in keyvault's
+database; the root keys never are. Source of the keyring: a 0600 file, a mounted
+secret, a systemd credential, or an environment secret. Its form is JSON:
+`{"keys": {"1": base64 of 32 bytes}, "primary": "1"}`.
+
+`shred` is "none": whoever holds an old copy of the database and the keyring can
+open what was destroyed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from byokeep.encoding import fields
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from services.common.config import ConfigError, read_secret_file
+from services.common.secret import Secret
+from services.keyvault.database import Database
+from services.keyvault.kek import DataKey, KekMissingError, Shred, UnwrapError
+
+_NONCE = 12
+_KEK_LABEL = "byokeep/local-kek/v1"
+_DEK_LABEL = "byokeep/local-dek/v1"
+_CREDENTIAL = "byokeep-keyring"
+# Unwrapped KEKs are kept this long, this many: a KEK's version never changes,
+# and destroying a tenant also deletes the rows that it could open.
+_CACHE_SECONDS = 60.0
+_CACHE_ENTRIES = 1024
+
+_INSERT = """
+INSERT INTO local_kek (name, version, root_id, wrapped) VALUES (%s, 1, %s, %s)
+ON CONFLICT DO NOTHING
+"""
+_NEWEST = (
+    "SELECT version, root_id, wrapped FROM local_kek WHERE name = %s ORDER BY version DESC LIMIT 1"
+)
+_VERSION = "SELECT version, root_id, wrapped FROM local_kek WHERE name = %s AND version = %s"
+_DELETE = "DELETE FROM local_kek WHERE name = %s"
+
+
+@dataclass(frozen=True, slots=True)
+class Keyring:
+    """Root keys by id; `primary` wraps what is new."""
+
+    keys: Mapping[str, AESGCM]
+    primary: str
+
+    @classmethod
+    def parse(cls, text: str) -> Keyring:
+        """Read a keyring. Raises ConfigError, which shows nothing of it."""
+        keyring = None
+        try:
+            data = json.loads(text)
+            raw = {key_id: base64.b64decode(key) for key_id, key in data["keys"].items()}
+            if data["primary"] in raw and all(len(key) == 32 for key in raw.values()):
+                keyring = cls({k: AESGCM(key) for k, key in raw.items()}, data["primary"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            keyring = None
+        if keyring is None:
+            raise ConfigError(
+                'the keyring is not of the form {"keys": {"1": base64 of 32 bytes}, "primary": "1"}'
+            )
+        return keyring
+
+    def __repr__(self) -> str:
+        """Show ids only."""
+        return f"<Keyring {sorted(self.keys)}>"
+
+
+def new_keyring() -> str:
+    """Return the text of a keyring with one fresh root key."""
+    key = base64.b64encode(secrets.token_bytes(32)).decode()
+    return json.dumps({"keys": {"1": key}, "primary": "1"})
+
+
+def load_keyring(file: Path | None, environ: Mapping[str, str] = os.environ) -> Keyring:
+    """Load the keyring from its one configured source. Raises ConfigError."""
+    value = environ.get("BYOKEEP_KEYRING", "")
+    if file is not None and value:
+        raise ConfigError("BYOKEEP_KEYRING_FILE and BYOKEEP_KEYRING are both set; keep one")
+    if value:
+        return Keyring.parse(value)
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    if file is None and folder:
+        file = Path(folder) / _CREDENTIAL
+    if file is None:
+        raise ConfigError(
+            "no keyring: set BYOKEEP_KEYRING_FILE (a 0600 file) or BYOKEEP_KEYRING (a host's"
+            f" secret), or pass the systemd credential {_CREDENTIAL}"
+        )
+    return Keyring.parse(read_secret_file(file))
+
+
+class LocalBackend:
+    """KEKs under a keyring (see the module)."""
+
+    name = "local"
+    shred: Shred = "none"
+
+    def __init__(self, database: Database, keyring: Keyring, deployment: str) -> None:
+        """Use a database for wrapped KEKs and a keyring for their root keys."""
+        self._database = database
+        self._keyring = keyring
+        self._deployment = deployment
+        self._cache: OrderedDict[tuple[str, int], tuple[float, AESGCM]] = OrderedDict()
+
+    async def create(self, kek: str) -> bool:
+        """Create a KEK; False where it exists."""
+        nonce = os.urandom(_NONCE)
+        root = self._keyring.primary
+        with Secret(bytearray(os.urandom(32))) as key:
+            wrapped = nonce + self._keyring.keys[root].encrypt(
+                nonce, key.reveal(), self._kek_binding(kek, 1)
+            )
+        async with self._database.transaction() as connection:
+            cursor = await connection.execute(_INSERT, (kek, root, wrapped))
+            return cursor.rowcount == 1
+
+    async def generate_data_key(self, kek: str) -> DataKey:
+        """Return a fresh data key under the KEK's newest version."""
+        row = await self._database.one(_NEWEST, (kek,))
+        if row is None:
+            raise KekMissingError(kek)
+        version = int(row[0])
+        cipher = self._open(kek, version, row[1], row[2])
+        key = Secret(bytearray(os.urandom(32)))
+        nonce = os.urandom(_NONCE)
+        sealed = cipher.encrypt(nonce, key.reveal(), self._dek_binding(kek, version))
+        return DataKey(key, version.to_bytes(4, "big") + nonce + sealed, version)
+
+    async def unwrap(self, kek: str, wrapped: bytes) -> Secret:
+        """Return a data key in clear."""
+        if len(wrapped) != 4 + _NONCE + 32 + 16:
+            raise UnwrapError
+        version = int.from_bytes(wrapped[:4], "big")
+        cipher = await self._cipher(kek, version)
+        buffer = bytearray(32)
+        opened = True
+        try:
+            cipher.decrypt_into(
+                wrapped[4 : 4 + _NONCE],
+                wrapped[4 + _NONCE :],
+                self._dek_binding(kek, version),
+                buffer,
+            )
+        except InvalidTag:
+            opened = False
+        if not opened:
+            raise UnwrapError
+        return Secret(buffer)
+
+    async def destroy(self, kek: str) -> None:
+        """Delete a KEK's rows; `shred` says what that is worth."""
+        async with self._database.transaction() as connection:
+            await connection.execute(_DELETE, (kek,))
+        for entry in [entry for entry in self._cache if entry[0] == kek]:
+            del self._cache[entry]
+
+    async def healthy(self) -> bool:
+        """Answer like the database that the KEKs are in."""
+        return await self._database.healthy()
+
+    async def _cipher(self, kek: str, version: int) -> AESGCM:
+        cached = self._cache.get((kek, version))
+        if cached is not None and cached[0] > time.monotonic():
+            return cached[1]
+        row = await self._database.one(_VERSION, (kek, version))
+        if row is None:
+            raise KekMissingError(kek)
+        return self._open(kek, version, row[1], row[2])
+
+    def _open(self, kek: str, version: int, root_id: str, wrapped: bytes) -> AESGCM:
+        root = self._keyring.keys.get(root_id)
+        if root is None:
+            raise KekMissingError(kek)
+        with Secret(bytearray(32)) as key:
+            opened = True
+            try:
+                root.decrypt_into(
+                    wrapped[:_NONCE],
+                    wrapped[_NONCE:],
+                    self._kek_binding(kek, version),
+                    key.reveal(),
+                )
+            except InvalidTag:
+                opened = False
+            if not opened:
+                raise UnwrapError
+            cipher = AESGCM(key.reveal())
+        self._cache[kek, version] = (time.monotonic() + _CACHE_SECONDS, cipher)
+        while len(self._cache) > _CACHE_ENTRIES:
+            self._cache.popitem(last=False)
+        return cipher
+
+    def _kek_binding(self, kek: str, version: int) -> bytes:
+        return fields(_KEK_LABEL, self._deployment, kek, version)
+
+    def _dek_binding(self, kek: str, version: int) -> bytes:
+        return fields(_DEK_LABEL, self._deployment, kek, version)

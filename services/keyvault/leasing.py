@@ -1,0 +1,334 @@
+"""Leases: a grant redeemed once, the key opened and sealed to one child, wiped here.
+
+The order matters. Signature, holder and time first; then, in one transaction under
+the tenant's lock, the key's state, the redemption and the audit event; only when
+that is durable is the key decrypted.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping
+
+import grpc
+from byokeep import hpke
+from byokeep.ids import new_id
+from byokeep.keyvault.v1 import audit_pb2, grant_pb2, lease_pb2
+from byokeep.leasing import lease_info
+from byokeep.names import provider_id, provider_value
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from services.common.errors import ByokeepError
+from services.common.secret import Secret
+from services.keyvault import chain, domain, kek
+from services.keyvault.custody import Custody, Origin
+from services.keyvault.database import Database
+from services.keyvault.domain import Change, Key, State
+from services.keyvault.envelope import Context, EnvelopeError, check_header, decrypt
+from services.keyvault.grants import (
+    GrantRefusedError,
+    check_holder,
+    check_time,
+    refused,
+    verify,
+)
+from services.keyvault.store import keys as key_store
+from services.keyvault.store import leases as store
+from services.keyvault.store.leases import Lease
+
+LIFE = datetime.timedelta(minutes=15)
+_STATES = {
+    grant_pb2.LEASE_PURPOSE_VALIDATION: (State.PENDING, State.ACTIVE),
+    grant_pb2.LEASE_PURPOSE_REVIEW: (State.ACTIVE,),
+}
+
+
+class Leasing:
+    """Gives and ends leases (see the module)."""
+
+    def __init__(
+        self,
+        database: Database,
+        backend: kek.Backend,
+        custody: Custody,
+        grant_keys: Mapping[str, Ed25519PublicKey],
+        deployment: str,
+        in_flight: int,
+        refusal: Callable[[], ByokeepError | None],
+        denied: Callable[[str, str, str], None],
+    ) -> None:
+        """`refusal` says why no lease may be given; `denied` is told why a grant was refused."""
+        self._database = database
+        self._backend = backend
+        self._custody = custody
+        self._grant_keys = grant_keys
+        self._deployment = deployment
+        self._in_flight = in_flight
+        self._refusal = refusal
+        self._denied = denied
+
+    async def lease(
+        self, request: lease_pb2.LeaseKeyRequest, holder: str
+    ) -> lease_pb2.LeaseKeyResponse:
+        """Redeem a grant and return the key, sealed to the child that it names.
+
+        Raises:
+            ByokeepError: GRANT_REFUSED, uniform; or why a valid grant can't be served.
+        """
+        try:
+            grant = verify(request.grant, self._grant_keys, self._deployment)
+            check_holder(grant, holder, request.recipient_public_key)
+            lease, locked = await self._redeem(grant, holder)
+        except GrantRefusedError as error:
+            reason = str(error)
+        else:
+            sealed = await self._open(grant, lease, locked, request)
+            answer = lease_pb2.LeaseKeyResponse(lease_id=lease.lease_id, sealed_key=sealed)
+            answer.expire_time.FromDatetime(lease.expire_time)
+            return answer
+        self._denied(holder, "/byokeep.keyvault.v1.LeaseService/LeaseKey", f"grant: {reason}")
+        raise refused()
+
+    async def _redeem(self, grant: grant_pb2.Grant, holder: str) -> tuple[Lease, store.Locked]:
+        async with self._database.transaction() as connection:
+            locked = await store.lock(connection, grant)
+            if locked is None:
+                raise GrantRefusedError("no such key version")
+            head, key = locked.head, locked.key
+            check_time(grant, head.now)
+            frozen = self._refusal()
+            if frozen is not None:
+                raise frozen
+            self._check_key(grant, key, locked.frozen)
+            lease = Lease(
+                new_id("lea"),
+                grant.grant_id,
+                grant.tenant,
+                grant.key_id,
+                grant.key_version,
+                holder,
+                grant.attempt_id,
+                grant.review_id,
+                grant.fence,
+                grant.purpose,
+                head.now + LIFE,
+            )
+            event = _event(lease, key, audit_pb2.AUDIT_EVENT_TYPE_LEASED, actor=grant.actor)
+            head, (link,) = chain.link(head, self._deployment, [event])
+            if not await store.redeem(connection, lease, head, link, self._in_flight):
+                if await store.grant_used(connection, grant.grant_id):
+                    raise GrantRefusedError("redeemed before")
+                raise _cap(self._in_flight)
+        return lease, locked
+
+    def _check_key(self, grant: grant_pb2.Grant, key: Key, frozen: str | None) -> None:
+        version = key.versions[0]
+        self._custody.check(key)
+        if (provider_value(key.provider), key.owner) != (grant.provider, grant.owner):
+            raise GrantRefusedError("key binding")
+        if frozen is not None:
+            raise ByokeepError(
+                grpc.StatusCode.DATA_LOSS,
+                "RECONCILE_MISMATCH",
+                "this key's row and its audit chain disagree; it is frozen",
+                key=key.key_id,
+            )
+        if version.state in _STATES[grant.purpose]:
+            return
+        if version.state is State.NEEDS_REKEY:
+            raise ByokeepError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "KEY_NEEDS_REKEY",
+                f"the provider rejected this key; replace it: byokeep key rotate {key.key_id}",
+                key=key.key_id,
+                rotate=f"byokeep key rotate {key.key_id}",
+            )
+        raise domain.wrong_state(version.state, "it can't be leased for this purpose")
+
+    async def _open(
+        self,
+        grant: grant_pb2.Grant,
+        lease: Lease,
+        locked: store.Locked,
+        request: lease_pb2.LeaseKeyRequest,
+    ) -> bytes:
+        context = Context(
+            self._deployment,
+            grant.tenant,
+            grant.owner,
+            provider_id(grant.provider),
+            grant.key_id,
+            grant.key_version,
+        )
+        reason = "ROW_TAMPERED"
+        try:
+            check_header(locked.envelope)
+            # The KEK's name comes from the grant's tenant, never from the row.
+            with await self._backend.unwrap(
+                kek.tenant_kek(grant.tenant), locked.wrapped_dek
+            ) as data_key:
+                plaintext = decrypt(data_key.reveal(), locked.envelope, context)
+            with Secret(plaintext) as key:
+                return hpke.seal(
+                    request.suite,
+                    request.recipient_public_key,
+                    key.reveal(),
+                    lease_info(request.grant.payload, lease.lease_id),
+                )
+        except (EnvelopeError, kek.UnwrapError):
+            pass
+        except hpke.SealError:
+            reason = "INVALID_FIELD"
+        except kek.KekMissingError:
+            reason = "UNDECRYPTABLE"
+        raise await self._unopened(grant, lease, reason)
+
+    async def _unopened(self, grant: grant_pb2.Grant, lease: Lease, reason: str) -> ByokeepError:
+        """End a lease whose key could not be sealed, on the record, and say why."""
+        event = audit_pb2.AuditEvent(
+            type=audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED,
+            key_id=grant.key_id,
+            key_version=grant.key_version,
+            lease_id=lease.lease_id,
+            grant_id=grant.grant_id,
+            attempt_id=grant.attempt_id,
+            caller=lease.holder,
+            reason=reason,
+        )
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.tenant_chain(grant.tenant))
+            await chain.append(connection, head, self._deployment, [event])
+            await store.close(connection, lease.lease_id, lease_pb2.LEASE_OUTCOME_FAILED)
+        return _UNOPENED[reason](grant.key_id)
+
+    async def release(
+        self,
+        lease_id: str,
+        outcome: lease_pb2.LeaseOutcome.ValueType,
+        report: lease_pb2.PlaintextReport,
+        holder: str,
+    ) -> None:
+        """End a lease; a second release changes nothing. Only its holder may.
+
+        KEY_REJECTED marks an ACTIVE version NEEDS_REKEY in the same transaction.
+
+        Raises:
+            ByokeepError: NOT_FOUND, also for another identity's lease.
+        """
+        lease = await store.get(self._database, lease_id)
+        if lease is None or lease.holder != holder:
+            raise domain.not_found("lease")
+        await self._close(lease, outcome, audit_pb2.AUDIT_EVENT_TYPE_RELEASED, report)
+
+    async def expire(self) -> None:
+        """End leases that were never released, on the record."""
+        for lease_id in await store.overdue(self._database):
+            lease = await store.get(self._database, lease_id)
+            if lease is not None:
+                await self._close(
+                    lease,
+                    lease_pb2.LEASE_OUTCOME_UNSPECIFIED,
+                    audit_pb2.AUDIT_EVENT_TYPE_LEASE_EXPIRED,
+                    None,
+                )
+
+    async def _close(
+        self,
+        lease: Lease,
+        outcome: lease_pb2.LeaseOutcome.ValueType,
+        kind: audit_pb2.AuditEventType.ValueType,
+        report: lease_pb2.PlaintextReport | None,
+    ) -> None:
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.tenant_chain(lease.tenant))
+            if not await store.close(connection, lease.lease_id, outcome):
+                return
+            key = await key_store.get(connection, lease.tenant, lease.key_id)
+            if key is None:
+                return
+            self._custody.check(key)
+            event = _event(lease, key, kind, outcome=outcome, report=report)
+            rejected = (
+                outcome == lease_pb2.LEASE_OUTCOME_KEY_REJECTED
+                and key.version(lease.version).state is State.ACTIVE
+            )
+            changes = (
+                [Change(lease.version, audit_pb2.AUDIT_EVENT_TYPE_REJECTED)] if rejected else []
+            )
+            await self._custody.apply(
+                connection, head, key, changes, Origin(lease.holder, ""), before=(event,)
+            )
+
+
+def _event(
+    lease: Lease,
+    key: Key,
+    kind: audit_pb2.AuditEventType.ValueType,
+    *,
+    actor: str = "",
+    outcome: lease_pb2.LeaseOutcome.ValueType = lease_pb2.LEASE_OUTCOME_UNSPECIFIED,
+    report: lease_pb2.PlaintextReport | None = None,
+) -> audit_pb2.AuditEvent:
+    return audit_pb2.AuditEvent(
+        type=kind,
+        key_id=lease.key_id,
+        key_version=lease.version,
+        provider=provider_value(key.provider),
+        owner=key.owner,
+        lease_id=lease.lease_id,
+        grant_id=lease.grant_id,
+        review_id=lease.review_id,
+        attempt_id=lease.attempt_id,
+        fence=lease.fence,
+        purpose=grant_pb2.LeasePurpose.ValueType(lease.purpose),
+        actor=actor,
+        caller=lease.holder,
+        outcome=outcome,
+        report=report,
+    )
+
+
+def _cap(limit: int) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "LEASE_CAP",
+        f"{limit} leases of this tenant live at once; try again when one has ended",
+        retry_after_seconds=1.0,
+        cap="tenant_in_flight",
+    )
+
+
+def _tampered(key_id: str) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.DATA_LOSS,
+        "ROW_TAMPERED",
+        "the stored key fails its authentication; it is not used",
+        key=key_id,
+    )
+
+
+def _undecryptable(key_id: str) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "UNDECRYPTABLE",
+        f"the key-encryption key is gone: undecryptable; re-key: byokeep key rotate {key_id}",
+        key=key_id,
+        rotate=f"byokeep key rotate {key_id}",
+    )
+
+
+def _recipient(key_id: str) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        "recipient_public_key: not a public key of that suite",
+        field="recipient_public_key",
+        key=key_id,
+    )
+
+
+_UNOPENED = {
+    "ROW_TAMPERED": _tampered,
+    "UNDECRYPTABLE": _undecryptable,
+    "INVALID_FIELD": _recipient,
+}

@@ -1,0 +1,54 @@
+"""Brings the database to the newest schema, and makes what must exist before a first start."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+from services.keyvault import system_keys
+from services.keyvault.config import Settings
+from services.keyvault.server import open_backend, open_database
+
+_SCRIPTS = Path(__file__).parent / "migrations"
+_LOCK = 7_316_530_021  # of our own; keeps two migrations apart
+
+
+def upgrade(url: str) -> None:
+    """Run Alembic's migrations up to the newest, one process at a time."""
+    # Late: a serving keyvault never loads SQLAlchemy.
+    import sqlalchemy
+    from alembic import command
+    from alembic.config import Config
+
+    engine = sqlalchemy.create_engine(
+        sqlalchemy.make_url(url).set(drivername="postgresql+psycopg"),
+        poolclass=sqlalchemy.pool.NullPool,
+    )
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_LOCK})"))
+        connection.commit()
+        config = Config()
+        config.set_main_option("script_location", str(_SCRIPTS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        connection.commit()
+    engine.dispose()
+
+
+async def bootstrap(settings: Settings) -> dict[str, dict[str, str]]:
+    """Make keyvault's own keys where they are missing; return the public ones, for clients."""
+    database = open_database(settings)
+    await database.open()
+    try:
+        await system_keys.create(database, open_backend(settings, database), settings.deployment)
+        public = await system_keys.public_keys(database)
+    finally:
+        await database.close()
+    encoded = {
+        kind: {key_id: base64.b64encode(raw).decode() for key_id, raw in keys.items()}
+        for kind, keys in public.items()
+    }
+    return {
+        "intake_signing_keys": encoded[system_keys.INTAKE_SIGNING],
+        "audit_log_keys": encoded[system_keys.AUDIT_LOG],
+    }

@@ -1,0 +1,77 @@
+"""The revocation stream: one reader of the table, many watchers.
+
+Numbers come from the database, so every replica tells the same story; a quarter of
+a second is also the heartbeat that watchers rely on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+
+from byokeep.keyvault.v1 import lease_pb2
+
+from services.common import logs
+from services.common.errors import ByokeepError
+from services.keyvault.database import Database
+from services.keyvault.store import leases as store
+
+log = logging.getLogger(__name__)
+HEARTBEAT_SECONDS = 0.25
+_REMEMBERED = 10_000
+Message = lease_pb2.WatchRevocationsResponse
+
+
+class Revocations:
+    """Reads revocations and tells every watcher."""
+
+    def __init__(self, database: Database) -> None:
+        """Read from a database."""
+        self._database = database
+        self._tick = asyncio.Condition()
+        self._recent: deque[tuple[int, str, str]] = deque(maxlen=_REMEMBERED)
+        self._sequence = 0
+        self._alive = False
+
+    async def run(self) -> None:
+        """Read every quarter of a second, until cancelled."""
+        self._sequence = await store.newest(self._database)
+        while True:
+            failed: ByokeepError | None = None
+            try:
+                for row in await store.news(self._database, self._sequence):
+                    self._recent.append((row[0], row[1], row[2]))
+                    self._sequence = row[0]
+            except ByokeepError as error:
+                failed = error
+            self._alive = failed is None
+            if failed is not None:
+                logs.failure(log, "revocations_unread", failed)
+            async with self._tick:
+                self._tick.notify_all()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def watch(self, holder: str) -> AsyncIterator[Message]:
+        """Yield a resync, then revocations of a holder's leases and heartbeats."""
+        # The number first: what is revoked while the live leases are read is told again.
+        seen = await store.newest(self._database)
+        live = await store.live(self._database, holder)
+        yield Message(sequence=seen, resync=Message.Resync(live_lease_ids=live))
+        while True:
+            async with self._tick:
+                await self._tick.wait()
+            if not self._alive:
+                continue  # no heartbeat: a watcher must not believe that all is told
+            if self._recent and len(self._recent) == _REMEMBERED and self._recent[0][0] > seen + 1:
+                seen = self._sequence
+                live = await store.live(self._database, holder)
+                yield Message(sequence=seen, resync=Message.Resync(live_lease_ids=live))
+                continue
+            mine = [one[1] for one in self._recent if one[0] > seen and one[2] == holder]
+            seen = max(seen, self._sequence)
+            if mine:
+                yield Message(sequence=seen, revocation=Message.Revocation(lease_ids=mine))
+            else:
+                yield Message(sequence=seen, heartbeat=Message.Heartbeat())

@@ -1,0 +1,189 @@
+"""The tables of keyvault's database. Alembic's migrations make them; a test holds both together."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+
+metadata = MetaData()
+
+
+def _time(name: str, *, nullable: bool = False) -> Column[object]:
+    default = None if nullable else func.now()
+    return Column(name, DateTime(timezone=True), nullable=nullable, server_default=default)
+
+
+#: Heads of the audit chains; the row is also the lock under which a tenant changes.
+chain = Table(
+    "chain",
+    metadata,
+    Column("chain", Text, primary_key=True),
+    Column("sequence", BigInteger, nullable=False, server_default=text("0")),
+    Column("hash", LargeBinary, nullable=False),
+    # How far the Merkle log has taken it in.
+    Column("logged_sequence", BigInteger, nullable=False, server_default=text("0")),
+)
+
+audit_event = Table(
+    "audit_event",
+    metadata,
+    Column("chain", Text, primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    # For queries alone; what counts is in the body, which the hash covers.
+    Column("key_id", Text, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("previous_hash", LargeBinary, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    Index("audit_event_key", "chain", "key_id", "sequence"),
+)
+
+#: Leaves of the Merkle log (RFC 6962) of blinded chain heads.
+log_leaf = Table(
+    "log_leaf",
+    metadata,
+    Column("index", BigInteger, primary_key=True, autoincrement=False),
+    Column("chain", Text, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("blind", LargeBinary, nullable=False),
+    Column("leaf_hash", LargeBinary, nullable=False),
+)
+
+#: KEKs of backend `local`, wrapped by a root key of the keyring.
+local_kek = Table(
+    "local_kek",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("root_id", Text, nullable=False),
+    Column("wrapped", LargeBinary, nullable=False),
+)
+
+#: Keys of keyvault itself (state MAC, intake signing, audit log), wrapped by the KEK `system`.
+system_key = Table(
+    "system_key",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("wrapped_dek", LargeBinary, nullable=False),
+    Column("envelope", LargeBinary, nullable=False),
+    Column("public", LargeBinary, nullable=False),
+    _time("create_time"),
+)
+
+provider_key = Table(
+    "provider_key",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("provider", Text, nullable=False),
+    Column("owner", Text, nullable=False),
+    Column("display_name", Text, nullable=False),
+    Column("revision", BigInteger, nullable=False, server_default=text("1")),
+    _time("create_time"),
+    _time("destroy_time", nullable=True),
+    Index(
+        "provider_key_name",
+        "tenant",
+        "provider",
+        "owner",
+        "display_name",
+        unique=True,
+        postgresql_where=text("destroy_time IS NULL"),
+    ),
+)
+
+key_version = Table(
+    "key_version",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("state", SmallInteger, nullable=False),
+    Column("state_sequence", BigInteger, nullable=False),
+    Column("state_mac", LargeBinary, nullable=False),
+    _time("state_time"),
+    Column("hint", Text, nullable=False),
+    Column("kek_backend", Text, nullable=False),
+    Column("kek_version", Integer, nullable=False),
+    # Both are NULL once the version is destroyed.
+    Column("wrapped_dek", LargeBinary),
+    Column("envelope", LargeBinary),
+    # Set by the reconcile pass: the row and the chain disagree.
+    Column("frozen", Text),
+    _time("create_time"),
+    ForeignKeyConstraint(["tenant", "key_id"], ["provider_key.tenant", "provider_key.key_id"]),
+)
+
+intake_key = Table(
+    "intake_key",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("suite", SmallInteger, nullable=False),
+    Column("public", LargeBinary, nullable=False),
+    Column("wrapped_dek", LargeBinary, nullable=False),
+    Column("envelope", LargeBinary, nullable=False),
+    _time("not_before"),
+    Column("not_after", DateTime(timezone=True), nullable=False),
+)
+
+#: Sealed keys that came in, for idempotency and limits; never the ciphertext itself.
+intake_request = Table(
+    "intake_request",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("request_id", Text, primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    # NULL until the key is staged.
+    Column("version", Integer),
+    _time("create_time"),
+    Index("intake_request_actor", "tenant", "actor", "create_time"),
+)
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("lease_id", Text, primary_key=True),
+    Column("grant_id", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("holder", Text, nullable=False),
+    Column("attempt_id", Text, nullable=False),
+    Column("review_id", Text, nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("purpose", SmallInteger, nullable=False),
+    _time("issue_time"),
+    Column("expire_time", DateTime(timezone=True), nullable=False),
+    # A revocation ends a lease; the release, or its lack, closes it.
+    _time("end_time", nullable=True),
+    _time("release_time", nullable=True),
+    Column("outcome", SmallInteger),
+    UniqueConstraint("grant_id", name="lease_grant_once"),
+    Index("lease_live", "tenant", "key_id", postgresql_where=text("end_time IS NULL")),
+)
+
+#: Leases that ended by revocation, in the order that watchers are told.
+revocation = Table(
+    "revocation",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=True),
+    Column("lease_id", Text, nullable=False),
+    Column("holder", Text, nullable=False),
+    _time("create_time"),
+)

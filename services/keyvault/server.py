@@ -1,0 +1,162 @@
+"""Wiring of keyvault."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Literal
+
+import grpc
+from byokeep.keyvault.v1 import (
+    admin_pb2_grpc,
+    audit_pb2_grpc,
+    custody_pb2_grpc,
+    lease_pb2_grpc,
+)
+
+from services.common import logs
+from services.common.config import ConfigError, read_secret_file
+from services.common.errors import ByokeepError
+from services.keyvault import grants, kek, system_keys
+from services.keyvault.anchor import Anchor
+from services.keyvault.config import Settings
+from services.keyvault.custody import Custody
+from services.keyvault.database import Database
+from services.keyvault.denials import Denials
+from services.keyvault.intake import IntakeKeys
+from services.keyvault.kek.local import LocalBackend, load_keyring
+from services.keyvault.leasing import Leasing
+from services.keyvault.reconcile import Reconcile
+from services.keyvault.revocations import Revocations
+from services.keyvault.service.admin import AdminService
+from services.keyvault.service.audit import AuditService
+from services.keyvault.service.custody import CustodyService
+from services.keyvault.service.lease import LeaseService
+
+log = logging.getLogger(__name__)
+Role = Literal["all", "data", "admin"]
+_SWEEP_SECONDS = 10.0
+
+
+def open_backend(settings: Settings, database: Database) -> kek.Backend:
+    """Return the configured KEK backend. Raises ConfigError."""
+    keyring = load_keyring(settings.keyring_file)
+    return LocalBackend(database, keyring, settings.deployment)
+
+
+def open_database(settings: Settings) -> Database:
+    """Return the database of the configured URL, not yet connected."""
+    return Database(read_secret_file(settings.database_url_file), settings.database_connections)
+
+
+class App:
+    """keyvault, in one of its roles."""
+
+    def __init__(self, settings: Settings, role: Role) -> None:
+        """Check the settings; connect only in `start`."""
+        settings.check()
+        self._settings = settings
+        self._role = role
+        self._database = open_database(settings)
+        self._backend = open_backend(settings, self._database)
+        self._denials = Denials(self._database, settings.deployment)
+        self._anchor = Anchor(self._database, settings.anchor_file, settings.deployment)
+        self._reconcile = Reconcile(self._database, settings.deployment)
+        self._revocations = Revocations(self._database)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Connect, open keyvault's own keys, look at the anchor, start what runs beside."""
+        settings = self._settings
+        try:
+            await self._database.open()
+            self._keys = await system_keys.load(self._database, self._backend, settings.deployment)
+        except (ByokeepError, KeyError, kek.KekMissingError, kek.UnwrapError) as error:
+            raise ConfigError(
+                f"keyvault's database or its own keys can't be opened ({type(error).__name__}):"
+                " is the URL right, was `python -m services.keyvault migrate` run,"
+                " and is it the same keyring?"
+            ) from None
+        self._intake = IntakeKeys(
+            self._database, self._backend, self._keys.intake_signing, settings.deployment
+        )
+        self._custody = Custody(
+            self._database,
+            self._backend,
+            self._intake,
+            self._keys.state_mac,
+            settings.deployment,
+            settings.intake_per_hour,
+        )
+        self._leasing = Leasing(
+            self._database,
+            self._backend,
+            self._custody,
+            grants.load_keys(settings.grant_keys_dir),
+            settings.deployment,
+            settings.tenant_leases_in_flight,
+            self._anchor.refusal,
+            self.denied,
+        )
+        await self._anchor.tick()
+        self._run(self._denials.run())
+        self._run(self._anchor.run())
+        self._run(self._reconcile.run())
+        self._run(self._revocations.run())
+        self._run(_repeat(self._leasing.expire, self._custody.sweep, self._intake.close_epochs))
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the servicers of the role."""
+        if self._role in ("all", "data"):
+            custody_pb2_grpc.add_CustodyServiceServicer_to_server(
+                CustodyService(self._custody, self._intake), server
+            )
+            lease_pb2_grpc.add_LeaseServiceServicer_to_server(
+                LeaseService(self._leasing, self._revocations), server
+            )
+        if self._role in ("all", "admin"):
+            audit_pb2_grpc.add_AuditServiceServicer_to_server(
+                AuditService(self._database, self._keys.audit_log, self._settings.deployment),
+                server,
+            )
+            admin_pb2_grpc.add_AdminServiceServicer_to_server(
+                AdminService(
+                    self._database,
+                    self._backend,
+                    self._custody,
+                    self._anchor,
+                    self._reconcile,
+                    self._settings.deployment,
+                ),
+                server,
+            )
+
+    def denied(self, spiffe_id: str, method: str, reason: str) -> None:
+        """Count a denial for the system chain."""
+        self._denials.note(spiffe_id, method, reason)
+
+    async def stop(self) -> None:
+        """Write what is counted, anchor once more, close."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self._denials.flush(0.0, everything=True)
+            await self._anchor.tick()
+        except (ByokeepError, OSError) as error:
+            logs.failure(log, "last_write_failed", error)
+        await self._database.close()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+
+async def _repeat(*steps: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        for step in steps:
+            try:
+                await step()
+            except ByokeepError as error:
+                logs.failure(log, "sweep_failed", error)
+        await asyncio.sleep(_SWEEP_SECONDS)

@@ -1,0 +1,1 @@
+"""RPC ↔ domain: requests in, calls of the domain, answers out."""

@@ -1,0 +1,1 @@
+"""SQL of keyvault: rows in and out, no rules."""

@@ -1,0 +1,119 @@
+"""Intake keys and requests."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+from services.keyvault.database import Connection, Database
+
+_NEWEST = """
+SELECT key_id, suite, public, wrapped_dek, envelope, not_before, not_after FROM intake_key
+WHERE suite = %s AND not_after > now() + %s ORDER BY not_before DESC LIMIT 1
+"""
+_GET = """
+SELECT key_id, suite, public, wrapped_dek, envelope, not_before, not_after FROM intake_key
+WHERE key_id = %s AND not_after + interval '5 minutes' > now()
+"""
+_INSERT = """
+INSERT INTO intake_key (key_id, suite, public, wrapped_dek, envelope, not_before, not_after)
+VALUES (%s, %s, %s, %s, %s, %s, %s)
+"""
+_CLOSED = "SELECT key_id FROM intake_key WHERE not_after + interval '5 minutes' < now()"
+_DELETE = "DELETE FROM intake_key WHERE key_id = %s"
+_BEGIN = """
+INSERT INTO intake_request (tenant, request_id, digest, actor, key_id)
+VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
+"""
+_REQUEST = "SELECT digest, version FROM intake_request WHERE tenant = %s AND request_id = %s"
+_RECENT = """
+SELECT count(*) FROM intake_request
+WHERE tenant = %s AND actor = %s AND create_time > now() - interval '1 hour'
+"""
+_DONE = "UPDATE intake_request SET version = %s WHERE tenant = %s AND request_id = %s"
+_FORGET = "DELETE FROM intake_request WHERE create_time < now() - interval '7 days'"
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeKey:
+    """An intake key, its private part wrapped."""
+
+    key_id: str
+    suite: int
+    public: bytes
+    wrapped_dek: bytes
+    envelope: bytes
+    not_before: datetime.datetime
+    not_after: datetime.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A sealed key that came in: digest of what was sent, and the version it became."""
+
+    digest: bytes
+    version: int | None
+
+
+async def newest(database: Database, suite: int, remaining: datetime.timedelta) -> IntakeKey | None:
+    """Return the newest intake key of a suite whose window lasts at least that much longer."""
+    row = await database.one(_NEWEST, (suite, remaining))
+    return IntakeKey(*row) if row else None
+
+
+async def get(database: Database, key_id: str) -> IntakeKey | None:
+    """Return an intake key that is not closed (window and five minutes)."""
+    row = await database.one(_GET, (key_id,))
+    return IntakeKey(*row) if row else None
+
+
+async def insert(database: Database, key: IntakeKey) -> None:
+    """Store an intake key."""
+    async with database.transaction() as connection:
+        await connection.execute(
+            _INSERT,
+            (
+                key.key_id,
+                key.suite,
+                key.public,
+                key.wrapped_dek,
+                key.envelope,
+                key.not_before,
+                key.not_after,
+            ),
+        )
+
+
+async def closed(database: Database) -> list[str]:
+    """Return the ids of intake keys whose epoch is over."""
+    return [row[0] for row in await database.all(_CLOSED)]
+
+
+async def delete(database: Database, key_id: str) -> None:
+    """Forget an intake key, and requests older than a week."""
+    async with database.transaction() as connection:
+        await connection.execute(_DELETE, (key_id,))
+        await connection.execute(_FORGET)
+
+
+async def begin(
+    database: Database, tenant: str, request_id: str, digest: bytes, actor: str, key_id: str
+) -> Request | None:
+    """Count a request before it is opened; return the earlier one with the same id, if any."""
+    async with database.transaction() as connection:
+        cursor = await connection.execute(_BEGIN, (tenant, request_id, digest, actor, key_id))
+        if cursor.rowcount == 1:
+            return None
+        row = await (await connection.execute(_REQUEST, (tenant, request_id))).fetchone()
+        return Request(*row) if row else None
+
+
+async def recent(database: Database, tenant: str, actor: str) -> int:
+    """Return how many keys an actor sent in for a tenant in the last hour."""
+    row = await database.one(_RECENT, (tenant, actor))
+    return int(row[0]) if row else 0
+
+
+async def done(connection: Connection, tenant: str, request_id: str, version: int) -> None:
+    """Note the version that a request became."""
+    await connection.execute(_DONE, (version, tenant, request_id))

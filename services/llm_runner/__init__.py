@@ -1,0 +1,1 @@
+"""Runs attempts: a gRPC parent without keys, and one-shot children that hold one each."""

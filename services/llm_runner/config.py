@@ -1,0 +1,42 @@
+"""What the runner is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from services.common import config
+from services.llm_runner.sockets import parse_overrides
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(config.ServiceSettings):
+    """Settings of the parent; the zygote reads its own few (see `spawner`)."""
+
+    keyvault_address: str = config.setting("gRPC target of keyvault")
+    keyvault_name: str = config.setting("DNS name that keyvault's certificate must have")
+    max_children: int = config.setting("most attempts at once", default=16)
+    models_file: Path | None = config.setting("TOML file laid over the known models", default=None)
+    provider_dial: str = config.setting(
+        "development only: host=ip:port pairs, dialled instead of the provider", default=""
+    )
+    provider_ca: Path | None = config.setting(
+        "development only: PEM file that replaces the public CAs", default=None
+    )
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Return the settings. Raises ConfigError."""
+    settings = config.load(Settings, environ)
+    if settings.mode == "production" and (settings.provider_dial or settings.provider_ca):
+        raise config.ConfigError(
+            "BYOKEEP_PROVIDER_DIAL and BYOKEEP_PROVIDER_CA are for BYOKEEP_MODE=development only"
+        )
+    if not 1 <= settings.max_children <= 1000:
+        raise config.ConfigError("BYOKEEP_MAX_CHILDREN must be 1 to 1000")
+    try:
+        parse_overrides(settings.provider_dial)
+    except ValueError as error:
+        raise config.ConfigError(f"BYOKEEP_PROVIDER_DIAL: {error}") from None
+    return settings

@@ -1,0 +1,1 @@
+"""The orchestrator: tenants, keys' metadata, reviews and their attempts; never a plaintext key."""

@@ -1,0 +1,152 @@
+"""May this caller do that for this tenant? Decided from our own tables, before any handler."""
+
+from __future__ import annotations
+
+import contextvars
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from byokeep.common.v1 import options_pb2
+from byokeep.orchestrator.v1 import tenant_pb2
+from google.protobuf.message import Message
+
+from services.common import authz
+from services.common.errors import ByokeepError
+from services.orchestrator.domain import PLANS, Entitlements, plan_lacks
+from services.orchestrator.store_tenants import TenantRow, TenantStore
+
+_TENANT = re.compile(r"tenants/([a-z0-9][a-z0-9-]{0,62})(?:/.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What the caller of the RPC that is being handled may do for its tenant."""
+
+    spiffe_id: str
+    tenant: TenantRow
+    roles: frozenset[int]
+    may_assert_users: bool
+
+    @property
+    def plan(self) -> Entitlements:
+        """What the tenant's plan includes."""
+        return PLANS[self.tenant.plan]
+
+    def actor(self, user: str = "") -> str:
+        """Return who acts, for audit: the caller, and the user that it says it acts for."""
+        return (f"{self.spiffe_id}#{user}" if user else self.spiffe_id)[:256]
+
+    def require_active(self) -> None:
+        """Refuse what is new for a tenant out of service. Raises TENANT_NOT_ACTIVE."""
+        if self.tenant.state != "ACTIVE":
+            raise not_active(self.tenant.id)
+
+    def require_user(self, user: str, field: str) -> None:
+        """Refuse a user that the caller may not speak for. Raises USER_ASSERTION_NOT_ALLOWED."""
+        if user and not self.may_assert_users:
+            raise ByokeepError(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "USER_ASSERTION_NOT_ALLOWED",
+                "this identity may not speak for users",
+                field=field,
+            )
+
+    def require_user_keys(self, user: str) -> None:
+        """Refuse keys of users where the plan lacks them. Raises PLAN_LACKS."""
+        if user and not self.plan.user_keys:
+            raise plan_lacks("user-keys", "the tenant's plan has no keys of single users")
+
+    def may_read(self, owner: str) -> bool:
+        """Whether the caller may see what belongs to an owner."""
+        return not owner or self.may_assert_users or options_pb2.TENANT_ROLE_AUDITOR in self.roles
+
+
+_current: contextvars.ContextVar[Rights] = contextvars.ContextVar("byokeep_rights")
+
+
+def current() -> Rights:
+    """Return the rights of the caller of the RPC that is being handled."""
+    return _current.get()
+
+
+def not_active(tenant: str) -> ByokeepError:
+    """Return the refusal of what is new for a tenant out of service."""
+    return ByokeepError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "TENANT_NOT_ACTIVE",
+        "the tenant is suspended or deleted; an operator can say more",
+        tenant=tenant,
+    )
+
+
+class Authority:
+    """Decides from the caller table and the caller's class."""
+
+    def __init__(self, store: TenantStore) -> None:
+        """Use the tenants' store."""
+        self._store = store
+
+    async def authorize(
+        self, caller: authz.Caller, access: options_pb2.Access, request: Any
+    ) -> None:
+        """Let a caller in with its rights, or refuse it.
+
+        A tenant that doesn't exist looks like one that is not allowed, but for operators.
+
+        Raises:
+            ByokeepError: TENANT_NOT_ALLOWED, NOT_FOUND, INVALID_FIELD.
+        """
+        tenant = tenant_of(request)
+        found = await self._store.rights(tenant, caller.spiffe_id)
+        operator = options_pb2.CALLER_CLASS_OPERATOR in caller.classes
+        creates = isinstance(request, tenant_pb2.CreateTenantRequest)
+        held = set(found.roles) if found else set()
+        if operator:
+            held.add(options_pb2.TENANT_ROLE_OPERATOR)
+        if not held.intersection(access.roles):
+            raise _not_allowed(tenant, access)
+        if found is None and not creates:
+            raise ByokeepError(
+                grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such tenant", resource="tenant"
+            )
+        if found is not None:
+            _current.set(
+                Rights(caller.spiffe_id, found.tenant, frozenset(held), found.may_assert_users)
+            )
+
+
+def tenant_of(request: Message) -> str:
+    """Return the tenant that a request names in its resource name. Raises INVALID_FIELD."""
+    fields = request.DESCRIPTOR.fields_by_name
+    if "settings" in fields:
+        field, value = "settings.name", getattr(request, "settings").name
+    else:
+        # A method with roles and without such a field fails here: nobody gets in by omission.
+        field = next(name for name in ("parent", "name", "tenant") if name in fields)
+        value = getattr(request, field)
+    match = _TENANT.fullmatch(value)
+    if match is None:
+        raise ByokeepError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_FIELD",
+            f"{field}: tenants/TENANT expected",
+            field=field,
+            rule="resource_name",
+        )
+    return match[1]
+
+
+def _not_allowed(tenant: str, access: options_pb2.Access) -> ByokeepError:
+    wanted = sorted(
+        options_pb2.TenantRole.Name(role).removeprefix("TENANT_ROLE_").lower().replace("_", "-")
+        for role in access.roles
+    )
+    return ByokeepError(
+        grpc.StatusCode.PERMISSION_DENIED,
+        "TENANT_NOT_ALLOWED",
+        f"this identity may not do that for the tenant; it takes the role {' or '.join(wanted)}",
+        tenant=tenant,
+        roles=",".join(wanted),
+    )

@@ -1,0 +1,101 @@
+"""What changed, as PostgreSQL tells it: one LISTEN connection fans out to all who wait.
+
+A notification is a hint, never the truth: whoever is woken reads the tables. Waits time out, so
+that a lost connection delays and does not hide a change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import psycopg
+
+from services.common import logs
+
+log = logging.getLogger(__name__)
+REVIEW: Final = "byokeep_review"
+KEY: Final = "byokeep_key"
+CANCEL: Final = "byokeep_cancel"
+_RECONNECT_SECONDS: Final = 1.0
+
+
+class Subscription:
+    """Changes of one thing since the last wait."""
+
+    def __init__(self) -> None:
+        """Start without a change."""
+        self._event = asyncio.Event()
+
+    async def wait(self, seconds: float | None = None) -> bool:
+        """Return at a change, or after some seconds; True where something changed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        changed = self._event.is_set()
+        self._event.clear()
+        return changed
+
+    def wake(self) -> None:
+        """Tell of a change."""
+        self._event.set()
+
+
+class Events:
+    """Fans notifications out within one process."""
+
+    def __init__(self, database_url: str) -> None:
+        """Prepare to listen on a `postgresql://` URL."""
+        self._url = database_url
+        self._subscriptions: dict[tuple[str, str], set[Subscription]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to listen."""
+        self._task = asyncio.create_task(self._listen(), name="events")
+
+    async def stop(self) -> None:
+        """End listening."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    @contextmanager
+    def subscribe(self, channel: str, payload: str) -> Iterator[Subscription]:
+        """Give a subscription to one thing's changes."""
+        subscription = Subscription()
+        self._subscriptions.setdefault((channel, payload), set()).add(subscription)
+        try:
+            yield subscription
+        finally:
+            left = self._subscriptions[channel, payload]
+            left.discard(subscription)
+            if not left:
+                del self._subscriptions[channel, payload]
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                await self._receive()
+            except psycopg.Error as error:
+                logs.failure(log, "listen_failed", error)
+            self._wake_all()
+            await asyncio.sleep(_RECONNECT_SECONDS)
+
+    async def _receive(self) -> None:
+        connection = await psycopg.AsyncConnection.connect(self._url, autocommit=True)
+        async with connection:
+            await connection.execute(f"LISTEN {REVIEW}; LISTEN {KEY}; LISTEN {CANCEL}")
+            self._wake_all()
+            async for notice in connection.notifies():
+                for subscription in self._subscriptions.get((notice.channel, notice.payload), ()):
+                    subscription.wake()
+
+    def _wake_all(self) -> None:
+        for subscriptions in self._subscriptions.values():
+            for subscription in subscriptions:
+                subscription.wake()

@@ -1,0 +1,80 @@
+"""Grants: our signed word that one child process may have one key, once."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from byokeep import dsse, ids
+from byokeep.common.v1.options_pb2 import Provider, SignedEnvelope
+from byokeep.keyvault.v1 import grant_pb2
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.common.config import ConfigError, read_secret_file
+
+GRANT_SECONDS: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a grant is about."""
+
+    tenant: str
+    owner: str
+    actor: str
+    provider: Provider
+    key_id: str
+    key_version: int
+    review_id: str
+    attempt_id: str
+    fence: int
+    purpose: grant_pb2.LeasePurpose
+
+
+class GrantSigner:
+    """Signs grants with this replica's own key."""
+
+    def __init__(self, key_file: Path, deployment: str, runner_class: str) -> None:
+        """Read the key. Raises ConfigError: missing, readable by others, or not Ed25519."""
+        pem = read_secret_file(key_file).encode()
+        try:
+            key = load_pem_private_key(pem, None)
+        except (ValueError, TypeError):
+            key = None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ConfigError(f"{key_file}: must be PEM of an Ed25519 private key (PKCS 8)")
+        self._key = key
+        self.key_id = ids.public_key_id("gsk", key.public_key().public_bytes_raw())
+        self._deployment = deployment
+        self._runner_class = runner_class
+
+    def sign(self, subject: Subject, recipient_public_key: bytes) -> SignedEnvelope:
+        """Return a signed grant that only the holder of the recipient's key can make use of."""
+        now = time.time_ns()
+        issued, expires = Timestamp(), Timestamp()
+        issued.FromNanoseconds(now)
+        expires.FromNanoseconds(now + GRANT_SECONDS * 1_000_000_000)
+        grant = grant_pb2.Grant(
+            grant_id=ids.new_id("gra"),
+            deployment=self._deployment,
+            tenant=subject.tenant,
+            owner=subject.owner,
+            actor=subject.actor,
+            provider=subject.provider,
+            key_id=subject.key_id,
+            key_version=subject.key_version,
+            review_id=subject.review_id,
+            attempt_id=subject.attempt_id,
+            fence=subject.fence,
+            purpose=subject.purpose,
+            runner_class=self._runner_class,
+            recipient_key_sha256=hashlib.sha256(recipient_public_key).digest(),
+            issue_time=issued,
+            expire_time=expires,
+        )
+        return dsse.sign(dsse.GRANT, grant.SerializeToString(), self.key_id, self._key)

@@ -1,0 +1,321 @@
+"""KeyService: relays sealed keys to keyvault, and shows how their validation goes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Final, TypeAlias
+
+import grpc
+from byokeep import names
+from byokeep.keyvault.v1 import custody_pb2, grant_pb2
+from byokeep.orchestrator.v1 import key_pb2, key_pb2_grpc
+
+from services.common.errors import ByokeepError
+from services.orchestrator import access, domain, paging
+from services.orchestrator.events import KEY, Events
+from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.store_keys import KeyStore, Use, Validation
+from services.orchestrator.store_tenants import check_etag
+from services.orchestrator.tenants import timestamp
+
+Changes: TypeAlias = (
+    key_pb2.RotateKeyRequest
+    | key_pb2.RevokeKeyRequest
+    | key_pb2.DestroyKeyRequest
+    | key_pb2.RollBackKeyRequest
+)
+_WATCH_SECONDS: Final = 5.0
+_GONE: Final = (
+    custody_pb2.KEY_VERSION_STATE_REVOKED,
+    custody_pb2.KEY_VERSION_STATE_DESTROYED,
+)
+
+
+class KeyServicer(key_pb2_grpc.KeyServiceServicer):
+    """A tenant's provider keys."""
+
+    def __init__(
+        self,
+        store: KeyStore,
+        keyvault: Keyvault,
+        events: Events,
+        *,
+        intake_per_hour: int,
+        intake_per_hour_of_caller: int,
+    ) -> None:
+        """Use keyvault, what we keep of keys, and the caps of intake."""
+        self._store = store
+        self._keyvault = keyvault
+        self._events = events
+        self._tenant_cap = intake_per_hour
+        self._caller_cap = intake_per_hour_of_caller
+
+    async def GetIntakeKey(
+        self, request: key_pb2.GetIntakeKeyRequest, context: object
+    ) -> key_pb2.GetIntakeKeyResponse:
+        """Relay keyvault's newest intake key."""
+        response = await self._keyvault.intake_key(
+            custody_pb2.GetIntakeKeyRequest(suite=request.suite)
+        )
+        return key_pb2.GetIntakeKeyResponse(statement=response.statement)
+
+    async def AddKey(
+        self, request: key_pb2.AddKeyRequest, context: object
+    ) -> key_pb2.AddKeyResponse:
+        """Stage a new key and have it validated."""
+        rights = access.current()
+        rights.require_active()
+        rights.require_user(request.user, "user")
+        rights.require_user_keys(request.user)
+        await self._require_room(rights, request)
+        await self._count_intake(rights)
+        staged = await self._keyvault.stage(
+            custody_pb2.StageKeyRequest(
+                name=names.key_name(rights.tenant.id, request.key_id),
+                provider=request.provider,
+                owner=request.user,
+                display_name=request.display_name,
+                operation=custody_pb2.INTAKE_OPERATION_ADD,
+                sealed_key=request.sealed_key,
+                request_id=request.request_id,
+                actor=rights.actor(request.user),
+            )
+        )
+        return key_pb2.AddKeyResponse(
+            key=await self._validated(rights, staged, request.user, destroy_previous=False)
+        )
+
+    async def RotateKey(
+        self, request: key_pb2.RotateKeyRequest, context: object
+    ) -> key_pb2.RotateKeyResponse:
+        """Stage a further version and have it validated."""
+        rights = access.current()
+        rights.require_active()
+        key = await self._changeable(rights, request)
+        rights.require_user_keys(key.owner)
+        await self._count_intake(rights)
+        staged = await self._keyvault.stage(
+            custody_pb2.StageKeyRequest(
+                name=request.name,
+                provider=key.provider,
+                owner=key.owner,
+                display_name=key.display_name,
+                operation=custody_pb2.INTAKE_OPERATION_ROTATE,
+                sealed_key=request.sealed_key,
+                request_id=request.request_id,
+                actor=rights.actor(key.owner),
+            )
+        )
+        return key_pb2.RotateKeyResponse(
+            key=await self._validated(
+                rights, staged, key.owner, destroy_previous=request.destroy_previous
+            )
+        )
+
+    async def WatchKey(
+        self, request: key_pb2.WatchKeyRequest, context: object
+    ) -> AsyncIterator[key_pb2.WatchKeyResponse]:
+        """Stream a key until the verdict on its newest version is known."""
+        rights = access.current()
+        last: key_pb2.Key | None = None
+        with self._events.subscribe(KEY, names.last_of(request.name)) as changes:
+            while True:
+                key = (await self._messages([await self._readable(rights, request.name)]))[0]
+                done = _newest(key.provider_key).state != custody_pb2.KEY_VERSION_STATE_PENDING
+                if done or key != last:
+                    yield key_pb2.WatchKeyResponse(key=key, done=done)
+                if done:
+                    return
+                last = key
+                await changes.wait(_WATCH_SECONDS)
+
+    async def GetKey(
+        self, request: key_pb2.GetKeyRequest, context: object
+    ) -> key_pb2.GetKeyResponse:
+        """Return a key's metadata."""
+        key = await self._readable(access.current(), request.name)
+        return key_pb2.GetKeyResponse(key=(await self._messages([key]))[0])
+
+    async def ListKeys(
+        self, request: key_pb2.ListKeysRequest, context: object
+    ) -> key_pb2.ListKeysResponse:
+        """List the keys that the caller may see; a page may be shorter than was asked."""
+        rights = access.current()
+        page = await self._keyvault.page(
+            custody_pb2.ListKeysRequest(
+                parent=request.parent,
+                page_size=paging.size(request.page_size),
+                page_token=request.page_token,
+                show_destroyed=request.show_destroyed,
+            )
+        )
+        return key_pb2.ListKeysResponse(
+            keys=await self._messages([key for key in page.keys if rights.may_read(key.owner)]),
+            next_page_token=page.next_page_token,
+        )
+
+    async def RevokeKey(
+        self, request: key_pb2.RevokeKeyRequest, context: object
+    ) -> key_pb2.RevokeKeyResponse:
+        """Revoke a key."""
+        rights = access.current()
+        key = await self._changeable(rights, request)
+        key = await self._keyvault.revoke(
+            request.name, request.request_id, rights.actor(key.owner)
+        )
+        return key_pb2.RevokeKeyResponse(key=await self._changed(key))
+
+    async def DestroyKey(
+        self, request: key_pb2.DestroyKeyRequest, context: object
+    ) -> key_pb2.DestroyKeyResponse:
+        """Destroy a key."""
+        rights = access.current()
+        key = await self._changeable(rights, request)
+        key = await self._keyvault.destroy(
+            request.name, request.request_id, rights.actor(key.owner)
+        )
+        return key_pb2.DestroyKeyResponse(key=await self._changed(key))
+
+    async def RollBackKey(
+        self, request: key_pb2.RollBackKeyRequest, context: object
+    ) -> key_pb2.RollBackKeyResponse:
+        """Make the version before ACTIVE again."""
+        rights = access.current()
+        rights.require_active()
+        key = await self._changeable(rights, request)
+        key = await self._keyvault.roll_back(
+            request.name, request.request_id, rights.actor(key.owner)
+        )
+        return key_pb2.RollBackKeyResponse(key=await self._changed(key))
+
+    async def ListKeyUses(
+        self, request: key_pb2.ListKeyUsesRequest, context: object
+    ) -> key_pb2.ListKeyUsesResponse:
+        """List the attempts that used a key."""
+        rights = access.current()
+        await self._readable(rights, request.name)
+        limit = paging.size(request.page_size)
+        rows = await self._store.uses(
+            rights.tenant.id, names.last_of(request.name), request.page_token, limit + 1
+        )
+        page, token = paging.cut(rows, limit, lambda row: row.attempt_id)
+        return key_pb2.ListKeyUsesResponse(
+            uses=[_use_message(row) for row in page], next_page_token=token
+        )
+
+    async def _require_room(self, rights: access.Rights, request: key_pb2.AddKeyRequest) -> None:
+        limit = rights.plan.keys_per_provider
+        if not limit:
+            return
+        others = [
+            key
+            for key in await self._keyvault.keys(rights.tenant.id)
+            if key.provider == request.provider
+            and key.state not in _GONE
+            # The same name is keyvault's to refuse, the same id is a retry.
+            and key.display_name != request.display_name
+            and names.last_of(key.name) != request.key_id
+        ]
+        if len(others) >= limit:
+            raise domain.plan_lacks(
+                "keys-per-provider",
+                "the tenant's plan has one key per provider; rotate the one that is there",
+            )
+
+    async def _count_intake(self, rights: access.Rights) -> None:
+        # One caller feeding many keys would make a checker of stolen keys of us.
+        for scope, cap in (
+            (f"intake:{rights.tenant.id}", self._tenant_cap),
+            (f"intake-caller:{rights.spiffe_id}", self._caller_cap),
+        ):
+            if await self._store.count_intake(scope) > cap:
+                raise ByokeepError(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    "INTAKE_LIMIT",
+                    f"more than {cap} keys were tried within an hour; try again later",
+                    retry_after_seconds=600,
+                    limit=str(cap),
+                    window="1h",
+                )
+
+    async def _readable(self, rights: access.Rights, name: str) -> custody_pb2.ProviderKey:
+        key = await self._keyvault.get(name)
+        if not rights.may_read(key.owner):
+            rights.require_user(key.owner, "name")
+        return key
+
+    async def _changeable(
+        self, rights: access.Rights, request: Changes
+    ) -> custody_pb2.ProviderKey:
+        key = await self._keyvault.get(request.name)
+        rights.require_user(key.owner, "name")
+        # A retry has the etag of before its own change.
+        if request.etag and await self._store.first_time(rights.tenant.id, request):
+            check_etag(request.etag, key.etag)
+        return key
+
+    async def _validated(
+        self,
+        rights: access.Rights,
+        staged: custody_pb2.StageKeyResponse,
+        user: str,
+        *,
+        destroy_previous: bool,
+    ) -> key_pb2.Key:
+        version = next(one for one in staged.key.versions if one.version == staged.version)
+        if version.state == custody_pb2.KEY_VERSION_STATE_PENDING:
+            await self._store.schedule(
+                rights.tenant.id,
+                staged.key,
+                staged.version,
+                rights.actor(user),
+                destroy_previous=destroy_previous,
+            )
+        return (await self._messages([staged.key]))[0]
+
+    async def _changed(self, key: custody_pb2.ProviderKey) -> key_pb2.Key:
+        await self._store.changed(names.last_of(key.name))
+        return (await self._messages([key]))[0]
+
+    async def _messages(self, keys: Sequence[custody_pb2.ProviderKey]) -> list[key_pb2.Key]:
+        versions = [(names.last_of(key.name), _newest(key).version) for key in keys]
+        known = await self._store.validations(versions)
+        return [
+            key_pb2.Key(provider_key=key, validation=_validation_message(known.get(version)))
+            for key, version in zip(keys, versions, strict=True)
+        ]
+
+
+def _newest(key: custody_pb2.ProviderKey) -> custody_pb2.KeyVersion:
+    return max(key.versions, key=lambda one: one.version, default=custody_pb2.KeyVersion())
+
+
+def _validation_message(row: Validation | None) -> key_pb2.KeyValidation | None:
+    if row is None:
+        return None
+    return key_pb2.KeyValidation(
+        version=row.version,
+        verdict=key_pb2.ValidationVerdict.Value(f"VALIDATION_VERDICT_{row.verdict}"),
+        models=row.models,
+        check_time=timestamp(row.check_time),
+        retry_time=timestamp(row.retry_time),
+        attempts=row.attempts,
+    )
+
+
+def _use_message(row: Use) -> key_pb2.KeyUse:
+    return key_pb2.KeyUse(
+        attempt_id=row.attempt_id,
+        number=row.fence,
+        fence=row.fence,
+        review_id=row.review_id,
+        label=row.label,
+        purpose=grant_pb2.LeasePurpose.Value(f"LEASE_PURPOSE_{row.kind}"),
+        key_version=row.key_version,
+        lease_id=row.lease_id,
+        process_id=row.process_id,
+        open_time=timestamp(row.open_time),
+        close_time=timestamp(row.close_time),
+        state=row.state,
+        calls_started=row.calls_started,
+    )

@@ -1,0 +1,107 @@
+"""Calls to keyvault's CustodyService; its typed errors pass unchanged to our own caller."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Final, TypeVar
+
+import grpc
+from byokeep import names
+from byokeep.keyvault.v1 import custody_pb2, custody_pb2_grpc
+
+from services.common.errors import ByokeepError, from_rpc
+
+T = TypeVar("T")
+_SECONDS: Final = 10.0
+_PAGE: Final = 500
+
+
+class Keyvault:
+    """What the orchestrator asks of keyvault."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        """Use a channel that presents our identity."""
+        self._stub = custody_pb2_grpc.CustodyServiceStub(channel)
+
+    async def intake_key(
+        self, request: custody_pb2.GetIntakeKeyRequest
+    ) -> custody_pb2.GetIntakeKeyResponse:
+        """Return the newest intake key's signed statement."""
+        return await _told(self._stub.GetIntakeKey(request, timeout=_SECONDS))
+
+    async def stage(self, request: custody_pb2.StageKeyRequest) -> custody_pb2.StageKeyResponse:
+        """Store a sealed key as a PENDING version."""
+        return await _told(self._stub.StageKey(request, timeout=_SECONDS))
+
+    async def promote(
+        self, name: str, version: int, actor: str, *, destroy_previous: bool
+    ) -> custody_pb2.ProviderKey:
+        """Make a version ACTIVE; repeating it changes nothing more."""
+        request = custody_pb2.PromoteKeyVersionRequest(
+            name=name,
+            version=version,
+            destroy_previous=destroy_previous,
+            request_id=f"promote-{names.last_of(name)}-{version}",
+            actor=actor,
+        )
+        return (await _told(self._stub.PromoteKeyVersion(request, timeout=_SECONDS))).key
+
+    async def destroy_version(
+        self, name: str, version: int, actor: str
+    ) -> custody_pb2.ProviderKey:
+        """Destroy a version that is not ACTIVE; repeating it changes nothing more."""
+        request = custody_pb2.DestroyKeyVersionRequest(
+            name=name,
+            version=version,
+            request_id=f"destroy-{names.last_of(name)}-{version}",
+            actor=actor,
+        )
+        return (await _told(self._stub.DestroyKeyVersion(request, timeout=_SECONDS))).key
+
+    async def roll_back(self, name: str, request_id: str, actor: str) -> custody_pb2.ProviderKey:
+        """Make the version before ACTIVE again."""
+        request = custody_pb2.RollBackKeyRequest(name=name, request_id=request_id, actor=actor)
+        return (await _told(self._stub.RollBackKey(request, timeout=_SECONDS))).key
+
+    async def revoke(self, name: str, request_id: str, actor: str) -> custody_pb2.ProviderKey:
+        """Revoke a key."""
+        request = custody_pb2.RevokeKeyRequest(name=name, request_id=request_id, actor=actor)
+        return (await _told(self._stub.RevokeKey(request, timeout=_SECONDS))).key
+
+    async def destroy(self, name: str, request_id: str, actor: str) -> custody_pb2.ProviderKey:
+        """Destroy a key."""
+        request = custody_pb2.DestroyKeyRequest(name=name, request_id=request_id, actor=actor)
+        return (await _told(self._stub.DestroyKey(request, timeout=_SECONDS))).key
+
+    async def get(self, name: str) -> custody_pb2.ProviderKey:
+        """Return a key's metadata."""
+        request = custody_pb2.GetKeyRequest(name=name)
+        return (await _told(self._stub.GetKey(request, timeout=_SECONDS))).key
+
+    async def page(self, request: custody_pb2.ListKeysRequest) -> custody_pb2.ListKeysResponse:
+        """Return one page of a tenant's keys."""
+        return await _told(self._stub.ListKeys(request, timeout=_SECONDS))
+
+    async def keys(self, tenant: str) -> list[custody_pb2.ProviderKey]:
+        """Return all of a tenant's keys that are not destroyed, by id."""
+        found: list[custody_pb2.ProviderKey] = []
+        token = ""
+        while True:
+            page = await self.page(
+                custody_pb2.ListKeysRequest(
+                    parent=names.tenant_name(tenant), page_size=_PAGE, page_token=token
+                )
+            )
+            found += page.keys
+            token = page.next_page_token
+            if not token:
+                return found
+
+
+async def _told(call: Awaitable[T]) -> T:
+    refused: ByokeepError
+    try:
+        return await call
+    except grpc.RpcError as error:
+        refused = from_rpc(error, "keyvault")
+    raise refused

@@ -1,0 +1,287 @@
+"""ReviewService: RPC ↔ domain."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from byokeep import names
+from byokeep.keyvault.v1 import custody_pb2
+from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc
+
+from services.common.errors import ByokeepError
+from services.common.models import Catalog, ModelRef
+from services.orchestrator import access, domain, exports, paging, planning, store_requests
+from services.orchestrator.config import Settings
+from services.orchestrator.events import REVIEW, Events
+from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.store_attempts import AttemptStore
+from services.orchestrator.store_reviews import ReviewRow, ReviewStore, Submission
+from services.orchestrator.store_tenants import TenantStore
+from services.orchestrator.tenants import timestamp
+
+TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
+_WATCH_SECONDS: Final = 5.0
+_EXPORTS: Final[dict[int, Callable[[review_pb2.Review], tuple[str, str]]]] = {
+    review_pb2.EXPORT_FORMAT_TEXT: exports.text,
+    review_pb2.EXPORT_FORMAT_SARIF: exports.sarif,
+    review_pb2.EXPORT_FORMAT_GITHUB: exports.github,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A review that could be submitted."""
+
+    model: ModelRef
+    key: custody_pb2.ProviderKey
+    plan: planning.Plan
+    max_calls: int
+
+
+class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
+    """Takes reviews and shows them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        reviews: ReviewStore,
+        attempts: AttemptStore,
+        tenants: TenantStore,
+        keyvault: Keyvault,
+        catalog: Catalog,
+        events: Events,
+    ) -> None:
+        """Use the stores, keyvault's list of keys, and the models that are known."""
+        self._settings = settings
+        self._reviews = reviews
+        self._attempts = attempts
+        self._tenants = tenants
+        self._keyvault = keyvault
+        self._catalog = catalog
+        self._events = events
+
+    async def SubmitReview(
+        self, request: review_pb2.SubmitReviewRequest, context: object
+    ) -> review_pb2.SubmitReviewResponse:
+        """Store a review and enqueue it; the same submission returns the same review."""
+        rights, wanted = access.current(), request.input
+        rights.require_active()
+        self._require_sender(rights, wanted)
+        scope = _scope(request)
+        digest = store_requests.digest_of(wanted)
+        row = await self._reviews.earlier(rights.tenant.id, scope, digest)
+        if row is None:
+            prepared = await self._prepare(rights, wanted)
+            planning.require_calls(prepared.plan, prepared.max_calls)
+            row = await self._reviews.submit(
+                Submission(
+                    tenant=rights.tenant.id,
+                    scope=scope,
+                    digest=digest,
+                    repository=wanted.repository,
+                    pull_request=wanted.pull_request,
+                    head_commit=wanted.head_commit,
+                    model=str(prepared.model),
+                    key_id=names.last_of(prepared.key.name),
+                    key_version=prepared.key.active_version,
+                    owner=wanted.user,
+                    actor=rights.actor(wanted.user),
+                    max_calls=prepared.max_calls,
+                    chunks_total=len(prepared.plan.chunks),
+                    input=wanted.SerializeToString(),
+                ),
+                _reviews_per_day(rights),
+            )
+        return review_pb2.SubmitReviewResponse(review=_message(row))
+
+    async def DryRunReview(
+        self, request: review_pb2.DryRunReviewRequest, context: object
+    ) -> review_pb2.DryRunReviewResponse:
+        """Say what a review would do."""
+        rights = access.current()
+        self._require_sender(rights, request.input)
+        prepared = await self._prepare(rights, request.input)
+        return review_pb2.DryRunReviewResponse(
+            model=str(prepared.model),
+            key_id=names.last_of(prepared.key.name),
+            calls=len(prepared.plan.chunks),
+            max_calls_per_review=prepared.max_calls,
+            chunks=[
+                review_pb2.DryRunReviewResponse.Chunk(
+                    files=chunk.files, estimated_tokens=chunk.estimated_tokens
+                )
+                for chunk in prepared.plan.chunks
+            ],
+            skipped_files=prepared.plan.skipped_files,
+        )
+
+    async def GetReview(
+        self, request: review_pb2.GetReviewRequest, context: object
+    ) -> review_pb2.GetReviewResponse:
+        """Return a review with its findings."""
+        return review_pb2.GetReviewResponse(review=await self._whole(request.name))
+
+    async def ListReviews(
+        self, request: review_pb2.ListReviewsRequest, context: object
+    ) -> review_pb2.ListReviewsResponse:
+        """List reviews, newest first."""
+        limit = paging.size(request.page_size)
+        rows = await self._reviews.list(
+            access.current().tenant.id, request.page_token, limit + 1, request.repository
+        )
+        page, token = paging.cut(rows, limit, lambda row: row.id)
+        return review_pb2.ListReviewsResponse(
+            reviews=[_message(row) for row in page], next_page_token=token
+        )
+
+    async def WatchReview(
+        self, request: review_pb2.WatchReviewRequest, context: object
+    ) -> AsyncIterator[review_pb2.WatchReviewResponse]:
+        """Stream a review as it changes, until it has ended."""
+        tenant, review_id = access.current().tenant.id, names.last_of(request.name)
+        seen = 0
+        with self._events.subscribe(REVIEW, review_id) as changes:
+            while True:
+                row = await self._reviews.get(tenant, review_id)
+                if row.version != seen:
+                    yield review_pb2.WatchReviewResponse(review=await self._with_findings(row))
+                if row.state in TERMINAL:
+                    return
+                seen = row.version
+                await changes.wait(_WATCH_SECONDS)
+
+    async def CancelReview(
+        self, request: review_pb2.CancelReviewRequest, context: object
+    ) -> review_pb2.CancelReviewResponse:
+        """Cancel a review; one that is cancelled already stays so."""
+        tenant, review_id = access.current().tenant.id, names.last_of(request.name)
+        row = await self._reviews.get(tenant, review_id)
+        if row.state not in TERMINAL:
+            await self._attempts.cancel_review(tenant, review_id)
+            row = await self._reviews.get(tenant, review_id)
+        if row.state != "CANCELLED":
+            raise ByokeepError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "WRONG_STATE",
+                "the review has ended already",
+                state=row.state,
+            )
+        return review_pb2.CancelReviewResponse(review=await self._with_findings(row))
+
+    async def RetryReview(
+        self, request: review_pb2.RetryReviewRequest, context: object
+    ) -> review_pb2.RetryReviewResponse:
+        """Start a further attempt of a failed review, on the key that is active now."""
+        rights, review_id = access.current(), names.last_of(request.name)
+        rights.require_active()
+        row = await self._reviews.get(rights.tenant.id, review_id)
+        rights.require_user(row.owner, "name")
+        if not await self._reviews.retried(request, rights.tenant.id):
+            keys = await self._keys(rights, row.owner)
+            key = domain.choose_key(row.model.partition("/")[0], keys)
+            await self._reviews.retry(
+                request,
+                rights.tenant.id,
+                review_id,
+                key_id=names.last_of(key.name),
+                key_version=key.active_version,
+                max_calls=self._max_calls(rights),
+            )
+            row = await self._reviews.get(rights.tenant.id, review_id)
+        return review_pb2.RetryReviewResponse(review=await self._with_findings(row))
+
+    async def ExportReview(
+        self, request: review_pb2.ExportReviewRequest, context: object
+    ) -> review_pb2.ExportReviewResponse:
+        """Return a finished review in another form."""
+        review = await self._whole(request.name)
+        if review.state != review_pb2.REVIEW_STATE_COMPLETED:
+            state = review_pb2.ReviewState.Name(review.state).removeprefix("REVIEW_STATE_")
+            raise ByokeepError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "WRONG_STATE",
+                "only a completed review can be exported",
+                state=state,
+            )
+        content, media_type = _EXPORTS[request.format](review)
+        return review_pb2.ExportReviewResponse(content=content, media_type=media_type)
+
+    def _require_sender(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> None:
+        rights.require_user(wanted.user, "input.user")
+        rights.require_user_keys(wanted.user)
+        limit = rights.tenant.max_diff_bytes or self._settings.max_diff_bytes
+        planning.require_size(wanted, limit)
+
+    async def _prepare(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> _Prepared:
+        keys = await self._keys(rights, wanted.user)
+        override = ""
+        if rights.plan.model_overrides and not wanted.model:
+            overrides = await self._tenants.overrides(rights.tenant.id)
+            override = domain.override_for(wanted.repository, overrides)
+        chosen = (wanted.model, override, rights.tenant.default_model)
+        model = domain.choose_model(chosen, keys, self._catalog)
+        key = domain.choose_key(model.provider, keys)
+        return _Prepared(
+            model,
+            key,
+            await planning.plan(wanted, model, self._catalog),
+            self._max_calls(rights),
+        )
+
+    async def _keys(self, rights: access.Rights, owner: str) -> list[custody_pb2.ProviderKey]:
+        keys = await self._keyvault.keys(rights.tenant.id)
+        # The owner's alone: never a silent fallback to another key.
+        return [key for key in keys if key.owner == owner]
+
+    def _max_calls(self, rights: access.Rights) -> int:
+        return rights.tenant.max_calls_per_review or self._settings.max_calls_per_review
+
+    async def _whole(self, name: str) -> review_pb2.Review:
+        row = await self._reviews.get(access.current().tenant.id, names.last_of(name))
+        return await self._with_findings(row)
+
+    async def _with_findings(self, row: ReviewRow) -> review_pb2.Review:
+        if not row.finding_count:
+            return _message(row)
+        return _message(row, await self._reviews.findings(row.id))
+
+
+def _scope(request: review_pb2.SubmitReviewRequest) -> str:
+    wanted = request.input
+    return (
+        f"{wanted.repository}#{wanted.pull_request}@{wanted.head_commit}:{request.request_id}"
+    )
+
+
+def _reviews_per_day(rights: access.Rights) -> int:
+    own = rights.tenant.max_reviews_per_day
+    return min(own, rights.plan.reviews_per_day) if own else rights.plan.reviews_per_day
+
+
+def _message(row: ReviewRow, findings: Sequence[review_pb2.Finding] = ()) -> review_pb2.Review:
+    return review_pb2.Review(
+        name=names.review_name(row.tenant, row.id),
+        state=review_pb2.ReviewState.Value(f"REVIEW_STATE_{row.state}"),
+        repository=row.repository,
+        pull_request=row.pull_request,
+        head_commit=row.head_commit,
+        model=row.model,
+        key_id=row.key_id,
+        findings=findings,
+        finding_count=row.finding_count,
+        dropped_findings=row.dropped_findings,
+        failure=review_pb2.FailureReason.Value(f"FAILURE_REASON_{row.failure or 'UNSPECIFIED'}"),
+        failure_message=row.failure_message,
+        chunks_done=row.chunks_done,
+        chunks_total=row.chunks_total,
+        calls_started=row.calls_started,
+        attempts=row.fence,
+        create_time=timestamp(row.create_time),
+        start_time=timestamp(row.start_time),
+        end_time=timestamp(row.end_time),
+        ambiguous_calls=row.ambiguous_calls,
+        etag=str(row.version),
+    )

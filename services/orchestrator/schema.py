@@ -1,0 +1,259 @@
+"""The orchestrator's tables. Migrations build them; a test compares the two.
+
+No table has a column for a provider key, token usage or cost. States, plans, verdicts and
+failures stand as the short names of their proto enums.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+    }
+)
+
+
+def _text(name: str, *, default: str | None = "") -> Column[str]:
+    server_default = None if default is None else text(f"'{default}'")
+    return Column(name, Text, nullable=False, server_default=server_default)
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, Integer, nullable=False, server_default=text("0"))
+
+
+def _created(name: str = "create_time") -> Column[object]:
+    return Column(name, DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+def _time(name: str) -> Column[object]:
+    return Column(name, DateTime(timezone=True))
+
+
+def _flag(name: str) -> Column[bool]:
+    return Column(name, Boolean, nullable=False, server_default=text("false"))
+
+
+def _tenant() -> Column[str]:
+    return Column("tenant", Text, ForeignKey("tenant.id"), nullable=False)
+
+
+def _tenant_key() -> Column[str]:
+    return Column("tenant", Text, ForeignKey("tenant.id"), primary_key=True)
+
+
+def _review_key() -> Column[str]:
+    return Column("review_id", Text, ForeignKey("review.id", ondelete="CASCADE"), primary_key=True)
+
+
+tenant = Table(
+    "tenant",
+    metadata,
+    Column("id", Text, primary_key=True),
+    _text("state", default="ACTIVE"),
+    _text("plan", default=None),
+    _text("default_model"),
+    _count("max_diff_bytes"),
+    _count("max_calls_per_review"),
+    Column("max_reviews_per_day", BigInteger, nullable=False, server_default=text("0")),
+    _count("settings_version"),
+    _created(),
+)
+
+caller = Table(
+    "caller",
+    metadata,
+    _tenant_key(),
+    Column("spiffe_id", Text, primary_key=True),
+    Column("roles", ARRAY(SmallInteger), nullable=False),
+    _flag("may_assert_users"),
+)
+Index(None, caller.c.spiffe_id)
+
+model_override = Table(
+    "model_override",
+    metadata,
+    _tenant_key(),
+    Column("pattern", Text, primary_key=True),
+    _text("model", default=None),
+)
+
+request = Table(
+    "request",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("method", Text, primary_key=True),
+    # The request id; for SubmitReview with what else makes it the same submission.
+    Column("scope", Text, primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    _text("resource"),
+    _created(),
+)
+Index(None, request.c.create_time)
+
+rate_bucket = Table(
+    "rate_bucket",
+    metadata,
+    Column("scope", Text, primary_key=True),
+    Column("hour", DateTime(timezone=True), primary_key=True),
+    _count("events"),
+)
+
+key_validation = Table(
+    "key_validation",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("version", Integer, primary_key=True),
+    _tenant(),
+    _text("provider", default=None),
+    _text("owner"),
+    _text("actor", default=None),
+    _flag("destroy_previous"),
+    _text("verdict", default="UNSPECIFIED"),
+    Column("models", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    _count("attempts"),
+    # What keyvault is still to be told: PROMOTE, DESTROY, or nothing.
+    _text("action"),
+    Column("fence", BigInteger, nullable=False, server_default=text("1")),
+    _time("check_time"),
+    _time("retry_time"),
+    _created(),
+)
+Index(None, key_validation.c.tenant)
+Index(
+    "key_validation_action_idx",
+    key_validation.c.check_time,
+    postgresql_where=key_validation.c.action != "",
+)
+
+review = Table(
+    "review",
+    metadata,
+    Column("id", Text, primary_key=True),
+    _tenant(),
+    _text("state", default="QUEUED"),
+    _text("repository", default=None),
+    Column("pull_request", BigInteger, nullable=False, server_default=text("0")),
+    _text("head_commit"),
+    _text("model", default=None),
+    _text("key_id", default=None),
+    _text("owner"),
+    _text("actor", default=None),
+    _text("failure"),
+    _text("failure_message"),
+    _count("max_calls"),
+    _count("calls_started"),
+    _count("ambiguous_calls"),
+    _count("chunks_done"),
+    _count("chunks_total"),
+    _count("finding_count"),
+    _count("dropped_findings"),
+    # The newest attempt's fence; also the number of attempts.
+    Column("fence", BigInteger, nullable=False, server_default=text("1")),
+    Column("version", BigInteger, nullable=False, server_default=text("1")),
+    _created(),
+    _time("start_time"),
+    _time("end_time"),
+)
+Index(None, review.c.tenant, review.c.id)
+Index(None, review.c.end_time)
+
+review_content = Table(
+    "review_content",
+    metadata,
+    _review_key(),
+    # A serialized ReviewInput: diff, title, description, guidance, context files.
+    Column("input", LargeBinary, nullable=False),
+)
+
+finding = Table(
+    "finding",
+    metadata,
+    _review_key(),
+    Column("chunk_id", Text, primary_key=True),
+    Column("ordinal", Integer, primary_key=True),
+    _text("path", default=None),
+    _count("start_line"),
+    _count("end_line"),
+    Column("severity", SmallInteger, nullable=False),
+    Column("category", SmallInteger, nullable=False),
+    _text("title", default=None),
+    _text("message", default=None),
+    _text("suggestion"),
+)
+
+attempt = Table(
+    "attempt",
+    metadata,
+    Column("id", Text, primary_key=True),
+    _text("kind", default=None),
+    _tenant(),
+    Column("review_id", Text, ForeignKey("review.id", ondelete="CASCADE")),
+    _text("key_id", default=None),
+    Column("key_version", Integer, nullable=False),
+    # Of all attempts of its review or validation; also the fencing token.
+    Column("fence", BigInteger, nullable=False, server_default=text("1")),
+    # Since the submission or the last RetryReview: what the retry budget counts.
+    Column("tries", Integer, nullable=False, server_default=text("1")),
+    _text("state", default="QUEUED"),
+    # Holds one of its tenant's places in the queue and on runners.
+    _flag("admitted"),
+    _text("failure"),
+    _text("lease_id"),
+    _count("process_id"),
+    _count("calls_started"),
+    _time("open_time"),
+    _time("close_time"),
+    _created(),
+    Column("due_time", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _time("start_time"),
+    _time("heartbeat_time"),
+    _time("end_time"),
+)
+Index(None, attempt.c.review_id)
+Index(None, attempt.c.key_id, attempt.c.id)
+Index(
+    "attempt_open_idx",
+    attempt.c.tenant,
+    attempt.c.id,
+    postgresql_where=attempt.c.state.in_(["QUEUED", "RUNNING"]),
+)
+
+provider_call = Table(
+    "provider_call",
+    metadata,
+    Column("attempt_id", Text, ForeignKey("attempt.id", ondelete="CASCADE"), primary_key=True),
+    Column("call_number", Integer, primary_key=True),
+    _text("chunk_id"),
+    _created("start_time"),
+    _time("finish_time"),
+    _flag("ambiguous"),
+)
+
+chunk_done = Table(
+    "chunk_done",
+    metadata,
+    _review_key(),
+    Column("chunk_id", Text, primary_key=True),
+    _text("attempt_id", default=None),
+)

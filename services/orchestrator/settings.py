@@ -1,0 +1,156 @@
+"""SettingsService: RPC ↔ domain."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import grpc
+from byokeep import names
+from byokeep.orchestrator.v1 import settings_pb2, settings_pb2_grpc, tenant_pb2
+
+from services.common.errors import ByokeepError
+from services.common.models import Catalog
+from services.orchestrator import access, domain, paging
+from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.store_keys import KeyStore
+from services.orchestrator.store_tenants import TenantRow, TenantStore
+from services.orchestrator.tenants import plan_name
+
+_FIELDS: Final = ("default_model", "max_diff_bytes", "max_calls_per_review", "max_reviews_per_day")
+_NAME: Final = re.compile(r"tenants/[^/]+/settings")
+_MODELS_A_PAGE: Final = 200
+
+
+class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
+    """A tenant's plan, models and ceilings."""
+
+    def __init__(
+        self, store: TenantStore, key_store: KeyStore, keyvault: Keyvault, catalog: Catalog
+    ) -> None:
+        """Use the stores, keyvault's list of keys, and the models that are known."""
+        self._store = store
+        self._key_store = key_store
+        self._keyvault = keyvault
+        self._catalog = catalog
+
+    async def GetSettings(
+        self, request: settings_pb2.GetSettingsRequest, context: object
+    ) -> settings_pb2.GetSettingsResponse:
+        """Return a tenant's settings."""
+        return settings_pb2.GetSettingsResponse(
+            settings=await self._message(access.current().tenant)
+        )
+
+    async def UpdateSettings(
+        self, request: settings_pb2.UpdateSettingsRequest, context: object
+    ) -> settings_pb2.UpdateSettingsResponse:
+        """Change the fields of the mask."""
+        if not _NAME.fullmatch(request.settings.name):
+            raise _invalid("settings.name", "tenants/TENANT/settings")
+        paths = list(request.update_mask.paths)
+        if not paths or not set(paths).issubset(_FIELDS):
+            raise _invalid("update_mask", f"some of {', '.join(_FIELDS)}")
+        if "default_model" in paths and request.settings.default_model:
+            domain.read_model(request.settings.default_model, "settings.default_model")
+        values: dict[str, Any] = {path: getattr(request.settings, path) for path in paths}
+        row = await self._store.change_settings(
+            access.current().tenant.id, values, request, etag=request.settings.etag
+        )
+        return settings_pb2.UpdateSettingsResponse(settings=await self._message(row))
+
+    async def SetPlan(
+        self, request: settings_pb2.SetPlanRequest, context: object
+    ) -> settings_pb2.SetPlanResponse:
+        """Set a tenant's plan."""
+        row = await self._store.change_settings(
+            access.current().tenant.id, {"plan": plan_name(request.plan)}, request
+        )
+        return settings_pb2.SetPlanResponse(settings=await self._message(row))
+
+    async def SetModelOverride(
+        self, request: settings_pb2.SetModelOverrideRequest, context: object
+    ) -> settings_pb2.SetModelOverrideResponse:
+        """Set the model of some repositories; removing one takes no entitlement."""
+        rights = access.current()
+        if request.model:
+            if not rights.plan.model_overrides:
+                raise domain.plan_lacks(
+                    "model-overrides", "the tenant's plan has no models per repository"
+                )
+            domain.read_model(request.model, "model")
+        row = await self._store.set_override(rights.tenant.id, request)
+        return settings_pb2.SetModelOverrideResponse(settings=await self._message(row))
+
+    async def ListModels(
+        self, request: settings_pb2.ListModelsRequest, context: object
+    ) -> settings_pb2.ListModelsResponse:
+        """List what the tenant's active keys can use."""
+        tenant = access.current().tenant
+        usable: dict[str, list[str]] = {}
+        for key_id, models in (await self._usable(tenant.id)).items():
+            for model in models:
+                usable.setdefault(model, []).append(key_id)
+        limit = paging.size(request.page_size, _MODELS_A_PAGE)
+        rows = sorted(model for model in usable if model > request.page_token)
+        page, token = paging.cut(rows, limit, str)
+        return settings_pb2.ListModelsResponse(
+            models=[
+                settings_pb2.Model(
+                    model=model,
+                    key_ids=sorted(usable[model]),
+                    provider_default=self._is_default(model),
+                    tenant_default=model == tenant.default_model,
+                )
+                for model in page
+            ],
+            next_page_token=token,
+        )
+
+    async def _usable(self, tenant: str) -> dict[str, list[str]]:
+        """Models by key; of a key that can't list them, the provider's default alone."""
+        rights = access.current()
+        keys = [
+            key
+            for key in await self._keyvault.keys(tenant)
+            if domain.usable(key) and rights.may_read(key.owner)
+        ]
+        known = await self._key_store.models(
+            [(names.last_of(key.name), key.active_version) for key in keys]
+        )
+        found = {}
+        for key in keys:
+            key_id, provider = names.last_of(key.name), names.provider_id(key.provider)
+            models = known.get(key_id) or [self._catalog.default(provider)]
+            found[key_id] = [f"{provider}/{model}" for model in models]
+        return found
+
+    def _is_default(self, model: str) -> bool:
+        provider, _, name = model.partition("/")
+        return self._catalog.default(provider) == name
+
+    async def _message(self, row: TenantRow) -> settings_pb2.Settings:
+        overrides = await self._store.overrides(row.id)
+        return settings_pb2.Settings(
+            name=f"{names.tenant_name(row.id)}/settings",
+            plan=tenant_pb2.Plan.Value(f"PLAN_{row.plan}"),
+            default_model=row.default_model,
+            model_overrides=[
+                settings_pb2.ModelOverride(repository_pattern=pattern, model=overrides[pattern])
+                for pattern in sorted(overrides)
+            ],
+            max_diff_bytes=row.max_diff_bytes,
+            max_calls_per_review=row.max_calls_per_review,
+            max_reviews_per_day=row.max_reviews_per_day,
+            etag=row.etag,
+        )
+
+
+def _invalid(field: str, expected: str) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        f"{field}: {expected} expected",
+        field=field,
+        rule="expected",
+    )

@@ -1,0 +1,295 @@
+"""SQL of reviews: submit, read, retry, retention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import grpc
+from byokeep import ids
+from byokeep.orchestrator.v1 import review_pb2
+from sqlalchemy import Row, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.common.errors import ByokeepError
+from services.orchestrator import access, store_requests
+from services.orchestrator.database import Database, raw
+from services.orchestrator.domain import PLANS
+from services.orchestrator.queue import Queue
+from services.orchestrator.schema import finding as finding_table
+from services.orchestrator.schema import review as review_table
+from services.orchestrator.store_attempts import LOCK_TENANT
+
+SUBMIT: Final = "SubmitReview"
+
+# One statement: the request id, the day's count, the review, its content, its first attempt.
+_SUBMIT: Final = text("""
+    WITH req AS (
+        INSERT INTO request (tenant, method, scope, digest, resource)
+        VALUES (:tenant, 'SubmitReview', :scope, :digest, :id)
+        ON CONFLICT DO NOTHING RETURNING 1),
+    day AS (
+        INSERT INTO rate_bucket (scope, hour, events)
+        SELECT 'reviews:' || :tenant, date_trunc('hour', now()), 1 FROM req
+        ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1),
+    rev AS (
+        INSERT INTO review (id, tenant, repository, pull_request, head_commit, model, key_id,
+            owner, actor, max_calls, chunks_total)
+        SELECT :id, :tenant, :repository, :pull_request, :head_commit, :model, :key_id,
+            :owner, :actor, :max_calls, :chunks_total FROM req
+        RETURNING *),
+    content AS (
+        INSERT INTO review_content (review_id, input) SELECT id, :input FROM rev),
+    att AS (
+        INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, admitted)
+        SELECT :attempt_id, 'REVIEW', :tenant, id, :key_id, :key_version, :places > (
+            SELECT count(*) FROM attempt
+            WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
+                AND state IN ('QUEUED', 'RUNNING'))
+        FROM rev RETURNING admitted)
+    SELECT rev.*, att.admitted, coalesce((
+            SELECT sum(events) FROM rate_bucket
+            WHERE scope = 'reviews:' || :tenant AND hour > now() - interval '24 hours'
+        ), 0) AS earlier_today
+    FROM rev, att""")
+
+_RETRY: Final = text("""
+    WITH rev AS (
+        UPDATE review SET state = 'QUEUED', failure = '', failure_message = '',
+            end_time = NULL, key_id = :key_id, fence = fence + 1, version = version + 1,
+            max_calls = calls_started + :max_calls
+        WHERE id = :id AND tenant = :tenant AND state = 'FAILED'
+            AND EXISTS (SELECT FROM review_content WHERE review_id = :id)
+        RETURNING id, fence, pg_notify('byokeep_review', id))
+    INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, fence, admitted)
+    SELECT :attempt_id, 'REVIEW', :tenant, id, :key_id, :key_version, fence, :places > (
+        SELECT count(*) FROM attempt
+        WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
+            AND state IN ('QUEUED', 'RUNNING'))
+    FROM rev RETURNING admitted""")
+
+_DROP_CONTENT: Final = text("""
+    DELETE FROM review_content USING review
+    WHERE review.id = review_content.review_id AND state = 'FAILED'
+        AND end_time < now() - make_interval(hours => :hours)""")
+_DROP_FINDINGS: Final = text("""
+    DELETE FROM finding USING review
+    WHERE review.id = finding.review_id AND end_time < now() - make_interval(days => :days)""")
+_DROP_REQUESTS: Final = text("DELETE FROM request WHERE create_time < now() - interval '7 days'")
+_DROP_BUCKETS: Final = text("DELETE FROM rate_bucket WHERE hour < now() - interval '2 days'")
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewRow:
+    """A review; its content and findings stand elsewhere."""
+
+    id: str
+    tenant: str
+    state: str
+    repository: str
+    pull_request: int
+    head_commit: str
+    model: str
+    key_id: str
+    owner: str
+    failure: str
+    failure_message: str
+    calls_started: int
+    ambiguous_calls: int
+    chunks_done: int
+    chunks_total: int
+    finding_count: int
+    dropped_findings: int
+    fence: int
+    version: int
+    create_time: datetime
+    start_time: datetime | None
+    end_time: datetime | None
+
+
+_NAMES: Final = tuple(ReviewRow.__dataclass_fields__)
+_COLUMNS: Final = [review_table.c[name] for name in _NAMES]
+_ONE: Final = select(*_COLUMNS)
+_FINDINGS: Final = select(*[c for c in finding_table.c if c.name != "review_id"])
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A review that is to be stored; `scope` and `digest` make it idempotent."""
+
+    tenant: str
+    scope: str
+    digest: bytes
+    repository: str
+    pull_request: int
+    head_commit: str
+    model: str
+    key_id: str
+    key_version: int
+    owner: str
+    actor: str
+    max_calls: int
+    chunks_total: int
+    input: bytes
+
+
+class ReviewStore:
+    """Reviews, their content and findings."""
+
+    def __init__(self, database: Database, queue: Queue) -> None:
+        """Use a database, and the queue that lives in it."""
+        self._database = database
+        self._queue = queue
+
+    async def earlier(self, tenant: str, scope: str, digest: bytes) -> ReviewRow | None:
+        """Return the review that the same submission made before. Raises REQUEST_ID_CONFLICT."""
+        async with self._database.statement() as connection:
+            review_id = await store_requests.seen(connection, tenant, SUBMIT, scope, digest)
+        return None if review_id is None else await self.get(tenant, review_id)
+
+    async def submit(self, new: Submission, reviews_per_day: int) -> ReviewRow:
+        """Store a review with its content and first attempt, and enqueue it: all or nothing.
+
+        Raises:
+            ByokeepError: TENANT_NOT_ACTIVE, DAILY_LIMIT, REQUEST_ID_CONFLICT.
+        """
+        attempt_id = ids.new_id("att")
+        parameters = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
+        parameters |= {"id": ids.new_id("rev"), "attempt_id": attempt_id}
+        async with self._database.transaction() as connection:
+            parameters["places"] = await _places(connection, new.tenant)
+            row = (await connection.execute(_SUBMIT, parameters)).one_or_none()
+            if row is not None:
+                if row.earlier_today >= reviews_per_day:
+                    raise _daily_limit(reviews_per_day)
+                if row.admitted:
+                    await self._queue.enqueue(await raw(connection), attempt_id)
+                return _review(row)
+        # The same submission came in between; the tenant's lock made us wait for it.
+        found = await self.earlier(new.tenant, new.scope, new.digest)
+        if found is None:
+            raise store_requests.conflict()
+        return found
+
+    async def get(self, tenant: str, review_id: str) -> ReviewRow:
+        """Return a review of the tenant. Raises ByokeepError: NOT_FOUND."""
+        query = _ONE.where(review_table.c.id == review_id, review_table.c.tenant == tenant)
+        async with self._database.statement() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            raise ByokeepError(
+                grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such review", resource="review"
+            )
+        return _review(row)
+
+    async def findings(self, review_id: str) -> list[review_pb2.Finding]:
+        """Return a review's findings by path and line."""
+        query = _FINDINGS.where(finding_table.c.review_id == review_id).order_by(
+            finding_table.c.path, finding_table.c.start_line, finding_table.c.ordinal
+        )
+        async with self._database.statement() as connection:
+            return [
+                review_pb2.Finding(
+                    path=row.path,
+                    start_line=row.start_line,
+                    end_line=row.end_line,
+                    severity=review_pb2.Severity.ValueType(row.severity),
+                    category=review_pb2.Category.ValueType(row.category),
+                    title=row.title,
+                    message=row.message,
+                    suggestion=row.suggestion,
+                )
+                for row in await connection.execute(query)
+            ]
+
+    async def list(
+        self, tenant: str, before: str, limit: int, repository: str
+    ) -> Sequence[ReviewRow]:
+        """Return reviews, newest first; `before` and `repository` may be empty."""
+        query = _ONE.where(review_table.c.tenant == tenant)
+        if before:
+            query = query.where(review_table.c.id < before)
+        if repository:
+            query = query.where(review_table.c.repository == repository)
+        query = query.order_by(review_table.c.id.desc()).limit(limit)
+        async with self._database.statement() as connection:
+            return [_review(row) for row in await connection.execute(query)]
+
+    async def retried(self, message: review_pb2.RetryReviewRequest, tenant: str) -> bool:
+        """Whether this request was carried out before. Raises REQUEST_ID_CONFLICT."""
+        digest = store_requests.digest_of(message)
+        async with self._database.statement() as connection:
+            found = await store_requests.seen(
+                connection, tenant, "RetryReview", message.request_id, digest
+            )
+        return found is not None
+
+    async def retry(
+        self,
+        message: review_pb2.RetryReviewRequest,
+        tenant: str,
+        review_id: str,
+        *,
+        key_id: str,
+        key_version: int,
+        max_calls: int,
+    ) -> None:
+        """Queue a further attempt of a failed review. Raises ByokeepError: WRONG_STATE."""
+        attempt_id = ids.new_id("att")
+        parameters = {
+            "id": review_id,
+            "tenant": tenant,
+            "attempt_id": attempt_id,
+            "key_id": key_id,
+            "key_version": key_version,
+            "max_calls": max_calls,
+        }
+        async with self._database.transaction() as connection:
+            places = await _places(connection, tenant)
+            if not await store_requests.first_time(connection, tenant, message):
+                return
+            done = await connection.execute(_RETRY, parameters | {"places": places})
+            row = done.one_or_none()
+            if row is None:
+                raise ByokeepError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "WRONG_STATE",
+                    "only a failed review whose diff is still kept can be retried;"
+                    " submit it again",
+                )
+            if row.admitted:
+                await self._queue.enqueue(await raw(connection), attempt_id)
+
+    async def sweep(self, *, content_hours: int, findings_days: int) -> None:
+        """Delete what was kept long enough."""
+        async with self._database.statement() as connection:
+            await connection.execute(_DROP_CONTENT, {"hours": content_hours})
+            await connection.execute(_DROP_FINDINGS, {"days": findings_days})
+            await connection.execute(_DROP_REQUESTS)
+            await connection.execute(_DROP_BUCKETS)
+
+
+async def _places(connection: AsyncConnection, tenant: str) -> int:
+    """Lock an active tenant; return how many of its attempts may be in flight."""
+    row = (await connection.execute(LOCK_TENANT, {"tenant": tenant})).one()
+    if row.state != "ACTIVE":
+        raise access.not_active(tenant)
+    return PLANS[row.plan].attempts_in_flight
+
+
+def _daily_limit(limit: int) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "DAILY_LIMIT",
+        f"{limit} reviews were submitted within 24 hours, which is the limit; try again later",
+        retry_after_seconds=3600,
+        limit=str(limit),
+        window="1d",
+    )
+
+
+def _review(row: Row[Any]) -> ReviewRow:
+    values = row._mapping
+    return ReviewRow(*[values[name] for name in _NAMES])

@@ -1,0 +1,165 @@
+"""TenantService and CallerService: RPC ↔ store."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+
+import grpc
+from byokeep import names
+from byokeep.common.v1 import options_pb2
+from byokeep.orchestrator.v1 import tenant_pb2, tenant_pb2_grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.common import authz
+from services.common.errors import ByokeepError
+from services.orchestrator import access, paging
+from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.store_attempts import AttemptStore
+from services.orchestrator.store_tenants import CallerRow, TenantRow, TenantStore, deleted
+
+
+def timestamp(value: datetime | None) -> Timestamp | None:
+    """Return a protobuf timestamp, or None."""
+    if value is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromDatetime(value)
+    return stamp
+
+
+def tenant_message(row: TenantRow) -> tenant_pb2.Tenant:
+    """Return a tenant as clients see it."""
+    return tenant_pb2.Tenant(
+        name=names.tenant_name(row.id),
+        state=tenant_pb2.TenantState.Value(f"TENANT_STATE_{row.state}"),
+        plan=tenant_pb2.Plan.Value(f"PLAN_{row.plan}"),
+        create_time=timestamp(row.create_time),
+    )
+
+
+def plan_name(plan: tenant_pb2.Plan) -> str:
+    """Return a plan's short name; TEAM where none is given."""
+    return tenant_pb2.Plan.Name(plan or tenant_pb2.PLAN_TEAM).removeprefix("PLAN_")
+
+
+class TenantServicer(tenant_pb2_grpc.TenantServiceServicer):
+    """Tenants, for operators."""
+
+    def __init__(self, store: TenantStore, attempts: AttemptStore, keyvault: Keyvault) -> None:
+        """Use the stores, and keyvault for the keys of deleted tenants."""
+        self._store = store
+        self._attempts = attempts
+        self._keyvault = keyvault
+
+    async def CreateTenant(
+        self, request: tenant_pb2.CreateTenantRequest, context: object
+    ) -> tenant_pb2.CreateTenantResponse:
+        """Make a tenant."""
+        row = await self._store.create(
+            names.tenant_of(request.name), plan_name(request.plan), request
+        )
+        return tenant_pb2.CreateTenantResponse(tenant=tenant_message(row))
+
+    async def ListTenants(
+        self, request: tenant_pb2.ListTenantsRequest, context: object
+    ) -> tenant_pb2.ListTenantsResponse:
+        """List the caller's tenants; an operator's are all."""
+        caller = authz.current()
+        operator = options_pb2.CALLER_CLASS_OPERATOR in caller.classes
+        limit = paging.size(request.page_size)
+        rows = await self._store.list(
+            None if operator else caller.spiffe_id, request.page_token, limit + 1
+        )
+        page, token = paging.cut(rows, limit, lambda row: row.id)
+        return tenant_pb2.ListTenantsResponse(
+            tenants=[tenant_message(row) for row in page], next_page_token=token
+        )
+
+    async def SuspendTenant(
+        self, request: tenant_pb2.SuspendTenantRequest, context: object
+    ) -> tenant_pb2.SuspendTenantResponse:
+        """Suspend or resume a tenant."""
+        row = await self._store.set_suspended(request, names.tenant_of(request.name))
+        return tenant_pb2.SuspendTenantResponse(tenant=tenant_message(row))
+
+    async def DeleteTenant(
+        self, request: tenant_pb2.DeleteTenantRequest, context: object
+    ) -> tenant_pb2.DeleteTenantResponse:
+        """Delete a tenant. Each step can be repeated: a retry completes what broke off."""
+        tenant = names.tenant_of(request.name)
+        await self._store.mark_deleted(tenant)
+        await self._attempts.cancel_all(tenant)
+        actor = access.current().actor()
+        keys = await self._keyvault.keys(tenant)
+        for key in keys:
+            request_id = f"tenant-{names.last_of(key.name)}"
+            await self._keyvault.destroy(key.name, request_id, actor)
+        await self._store.erase(tenant)
+        return tenant_pb2.DeleteTenantResponse(destroyed_keys=len(keys))
+
+
+class CallerServicer(tenant_pb2_grpc.CallerServiceServicer):
+    """Callers of tenants, for operators."""
+
+    def __init__(self, store: TenantStore, trust_domain: str) -> None:
+        """Use the tenants' store; identities are of one trust domain."""
+        self._store = store
+        self._spiffe_id = re.compile(
+            rf"spiffe://{re.escape(trust_domain)}(/[A-Za-z0-9._-]+)+", re.ASCII
+        )
+
+    async def AllowCaller(
+        self, request: tenant_pb2.AllowCallerRequest, context: object
+    ) -> tenant_pb2.AllowCallerResponse:
+        """Give an identity roles."""
+        if access.current().tenant.state == "DELETED":
+            raise deleted()
+        given = request.caller
+        if len(given.spiffe_id) > 512 or not self._spiffe_id.fullmatch(given.spiffe_id):
+            raise _invalid("caller.spiffe_id", "a SPIFFE ID of this deployment's trust domain")
+        known = set(options_pb2.TenantRole.values()) - {options_pb2.TENANT_ROLE_UNSPECIFIED}
+        roles = tuple(sorted(set(given.roles)))
+        if not roles or not known.issuperset(roles):
+            raise _invalid("caller.roles", "one role or more, each a known one")
+        row = CallerRow(given.spiffe_id, roles, given.may_assert_users)
+        await self._store.allow(names.tenant_of(request.parent), row, request)
+        return tenant_pb2.AllowCallerResponse(caller=_caller(row))
+
+    async def DenyCaller(
+        self, request: tenant_pb2.DenyCallerRequest, context: object
+    ) -> tenant_pb2.DenyCallerResponse:
+        """Take an identity's roles."""
+        await self._store.deny(names.tenant_of(request.parent), request)
+        return tenant_pb2.DenyCallerResponse()
+
+    async def ListCallers(
+        self, request: tenant_pb2.ListCallersRequest, context: object
+    ) -> tenant_pb2.ListCallersResponse:
+        """List a tenant's callers."""
+        limit = paging.size(request.page_size)
+        rows = await self._store.callers(
+            names.tenant_of(request.parent), request.page_token, limit + 1
+        )
+        page, token = paging.cut(rows, limit, lambda row: row.spiffe_id)
+        return tenant_pb2.ListCallersResponse(
+            callers=[_caller(row) for row in page], next_page_token=token
+        )
+
+
+def _caller(row: CallerRow) -> tenant_pb2.Caller:
+    return tenant_pb2.Caller(
+        spiffe_id=row.spiffe_id,
+        roles=[options_pb2.TenantRole.ValueType(role) for role in row.roles],
+        may_assert_users=row.may_assert_users,
+    )
+
+
+def _invalid(field: str, expected: str) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        f"{field}: {expected} expected",
+        field=field,
+        rule="expected",
+    )
