@@ -44,7 +44,7 @@ status: $(VENV) $(STUBS) ## say which of its processes run and serve
 
 clean: ## stop the stack; erase its data, .venv, build and generated stubs
 	@if [ -e $(STUBS) ] && [ -e $(VENV) ]; then $(BIN)/python -m deploy.local clean; fi
-	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .byokeep build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -rf $(PACKAGE)/common $(PACKAGE)/keyvault $(PACKAGE)/orchestrator $(PACKAGE)/runner $(PACKAGE)/_buf
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

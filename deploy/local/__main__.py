@@ -31,6 +31,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--state", type=Path, default=None, help="its folder (default: BYOKEEP_STATE)"
         )
+    for command in (up, clean):
+        command.add_argument(
+            "--config",
+            type=Path,
+            default=background.CHECKOUT_CONFIG,
+            help="the profile to write or erase (default: where `byokeep` finds it here)",
+        )
     for command in (up, run):
         command.add_argument(
             "--live", action="store_true", help="real provider hosts; keys are real and cost money"
@@ -52,15 +59,15 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     root = arguments.state.absolute() if arguments.state else default_root()
     match arguments.command:
         case "up" if arguments.foreground:
-            return background.serve(root, live=arguments.live)
+            return background.serve(root, arguments.config.absolute(), live=arguments.live)
         case "up":
-            return background.up(root, live=arguments.live)
+            return background.up(root, arguments.config.absolute(), live=arguments.live)
         case "down":
             return background.down(root)
         case "status":
             return background.status(root)
         case _:
-            return background.clean(root)
+            return background.clean(root, arguments.config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,8 @@ from deploy.local.supervisor import LocalStack
 from deploy.local.topology import SERVICES
 
 _STOP_SECONDS = 40.0
-_CHECKOUT_CONFIG = CHECKOUT / ".byokeep" / "config.toml"
+# Where the command `byokeep` looks in this checkout.
+CHECKOUT_CONFIG = CHECKOUT / ".byokeep" / "config.toml"
 
 
 def show(name: str, what: str, seconds: float) -> None:
@@ -29,14 +29,15 @@ def show(name: str, what: str, seconds: float) -> None:
     print(f"  {name:<14}{what:<34}{seconds:5.1f} s", flush=True)
 
 
-def up(root: Path, *, live: bool) -> int:
+def up(root: Path, config: Path, *, live: bool) -> int:
     """Start a stack in the background; return once it serves. Raises StackError."""
     state = open_state(root)
     if state.holder() is not None:
         print(f"already up in {root}")
-        _print_usage()
+        _print_usage(config)
         return 0
-    command = [sys.executable, "-m", "deploy.local", "up", "--foreground", f"--state={root}"]
+    command = [sys.executable, "-m", "deploy.local", "up", "--foreground"]
+    command += [f"--state={root}", f"--config={config}"]
     supervisor = subprocess.Popen(
         [*command, *(["--live"] if live else [])],
         cwd=CHECKOUT,
@@ -56,11 +57,11 @@ def up(root: Path, *, live: bool) -> int:
         raise
     if not wait_for(lambda: _describes(state, supervisor.pid), 1.0):
         return supervisor.wait(_STOP_SECONDS) or 1
-    _print_usage()
+    _print_usage(config)
     return 0
 
 
-def serve(root: Path, *, live: bool) -> int:
+def serve(root: Path, config: Path, *, live: bool) -> int:
     """Be the supervisor of a stack until a signal comes. Raises StackError."""
     state = open_state(root)
     lock = state.lock()
@@ -70,7 +71,7 @@ def serve(root: Path, *, live: bool) -> int:
     stack.start()
     try:
         orchestrator, keyvault = (stack.topology.address(n) for n in ("orchestrator", "keyvault"))
-        material.write_profiles(_CHECKOUT_CONFIG, state, orchestrator, keyvault)
+        material.write_profiles(config, state, orchestrator, keyvault)
         if not sys.stdout.isatty():
             _move_output(state.logs / "supervisor.log")
         stack.watch()
@@ -117,13 +118,13 @@ def status(root: Path) -> int:
     return 0 if healthy else 1
 
 
-def clean(root: Path) -> int:
-    """Stop a stack and erase its folder and the checkout's profile."""
+def clean(root: Path, config: Path) -> int:
+    """Stop a stack and erase its folder and the profile that `up` wrote."""
     if existing_state(root) is not None:
         down(root)
         State(root).erase()
         print(f"erased {root}")
-    shutil.rmtree(_CHECKOUT_CONFIG.parent, ignore_errors=True)
+    config.unlink(missing_ok=True)
     return 0
 
 
@@ -155,14 +156,14 @@ def _health(name: str, pid: int, ports: dict[str, int]) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-def _print_usage() -> None:
+def _print_usage(config: Path) -> None:
     command = Path(sys.prefix) / "bin" / "byokeep"
     print(
         f"\ntenant `{material.TENANT}` is ready; in this checkout the command finds it by itself:"
     )
     print(f"  {_shortest(command)} key add openai")
     print("anywhere else:")
-    print(f"  export BYOKEEP_CONFIG={_CHECKOUT_CONFIG}")
+    print(f"  export BYOKEEP_CONFIG={config}")
 
 
 def _shortest(path: Path) -> Path:

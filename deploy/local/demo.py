@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def run(diff: Path | None, *, provider: str, live: bool) -> int:
     Raises StackError if the stack doesn't start or there is no key to use.
     """
     started = time.monotonic()
-    chosen = (diff or SHIPPED_DIFF).absolute()
+    chosen = diff or _nearest(SHIPPED_DIFF)
     if not chosen.is_file():
         raise StackError(f"DIFF: there is no file {chosen}")
     variable = _key_variable(provider, live=live)
@@ -44,28 +45,27 @@ def run(diff: Path | None, *, provider: str, live: bool) -> int:
         try:
             stack.start()
             os.environ["BYOKEEP_CONFIG"] = str(state.config)
-            os.chdir(state.run)
-            status = _play(_lines(provider, variable, chosen))
+            print(f"\n$ export BYOKEEP_CONFIG={state.config}")
+            status = _play(_lines(provider, variable, chosen, state.run / "audit.jsonl"))
         finally:
             stack.stop(discard=True)
-            os.chdir("/")
     print(f"\neverything is stopped and erased; {time.monotonic() - started:.1f} s in all")
     return status
 
 
-def _lines(provider: str, variable: str, diff: Path) -> list[Sequence[str]]:
+def _lines(provider: str, variable: str, diff: Path, export: Path) -> list[Sequence[str]]:
     return [
         ("key", "add", provider, "--from-env", variable),
         ("review", "--repo", "acme/shop", "--title", "Orders: export", "--diff", str(diff)),
         ("key", "trail", provider),
-        ("audit", "export", "--output", "audit.json"),
-        ("audit", "verify", "audit.json"),
+        ("audit", "export", "--output", str(export)),
+        ("audit", "verify", str(export)),
     ]
 
 
 def _play(lines: Sequence[Sequence[str]]) -> int:
     for line in lines:
-        print(f"\n$ byokeep {' '.join(line)}", flush=True)
+        print(f"\n$ byokeep {shlex.join(line)}", flush=True)
         status = _byokeep(line)
         if status != 0:
             print(f"exit code {status}", flush=True)
@@ -89,6 +89,10 @@ def _key_variable(provider: str, *, live: bool) -> str:
     if not os.environ.get(variable):
         raise StackError(f"LIVE=1 uses your own key: set {variable}, or leave LIVE out")
     return variable
+
+
+def _nearest(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _warm_up() -> None:

@@ -27,7 +27,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
-from deploy.local.processes import Process, StackError, alive, wait_for
+from deploy.local.processes import Process, StackError, alive, launched, wait_for
 
 # Each role, and the stem of the names of the databases that it may reach.
 ROLES: Mapping[str, str] = {
@@ -70,7 +70,7 @@ class EmbeddedPostgres:
         self._data = self.directory / "data"
         if len(str(self.socket_directory / ".s.PGSQL.5432")) > _MAX_SOCKET_PATH:
             raise StackError(f"{directory} is too long a path for a unix socket; use a shorter one")
-        self._user = _system_user() if os.geteuid() == 0 else None
+        self._user = _system_user() if os.geteuid() == 0 else ""
         self._log = log or self.directory / "postgres.log"
         self._process: Process | None = None
 
@@ -194,20 +194,20 @@ class EmbeddedPostgres:
 
     def _make_directories(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        if self._user is None:
+        if not self._user:
             self.directory.chmod(0o700)
         else:
             self.directory.chmod(0o711)
             _require_reachable(self.directory)
         for path in (self.socket_directory, self._data):
             path.mkdir(mode=0o700, exist_ok=True)
-            if self._user is not None:
+            if self._user:
                 shutil.chown(path, self._user, self._user)
 
     def _reachable_install(self) -> Path:
         """Where the binaries are; for root, a copy if the system user can't reach them."""
         install = _install()
-        if self._user is None or _reachable(install / "bin" / "postgres"):
+        if not self._user or _reachable(install / "bin" / "postgres"):
             return install
         copy = self.directory / "install"
         if not (copy / "complete").exists():
@@ -230,15 +230,16 @@ class EmbeddedPostgres:
             "--no-instructions",
         ]
         done = subprocess.run(
-            [str(install / "bin" / "initdb"), f"--pgdata={self._data}", *options],
+            launched(
+                [str(install / "bin" / "initdb"), f"--pgdata={self._data}", *options],
+                signal.SIGKILL,
+                self._user,
+            ),
             check=False,
             capture_output=True,
             text=True,
             cwd="/",
             env=_environment(),
-            user=self._user,
-            group=self._user,
-            extra_groups=None if self._user is None else [],
         )
         if done.returncode != 0:
             shutil.rmtree(self._data, ignore_errors=True)
@@ -347,11 +348,11 @@ def _require_reachable(path: Path) -> None:
         )
 
 
-def _replace(path: Path, text: str, owner: str | None) -> None:
+def _replace(path: Path, text: str, owner: str) -> None:
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text)
     scratch.chmod(0o600)
-    if owner is not None:
+    if owner:
         shutil.chown(scratch, owner, owner)
     scratch.replace(path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -12,29 +11,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+_LAUNCH = Path(__file__).with_name("launch.py")
 _POLL_SECONDS = 0.01
 
 
-def die_with_parent(number: int) -> Callable[[], None] | None:
-    """Return a ``preexec_fn`` that has the kernel signal the child when its parent dies.
+def launched(command: Sequence[str], death_signal: int, user: str = "") -> list[str]:
+    """Return the command so that the kernel signals it when this thread is gone.
 
-    Linux only (prctl(2)); elsewhere None, and the next start clears what was left.
-    The signal follows the thread that forks, so children are started from a thread
-    that lives as long as the stack does.
+    ``user`` needs root. Linux only (see `launch`); elsewhere the next start clears what
+    was left. Start it from a thread that lives as long as the stack does.
     """
-    if not sys.platform.startswith("linux"):
-        return None
-    # Looked up before the fork: between fork and exec nothing may take a lock.
-    prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-
-    def arm() -> None:
-        prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return arm
+    launch = [sys.executable, "-I", "-S", str(_LAUNCH)]
+    return [*launch, str(os.getpid()), str(int(death_signal)), user, *command]
 
 
 def alive(pid: int) -> bool:
@@ -77,7 +65,7 @@ class Process:
         stop_signal: int = signal.SIGTERM,
         death_signal: int = signal.SIGKILL,
         cwd: Path | None = None,
-        user: str | None = None,
+        user: str = "",
     ) -> None:
         """``stop_signal`` asks for an orderly end; ``death_signal`` is sent by the kernel
         when the supervisor is gone. ``user`` needs root."""
@@ -114,17 +102,13 @@ class Process:
             return
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                self._command,
+                launched(self._command, self._death_signal, self._user),
                 env=self._environment,
                 cwd=self._cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_parent(self._death_signal),
-                user=self._user,
-                group=self._user,
-                extra_groups=None if self._user is None else [],
             )
 
     def signal(self, number: int) -> None:

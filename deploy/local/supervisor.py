@@ -16,7 +16,7 @@ from deploy.local import material
 from deploy.local.pki import CertificateAuthority
 from deploy.local.ports import Ports
 from deploy.local.postgres import ROLES, EmbeddedPostgres, new_password
-from deploy.local.processes import Process, StackError, die_with_parent, wait_for
+from deploy.local.processes import Process, StackError, launched, wait_for
 from deploy.local.state import CHECKOUT, State
 from deploy.local.topology import SERVICES, Topology
 
@@ -40,7 +40,7 @@ class LocalStack:
     """PostgreSQL, emulator and the three services, with tenant `demo`.
 
     Start it from a thread that lives as long as the stack: the kernel ends the
-    processes when that thread is gone (see `processes.die_with_parent`).
+    processes when that thread is gone (see `processes.launched`).
     """
 
     def __init__(
@@ -206,13 +206,12 @@ class LocalStack:
     def _migrate(self, zone: str) -> subprocess.Popen[bytes]:
         with (self.state.logs / f"{zone}-migrate.log").open("ab") as log:
             return subprocess.Popen(
-                self.topology.migration(zone),
+                launched(self.topology.migration(zone), signal.SIGKILL),
                 env=self.topology.environment(zone),
                 cwd=CHECKOUT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                preexec_fn=die_with_parent(signal.SIGKILL),
             )
 
     def _finish(self, zone: str, migration: subprocess.Popen[bytes]) -> None:

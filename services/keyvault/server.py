@@ -97,7 +97,7 @@ class App:
             settings.deployment,
             settings.tenant_leases_in_flight,
             self._anchor.refusal,
-            self.denied,
+            self._denials.note,
         )
         await self._anchor.tick()
         self._run(self._denials.run())
@@ -134,7 +134,9 @@ class App:
 
     def denied(self, spiffe_id: str, method: str, reason: str) -> None:
         """Count a denial for the system chain."""
-        self._denials.note(spiffe_id, method, reason)
+        # Leasing has noted a refused grant already, with the reason that nobody is told.
+        if reason != "GRANT_REFUSED":
+            self._denials.note(spiffe_id, method, reason)
 
     async def stop(self) -> None:
         """Write what is counted, anchor once more, close."""

@@ -7,6 +7,7 @@ with all of its children, when the parent does.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
@@ -140,7 +141,8 @@ def main() -> int:
     gc.collect()
     gc.disable()
     gc.freeze()
-    Zygote(control, tools).serve()
+    with contextlib.suppress(BrokenPipeError):  # the parent ended before we were ready
+        Zygote(control, tools).serve()
     return 0
 
 

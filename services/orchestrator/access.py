@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 from byokeep.common.v1 import options_pb2
 from byokeep.orchestrator.v1 import tenant_pb2
-from google.protobuf.message import Message
 
 from services.common import authz
 from services.common.errors import ByokeepError
@@ -117,11 +116,11 @@ class Authority:
             )
 
 
-def tenant_of(request: Message) -> str:
+def tenant_of(request: Any) -> str:
     """Return the tenant that a request names in its resource name. Raises INVALID_FIELD."""
     fields = request.DESCRIPTOR.fields_by_name
     if "settings" in fields:
-        field, value = "settings.name", getattr(request, "settings").name
+        field, value = "settings.name", request.settings.name
     else:
         # A method with roles and without such a field fails here: nobody gets in by omission.
         field = next(name for name in ("parent", "name", "tenant") if name in fields)

@@ -59,9 +59,7 @@ def read_model(model: str, field: str) -> ModelRef:
         return parse_model(model)
     except ValueError as error:
         sentence = str(error)
-    raise ByokeepError(
-        grpc.StatusCode.INVALID_ARGUMENT, "MODEL_INVALID", sentence, field=field
-    )
+    raise ByokeepError(grpc.StatusCode.INVALID_ARGUMENT, "MODEL_INVALID", sentence, field=field)
 
 
 def choose_model(
@@ -89,9 +87,7 @@ def choose_model(
     )
 
 
-def choose_key(
-    provider: str, keys: Sequence[custody_pb2.ProviderKey]
-) -> custody_pb2.ProviderKey:
+def choose_key(provider: str, keys: Sequence[custody_pb2.ProviderKey]) -> custody_pb2.ProviderKey:
     """Return the oldest usable key of a provider. Raises NO_ACTIVE_KEY or KEY_NEEDS_REKEY."""
     ours = [key for key in keys if provider_id(key.provider) == provider]
     found = min(filter(usable, ours), key=lambda key: key.name, default=None)
@@ -233,7 +229,7 @@ def failure_sentence(reason: str, *, key: str, model: str, review: str) -> str:
     return _SENTENCES[reason].format(key=key, model=model, review=review)
 
 
-def failure_name(value: FailureReason) -> str:
+def failure_name(value: FailureReason.ValueType) -> str:
     """Return a failure's short name, empty for none; INTERNAL for one that we don't know."""
     if not value:
         return ""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, TypeAlias
@@ -17,23 +19,24 @@ from byokeep import names
 from byokeep.common.v1.options_pb2 import SignedEnvelope
 from byokeep.keyvault.v1 import grant_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
-from byokeep.runner.v1 import runner_pb2, runner_pb2_grpc
+from byokeep.runner.v1 import runner_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from services.common.errors import from_rpc
+from services.common import logs
 from services.orchestrator.domain import Failure, failure_name
 from services.orchestrator.grants import Subject
 from services.orchestrator.store_attempts import Fenced, Trail, Work
 
 Stream: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
+log = logging.getLogger(__name__)
 _GRACE_SECONDS: Final = 30.0
-_GOODBYE_SECONDS: Final = 5.0
-# The answer is lost with the child, whatever the runner thinks of the call.
-_LOSES_ANSWER: Final = frozenset({"CHILD_LOST", "TIMEOUT"})
+_LAST_WORD_SECONDS: Final = 10.0
+_VALIDATION_CALLS: Final = 5
+_AWAY: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 class Journal(Protocol):
-    """Where an attempt's calls and results are stored; each raises Fenced."""
+    """Where an attempt's calls and results are stored; each method raises Fenced."""
 
     async def call_started(
         self, work: Work, trail: Trail, *, number: int, chunk_id: str, chunks_total: int
@@ -41,19 +44,23 @@ class Journal(Protocol):
         """Store a provider call before it is made."""
 
     async def chunk_done(
-        self, work: Work, chunk_id: str, findings: Any, dropped: int
+        self, work: Work, chunk_id: str, findings: Sequence[review_pb2.Finding], dropped: int
     ) -> None:
         """Store a chunk's findings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How an attempt ended; `failure` None: it did its work."""
+    """How an attempt ended; `failure` None: it did its work.
 
-    failure: Failure | None
-    trail: Trail
+    `could_finish` says whether the calls that are left are enough for the chunks that are.
+    """
+
+    failure: Failure | None = None
+    trail: Trail = Trail()
     verdict: str = "UNSPECIFIED"
-    models: tuple[str, ...] = ()
+    models: Sequence[str] = ()
+    could_finish: bool = True
 
 
 class Execution:
@@ -63,57 +70,213 @@ class Execution:
         self,
         work: Work,
         journal: Journal,
-        runner: runner_pb2_grpc.RunnerServiceStub,
+        execute: Callable[..., Stream],
         sign: Callable[[Subject, bytes], SignedEnvelope],
         seconds: int,
     ) -> None:
-        """`seconds` is the most that the attempt may take."""
+        """`execute` opens the stream; `seconds` is the most that the attempt may take."""
         self._work = work
         self._journal = journal
-        self._runner = runner
+        self._execute = execute
         self._sign = sign
         self._seconds = seconds
         self._stream: Stream | None = None
+        self._deadline: asyncio.Timeout | None = None
         self._writing = asyncio.Lock()
-        self._cancelled = False
+        self._lost = False
         self._call_open = False
+        self._calls = 0
         self._planned: list[str] = []
-        self._done: set[str] = set(work.done_chunks)
-        self._result = Result(None, Trail())
-        self._answers: Mapping[str, Callable[[Any], Awaitable[bool]]] = {
-            "accepted": self._accepted,
-            "leased": self._leased,
-            "call_started": self._call_started,
-            "chunk_result": self._chunk_result,
-            "validation_result": self._validation_result,
-        }
+        self._done = set(work.done_chunks)
+        self._result = Result()
 
-    @property
-    def trail(self) -> Trail:
-        """What the runner reported of the child so far."""
-        return self._result.trail
-
-    async def run(self) -> Result:
-        """Run the attempt to its end. Raises Fenced where it is not ours any more."""
-        stream = self._runner.Execute(timeout=self._seconds + _GRACE_SECONDS)
-        self._stream = stream
+    async def run(self, finish: Callable[[Result], Awaitable[None]]) -> None:
+        """Run the attempt; `finish` stores its end before the runner may forget it."""
+        stream = self._stream = self._execute(timeout=self._seconds + _GRACE_SECONDS)
         try:
-            await self._say(assign=self._assignment())
-            return await self._converse(stream)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            return replace(self._result, failure=self._broken(stream, error))
+            outcome = await self._until_outcome(stream)
+            await finish(self._concluded())
+            if outcome is not None:
+                await self._goodbye(stream, outcome)
         finally:
             stream.cancel()
 
-    async def acknowledge(self, sequence: int) -> None:
-        """Say that the outcome is stored, and let the runner forget the attempt."""
+    async def stop(self, *, key_revoked: bool = False) -> None:
+        """Have the child killed: the attempt is not ours any more."""
+        self._lost = True
+        if self._deadline is not None:
+            self._deadline.reschedule(asyncio.get_running_loop().time() + _LAST_WORD_SECONDS)
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await self._say(cancel=runner_pb2.Cancel(key_revoked=key_revoked))
 
-    async def cancel(self, *, key_revoked: bool = False) -> None:
-        """Have the child killed; the outcome follows."""
-        self._cancelled = True
-        if self._stream is not None:
-            with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-                await self._say(cancel=runner_pb2.Cancel(key_revoked=key_revoked))
+    async def _until_outcome(self, stream: Stream) -> int | None:
+        """Converse; return the outcome's sequence number, or None where none came."""
+        try:
+            async with self._limited():
+                await self._say(assign=self._assignment())
+                async for response in stream:
+                    if await self._hear(response):
+                        return int(response.sequence)
+            failure = self._cut(grpc.StatusCode.OK)
+        except grpc.RpcError as error:
+            failure = self._cut(error.code())
+        except (asyncio.InvalidStateError, TimeoutError):
+            failure = self._cut(grpc.StatusCode.UNAVAILABLE)
+        self._result = replace(self._result, failure=failure)
+        return None
 
-    async def _converse(self, stream: Stream) -> Result:
-        raise NotImplementedError
+    @asynccontextmanager
+    async def _limited(self) -> AsyncIterator[None]:
+        async with asyncio.timeout(None) as self._deadline:
+            yield
+
+    async def _hear(self, response: runner_pb2.ExecuteResponse) -> bool:
+        """Act on a response; True for the outcome."""
+        match response.WhichOneof("message"):
+            case "outcome":
+                self._outcome(response.outcome)
+                return True
+            case "accepted" if not self._lost:
+                await self._accepted(response.accepted)
+            case "leased":
+                self._trail(lease_id=response.leased.lease_id)
+            case "validation_result":
+                self._validation(response.validation_result)
+            case "call_started" | "chunk_result" as kind if not self._lost:
+                try:
+                    if kind == "call_started":
+                        await self._call_started(response.call_started)
+                    else:
+                        await self._chunk_result(response.chunk_result)
+                    await self._say(ack=runner_pb2.Ack(sequence=response.sequence))
+                except Fenced:
+                    await self.stop()
+        return False
+
+    async def _accepted(self, accepted: runner_pb2.Accepted) -> None:
+        self._trail(process_id=accepted.process_id)
+        self._planned = [chunk.chunk_id for chunk in accepted.chunks]
+        grant = self._sign(self._subject(), accepted.public_key)
+        done = self._done.intersection(self._planned)
+        await self._say(proceed=runner_pb2.Proceed(grant=grant, done_chunk_ids=sorted(done)))
+
+    async def _call_started(self, started: runner_pb2.CallStarted) -> None:
+        # Process and lease are stored with the first call: before it, nothing was at stake.
+        await self._journal.call_started(
+            self._work,
+            self._result.trail,
+            number=started.call_number,
+            chunk_id=started.chunk_id,
+            chunks_total=len(self._planned),
+        )
+        self._call_open = True
+        self._calls += 1
+
+    async def _chunk_result(self, result: runner_pb2.ChunkResult) -> None:
+        await self._journal.chunk_done(self._work, result.chunk_id, result.findings, result.dropped)
+        self._call_open = False
+        self._done.add(result.chunk_id)
+
+    def _validation(self, result: runner_pb2.ValidationResult) -> None:
+        verdict = key_pb2.ValidationVerdict.Name(result.verdict)
+        self._result = replace(
+            self._result,
+            verdict=verdict.removeprefix("VALIDATION_VERDICT_"),
+            models=list(result.models),
+        )
+
+    def _outcome(self, outcome: runner_pb2.Outcome) -> None:
+        report = outcome.report
+        self._trail(
+            process_id=report.process_id or self._result.trail.process_id,
+            open_time=_datetime(report.open_time),
+            close_time=_datetime(report.close_time),
+        )
+        reason = failure_name(outcome.failure)
+        if reason:
+            failure = Failure(
+                reason,
+                retryable=outcome.retryable,
+                retry_after_seconds=outcome.retry_after_ms / 1000,
+                ambiguous=outcome.ambiguous_call,
+            )
+            self._result = replace(self._result, failure=failure)
+
+    def _concluded(self) -> Result:
+        left = len(set(self._planned) - self._done)
+        result = replace(
+            self._result, could_finish=self._work.calls_left - self._calls >= max(left, 1)
+        )
+        if result.failure is None and left:
+            # A runner that says "done" and is not has a defect.
+            logs.event(log, "chunks_missing", level=logging.ERROR, attempt=self._work.attempt_id)
+            return replace(result, failure=Failure("INTERNAL"))
+        return result
+
+    def _cut(self, code: grpc.StatusCode) -> Failure:
+        """What a stream that ended without an outcome means."""
+        logs.event(
+            log, "stream_cut", attempt=self._work.attempt_id, code=code.name, call=self._call_open
+        )
+        if self._call_open:
+            return Failure("AMBIGUOUS", ambiguous=True)
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return Failure("TIMEOUT", retryable=True)
+        if code in _AWAY or code is grpc.StatusCode.OK:
+            return Failure("RUNNER_UNAVAILABLE", retryable=True)
+        return Failure("INTERNAL")
+
+    async def _goodbye(self, stream: Stream, sequence: int) -> None:
+        # The end is stored; should this get lost, the runner forgets by itself later.
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError, TimeoutError):
+            async with asyncio.timeout(_LAST_WORD_SECONDS):
+                await self._say(ack=runner_pb2.Ack(sequence=sequence))
+                await stream.done_writing()
+                await stream.code()
+
+    async def _say(self, **message: Any) -> None:
+        # gRPC takes one write at a time, and a cancellation may come in between.
+        async with self._writing:
+            if self._stream is not None:
+                await self._stream.write(runner_pb2.ExecuteRequest(**message))
+
+    def _trail(self, **values: Any) -> None:
+        self._result = replace(self._result, trail=replace(self._result.trail, **values))
+
+    def _assignment(self) -> runner_pb2.Assign:
+        work = self._work
+        assign = runner_pb2.Assign(
+            attempt_id=work.attempt_id,
+            fence=work.fence,
+            purpose=_purpose(work),
+            provider=names.provider_value(work.provider),
+            model=work.model,
+            max_calls=work.calls_left if work.review_id else _VALIDATION_CALLS,
+            timeout_seconds=self._seconds,
+        )
+        if work.review_id:
+            assign.input.MergeFromString(work.input)
+        return assign
+
+    def _subject(self) -> Subject:
+        work = self._work
+        return Subject(
+            tenant=work.tenant,
+            owner=work.owner,
+            actor=work.actor,
+            provider=names.provider_value(work.provider),
+            key_id=work.key_id,
+            key_version=work.key_version,
+            review_id=work.review_id,
+            attempt_id=work.attempt_id,
+            fence=work.fence,
+            purpose=_purpose(work),
+        )
+
+
+def _purpose(work: Work) -> grant_pb2.LeasePurpose.ValueType:
+    return grant_pb2.LeasePurpose.Value(f"LEASE_PURPOSE_{work.kind}")
+
+
+def _datetime(stamp: Timestamp) -> datetime | None:
+    return stamp.ToDatetime(UTC) if stamp.seconds else None

@@ -27,13 +27,13 @@ class Subject:
     tenant: str
     owner: str
     actor: str
-    provider: Provider
+    provider: Provider.ValueType
     key_id: str
     key_version: int
     review_id: str
     attempt_id: str
     fence: int
-    purpose: grant_pb2.LeasePurpose
+    purpose: grant_pb2.LeasePurpose.ValueType
 
 
 class GrantSigner:

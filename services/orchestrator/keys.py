@@ -160,9 +160,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         """Revoke a key."""
         rights = access.current()
         key = await self._changeable(rights, request)
-        key = await self._keyvault.revoke(
-            request.name, request.request_id, rights.actor(key.owner)
-        )
+        key = await self._keyvault.revoke(request.name, request.request_id, rights.actor(key.owner))
         return key_pb2.RevokeKeyResponse(key=await self._changed(key))
 
     async def DestroyKey(
@@ -244,9 +242,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             rights.require_user(key.owner, "name")
         return key
 
-    async def _changeable(
-        self, rights: access.Rights, request: Changes
-    ) -> custody_pb2.ProviderKey:
+    async def _changeable(self, rights: access.Rights, request: Changes) -> custody_pb2.ProviderKey:
         key = await self._keyvault.get(request.name)
         rights.require_user(key.owner, "name")
         # A retry has the etag of before its own change.

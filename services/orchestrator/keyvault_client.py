@@ -46,9 +46,7 @@ class Keyvault:
         )
         return (await _told(self._stub.PromoteKeyVersion(request, timeout=_SECONDS))).key
 
-    async def destroy_version(
-        self, name: str, version: int, actor: str
-    ) -> custody_pb2.ProviderKey:
+    async def destroy_version(self, name: str, version: int, actor: str) -> custody_pb2.ProviderKey:
         """Destroy a version that is not ACTIVE; repeating it changes nothing more."""
         request = custody_pb2.DestroyKeyVersionRequest(
             name=name,

@@ -129,7 +129,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     ) -> review_pb2.ListReviewsResponse:
         """List reviews, newest first."""
         limit = paging.size(request.page_size)
-        rows = await self._reviews.list(
+        rows = await self._reviews.page(
             access.current().tenant.id, request.page_token, limit + 1, request.repository
         )
         page, token = paging.cut(rows, limit, lambda row: row.id)
@@ -251,9 +251,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
 
 def _scope(request: review_pb2.SubmitReviewRequest) -> str:
     wanted = request.input
-    return (
-        f"{wanted.repository}#{wanted.pull_request}@{wanted.head_commit}:{request.request_id}"
-    )
+    return f"{wanted.repository}#{wanted.pull_request}@{wanted.head_commit}:{request.request_id}"
 
 
 def _reviews_per_day(rights: access.Rights) -> int:

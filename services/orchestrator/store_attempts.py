@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from byokeep import ids
 from byokeep.orchestrator.v1.review_pb2 import Finding
-from sqlalchemy import TextClause, text
+from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from services.orchestrator import sql
 from services.orchestrator.database import Database, raw
 from services.orchestrator.domain import PLANS
 from services.orchestrator.queue import Queue
 
 
-class Fenced(Exception):  # noqa: N818 - a state, not a fault
+class Fenced(Exception):
     """The attempt is not ours any more: it was cancelled, or another took over."""
 
 
@@ -109,225 +110,6 @@ class Stale:
     calls_left: int
 
 
-_CLAIM: Final = text("""
-    WITH a AS (
-        UPDATE attempt SET state = 'RUNNING', start_time = now(), heartbeat_time = now()
-        WHERE id = :id AND state = 'QUEUED' AND admitted
-            AND EXISTS (
-                SELECT FROM tenant WHERE tenant.id = attempt.tenant AND tenant.state = 'ACTIVE')
-        RETURNING *),
-    r AS (
-        UPDATE review SET state = 'RUNNING', start_time = now(), version = version + 1
-        FROM a WHERE review.id = a.review_id
-        RETURNING review.*, pg_notify('byokeep_review', review.id))
-    SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
-        a.key_id, a.key_version, a.fence, a.tries,
-        coalesce(v.provider, split_part(r.model, '/', 1)) AS provider,
-        coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
-        coalesce(v.owner, r.owner) AS owner, coalesce(v.actor, r.actor) AS actor,
-        coalesce(c.input, '') AS input,
-        ARRAY(SELECT chunk_id FROM chunk_done WHERE review_id = r.id) AS done_chunks,
-        coalesce(r.max_calls - r.calls_started, 0) AS calls_left,
-        coalesce(v.attempts, 0) AS validations,
-        CAST(coalesce(extract(epoch FROM now() - v.create_time) / 3600, 0) AS float)
-            AS validation_hours,
-        coalesce(v.destroy_previous, false) AS destroy_previous
-    FROM a LEFT JOIN r ON true
-        LEFT JOIN review_content c ON c.review_id = r.id
-        LEFT JOIN key_validation v
-            ON a.kind = 'VALIDATION' AND v.key_id = a.key_id AND v.version = a.key_version
-    """)
-
-_CALL_STARTED: Final = text("""
-    WITH a AS (
-        UPDATE attempt SET calls_started = calls_started + 1,
-            lease_id = :lease_id, process_id = :process_id
-        WHERE id = :id AND fence = :fence AND state = 'RUNNING'
-        RETURNING review_id),
-    f AS (
-        UPDATE provider_call SET finish_time = now()
-        WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
-    c AS (
-        INSERT INTO provider_call (attempt_id, call_number, chunk_id)
-        SELECT :id, :call_number, :chunk_id FROM a),
-    r AS (
-        UPDATE review SET calls_started = calls_started + 1, chunks_total = :chunks_total,
-            version = version + 1
-        FROM a WHERE review.id = a.review_id)
-    SELECT 1 FROM a""")
-
-_CHUNK_DONE: Final = text("""
-    WITH a AS (
-        SELECT review_id FROM attempt
-        WHERE id = :id AND fence = :fence AND state = 'RUNNING' FOR UPDATE),
-    f AS (
-        UPDATE provider_call SET finish_time = now()
-        WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
-    d AS (
-        INSERT INTO chunk_done (review_id, chunk_id, attempt_id)
-        SELECT review_id, :chunk_id, :id FROM a
-        ON CONFLICT DO NOTHING RETURNING review_id, chunk_id),
-    n AS (
-        INSERT INTO finding (review_id, chunk_id, ordinal, path, start_line, end_line,
-            severity, category, title, message, suggestion)
-        SELECT d.review_id, d.chunk_id, u.ordinal, u.path, u.start_line, u.end_line,
-            u.severity, u.category, u.title, u.message, u.suggestion
-        FROM d, unnest(
-            CAST(:paths AS text[]), CAST(:start_lines AS int[]), CAST(:end_lines AS int[]),
-            CAST(:severities AS smallint[]), CAST(:categories AS smallint[]),
-            CAST(:titles AS text[]), CAST(:messages AS text[]), CAST(:suggestions AS text[])
-        ) WITH ORDINALITY AS u(path, start_line, end_line, severity, category, title,
-            message, suggestion, ordinal)),
-    r AS (
-        UPDATE review SET chunks_done = chunks_done + 1, version = version + 1,
-            finding_count = finding_count + cardinality(CAST(:paths AS text[])),
-            dropped_findings = dropped_findings + :dropped
-        FROM d WHERE review.id = d.review_id
-        RETURNING review.id, chunks_done < chunks_total AS more)
-    -- After the last chunk the end of the attempt follows at once, and tells of both.
-    SELECT (SELECT pg_notify('byokeep_review', r.id) FROM r WHERE more) FROM a""")
-
-_END_ATTEMPT: Final = """
-    WITH a AS (
-        UPDATE attempt SET state = :attempt_state, admitted = false, failure = :failure,
-            end_time = now(),
-            lease_id = coalesce(nullif(:lease_id, ''), lease_id),
-            process_id = greatest(:process_id, process_id),
-            open_time = coalesce(CAST(:open_time AS timestamptz), open_time),
-            close_time = coalesce(CAST(:close_time AS timestamptz), close_time)
-        WHERE id = :id AND fence = :fence AND state = 'RUNNING'
-        RETURNING *),
-    c AS (
-        UPDATE provider_call SET finish_time = now(), ambiguous = :ambiguous
-        WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)
-        RETURNING ambiguous),"""
-
-_END_REVIEW: Final = text(
-    _END_ATTEMPT
-    + """
-    r AS (
-        UPDATE review SET state = :review_state, failure = :review_failure,
-            failure_message = :failure_message, version = version + 1,
-            end_time = CASE WHEN :review_state = 'QUEUED' THEN NULL ELSE now() END,
-            ambiguous_calls = ambiguous_calls + (SELECT count(*) FROM c WHERE ambiguous),
-            fence = review.fence + :successors
-        FROM a WHERE review.id = a.review_id
-        RETURNING review.id, review.fence),
-    x AS (
-        DELETE FROM review_content USING r
-        WHERE review_content.review_id = r.id AND :review_state = 'COMPLETED'),
-    n AS (
-        INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, fence, tries,
-            admitted, due_time)
-        SELECT :next_id, a.kind, a.tenant, r.id, a.key_id, :next_version, r.fence,
-            a.tries + 1, true, now() + make_interval(secs => :delay)
-        FROM a, r WHERE :successors = 1)
-    SELECT pg_notify('byokeep_review', r.id), EXISTS (
-        SELECT FROM attempt p
-        WHERE p.tenant = :tenant AND p.state = 'QUEUED' AND NOT p.admitted) AS parked
-    FROM r"""
-)
-
-_END_VALIDATION: Final = text(
-    _END_ATTEMPT
-    + """
-    v AS (
-        UPDATE key_validation SET verdict = :verdict, models = CAST(:models AS text[]),
-            attempts = attempts + 1, check_time = now(), action = :action,
-            retry_time = CASE WHEN :successors = 1
-                THEN now() + make_interval(secs => :delay) END,
-            fence = key_validation.fence + :successors
-        FROM a WHERE key_validation.key_id = a.key_id AND version = a.key_version
-        RETURNING key_validation.key_id, key_validation.fence),
-    n AS (
-        INSERT INTO attempt (id, kind, tenant, key_id, key_version, fence, tries, admitted,
-            due_time)
-        SELECT :next_id, a.kind, a.tenant, a.key_id, :next_version, v.fence, a.tries + 1, true,
-            now() + make_interval(secs => :delay)
-        FROM a, v WHERE :successors = 1)
-    SELECT pg_notify('byokeep_key', v.key_id) FROM v"""
-)
-
-LOCK_TENANT: Final = text("SELECT plan, state FROM tenant WHERE id = :tenant FOR NO KEY UPDATE")
-_ADMIT: Final = text("""
-    UPDATE attempt SET admitted = true, due_time = now()
-    WHERE id IN (
-        SELECT id FROM attempt
-        WHERE tenant = :tenant AND state = 'QUEUED' AND NOT admitted
-        ORDER BY id
-        LIMIT greatest(0, :places - (
-            SELECT count(*) FROM attempt
-            WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
-                AND state IN ('QUEUED', 'RUNNING'))))
-    RETURNING id""")
-
-_TRAIL_OF_CANCELLED: Final = text("""
-    UPDATE attempt SET lease_id = coalesce(nullif(:lease_id, ''), lease_id),
-        process_id = greatest(:process_id, process_id),
-        open_time = coalesce(CAST(:open_time AS timestamptz), open_time),
-        close_time = coalesce(CAST(:close_time AS timestamptz), close_time)
-    WHERE id = :id AND fence = :fence AND state = 'CANCELLED'""")
-
-_HEARTBEAT: Final = text("""
-    UPDATE attempt SET heartbeat_time = now()
-    WHERE id = ANY(CAST(:ids AS text[])) AND state = 'RUNNING' RETURNING id""")
-
-_CANCEL_ATTEMPTS: Final = text("""
-    WITH before AS (
-        SELECT id, state FROM attempt
-        WHERE review_id = :review_id AND state IN ('QUEUED', 'RUNNING') FOR UPDATE)
-    UPDATE attempt SET state = 'CANCELLED', admitted = false, end_time = now()
-    FROM before WHERE attempt.id = before.id
-    RETURNING attempt.id, before.state = 'RUNNING' AS ran, pg_notify('byokeep_cancel', attempt.id)
-    """)
-_CANCEL_REVIEW: Final = text("""
-    WITH c AS (
-        UPDATE provider_call SET finish_time = now(), ambiguous = true
-        WHERE finish_time IS NULL
-            AND attempt_id IN (SELECT id FROM attempt WHERE review_id = :review_id)
-        RETURNING 1),
-    x AS (DELETE FROM review_content WHERE review_id = :review_id)
-    UPDATE review SET state = 'CANCELLED', end_time = now(), version = version + 1,
-        ambiguous_calls = ambiguous_calls + (SELECT count(*) FROM c)
-    WHERE id = :review_id AND state IN ('QUEUED', 'RUNNING')
-    RETURNING pg_notify('byokeep_review', id)""")
-
-_STALE_IDS: Final = text("""
-    SELECT id, tenant FROM attempt
-    WHERE state = 'RUNNING' AND heartbeat_time < now() - make_interval(secs => :seconds)
-    ORDER BY heartbeat_time LIMIT 100""")
-_STALE: Final = text("""
-    SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
-        a.key_id, a.key_version, a.fence, a.tries, coalesce(r.model, '') AS model,
-        EXISTS (
-            SELECT FROM provider_call c WHERE c.attempt_id = a.id AND c.finish_time IS NULL
-        ) AS unfinished_call,
-        coalesce(r.max_calls - r.calls_started, 0) AS calls_left
-    FROM attempt a LEFT JOIN review r ON r.id = a.review_id
-    WHERE a.id = :id AND a.state = 'RUNNING'
-        AND a.heartbeat_time < now() - make_interval(secs => :seconds)
-    FOR UPDATE OF a SKIP LOCKED""")
-
-_OVERDUE: Final = text("""
-    UPDATE attempt SET due_time = now()
-    WHERE id IN (
-        SELECT attempt.id FROM attempt JOIN tenant ON tenant.id = attempt.tenant
-        WHERE attempt.state = 'QUEUED' AND admitted AND tenant.state = 'ACTIVE'
-            AND due_time < now() - make_interval(secs => :seconds)
-        ORDER BY attempt.id LIMIT 100 FOR UPDATE OF attempt SKIP LOCKED)
-    RETURNING id""")
-_PARKED_TENANTS: Final = text(
-    "SELECT DISTINCT tenant FROM attempt WHERE state = 'QUEUED' AND NOT admitted"
-)
-_OPEN_REVIEWS: Final = text(
-    "SELECT id FROM review WHERE tenant = :tenant AND state IN ('QUEUED', 'RUNNING')"
-)
-_CANCEL_VALIDATIONS: Final = text("""
-    UPDATE attempt SET state = 'CANCELLED', admitted = false, end_time = now()
-    WHERE tenant = :tenant AND kind = 'VALIDATION' AND state IN ('QUEUED', 'RUNNING')
-    RETURNING pg_notify('byokeep_cancel', id)""")
-
-
 class AttemptStore:
     """Attempts and what they write."""
 
@@ -339,7 +121,7 @@ class AttemptStore:
     async def claim(self, attempt_id: str) -> Work | None:
         """Make a queued attempt RUNNING and return it; None if it is not there to be run."""
         async with self._database.statement() as connection:
-            row = (await connection.execute(_CLAIM, {"id": attempt_id})).one_or_none()
+            row = (await connection.execute(sql.CLAIM, {"id": attempt_id})).one_or_none()
         return None if row is None else Work(**row._mapping)
 
     async def call_started(
@@ -347,7 +129,7 @@ class AttemptStore:
     ) -> None:
         """Store a provider call before it is made, with who makes it. Raises Fenced."""
         await self._guarded(
-            _CALL_STARTED,
+            sql.CALL_STARTED,
             {
                 "id": work.attempt_id,
                 "fence": work.fence,
@@ -364,7 +146,7 @@ class AttemptStore:
     ) -> None:
         """Store a chunk's findings; nothing if the chunk is done already. Raises Fenced."""
         await self._guarded(
-            _CHUNK_DONE,
+            sql.CHUNK_DONE,
             {
                 "id": work.attempt_id,
                 "fence": work.fence,
@@ -398,21 +180,21 @@ class AttemptStore:
         """Complete the trail of an attempt that was cancelled while its child lived."""
         parameters = {"id": work.attempt_id, "fence": work.fence, **_trail(trail)}
         async with self._database.statement() as connection:
-            await connection.execute(_TRAIL_OF_CANCELLED, parameters)
+            await connection.execute(sql.TRAIL_OF_CANCELLED, parameters)
 
     async def heartbeat(self, attempt_ids: Sequence[str]) -> set[str]:
         """Say that attempts' workers live; return those that still are ours."""
         async with self._database.statement() as connection:
-            found = await connection.execute(_HEARTBEAT, {"ids": list(attempt_ids)})
+            found = await connection.execute(sql.HEARTBEAT, {"ids": list(attempt_ids)})
             return {row.id for row in found}
 
     async def cancel_review(self, tenant: str, review_id: str) -> bool:
         """Cancel a review of the tenant with its attempts; False if it had ended."""
         async with self._database.transaction() as connection:
             plan = await lock_tenant(connection, tenant)
-            attempts = await connection.execute(_CANCEL_ATTEMPTS, {"review_id": review_id})
+            attempts = await connection.execute(sql.CANCEL_ATTEMPTS, {"review_id": review_id})
             attempts.all()
-            done = await connection.execute(_CANCEL_REVIEW, {"review_id": review_id})
+            done = await connection.execute(sql.CANCEL_REVIEW, {"review_id": review_id})
             cancelled = done.one_or_none() is not None
             await self.admit(connection, tenant, plan)
         return cancelled
@@ -420,22 +202,22 @@ class AttemptStore:
     async def cancel_all(self, tenant: str) -> None:
         """Cancel all that is queued or runs for a tenant."""
         async with self._database.statement() as connection:
-            reviews = (await connection.execute(_OPEN_REVIEWS, {"tenant": tenant})).all()
-            await connection.execute(_CANCEL_VALIDATIONS, {"tenant": tenant})
+            reviews = (await connection.execute(sql.OPEN_REVIEWS, {"tenant": tenant})).all()
+            await connection.execute(sql.CANCEL_VALIDATIONS, {"tenant": tenant})
         for row in reviews:
             await self.cancel_review(tenant, row.id)
 
     async def admit(self, connection: AsyncConnection, tenant: str, plan: str) -> None:
         """Give a tenant's free places to what waited longest; the tenant's row is locked."""
         places = PLANS[plan].attempts_in_flight
-        found = await connection.execute(_ADMIT, {"tenant": tenant, "places": places})
+        found = await connection.execute(sql.ADMIT, {"tenant": tenant, "places": places})
         for row in found.all():
             await self._queue.enqueue(await raw(connection), row.id)
 
     async def stale(self, seconds: float) -> list[tuple[str, str]]:
         """Return (id, tenant) of attempts whose worker gave no sign of life for so long."""
         async with self._database.statement() as connection:
-            found = await connection.execute(_STALE_IDS, {"seconds": seconds})
+            found = await connection.execute(sql.STALE_IDS, {"seconds": seconds})
             return [(row.id, row.tenant) for row in found]
 
     async def fence_off(
@@ -448,7 +230,7 @@ class AttemptStore:
         """End a stale attempt as `decide(Stale)` says; None if it is not stale any more."""
         async with self._database.transaction() as connection:
             plan = await lock_tenant(connection, tenant)
-            found = await connection.execute(_STALE, {"id": attempt_id, "seconds": seconds})
+            found = await connection.execute(sql.STALE, {"id": attempt_id, "seconds": seconds})
             row = found.one_or_none()
             if row is None:
                 return None
@@ -463,7 +245,7 @@ class AttemptStore:
     async def requeue_overdue(self, seconds: float) -> int:
         """Enqueue attempts again whose job seems lost; return how many."""
         async with self._database.transaction() as connection:
-            found = (await connection.execute(_OVERDUE, {"seconds": seconds})).all()
+            found = (await connection.execute(sql.OVERDUE, {"seconds": seconds})).all()
             for row in found:
                 await self._queue.enqueue(await raw(connection), row.id)
         return len(found)
@@ -471,7 +253,7 @@ class AttemptStore:
     async def admit_parked(self) -> None:
         """Give free places of every tenant to what waits for one."""
         async with self._database.statement() as connection:
-            tenants = [row.tenant for row in await connection.execute(_PARKED_TENANTS)]
+            tenants = [row.tenant for row in await connection.execute(sql.PARKED_TENANTS)]
         for tenant in tenants:
             async with self._database.transaction() as connection:
                 await self.admit(connection, tenant, await lock_tenant(connection, tenant))
@@ -487,7 +269,7 @@ class AttemptStore:
         following = _following(ending.successor)
         row = await _one(
             connection,
-            _END_REVIEW,
+            sql.END_REVIEW,
             {
                 "id": work.attempt_id,
                 "fence": work.fence,
@@ -516,7 +298,7 @@ class AttemptStore:
         following = _following(ending.successor)
         await _one(
             connection,
-            _END_VALIDATION,
+            sql.END_VALIDATION,
             {
                 "id": work.attempt_id,
                 "fence": work.fence,
@@ -550,7 +332,7 @@ class AttemptStore:
 
 async def lock_tenant(connection: AsyncConnection, tenant: str) -> str:
     """Lock a tenant's places in this transaction; return its plan."""
-    row = (await connection.execute(LOCK_TENANT, {"tenant": tenant})).one()
+    row = (await connection.execute(sql.LOCK_TENANT, {"tenant": tenant})).one()
     return str(row.plan)
 
 

@@ -5,34 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from byokeep import ids
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import last_of, provider_id
 from google.protobuf.message import Message
-from sqlalchemy import Row, select, text, tuple_, update
+from sqlalchemy import select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
-from services.orchestrator import store_requests
+from services.orchestrator import sql, store_requests
 from services.orchestrator.database import Database, raw
 from services.orchestrator.queue import Queue
 from services.orchestrator.schema import attempt, key_validation, review
-
-_COUNT: Final = text("""
-    WITH now_hour AS (
-        INSERT INTO rate_bucket (scope, hour, events)
-        VALUES (:scope, date_trunc('hour', now()), 1)
-        ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1
-        RETURNING events)
-    SELECT now_hour.events + coalesce((
-        -- The hour before counts by the part of it that lies within the last 60 minutes.
-        SELECT events * extract(epoch FROM hour + interval '2 hours' - now()) / 3600
-        FROM rate_bucket
-        WHERE scope = :scope AND hour = date_trunc('hour', now()) - interval '1 hour'), 0)
-    FROM now_hour""")
-
-_NOTIFY: Final = text("SELECT pg_notify('byokeep_key', :key_id)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +70,9 @@ class KeyStore:
     async def count_intake(self, scope: str) -> float:
         """Count one intake in a scope; return how many there were in the last hour, with it."""
         async with self._database.statement() as connection:
-            return float((await connection.execute(_COUNT, {"scope": scope})).scalar_one())
+            return float(
+                (await connection.execute(sql.COUNT_INTAKE, {"scope": scope})).scalar_one()
+            )
 
     async def first_time(self, tenant: str, message: Message) -> bool:
         """Note a request; False if it was before. Raises ByokeepError: REQUEST_ID_CONFLICT."""
@@ -164,21 +151,19 @@ class KeyStore:
                 .where(key_validation.c.key_id == key_id, key_validation.c.version == version)
                 .values(action="")
             )
-            await connection.execute(_NOTIFY, {"key_id": key_id})
+            await connection.execute(sql.NOTIFY_KEY, {"key_id": key_id})
 
     async def changed(self, key_id: str) -> None:
         """Wake who watches a key."""
         async with self._database.statement() as connection:
-            await connection.execute(_NOTIFY, {"key_id": key_id})
+            await connection.execute(sql.NOTIFY_KEY, {"key_id": key_id})
 
     async def uses(self, tenant: str, key_id: str, after: str, limit: int) -> list[Use]:
         """Return the attempts that used a key, oldest first."""
         query = (
             select(attempt, review.c.repository, review.c.pull_request)
             .outerjoin(review, review.c.id == attempt.c.review_id)
-            .where(
-                attempt.c.tenant == tenant, attempt.c.key_id == key_id, attempt.c.id > after
-            )
+            .where(attempt.c.tenant == tenant, attempt.c.key_id == key_id, attempt.c.id > after)
             .order_by(attempt.c.id)
             .limit(limit)
         )
@@ -186,11 +171,11 @@ class KeyStore:
             return [_use(row) for row in await connection.execute(query)]
 
 
-def _validation(row: Row[Any]) -> Validation:
+def _validation(row: Any) -> Validation:
     return Validation(*row)
 
 
-def _use(row: Row[Any]) -> Use:
+def _use(row: Any) -> Use:
     number = f"#{row.pull_request}" if row.pull_request else ""
     return Use(
         attempt_id=row.id,

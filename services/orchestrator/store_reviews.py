@@ -10,75 +10,20 @@ from typing import Any, Final
 import grpc
 from byokeep import ids
 from byokeep.orchestrator.v1 import review_pb2
-from sqlalchemy import Row, select, text
+from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.common.errors import ByokeepError
-from services.orchestrator import access, store_requests
+from services.orchestrator import access, sql, store_requests
 from services.orchestrator.database import Database, raw
 from services.orchestrator.domain import PLANS
 from services.orchestrator.queue import Queue
 from services.orchestrator.schema import finding as finding_table
 from services.orchestrator.schema import review as review_table
-from services.orchestrator.store_attempts import LOCK_TENANT
 
 SUBMIT: Final = "SubmitReview"
 
 # One statement: the request id, the day's count, the review, its content, its first attempt.
-_SUBMIT: Final = text("""
-    WITH req AS (
-        INSERT INTO request (tenant, method, scope, digest, resource)
-        VALUES (:tenant, 'SubmitReview', :scope, :digest, :id)
-        ON CONFLICT DO NOTHING RETURNING 1),
-    day AS (
-        INSERT INTO rate_bucket (scope, hour, events)
-        SELECT 'reviews:' || :tenant, date_trunc('hour', now()), 1 FROM req
-        ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1),
-    rev AS (
-        INSERT INTO review (id, tenant, repository, pull_request, head_commit, model, key_id,
-            owner, actor, max_calls, chunks_total)
-        SELECT :id, :tenant, :repository, :pull_request, :head_commit, :model, :key_id,
-            :owner, :actor, :max_calls, :chunks_total FROM req
-        RETURNING *),
-    content AS (
-        INSERT INTO review_content (review_id, input) SELECT id, :input FROM rev),
-    att AS (
-        INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, admitted)
-        SELECT :attempt_id, 'REVIEW', :tenant, id, :key_id, :key_version, :places > (
-            SELECT count(*) FROM attempt
-            WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
-                AND state IN ('QUEUED', 'RUNNING'))
-        FROM rev RETURNING admitted)
-    SELECT rev.*, att.admitted, coalesce((
-            SELECT sum(events) FROM rate_bucket
-            WHERE scope = 'reviews:' || :tenant AND hour > now() - interval '24 hours'
-        ), 0) AS earlier_today
-    FROM rev, att""")
-
-_RETRY: Final = text("""
-    WITH rev AS (
-        UPDATE review SET state = 'QUEUED', failure = '', failure_message = '',
-            end_time = NULL, key_id = :key_id, fence = fence + 1, version = version + 1,
-            max_calls = calls_started + :max_calls
-        WHERE id = :id AND tenant = :tenant AND state = 'FAILED'
-            AND EXISTS (SELECT FROM review_content WHERE review_id = :id)
-        RETURNING id, fence, pg_notify('byokeep_review', id))
-    INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, fence, admitted)
-    SELECT :attempt_id, 'REVIEW', :tenant, id, :key_id, :key_version, fence, :places > (
-        SELECT count(*) FROM attempt
-        WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
-            AND state IN ('QUEUED', 'RUNNING'))
-    FROM rev RETURNING admitted""")
-
-_DROP_CONTENT: Final = text("""
-    DELETE FROM review_content USING review
-    WHERE review.id = review_content.review_id AND state = 'FAILED'
-        AND end_time < now() - make_interval(hours => :hours)""")
-_DROP_FINDINGS: Final = text("""
-    DELETE FROM finding USING review
-    WHERE review.id = finding.review_id AND end_time < now() - make_interval(days => :days)""")
-_DROP_REQUESTS: Final = text("DELETE FROM request WHERE create_time < now() - interval '7 days'")
-_DROP_BUCKETS: Final = text("DELETE FROM rate_bucket WHERE hour < now() - interval '2 days'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +105,7 @@ class ReviewStore:
         parameters |= {"id": ids.new_id("rev"), "attempt_id": attempt_id}
         async with self._database.transaction() as connection:
             parameters["places"] = await _places(connection, new.tenant)
-            row = (await connection.execute(_SUBMIT, parameters)).one_or_none()
+            row = (await connection.execute(sql.SUBMIT, parameters)).one_or_none()
             if row is not None:
                 if row.earlier_today >= reviews_per_day:
                     raise _daily_limit(reviews_per_day)
@@ -204,7 +149,7 @@ class ReviewStore:
                 for row in await connection.execute(query)
             ]
 
-    async def list(
+    async def page(
         self, tenant: str, before: str, limit: int, repository: str
     ) -> Sequence[ReviewRow]:
         """Return reviews, newest first; `before` and `repository` may be empty."""
@@ -250,14 +195,13 @@ class ReviewStore:
             places = await _places(connection, tenant)
             if not await store_requests.first_time(connection, tenant, message):
                 return
-            done = await connection.execute(_RETRY, parameters | {"places": places})
+            done = await connection.execute(sql.RETRY, parameters | {"places": places})
             row = done.one_or_none()
             if row is None:
                 raise ByokeepError(
                     grpc.StatusCode.FAILED_PRECONDITION,
                     "WRONG_STATE",
-                    "only a failed review whose diff is still kept can be retried;"
-                    " submit it again",
+                    "only a failed review whose diff is still kept can be retried; submit it again",
                 )
             if row.admitted:
                 await self._queue.enqueue(await raw(connection), attempt_id)
@@ -265,15 +209,15 @@ class ReviewStore:
     async def sweep(self, *, content_hours: int, findings_days: int) -> None:
         """Delete what was kept long enough."""
         async with self._database.statement() as connection:
-            await connection.execute(_DROP_CONTENT, {"hours": content_hours})
-            await connection.execute(_DROP_FINDINGS, {"days": findings_days})
-            await connection.execute(_DROP_REQUESTS)
-            await connection.execute(_DROP_BUCKETS)
+            await connection.execute(sql.DROP_CONTENT, {"hours": content_hours})
+            await connection.execute(sql.DROP_FINDINGS, {"days": findings_days})
+            await connection.execute(sql.DROP_REQUESTS)
+            await connection.execute(sql.DROP_BUCKETS)
 
 
 async def _places(connection: AsyncConnection, tenant: str) -> int:
     """Lock an active tenant; return how many of its attempts may be in flight."""
-    row = (await connection.execute(LOCK_TENANT, {"tenant": tenant})).one()
+    row = (await connection.execute(sql.LOCK_TENANT, {"tenant": tenant})).one()
     if row.state != "ACTIVE":
         raise access.not_active(tenant)
     return PLANS[row.plan].attempts_in_flight

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
-from sqlalchemy import Row, delete, select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -118,9 +118,7 @@ class TenantStore:
                     )
             return await _read(connection, tenant_id)
 
-    async def list(
-        self, spiffe_id: str | None, after: str, limit: int
-    ) -> list[TenantRow]:
+    async def page(self, spiffe_id: str | None, after: str, limit: int) -> list[TenantRow]:
         """Return tenants by id: those that an identity has a role for, or all for None."""
         query = select(*_TENANT).where(tenant.c.id > after).order_by(tenant.c.id).limit(limit)
         if spiffe_id is not None:
@@ -130,9 +128,9 @@ class TenantStore:
         async with self._database.statement() as connection:
             return [_tenant(row) for row in await connection.execute(query)]
 
-    async def set_suspended(self, message: tenant_pb2.SuspendTenantRequest, tenant_id: str) -> (
-        TenantRow
-    ):
+    async def set_suspended(
+        self, message: tenant_pb2.SuspendTenantRequest, tenant_id: str
+    ) -> TenantRow:
         """Suspend or resume a tenant that is not deleted."""
         state = "ACTIVE" if message.resume else "SUSPENDED"
         async with self._database.transaction() as connection:
@@ -271,18 +269,14 @@ def deleted() -> ByokeepError:
     )
 
 
-async def _read(
-    connection: AsyncConnection, tenant_id: str, *, lock: bool = False
-) -> TenantRow:
+async def _read(connection: AsyncConnection, tenant_id: str, *, lock: bool = False) -> TenantRow:
     query = select(*_TENANT).where(tenant.c.id == tenant_id)
     if lock:
         query = query.with_for_update(key_share=True)
     return _tenant((await connection.execute(query)).one())
 
 
-async def _bump(
-    connection: AsyncConnection, tenant_id: str, values: Mapping[str, Any]
-) -> None:
+async def _bump(connection: AsyncConnection, tenant_id: str, values: Mapping[str, Any]) -> None:
     await connection.execute(
         update(tenant)
         .where(tenant.c.id == tenant_id)
@@ -290,5 +284,5 @@ async def _bump(
     )
 
 
-def _tenant(row: Row[Any]) -> TenantRow:
+def _tenant(row: Any) -> TenantRow:
     return TenantRow(*row[: len(_TENANT)])

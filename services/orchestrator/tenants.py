@@ -38,7 +38,7 @@ def tenant_message(row: TenantRow) -> tenant_pb2.Tenant:
     )
 
 
-def plan_name(plan: tenant_pb2.Plan) -> str:
+def plan_name(plan: tenant_pb2.Plan.ValueType) -> str:
     """Return a plan's short name; TEAM where none is given."""
     return tenant_pb2.Plan.Name(plan or tenant_pb2.PLAN_TEAM).removeprefix("PLAN_")
 
@@ -68,7 +68,7 @@ class TenantServicer(tenant_pb2_grpc.TenantServiceServicer):
         caller = authz.current()
         operator = options_pb2.CALLER_CLASS_OPERATOR in caller.classes
         limit = paging.size(request.page_size)
-        rows = await self._store.list(
+        rows = await self._store.page(
             None if operator else caller.spiffe_id, request.page_token, limit + 1
         )
         page, token = paging.cut(rows, limit, lambda row: row.id)

@@ -68,17 +68,18 @@ def test_another_users_folder_is_refused(tmp_path, monkeypatch) -> None:
         state_module.check(root)
 
 
-def test_clean_leaves_what_is_not_a_stack(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("deploy.local.background._CHECKOUT_CONFIG", tmp_path / "c" / "config.toml")
+def test_clean_leaves_what_is_not_a_stack(tmp_path, capsys) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    assert main(["clean", f"--state={tmp_path}"]) == 0
+    assert main(["clean", f"--state={tmp_path}", f"--config={tmp_path / 'none'}"]) == 0
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_clean_erases_a_stack(state, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("deploy.local.background._CHECKOUT_CONFIG", tmp_path / "c" / "config.toml")
-    assert main(["clean", f"--state={state.root}"]) == 0
+def test_clean_erases_a_stack_and_its_profile(state, tmp_path, capsys) -> None:
+    profile = tmp_path / "config.toml"
+    profile.write_text("")
+    assert main(["clean", f"--state={state.root}", f"--config={profile}"]) == 0
     assert not state.root.exists()
+    assert not profile.exists()
 
 
 def test_lock_has_one_holder_and_cannot_be_stale(state) -> None:
@@ -191,7 +192,7 @@ time.sleep(60)
 
 @LINUX
 def test_child_ends_with_a_killed_supervisor(tmp_path) -> None:
-    """Shown to fail without `die_with_parent`."""
+    """Shown to fail without the prctl of `launch`."""
     with subprocess.Popen(
         [sys.executable, "-c", _PARENT, str(tmp_path / "log"), os.environ["PATH"]],
         stdout=subprocess.PIPE,

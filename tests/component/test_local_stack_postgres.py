@@ -137,7 +137,7 @@ time.sleep(60)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
 def test_server_dies_with_a_killed_parent(directory) -> None:
-    """Shown to fail without `die_with_parent`."""
+    """Shown to fail without the prctl of `launch`."""
     with subprocess.Popen(
         [sys.executable, "-c", _START_AND_STAY, str(directory)], stdout=subprocess.PIPE
     ) as parent:

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 from byokeep import dsse, hpke, sealing, transport
 from byokeep.common.v1 import options_pb2
+from byokeep.errors import error_info
 from byokeep.ids import new_id, public_key_id
 from byokeep.keyvault.v1 import (
     admin_pb2,
@@ -315,3 +316,19 @@ async def running(deployment: Deployment, **changes):
         await keyvault.close_channels()
         await grpc_server.stop(None)
         await app.stop()
+
+
+async def try_lease(keyvault: Keyvault, key: custody_pb2.ProviderKey, **changes) -> str:
+    """Lease a key as its runner would; return "" or the reason of the refusal."""
+    child = Child()
+    request = lease_request(keyvault.deployment, grant_for(key, child, **changes), child)
+    return await refusal(keyvault.leases().LeaseKey(request))
+
+
+async def refusal(call) -> str:
+    """Return the reason with which a call is refused, or "" where it is not."""
+    try:
+        await call
+    except grpc.RpcError as error:
+        return error_info(error).reason
+    return ""

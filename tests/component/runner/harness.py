@@ -8,7 +8,6 @@ import os
 import queue
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import grpc
 from byokeep import dsse, hpke, transport
-from byokeep.common.v1 import options_pb2
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import grant_pb2, lease_pb2, lease_pb2_grpc
 from byokeep.leasing import lease_info
@@ -27,6 +25,7 @@ from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2, runner_pb2_grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from deploy.local.emulator.models import CHAT_MODELS
 from deploy.local.pki import CertificateAuthority
 from services.common.errors import ByokeepError
 from tests.component.providers.harness import HOSTS, Emulator, running_emulator
@@ -45,7 +44,6 @@ DIFF = b"""diff --git a/app/db.py b/app/db.py
 +rows = db.execute(f"SELECT * FROM users WHERE id = {user_id}")
  ok = True
 """
-PASSWORD = "hunter2-nobody-should-see-this"
 
 
 class FakeKeyvault(lease_pb2_grpc.LeaseServiceServicer):
@@ -53,6 +51,7 @@ class FakeKeyvault(lease_pb2_grpc.LeaseServiceServicer):
 
     def __init__(self) -> None:
         self.keys: dict[str, str] = {}
+        self.watchers: list[queue.SimpleQueue[str]] = []
         self.reset()
 
     def reset(self) -> None:
@@ -64,7 +63,6 @@ class FakeKeyvault(lease_pb2_grpc.LeaseServiceServicer):
         self.leases: dict[str, lease_pb2.LeaseKeyRequest] = {}
         self.releases: list[lease_pb2.ReleaseLeaseRequest] = []
         self.live: set[str] = set()
-        self.watchers: list[queue.SimpleQueue[str]] = []
 
     def LeaseKey(self, request, context):
         if self.refusal is not None:
@@ -202,32 +200,29 @@ class Bench:
         call = self.stub.Execute(iter(requests.get, None), timeout=60)
         return Attempt(call, requests, self, first.get("assign", runner_pb2.Assign()), "")
 
-    def review(self, provider="openai", key="", model="some-model", diff=DIFF, **changed):
-        return self._attempt(
-            provider,
-            key,
-            model=model,
-            purpose=grant_pb2.LEASE_PURPOSE_REVIEW,
-            input=review_pb2.ReviewInput(repository="acme/shop", diff=diff),
-            **changed,
-        )
+    def review(self, provider="openai", key="", diff=DIFF, **changed) -> Attempt:
+        """Assign a review."""
+        review = {
+            "model": CHAT_MODELS[provider][0],
+            "purpose": grant_pb2.LEASE_PURPOSE_REVIEW,
+            "input": review_pb2.ReviewInput(repository="acme/shop", diff=diff),
+        }
+        return self._attempt(provider, key, review | changed)
 
-    def validation(self, provider="openai", key="", **changed):
-        return self._attempt(
-            provider, key, purpose=grant_pb2.LEASE_PURPOSE_VALIDATION, **changed
-        )
+    def validation(self, provider="openai", key="", **changed) -> Attempt:
+        """Assign a validation."""
+        validation = {"purpose": grant_pb2.LEASE_PURPOSE_VALIDATION}
+        return self._attempt(provider, key, validation | changed)
 
-    def _attempt(self, provider, key, **values):
-        defaults = {"fence": 1, "max_calls": 20, "timeout_seconds": 60}
-        assign = runner_pb2.Assign(
-            **{
-                "attempt_id": new_id("att"),
-                "provider": provider_value(provider),
-                **defaults,
-                **values,
-            }
-        )
-        attempt = self.open(assign=assign)
+    def _attempt(self, provider, key, values) -> Attempt:
+        defaults = {
+            "attempt_id": new_id("att"),
+            "fence": 1,
+            "provider": provider_value(provider),
+            "max_calls": 20,
+            "timeout_seconds": 60,
+        }
+        attempt = self.open(assign=runner_pb2.Assign(**(defaults | values)))
         attempt.key = key or KEYS[provider]
         return attempt
 
@@ -327,9 +322,8 @@ def running_bench(folder: Path, **settings: str) -> Iterator[Bench]:
             ca.pem.encode(),
         )
         try:
-            assert wait_for(lambda: (folder / "ready.json").exists() or process.poll(), 30)
+            assert wait_for(lambda: ready(folder / "ready.json") or process.poll(), 30)
             assert process.poll() is None, log.read_text()
-            assert json.loads((folder / "ready.json").read_text())["pid"] == process.pid
             stub = runner_pb2_grpc.RunnerServiceStub(channel)
             yield Bench(process, keyvault, emulator, stub, log)
         finally:
@@ -343,22 +337,12 @@ def running_bench(folder: Path, **settings: str) -> Iterator[Bench]:
             server.stop(None).wait(5)
 
 
-def in_background(function: Callable[[], object]) -> futures.Future:
-    """Run a function on a thread of its own."""
-    future: futures.Future = futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
+def ready(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text())["pid"])
+    except (OSError, ValueError):
+        return False
 
 
 def refusal(code: grpc.StatusCode, reason: str, **metadata: str) -> ByokeepError:
     return ByokeepError(code, reason, "refused", **metadata)
-
-
-__all__ = ["options_pb2"]

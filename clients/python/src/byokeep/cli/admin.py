@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from byokeep import names
+from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.errors import CliError, Exit
 from byokeep.cli.output import message_dict, when
 from byokeep.cli.session import Session, command, group, request_id
-from byokeep.cli.tenants import Name, confirm_by_name
+from byokeep.cli.tenants import Name
 from byokeep.cli.text import clean
 from byokeep.keyvault.v1 import admin_pb2
 

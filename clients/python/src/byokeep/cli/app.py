@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         error = _run(arguments)
         if isinstance(error, CliError):
-            print_error(error, as_json=_wants_json(arguments, state))
+            print_error(error, as_json=_wants_json(arguments, state), verbose=state.options.verbose)
             return int(error.exit_code)
         sys.stdout.flush()
         return error
@@ -94,6 +95,9 @@ def _run(arguments: Sequence[str]) -> int | CliError:
         return error
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
+    except typer.TyperException as error:
+        # The help was printed in its stead.
+        return Exit.INPUT if type(error).__name__ == "NoArgsIsHelpError" else from_usage(error)
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -107,8 +111,9 @@ def _explain(error: Exception) -> CliError:
     from byokeep.profile import ProfileError
     from byokeep.sealing import KeyFormatError, UntrustedIntakeKeyError
 
-    if isinstance(error, typer.Abort | typer.TyperException):
-        return from_usage(error)
+    if isinstance(error, typer.Abort):
+        print(file=sys.stderr)
+        return CliError("nothing was done", exit_code=Exit.INTERRUPTED, reason="CANCELLED")
     if isinstance(error, ProfileError):
         return CliError(str(error), error.hint, reason="CONFIGURATION")
     if isinstance(error, KeyFormatError):
@@ -145,7 +150,7 @@ def from_untrusted(error: Exception) -> CliError:
 
 def _wants_json(arguments: Sequence[str], state: Run) -> bool:
     # Also where parsing broke off before it came to the option.
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = itertools.pairwise([*arguments, ""])
     return (
         state.options.json
         or state.options.format == "json"

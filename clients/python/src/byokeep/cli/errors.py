@@ -116,6 +116,7 @@ class CliError(Exception):
     reason: str = ""
     code: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    details: str = ""
 
     def __str__(self) -> str:
         """Return the sentence."""
@@ -151,6 +152,7 @@ def from_rpc(error: grpc.RpcError, profile: Profile | None) -> CliError:
         reason=reason,
         code=code,
         metadata=metadata,
+        details=f"{code}: {clean(info.message)}",
     )
 
 

@@ -89,7 +89,7 @@ def merge(
 def lease_short(lease_id: str) -> str:
     """Return an id's prefix and its last six characters, which are random."""
     prefix, _, rest = clean(lease_id).partition("_")
-    return f"{prefix}_…{rest[-6:]}" if rest else prefix
+    return f"{prefix}_..{rest[-6:]}" if rest else prefix
 
 
 def _place(entry: Entry, after: datetime.datetime | None) -> tuple[datetime.datetime, Entry]:
@@ -127,7 +127,7 @@ def _reported(lease: _Lease) -> Iterable[Entry]:
     data = {"use": message_dict(lease.use)} if lease.use else {"report": message_dict(report)}
     about: tuple[str, ...] = ()
     if lease.leased is None and lease.use is not None:
-        about = (_attempt(lease.use.attempt_id, lease.use),)
+        about = (_attempt(lease.use.attempt_id, lease.use.review_id, lease.use),)
     yield Entry(
         opened,
         "reported",
@@ -166,34 +166,35 @@ def _recorded(event: audit_pb2.AuditEvent, use: key_pb2.KeyUse | None) -> Entry:
 
 def _details(event: audit_pb2.AuditEvent, use: key_pb2.KeyUse | None) -> Iterable[str]:
     if event.type == audit_pb2.AUDIT_EVENT_TYPE_LEASED:
-        yield _attempt(event.attempt_id, use, event.fence)
-    if event.actor:
-        yield f"for {clean(event.actor)}"
-    if event.caller and event.type not in _ENDS:
-        yield f"asked by {clean(event.caller)}"
+        yield _attempt(event.attempt_id, event.review_id, use)
+        yield f"runner {clean(event.caller)}"
+    elif event.type not in _ENDS:
+        if event.actor:
+            yield f"for {clean(event.actor)}"
+        if event.caller:
+            yield f"asked by {clean(event.caller)}"
     if event.shred:
         yield f"shredding of the backend: {clean(event.shred)}"
     if event.reason:
         yield f"reason: {clean(event.reason)}"
 
 
-def _attempt(attempt_id: str, use: key_pb2.KeyUse | None, fence: int = 0) -> str:
-    parts = [f"attempt {lease_short(attempt_id)}"]
+def _attempt(attempt_id: str, review_id: str, use: key_pb2.KeyUse | None) -> str:
+    parts = [clean(review_id)] if review_id else []
+    if use is not None and use.label:
+        parts.append(clean(use.label))
+    parts.append(f"attempt {lease_short(attempt_id)}")
     if use is not None:
-        parts.append(f"number {use.number}")
-        if use.label:
-            parts.append(clean(use.label))
-        parts.append(f"{use.calls_started} provider calls started")
-    elif fence:
-        parts.append(f"fence {fence}")
+        calls = use.calls_started
+        parts[-1] += f" (number {use.number})"
+        parts.append(f"{calls} provider call{'s' * (calls != 1)} started")
     return ", ".join(parts)
 
 
 def _leased(event: audit_pb2.AuditEvent) -> str:
     purpose = short(grant_pb2.LeasePurpose, event.purpose).lower() or "an unknown purpose"
-    review = f" {clean(event.review_id)}" if event.review_id else ""
     lease = lease_short(event.lease_id)
-    return f"v{event.key_version} leased to one process for {purpose}{review}: {lease}"
+    return f"v{event.key_version} leased to one process for {purpose}: {lease}"
 
 
 def _released(event: audit_pb2.AuditEvent) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from byokeep import ids, names
 from byokeep.cli import trail
+from byokeep.cli.confirm import confirm
 from byokeep.cli.errors import CliError
 from byokeep.cli.keyinput import read_key
 from byokeep.cli.keyref import find_key, key_id, list_keys, provider_of
@@ -70,7 +71,9 @@ def key() -> None:
 @command()
 def add(
     session: Session,
-    provider: Annotated[ProviderName, typer.Argument(help="The key's provider.")],
+    provider: Annotated[
+        ProviderName, typer.Argument(metavar="PROVIDER", help="openai, anthropic or gemini.")
+    ],
     name: Annotated[str, typer.Option(help="Name of the key.")] = "default",
     user: Annotated[str, typer.Option(help="User that owns it; default: the tenant.")] = "",
     stdin: Stdin = False,
@@ -181,9 +184,7 @@ def destroy(
 ) -> None:
     """Revoke a key and delete its ciphertext; a tombstone stays. Can't be undone."""
     found = find_key(session, reference)
-    if not yes:
-        question = f"Destroy {key_id(found)} ({provider_of(found)})? It can't be undone"
-        typer.confirm(question, abort=True, err=True)
+    confirm(f"Destroy {key_id(found)} ({provider_of(found)})? It can't be undone", yes=yes)
     request = key_pb2.DestroyKeyRequest(
         name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag
     )

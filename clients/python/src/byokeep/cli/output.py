@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
+    from byokeep.cli.errors import CliError
+
 # Not a terminal: no wrapping, so that a line stays a line for grep.
 _WIDE = 500
 
@@ -72,7 +74,13 @@ class Output:
 
     def renderable(self, what: RenderableType) -> None:
         """Print something that rich lays out."""
-        self._out.print(what)
+        if self._out.is_terminal:
+            self._out.print(what)
+            return
+        # rich fills lines with blanks, which would only be noise in a file.
+        with self._out.capture() as captured:
+            self._out.print(what)
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Text | str]]) -> None:
         """Print a table without borders."""
@@ -83,7 +91,7 @@ class Output:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        self._out.print(table)
+        self.renderable(table)
 
     def note(self, text: str, style: str = "dim") -> None:
         """Print a line on stderr that a script may ignore."""
@@ -164,8 +172,8 @@ def local_time(stamp: Timestamp) -> datetime.datetime:
     return stamp.ToDatetime(datetime.UTC).astimezone()
 
 
-def print_error(error: Any, *, as_json: bool) -> None:
-    """Print a CliError on stderr: a sentence, its reason and a hint; or JSON."""
+def print_error(error: CliError, *, as_json: bool, verbose: bool) -> None:
+    """Print an error on stderr: a sentence, its reason and a hint; or JSON."""
     if as_json:
         print(json.dumps(error.to_dict()), file=sys.stderr)
         return
@@ -179,6 +187,8 @@ def print_error(error: Any, *, as_json: bool) -> None:
     console.print(line, soft_wrap=not console.is_terminal)
     if error.hint:
         console.print(f"  → {clean(error.hint)}", style="cyan", soft_wrap=not console.is_terminal)
+    if verbose and error.details:
+        console.print(f"  {error.details}", style="dim", soft_wrap=not console.is_terminal)
 
 
 def _console(terminal: bool, *, stderr: bool) -> Console:

@@ -218,7 +218,10 @@ def _signed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Callab
         )
         for name, (annotation, default) in _COMMON.items()
     ]
-    wrapper.__name__, wrapper.__doc__ = function.__name__, function.__doc__
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    wrapper.__name__ = function.__name__
+    # typer keeps the line breaks of every paragraph but the first.
+    wrapper.__doc__ = "\n\n".join(" ".join(text.split()) for text in paragraphs)
     wrapper.__signature__ = inspect.Signature(own + common)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {entry.name: entry.annotation for entry in own + common}
     return wrapper

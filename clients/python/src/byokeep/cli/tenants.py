@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from byokeep import names
-from byokeep.cli.errors import CliError
+from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.output import message_dict, short, state_text, when
 from byokeep.cli.session import Session, command, group, pages, request_id
 from byokeep.cli.text import clean
@@ -229,15 +229,6 @@ def list_callers(session: Session) -> None:
         return
     rows = [(clean(entry.spiffe_id), _roles(entry)) for entry in found]
     session.out.table(("SPIFFE ID", "ROLES"), rows)
-
-
-def confirm_by_name(name: str, what: str, *, yes: bool) -> None:
-    """Ask for a name to be typed before something that can't be undone."""
-    if yes:
-        return
-    typed = typer.prompt(f"To {what}, type its name", err=True)
-    if typed != name:
-        raise CliError("that is another name; nothing was done")
 
 
 def _plan(plan: PlanName) -> tenant_pb2.Plan.ValueType:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from byokeep.cli.errors import CliError, Exit
+from byokeep.cli.errors import CliError
 
 _OPTION = re.compile(r"--?[a-z][a-z-]{0,20}")
 
@@ -17,16 +17,12 @@ _OPTION = re.compile(r"--?[a-z][a-z-]{0,20}")
 def from_usage(error: Exception) -> CliError:
     """Return a usage error as an error to show."""
     kind = type(error).__name__
-    if kind == "Abort":
-        return CliError("cancelled", exit_code=Exit.INTERRUPTED, reason="CANCELLED")
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "byokeep"
     return CliError(_sentence(kind, error, path), f"{path} --help", reason="USAGE")
 
 
 def _sentence(kind: str, error: Any, path: str) -> str:
-    if kind == "NoArgsIsHelpError":
-        return "a command is missing"
     if kind == "NoSuchOption":
         return f"{path} has no {_named('such option', error.option_name)}{_near(error)}"
     if kind == "BadOptionUsage":

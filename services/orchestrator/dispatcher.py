@@ -1,0 +1,211 @@
+"""Runs attempts that the queue says are due, and decides what follows from their ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from byokeep import names
+from byokeep.common.v1.options_pb2 import SignedEnvelope
+from byokeep.keyvault.v1 import custody_pb2
+
+from services.common import logs
+from services.common.errors import ByokeepError
+from services.orchestrator import domain
+from services.orchestrator.domain import Failure
+from services.orchestrator.events import CANCEL, Events, Subscription
+from services.orchestrator.execution import Execution, Result, Stream
+from services.orchestrator.grants import Subject
+from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.store_attempts import (
+    AttemptStore,
+    Ending,
+    Fenced,
+    Stale,
+    Successor,
+    ValidationEnding,
+    Work,
+)
+from services.orchestrator.verdicts import Verdicts
+
+log = logging.getLogger(__name__)
+HEARTBEAT_SECONDS: Final = 5.0
+_VALIDATION_SECONDS: Final = 60
+
+
+class Dispatcher:
+    """The worker of the queue: claims, runs and ends attempts."""
+
+    def __init__(
+        self,
+        store: AttemptStore,
+        keyvault: Keyvault,
+        verdicts: Verdicts,
+        events: Events,
+        execute: Callable[..., Stream],
+        sign: Callable[[Subject, bytes], SignedEnvelope],
+        attempt_seconds: int,
+    ) -> None:
+        """`execute` opens a stream to a runner, `sign` signs a grant for a public key."""
+        self._store = store
+        self._keyvault = keyvault
+        self._verdicts = verdicts
+        self._events = events
+        self._execute = execute
+        self._sign = sign
+        self._seconds = attempt_seconds
+        self._running: dict[str, Execution] = {}
+
+    async def handle(self, attempt_id: str) -> None:
+        """Run an attempt, unless it is not there to be run: the queue may tell twice."""
+        work = await self._store.claim(attempt_id)
+        if work is None:
+            return
+        seconds = self._seconds if work.review_id else min(self._seconds, _VALIDATION_SECONDS)
+        execution = Execution(work, self._store, self._execute, self._sign, seconds)
+        self._running[attempt_id] = execution
+        with self._events.subscribe(CANCEL, attempt_id) as cancelled:
+            watcher = asyncio.create_task(_stop_when(cancelled, execution))
+            try:
+                await execution.run(lambda result: self._finish(work, result))
+            finally:
+                watcher.cancel()
+                del self._running[attempt_id]
+
+    async def beat(self) -> None:
+        """Say that our attempts live, for ever; stop those that are not ours any more."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            try:
+                await self.beat_once()
+            except ByokeepError:
+                continue  # told where it was raised; the next beat comes
+
+    async def beat_once(self) -> None:
+        """Say that our attempts live; stop those that are not ours any more."""
+        ours = dict(self._running)
+        if not ours:
+            return
+        alive = await self._store.heartbeat(list(ours))
+        for attempt_id in ours.keys() - alive:
+            await ours[attempt_id].stop()
+
+    async def _finish(self, work: Work, result: Result) -> None:
+        try:
+            if work.review_id:
+                await self._finish_review(work, result)
+            else:
+                await self._finish_validation(work, result)
+        except Fenced:
+            logs.event(log, "attempt_fenced", attempt=work.attempt_id, fence=work.fence)
+            await self._store.trail_of_cancelled(work, result.trail)
+
+    async def _finish_review(self, work: Work, result: Result) -> None:
+        failure = result.failure
+        if failure is None:
+            await self._store.end_review(work, Ending("COMPLETED", "COMPLETED"), result.trail)
+            return
+        successor = await self._successor(work, failure, could_finish=result.could_finish)
+        await self._store.end_review(work, review_ending(work, failure, successor), result.trail)
+        logs.event(
+            log,
+            "attempt_failed",
+            attempt=work.attempt_id,
+            review=work.review_id,
+            failure=failure.reason,
+            retried=successor is not None,
+        )
+
+    async def _successor(
+        self, work: Work, failure: Failure, *, could_finish: bool
+    ) -> Successor | None:
+        if not could_finish or failure.ambiguous:
+            return None
+        if failure.reason in domain.NEWER_VERSION_HELPS:
+            newer = await self._newer_version(work)
+            # Once a version: it ends where no newer one is active.
+            return Successor(0.0, newer) if newer else None
+        delay = domain.retry_delay(failure, work.tries)
+        return None if delay is None else Successor(delay, work.key_version)
+
+    async def _newer_version(self, work: Work) -> int:
+        key = await self._key(work)
+        if key is None or not domain.usable(key) or key.active_version <= work.key_version:
+            return 0
+        return int(key.active_version)
+
+    async def _key(self, work: Work) -> custody_pb2.ProviderKey | None:
+        try:
+            return await self._keyvault.get(names.key_name(work.tenant, work.key_id))
+        except ByokeepError:
+            return None
+
+    async def _finish_validation(self, work: Work, result: Result) -> None:
+        ending = await self._validation_ending(work, result)
+        await self._store.end_validation(work, ending, result.trail)
+        if ending.action:
+            await self._verdicts.apply(
+                work.tenant,
+                work.key_id,
+                work.key_version,
+                ending.action,
+                work.actor,
+                destroy_previous=work.destroy_previous,
+            )
+
+    async def _validation_ending(self, work: Work, result: Result) -> ValidationEnding:
+        failure, verdict = result.failure, result.verdict
+        if verdict == "UNSPECIFIED":
+            verdict = "UNREACHABLE" if failure is None else domain.verdict_of(failure)
+        reason = "" if failure is None else failure.reason
+        state = "COMPLETED" if failure is None else "FAILED"
+        if verdict != "UNREACHABLE":
+            return ValidationEnding(
+                state, verdict, domain.action_of(verdict), reason, result.models
+            )
+        if reason in domain.NEWER_VERSION_HELPS and not await self._pending(work):
+            # Revoked or destroyed meanwhile: nobody waits for a verdict.
+            return ValidationEnding(state, verdict, "", reason)
+        return unreachable(work.validations, work.validation_hours, work.key_version, reason)
+
+    async def _pending(self, work: Work) -> bool:
+        key = await self._key(work)
+        return key is None or any(
+            version.version == work.key_version
+            and version.state == custody_pb2.KEY_VERSION_STATE_PENDING
+            for version in key.versions
+        )
+
+
+def review_ending(
+    work: Work | Stale, failure: Failure, successor: Successor | None, state: str = "FAILED"
+) -> Ending:
+    """Return the end of a failed attempt: its review waits for the successor, or fails."""
+    if successor is not None:
+        return Ending(state, "QUEUED", failure.reason, "", failure.ambiguous, successor)
+    reason = "AMBIGUOUS" if failure.ambiguous else failure.reason
+    sentence = domain.failure_sentence(
+        reason, key=work.key_id, model=work.model, review=work.review_id
+    )
+    return Ending(state, "FAILED", reason, sentence, failure.ambiguous)
+
+
+def unreachable(
+    validations: int, hours: float, key_version: int, reason: str, state: str = "FAILED"
+) -> ValidationEnding:
+    """Return the end of a validation whose provider could not be asked: later, or too late."""
+    if hours >= domain.VALIDATION_HOURS:
+        return ValidationEnding(state, "UNREACHABLE", "DESTROY", reason)
+    delay = domain.validation_delay(validations + 1)
+    return ValidationEnding(
+        state, "UNREACHABLE", "", reason, successor=Successor(delay, key_version)
+    )
+
+
+async def _stop_when(cancelled: Subscription, execution: Execution) -> None:
+    # A wake-up may also mean that notifications were lost: the next heartbeat tells.
+    while not await cancelled.wait():
+        pass
+    await execution.stop()

@@ -1,0 +1,176 @@
+"""Wiring: what the orchestrator is made of, and how it starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any, Final
+
+import grpc
+from byokeep.common.v1 import options_pb2
+from byokeep.orchestrator.v1 import (
+    key_pb2_grpc,
+    review_pb2_grpc,
+    settings_pb2_grpc,
+    tenant_pb2_grpc,
+)
+from byokeep.runner.v1 import runner_pb2_grpc
+from byokeep.transport import aio_channel
+
+from services.common import authz, logs, models
+from services.common.config import ConfigError
+from services.orchestrator.access import Authority
+from services.orchestrator.config import Settings, database_url
+from services.orchestrator.database import Database
+from services.orchestrator.dispatcher import Dispatcher
+from services.orchestrator.events import Events
+from services.orchestrator.grants import GrantSigner
+from services.orchestrator.keys import KeyServicer
+from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.queue import Queue
+from services.orchestrator.reviews import ReviewServicer
+from services.orchestrator.settings import SettingsServicer
+from services.orchestrator.store_attempts import AttemptStore
+from services.orchestrator.store_keys import KeyStore
+from services.orchestrator.store_reviews import ReviewStore
+from services.orchestrator.store_tenants import TenantStore
+from services.orchestrator.sweeper import Sweeper
+from services.orchestrator.tenants import CallerServicer, TenantServicer
+from services.orchestrator.verdicts import Verdicts
+
+log = logging.getLogger(__name__)
+_RUN_AGAIN_SECONDS: Final = 1.0
+
+
+class App:
+    """The orchestrator, for services.common.server."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read files and prepare; nothing is opened yet. Raises ConfigError."""
+        url = database_url(settings.database_url_file)
+        try:
+            catalog = models.load(settings.models_file)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"BYOKEEP_MODELS_FILE: {error}") from None
+        self._settings = settings
+        self._signer = GrantSigner(
+            settings.grant_signing_key, settings.deployment, settings.runner_class
+        )
+        self._catalog = catalog
+        self._database = Database(url, settings.database_connections)
+        self.queue = Queue(url, settings.concurrency)
+        self._events = Events(url)
+        self.tenants = TenantStore(self._database)
+        self.keys = KeyStore(self._database, self.queue)
+        self.attempts = AttemptStore(self._database, self.queue)
+        self.reviews = ReviewStore(self._database, self.queue)
+        self._authority = Authority(self.tenants)
+        self._channels: list[grpc.aio.Channel] = []
+        self._stopping = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Open database, queue and channels, and begin to work."""
+        settings = self._settings
+        keyvault_channel = aio_channel(
+            settings.keyvault_address, settings.keyvault_name, settings.tls
+        )
+        runner_channel = aio_channel(settings.runner_address, settings.runner_name, settings.tls)
+        self._channels = [keyvault_channel, runner_channel]
+        self.keyvault = Keyvault(keyvault_channel)
+        verdicts = Verdicts(self.keys, self.keyvault)
+        self.dispatcher = Dispatcher(
+            self.attempts,
+            self.keyvault,
+            verdicts,
+            self._events,
+            runner_pb2_grpc.RunnerServiceStub(runner_channel).Execute,
+            self._signer.sign,
+            settings.attempt_seconds,
+        )
+        self.sweeper = Sweeper(
+            self.attempts,
+            self.reviews,
+            self.keys,
+            self.tenants,
+            self.keyvault,
+            verdicts,
+            content_hours=settings.failed_content_hours,
+            findings_days=settings.findings_days,
+        )
+        await self.queue.open()
+        self._events.start()
+        self._worker = asyncio.create_task(self._work(), name="worker")
+        self._chores = [
+            asyncio.create_task(self.dispatcher.beat(), name="heartbeat"),
+            asyncio.create_task(self.sweeper.run(), name="sweeper"),
+        ]
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the servicers."""
+        settings = self._settings
+        tenant_pb2_grpc.add_TenantServiceServicer_to_server(
+            TenantServicer(self.tenants, self.attempts, self.keyvault), server
+        )
+        tenant_pb2_grpc.add_CallerServiceServicer_to_server(
+            CallerServicer(self.tenants, settings.trust_domain), server
+        )
+        key_pb2_grpc.add_KeyServiceServicer_to_server(
+            KeyServicer(
+                self.keys,
+                self.keyvault,
+                self._events,
+                intake_per_hour=settings.intake_per_hour,
+                intake_per_hour_of_caller=settings.intake_per_hour_of_caller,
+            ),
+            server,
+        )
+        settings_pb2_grpc.add_SettingsServiceServicer_to_server(
+            SettingsServicer(self.tenants, self.keys, self.keyvault, self._catalog), server
+        )
+        review_pb2_grpc.add_ReviewServiceServicer_to_server(
+            ReviewServicer(
+                settings,
+                self.reviews,
+                self.attempts,
+                self.tenants,
+                self.keyvault,
+                self._catalog,
+                self._events,
+            ),
+            server,
+        )
+
+    async def authorize(
+        self, caller: authz.Caller, access: options_pb2.Access, request: Any
+    ) -> None:
+        """Let a caller in with its rights for the tenant, or refuse it."""
+        await self._authority.authorize(caller, access, request)
+
+    async def stop(self) -> None:
+        """Take no more attempts, wait for those that run, close everything."""
+        self._stopping.set()
+        if self._worker is not None:
+            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(self._worker, self._settings.drain_seconds)
+        for chore in self._chores:
+            chore.cancel()
+        await asyncio.gather(*self._chores, return_exceptions=True)
+        await self._events.stop()
+        for channel in self._channels:
+            await channel.close()
+        await self.queue.close()
+        await self._database.close()
+
+    async def _work(self) -> None:
+        while not self._stopping.is_set():
+            failed: Exception | None = None
+            try:
+                await self.queue.run(self.dispatcher.handle, self._stopping)
+            except Exception as error:
+                failed = error
+            if failed is not None:
+                logs.failure(log, "queue_failed", failed)
+                await asyncio.sleep(_RUN_AGAIN_SECONDS)

@@ -1,0 +1,319 @@
+"""Every statement that is more than a plain select, insert or update, by name.
+
+Each is one round trip and, run alone, one transaction: what belongs together is one statement of
+several `WITH` parts. `FOR NO KEY UPDATE` on a tenant's row orders all that decides about its
+places in flight; below it, an attempt's row is locked before its review's.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import text
+
+# --- submitting
+
+LOCK_TENANT: Final = text("SELECT plan, state FROM tenant WHERE id = :tenant FOR NO KEY UPDATE")
+
+SUBMIT: Final = text("""
+    WITH req AS (
+        INSERT INTO request (tenant, method, scope, digest, resource)
+        VALUES (:tenant, 'SubmitReview', :scope, :digest, :id)
+        ON CONFLICT DO NOTHING RETURNING 1),
+    day AS (
+        INSERT INTO rate_bucket (scope, hour, events)
+        SELECT 'reviews:' || :tenant, date_trunc('hour', now()), 1 FROM req
+        ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1),
+    rev AS (
+        INSERT INTO review (id, tenant, repository, pull_request, head_commit, model, key_id,
+            owner, actor, max_calls, chunks_total)
+        SELECT :id, :tenant, :repository, :pull_request, :head_commit, :model, :key_id,
+            :owner, :actor, :max_calls, :chunks_total FROM req
+        RETURNING *),
+    content AS (
+        INSERT INTO review_content (review_id, input) SELECT id, :input FROM rev),
+    att AS (
+        INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, admitted)
+        SELECT :attempt_id, 'REVIEW', :tenant, id, :key_id, :key_version, :places > (
+            SELECT count(*) FROM attempt
+            WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
+                AND state IN ('QUEUED', 'RUNNING'))
+        FROM rev RETURNING admitted)
+    SELECT rev.*, att.admitted, coalesce((
+            SELECT sum(events) FROM rate_bucket
+            WHERE scope = 'reviews:' || :tenant AND hour > now() - interval '24 hours'
+        ), 0) AS earlier_today
+    FROM rev, att""")
+
+RETRY: Final = text("""
+    WITH rev AS (
+        UPDATE review SET state = 'QUEUED', failure = '', failure_message = '',
+            end_time = NULL, key_id = :key_id, fence = fence + 1, version = version + 1,
+            max_calls = calls_started + :max_calls
+        WHERE id = :id AND tenant = :tenant AND state = 'FAILED'
+            AND EXISTS (SELECT FROM review_content WHERE review_id = :id)
+        RETURNING id, fence, pg_notify('byokeep_review', id))
+    INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, fence, admitted)
+    SELECT :attempt_id, 'REVIEW', :tenant, id, :key_id, :key_version, fence, :places > (
+        SELECT count(*) FROM attempt
+        WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
+            AND state IN ('QUEUED', 'RUNNING'))
+    FROM rev RETURNING admitted""")
+
+# --- running; each names attempt and fence, and a RUNNING row must match
+
+CLAIM: Final = text("""
+    WITH a AS (
+        UPDATE attempt SET state = 'RUNNING', start_time = now(), heartbeat_time = now()
+        WHERE id = :id AND state = 'QUEUED' AND admitted
+            AND EXISTS (
+                SELECT FROM tenant WHERE tenant.id = attempt.tenant AND tenant.state = 'ACTIVE')
+        RETURNING *),
+    r AS (
+        UPDATE review SET state = 'RUNNING', start_time = now(), version = version + 1
+        FROM a WHERE review.id = a.review_id
+        RETURNING review.*, pg_notify('byokeep_review', review.id))
+    SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
+        a.key_id, a.key_version, a.fence, a.tries,
+        coalesce(v.provider, split_part(r.model, '/', 1)) AS provider,
+        coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
+        coalesce(v.owner, r.owner) AS owner, coalesce(v.actor, r.actor) AS actor,
+        coalesce(c.input, '') AS input,
+        ARRAY(SELECT chunk_id FROM chunk_done WHERE review_id = r.id) AS done_chunks,
+        coalesce(r.max_calls - r.calls_started, 0) AS calls_left,
+        coalesce(v.attempts, 0) AS validations,
+        CAST(coalesce(extract(epoch FROM now() - v.create_time) / 3600, 0) AS float)
+            AS validation_hours,
+        coalesce(v.destroy_previous, false) AS destroy_previous
+    FROM a LEFT JOIN r ON true
+        LEFT JOIN review_content c ON c.review_id = r.id
+        LEFT JOIN key_validation v
+            ON a.kind = 'VALIDATION' AND v.key_id = a.key_id AND v.version = a.key_version
+    """)
+
+CALL_STARTED: Final = text("""
+    WITH a AS (
+        UPDATE attempt SET calls_started = calls_started + 1,
+            lease_id = :lease_id, process_id = :process_id
+        WHERE id = :id AND fence = :fence AND state = 'RUNNING'
+        RETURNING review_id),
+    f AS (
+        UPDATE provider_call SET finish_time = now()
+        WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
+    c AS (
+        INSERT INTO provider_call (attempt_id, call_number, chunk_id)
+        SELECT :id, :call_number, :chunk_id FROM a),
+    r AS (
+        UPDATE review SET calls_started = calls_started + 1, chunks_total = :chunks_total,
+            version = version + 1
+        FROM a WHERE review.id = a.review_id)
+    SELECT 1 FROM a""")
+
+CHUNK_DONE: Final = text("""
+    WITH a AS (
+        SELECT review_id FROM attempt
+        WHERE id = :id AND fence = :fence AND state = 'RUNNING' FOR UPDATE),
+    f AS (
+        UPDATE provider_call SET finish_time = now()
+        WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
+    d AS (
+        INSERT INTO chunk_done (review_id, chunk_id, attempt_id)
+        SELECT review_id, :chunk_id, :id FROM a
+        ON CONFLICT DO NOTHING RETURNING review_id, chunk_id),
+    n AS (
+        INSERT INTO finding (review_id, chunk_id, ordinal, path, start_line, end_line,
+            severity, category, title, message, suggestion)
+        SELECT d.review_id, d.chunk_id, u.ordinal, u.path, u.start_line, u.end_line,
+            u.severity, u.category, u.title, u.message, u.suggestion
+        FROM d, unnest(
+            CAST(:paths AS text[]), CAST(:start_lines AS int[]), CAST(:end_lines AS int[]),
+            CAST(:severities AS smallint[]), CAST(:categories AS smallint[]),
+            CAST(:titles AS text[]), CAST(:messages AS text[]), CAST(:suggestions AS text[])
+        ) WITH ORDINALITY AS u(path, start_line, end_line, severity, category, title,
+            message, suggestion, ordinal)),
+    r AS (
+        UPDATE review SET chunks_done = chunks_done + 1, version = version + 1,
+            finding_count = finding_count + cardinality(CAST(:paths AS text[])),
+            dropped_findings = dropped_findings + :dropped
+        FROM d WHERE review.id = d.review_id
+        RETURNING review.id, chunks_done < chunks_total AS more)
+    -- After the last chunk the end of the attempt follows at once, and tells of both.
+    SELECT (SELECT pg_notify('byokeep_review', r.id) FROM r WHERE more) FROM a""")
+
+_END_ATTEMPT: Final = """
+    WITH a AS (
+        UPDATE attempt SET state = :attempt_state, admitted = false, failure = :failure,
+            end_time = now(),
+            lease_id = coalesce(nullif(:lease_id, ''), lease_id),
+            process_id = greatest(:process_id, process_id),
+            open_time = coalesce(CAST(:open_time AS timestamptz), open_time),
+            close_time = coalesce(CAST(:close_time AS timestamptz), close_time)
+        WHERE id = :id AND fence = :fence AND state = 'RUNNING'
+        RETURNING *),
+    c AS (
+        UPDATE provider_call SET finish_time = now(), ambiguous = :ambiguous
+        WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)
+        RETURNING ambiguous),"""
+
+END_REVIEW: Final = text(
+    _END_ATTEMPT  # noqa: S608 - constants
+    + """
+    r AS (
+        UPDATE review SET state = :review_state, failure = :review_failure,
+            failure_message = :failure_message, version = version + 1,
+            end_time = CASE WHEN :review_state = 'QUEUED' THEN NULL ELSE now() END,
+            ambiguous_calls = ambiguous_calls + (SELECT count(*) FROM c WHERE ambiguous),
+            fence = review.fence + :successors
+        FROM a WHERE review.id = a.review_id
+        RETURNING review.id, review.fence),
+    x AS (
+        DELETE FROM review_content USING r
+        WHERE review_content.review_id = r.id AND :review_state = 'COMPLETED'),
+    n AS (
+        INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, fence, tries,
+            admitted, due_time)
+        SELECT :next_id, a.kind, a.tenant, r.id, a.key_id, :next_version, r.fence,
+            a.tries + 1, true, now() + make_interval(secs => :delay)
+        FROM a, r WHERE :successors = 1)
+    SELECT pg_notify('byokeep_review', r.id), EXISTS (
+        SELECT FROM attempt p
+        WHERE p.tenant = :tenant AND p.state = 'QUEUED' AND NOT p.admitted) AS parked
+    FROM r"""
+)
+
+END_VALIDATION: Final = text(
+    _END_ATTEMPT  # noqa: S608 - constants
+    + """
+    v AS (
+        UPDATE key_validation SET verdict = :verdict, models = CAST(:models AS text[]),
+            attempts = attempts + 1, check_time = now(), action = :action,
+            retry_time = CASE WHEN :successors = 1
+                THEN now() + make_interval(secs => :delay) END,
+            fence = key_validation.fence + :successors
+        FROM a WHERE key_validation.key_id = a.key_id AND version = a.key_version
+        RETURNING key_validation.key_id, key_validation.fence),
+    n AS (
+        INSERT INTO attempt (id, kind, tenant, key_id, key_version, fence, tries, admitted,
+            due_time)
+        SELECT :next_id, a.kind, a.tenant, a.key_id, :next_version, v.fence, a.tries + 1, true,
+            now() + make_interval(secs => :delay)
+        FROM a, v WHERE :successors = 1)
+    SELECT pg_notify('byokeep_key', v.key_id) FROM v"""
+)
+
+TRAIL_OF_CANCELLED: Final = text("""
+    UPDATE attempt SET lease_id = coalesce(nullif(:lease_id, ''), lease_id),
+        process_id = greatest(:process_id, process_id),
+        open_time = coalesce(CAST(:open_time AS timestamptz), open_time),
+        close_time = coalesce(CAST(:close_time AS timestamptz), close_time)
+    WHERE id = :id AND fence = :fence AND state = 'CANCELLED'""")
+
+HEARTBEAT: Final = text("""
+    UPDATE attempt SET heartbeat_time = now()
+    WHERE id = ANY(CAST(:ids AS text[])) AND state = 'RUNNING' RETURNING id""")
+
+# --- admission and cancelling
+
+ADMIT: Final = text("""
+    UPDATE attempt SET admitted = true, due_time = now()
+    WHERE id IN (
+        SELECT id FROM attempt
+        WHERE tenant = :tenant AND state = 'QUEUED' AND NOT admitted
+        ORDER BY id
+        LIMIT greatest(0, :places - (
+            SELECT count(*) FROM attempt
+            WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
+                AND state IN ('QUEUED', 'RUNNING'))))
+    RETURNING id""")
+
+PARKED_TENANTS: Final = text(
+    "SELECT DISTINCT tenant FROM attempt WHERE state = 'QUEUED' AND NOT admitted"
+)
+
+CANCEL_ATTEMPTS: Final = text("""
+    WITH before AS (
+        SELECT id, state FROM attempt
+        WHERE review_id = :review_id AND state IN ('QUEUED', 'RUNNING') FOR UPDATE)
+    UPDATE attempt SET state = 'CANCELLED', admitted = false, end_time = now()
+    FROM before WHERE attempt.id = before.id
+    RETURNING attempt.id, before.state = 'RUNNING' AS ran, pg_notify('byokeep_cancel', attempt.id)
+    """)
+
+CANCEL_REVIEW: Final = text("""
+    WITH c AS (
+        UPDATE provider_call SET finish_time = now(), ambiguous = true
+        WHERE finish_time IS NULL
+            AND attempt_id IN (SELECT id FROM attempt WHERE review_id = :review_id)
+        RETURNING 1),
+    x AS (DELETE FROM review_content WHERE review_id = :review_id)
+    UPDATE review SET state = 'CANCELLED', end_time = now(), version = version + 1,
+        ambiguous_calls = ambiguous_calls + (SELECT count(*) FROM c)
+    WHERE id = :review_id AND state IN ('QUEUED', 'RUNNING')
+    RETURNING pg_notify('byokeep_review', id)""")
+
+OPEN_REVIEWS: Final = text(
+    "SELECT id FROM review WHERE tenant = :tenant AND state IN ('QUEUED', 'RUNNING')"
+)
+
+CANCEL_VALIDATIONS: Final = text("""
+    UPDATE attempt SET state = 'CANCELLED', admitted = false, end_time = now()
+    WHERE tenant = :tenant AND kind = 'VALIDATION' AND state IN ('QUEUED', 'RUNNING')
+    RETURNING pg_notify('byokeep_cancel', id)""")
+
+# --- sweeping
+
+STALE_IDS: Final = text("""
+    SELECT id, tenant FROM attempt
+    WHERE state = 'RUNNING' AND heartbeat_time < now() - make_interval(secs => :seconds)
+    ORDER BY heartbeat_time LIMIT 100""")
+
+STALE: Final = text("""
+    SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
+        a.key_id, a.key_version, a.fence, a.tries, coalesce(r.model, '') AS model,
+        EXISTS (
+            SELECT FROM provider_call c WHERE c.attempt_id = a.id AND c.finish_time IS NULL
+        ) AS unfinished_call,
+        coalesce(r.max_calls - r.calls_started, 0) AS calls_left
+    FROM attempt a LEFT JOIN review r ON r.id = a.review_id
+    WHERE a.id = :id AND a.state = 'RUNNING'
+        AND a.heartbeat_time < now() - make_interval(secs => :seconds)
+    FOR UPDATE OF a SKIP LOCKED""")
+
+OVERDUE: Final = text("""
+    UPDATE attempt SET due_time = now()
+    WHERE id IN (
+        SELECT attempt.id FROM attempt JOIN tenant ON tenant.id = attempt.tenant
+        WHERE attempt.state = 'QUEUED' AND admitted AND tenant.state = 'ACTIVE'
+            AND due_time < now() - make_interval(secs => :seconds)
+        ORDER BY attempt.id LIMIT 100 FOR UPDATE OF attempt SKIP LOCKED)
+    RETURNING id""")
+
+DROP_CONTENT: Final = text("""
+    DELETE FROM review_content USING review
+    WHERE review.id = review_content.review_id AND state = 'FAILED'
+        AND end_time < now() - make_interval(hours => :hours)""")
+
+DROP_FINDINGS: Final = text("""
+    DELETE FROM finding USING review
+    WHERE review.id = finding.review_id AND end_time < now() - make_interval(days => :days)""")
+
+DROP_REQUESTS: Final = text("DELETE FROM request WHERE create_time < now() - interval '7 days'")
+
+DROP_BUCKETS: Final = text("DELETE FROM rate_bucket WHERE hour < now() - interval '2 days'")
+
+# --- keys
+
+COUNT_INTAKE: Final = text("""
+    WITH now_hour AS (
+        INSERT INTO rate_bucket (scope, hour, events)
+        VALUES (:scope, date_trunc('hour', now()), 1)
+        ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1
+        RETURNING events)
+    SELECT now_hour.events + coalesce((
+        -- The hour before counts by the part of it that lies within the last 60 minutes.
+        SELECT events * extract(epoch FROM hour + interval '2 hours' - now()) / 3600
+        FROM rate_bucket
+        WHERE scope = :scope AND hour = date_trunc('hour', now()) - interval '1 hour'), 0)
+    FROM now_hour""")
+
+NOTIFY_KEY: Final = text("SELECT pg_notify('byokeep_key', :key_id)")

@@ -1,0 +1,151 @@
+"""What must happen though nobody asks: dead workers, lost jobs, verdicts, retention."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from byokeep.keyvault.v1 import custody_pb2
+
+from services.common import logs
+from services.orchestrator import domain
+from services.orchestrator.dispatcher import review_ending, unreachable
+from services.orchestrator.domain import Failure
+from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.store_attempts import (
+    AttemptStore,
+    Ending,
+    Fenced,
+    Stale,
+    Successor,
+    ValidationEnding,
+)
+from services.orchestrator.store_keys import KeyStore
+from services.orchestrator.store_reviews import ReviewStore
+from services.orchestrator.store_tenants import TenantStore
+from services.orchestrator.verdicts import Verdicts
+
+log = logging.getLogger(__name__)
+STALE_SECONDS: Final = 20.0
+_OVERDUE_SECONDS: Final = 15.0
+_TICK_SECONDS: Final = 2.0
+_UNSCHEDULED_SECONDS: Final = 300.0
+_RETENTION_SECONDS: Final = 600.0
+_ACTOR: Final = "byokeep/orchestrator"
+
+
+class Sweeper:
+    """Runs in every replica; rows that another replica works on are skipped."""
+
+    def __init__(
+        self,
+        attempts: AttemptStore,
+        reviews: ReviewStore,
+        keys: KeyStore,
+        tenants: TenantStore,
+        keyvault: Keyvault,
+        verdicts: Verdicts,
+        *,
+        content_hours: int,
+        findings_days: int,
+    ) -> None:
+        """`content_hours` a failed review's diff is kept, `findings_days` findings are."""
+        self._attempts = attempts
+        self._reviews = reviews
+        self._keys = keys
+        self._tenants = tenants
+        self._keyvault = keyvault
+        self._verdicts = verdicts
+        self._content_hours = content_hours
+        self._findings_days = findings_days
+
+    async def run(self) -> None:
+        """Sweep for ever."""
+        chores: list[tuple[float, Callable[[], Awaitable[None]]]] = [
+            (_TICK_SECONDS, self.attempts),
+            (_TICK_SECONDS, self._verdicts.apply_all),
+            (_UNSCHEDULED_SECONDS, self.unscheduled),
+            (_RETENTION_SECONDS, self.retention),
+        ]
+        due = [0.0] * len(chores)
+        while True:
+            for index, (seconds, chore) in enumerate(chores):
+                if time.monotonic() >= due[index]:
+                    await _attempt(chore)
+                    due[index] = time.monotonic() + seconds
+            await asyncio.sleep(_TICK_SECONDS)
+
+    async def attempts(self) -> None:
+        """Fence off attempts whose worker is gone, and enqueue again what the queue lost."""
+        for attempt_id, tenant in await self._attempts.stale(STALE_SECONDS):
+            await self.fence_off(attempt_id, tenant)
+        await self._attempts.requeue_overdue(_OVERDUE_SECONDS)
+        await self._attempts.admit_parked()
+
+    async def fence_off(self, attempt_id: str, tenant: str, seconds: float = STALE_SECONDS) -> None:
+        """End an attempt whose worker gave no sign of life for so long."""
+        try:
+            stale = await self._attempts.fence_off(attempt_id, tenant, seconds, after_silence)
+        except Fenced:
+            return
+        if stale is not None:
+            logs.event(
+                log,
+                "attempt_fenced_off",
+                level=logging.WARNING,
+                attempt=attempt_id,
+                fence=stale.fence,
+                ambiguous=stale.unfinished_call,
+            )
+
+    async def unscheduled(self) -> None:
+        """Have versions validated that were staged just before we stopped."""
+        after = ""
+        while rows := await self._tenants.page(None, after, 100):
+            for row in rows:
+                if row.state == "ACTIVE":
+                    await self._schedule_pending(row.id)
+            after = rows[-1].id
+
+    async def retention(self) -> None:
+        """Delete what was kept long enough."""
+        await self._reviews.sweep(
+            content_hours=self._content_hours, findings_days=self._findings_days
+        )
+
+    async def _schedule_pending(self, tenant: str) -> None:
+        for key in await self._keyvault.keys(tenant):
+            for version in key.versions:
+                age = time.time() - version.create_time.seconds
+                if (
+                    version.state == custody_pb2.KEY_VERSION_STATE_PENDING
+                    and age > _UNSCHEDULED_SECONDS / 5
+                ):
+                    await self._keys.schedule(tenant, key, version.version, _ACTOR)
+
+
+def after_silence(stale: Stale) -> Ending | ValidationEnding:
+    """Return what follows for an attempt whose worker fell silent.
+
+    A call whose answer nobody stored may have been billed: it is not repeated by itself. An
+    attempt that silences its workers again and again is given up.
+    """
+    if stale.kind == "VALIDATION":
+        return unreachable(stale.tries, 0.0, stale.key_version, "CHILD_LOST", "FENCED")
+    failure = Failure("CHILD_LOST", retryable=True, ambiguous=stale.unfinished_call)
+    delay = domain.retry_delay(failure, stale.tries) if stale.calls_left > 0 else None
+    successor = None if delay is None else Successor(delay, stale.key_version)
+    return review_ending(stale, failure, successor, "FENCED")
+
+
+async def _attempt(chore: Callable[[], Awaitable[None]]) -> None:
+    failed: Exception | None = None
+    try:
+        await chore()
+    except Exception as error:
+        failed = error
+    if failed is not None:
+        logs.failure(log, "sweep_failed", failed)

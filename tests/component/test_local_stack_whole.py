@@ -1,0 +1,107 @@
+"""A stack as a whole: up, down, killed, beside another one, and from `byokeep.testing`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from byokeep.orchestrator.v1 import tenant_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from deploy.local.processes import alive, wait_for
+from deploy.local.state import CHECKOUT
+from deploy.local.topology import SERVICES
+
+_SECONDS = 60
+
+
+def _run(root: Path, command: str) -> subprocess.CompletedProcess[str]:
+    profile = [f"--config={root.parent / 'config.toml'}"] if command in ("up", "clean") else []
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.local", command, f"--state={root}", *profile],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+    )
+
+
+def _description(root: Path) -> dict:
+    return json.loads((root / "stack.json").read_text())
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="byokeep-test-", dir="/tmp") as parent:
+        Path(parent).chmod(0o711)
+        root = Path(parent) / "stack"
+        yield root
+        _run(root, "clean")
+
+
+def test_up_twice_killed_up_again_down(root, stack) -> None:
+    """Beside the session's stack: neither minds the other."""
+    first = _run(root, "up")
+    assert first.returncode == 0, first.stdout + first.stderr
+    again = _run(root, "up")
+    assert (again.returncode, "already up" in again.stdout) == (0, True)
+    assert _run(root, "status").returncode == 0
+    pids = list(_description(root)["processes"].values())
+    assert all(map(alive, pids))
+
+    os.kill(_description(root)["pid"], signal.SIGKILL)
+    assert wait_for(lambda: not any(map(alive, pids)), 15)
+    assert _run(root, "status").returncode == 3
+
+    assert _run(root, "up").returncode == 0
+    pids = [_description(root)["pid"], *_description(root)["processes"].values()]
+    assert _run(root, "down").returncode == 0
+    assert not any(map(alive, pids))
+    with stack.connect("operator") as connection:
+        assert connection.tenants.ListTenants(tenant_pb2.ListTenantsRequest()).tenants
+
+
+def test_failure_names_the_process_and_shows_its_log(root) -> None:
+    assert _run(root, "up").returncode == 0
+    assert _run(root, "down").returncode == 0
+    (root / "secrets" / "keyring.json").write_text("{}")
+    failed = _run(root, "up")
+    assert failed.returncode == 1
+    assert "keyvault" in failed.stdout
+    assert "keyring" in failed.stdout
+    assert _run(root, "status").returncode == 3
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_service_says_that_it_serves(service, stack) -> None:
+    port = _description(stack.root)["ports"][f"{service}-health"]
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=5
+        )
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("role", ["developer", "submitter", "key-admin", "auditor", "operator"])
+def test_every_role_sees_tenant_demo(role, stack) -> None:
+    with stack.connect(role) as connection:
+        tenants = connection.tenants.ListTenants(tenant_pb2.ListTenantsRequest()).tenants
+    assert "tenants/demo" in [tenant.name for tenant in tenants]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_killed_process_is_started_again_by_hand(service, stack) -> None:
+    before = stack.process(service).pid
+    stack.process(service).kill()
+    assert stack.process(service).exit_status == -signal.SIGKILL
+    stack.restart(service)
+    assert stack.process(service).running
+    assert stack.process(service).pid != before

@@ -1,0 +1,146 @@
+"""Starting, overload, losing keyvault or the zygote, stopping: a runner of its own for each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import grpc
+import pytest
+from byokeep.errors import error_info
+from byokeep.orchestrator.v1 import review_pb2
+from byokeep.runner.v1 import runner_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from tests.component.runner.harness import ROOT, alive, running_bench, wait_for
+
+
+@pytest.fixture
+def bench(tmp_path):
+    with running_bench(tmp_path, BYOKEEP_MAX_CHILDREN="2") as bench:
+        yield bench
+
+
+def in_flight(bench):
+    """A review whose provider call is held."""
+    bench.emulator.control.fault("hold")
+    held = bench.emulator.control.held()
+    attempt = bench.review()
+    attempt.ack(attempt.until("call_started").sequence)
+    assert wait_for(lambda: bench.emulator.control.held() > held)
+    return attempt
+
+
+def test_more_attempts_than_children_are_turned_away(bench):
+    running = [bench.review(), bench.review()]
+    for attempt in running:
+        attempt.next("accepted")
+
+    with pytest.raises(grpc.RpcError) as error:
+        bench.review().next()
+
+    assert error_info(error.value).reason == "OVERLOADED"
+    assert _retry_info(error.value)
+    for attempt in running:
+        attempt.proceed()
+        attempt.finish()
+    assert bench.review().finish().failure == review_pb2.FAILURE_REASON_UNSPECIFIED
+
+
+def _retry_info(error):
+    details = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    status = status_pb2.Status.FromString(details)
+    return [one for one in status.details if one.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
+
+
+def test_a_short_loss_of_keyvault_holds_calls_back_and_fails_nothing(bench):
+    attempt = bench.review()
+    started = attempt.until("call_started")
+    bench.keyvault.mute = True
+    time.sleep(1.5)
+
+    attempt.ack(started.sequence)
+    time.sleep(0.5)
+    assert bench.emulator.control.calls() == []
+    bench.keyvault.mute = False
+
+    assert attempt.finish().failure == review_pb2.FAILURE_REASON_UNSPECIFIED
+    assert len(bench.emulator.control.calls()) == 1
+
+
+def test_five_seconds_without_keyvault_kill_the_children(bench):
+    attempt = in_flight(bench)
+    bench.keyvault.mute = True
+    lost = time.monotonic()
+
+    outcome = attempt.finish()
+
+    assert 4 < time.monotonic() - lost < 7
+    assert outcome.failure == review_pb2.FAILURE_REASON_CHILD_LOST
+    assert outcome.ambiguous_call
+    assert not alive(attempt.pid)
+
+
+def test_a_lost_zygote_ends_the_service_after_its_attempts(bench):
+    attempt = in_flight(bench)
+
+    os.kill(bench.zygote, signal.SIGKILL)
+    outcome = attempt.finish()
+
+    assert outcome.failure == review_pb2.FAILURE_REASON_CHILD_LOST
+    assert not alive(attempt.pid)
+    assert bench.process.wait(20) == 1
+
+
+def test_sigterm_lets_attempts_end(bench):
+    attempt = in_flight(bench)
+
+    bench.process.terminate()
+    time.sleep(0.5)
+    assert alive(attempt.pid)
+    bench.emulator.control.release()
+
+    assert attempt.finish().failure == review_pb2.FAILURE_REASON_UNSPECIFIED
+    assert bench.process.wait(15) == 0
+
+
+def test_a_bad_request_does_not_hurt_the_zygote(bench):
+    attempt = bench.review()
+    attempt.next("accepted")
+    attempt.send(proceed=runner_pb2.Proceed())
+
+    with pytest.raises(grpc.RpcError):
+        attempt.until("outcome")
+
+    assert bench.review().finish().failure == review_pb2.FAILURE_REASON_UNSPECIFIED
+
+
+@pytest.mark.parametrize("setting", ["BYOKEEP_PROVIDER_DIAL", "BYOKEEP_PROVIDER_CA"])
+def test_production_refuses_development_settings(setting):
+    environ = {
+        **{name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
+        **{
+            f"BYOKEEP_{name}": "x"
+            for name in (
+                "DEPLOYMENT TRUST_DOMAIN LISTEN HEALTH_LISTEN TLS_CERT TLS_KEY TLS_CA CALLERS"
+                " KEYVAULT_ADDRESS KEYVAULT_NAME"
+            ).split()
+        },
+        setting: "api.openai.com=127.0.0.1:1",
+    }
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "services.llm_runner", "serve"],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+    assert ended.returncode == 78
+    assert setting in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,194 @@
+"""Sealed intake, attacked: replay, oracle, malformed keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+
+import grpc
+import pytest
+from byokeep import hpke, sealing
+from byokeep.errors import error_info
+from byokeep.keyvault.v1 import custody_pb2
+
+from services.keyvault.store import intake as intake_store
+from tests.harness import keyvault as kv
+from tests.harness.keyvault import refusal
+
+
+def seal_unchecked(key, context, statement):
+    """Seal as a client that skips the checks would."""
+    raw = key if isinstance(key, bytes) else key.encode()
+    info = context.info(statement.deployment, statement.intake_key_id)
+    return custody_pb2.SealedKey(
+        intake_key_id=statement.intake_key_id,
+        suite=statement.suite,
+        ciphertext=hpke.seal(statement.suite, statement.public_key, raw, info),
+    )
+
+
+def _other(**changes):
+    """Seal for another context than the request will name."""
+
+    def seal(key, context, statement):
+        return seal_unchecked(key, dataclasses.replace(context, **changes), statement)
+
+    return seal
+
+
+def _other_deployment(key, context, statement):
+    copy = custody_pb2.IntakeStatement()
+    copy.CopyFrom(statement)
+    copy.deployment = "elsewhere"
+    return seal_unchecked(key, context, copy)
+
+
+REPLAYS = {
+    "tenant": _other(tenant="evil"),
+    "owner": _other(owner="ann"),
+    "provider": _other(provider="gemini"),
+    "key": _other(key_id="key_" + "0" * 26),
+    "operation": _other(operation="rotate"),
+    "request": _other(request_id="other-request"),
+    "deployment": _other_deployment,
+}
+
+
+@pytest.mark.parametrize("seal", REPLAYS.values(), ids=REPLAYS)
+async def test_intake_replay(keyvault, seal):
+    """47. A key sealed for something else does not open, and nothing is stored.
+
+    Shown to fail: per row, by leaving the field out of SealContext.info.
+    """
+    request = await keyvault.stage_request(seal=seal)
+    assert await refusal(keyvault.custody.StageKey(request)) == "SEAL_INVALID"
+    assert await keyvault.sql("SELECT count(*) FROM key_version") == [(0,)]
+
+
+async def test_intake_replay_to_another_tenant(keyvault):
+    """47. The very bytes that were accepted for one tenant are refused for another."""
+    await keyvault.create_tenant("evil")
+    request = await keyvault.stage_request()
+    await keyvault.custody.StageKey(request)
+    request.name = request.name.replace("acme", "evil")
+    assert await refusal(keyvault.custody.StageKey(request)) == "SEAL_INVALID"
+
+
+async def test_intake_replay_of_a_closed_epoch(keyvault):
+    """47. When an epoch closes, its KEK is destroyed and what was recorded opens no more.
+
+    Shown to fail: with IntakeKeys.close_epochs doing nothing and store.get not looking
+    at the window.
+    """
+    request = await keyvault.stage_request()
+    await keyvault.sql("UPDATE intake_key SET not_after = now() - interval '6 minutes'")
+    assert await refusal(keyvault.custody.StageKey(request)) == "INTAKE_KEY_EXPIRED"
+    await keyvault.app._intake.close_epochs()
+    assert await keyvault.sql("SELECT count(*) FROM intake_key") == [(0,)]
+    left = await keyvault.sql("SELECT count(*) FROM local_kek WHERE name LIKE 'intake/%%'")
+    assert left == [(0,)]
+
+
+async def test_intake_replay_of_a_foreign_intake_key(keyvault):
+    """47. A seal to a key that this deployment never made is refused."""
+    request = await keyvault.stage_request()
+    request.sealed_key.intake_key_id = "ink_" + "0" * 26
+    assert await refusal(keyvault.custody.StageKey(request)) == "INTAKE_KEY_EXPIRED"
+
+
+async def test_intake_keys_live_an_hour_and_are_shared(keyvault, deployment):
+    """Replicas give out the same key; its window is at most an hour."""
+    statement = await keyvault.statement()
+    window = statement.not_after.ToDatetime() - statement.not_before.ToDatetime()
+    assert window <= datetime.timedelta(hours=1)
+    async with kv.running(deployment) as second:
+        assert (await second.statement()).intake_key_id == statement.intake_key_id
+        request = await keyvault.stage_request()
+        assert await refusal(second.custody.StageKey(request)) == ""
+
+
+async def test_intake_oracle(deployment):
+    """48. A caller that feeds many keys is stopped, per tenant; refused keys count too.
+
+    Shown to fail: with Custody._begin not counting.
+    """
+    async with kv.running(deployment, intake_per_hour=3) as keyvault:
+        await keyvault.create_tenant()
+        await keyvault.create_tenant("other")
+        reasons = [
+            await refusal(
+                keyvault.custody.StageKey(
+                    await keyvault.stage_request("short", seal=seal_unchecked, name=f"n{i}")
+                )
+            )
+            for i in range(5)
+        ]
+        assert reasons == ["KEY_LENGTH"] * 3 + ["INTAKE_LIMIT"] * 2
+        request = await keyvault.stage_request(actor="spiffe://byokeep.test/client/else")
+        assert await refusal(keyvault.custody.StageKey(request)) == ""
+        request = await keyvault.stage_request(tenant="other")
+        assert await refusal(keyvault.custody.StageKey(request)) == ""
+
+
+CANARY = "CANARYcanary0123"
+BAD_KEYS = {
+    "newline": (f"sk-{CANARY}\nabcdefgh", "KEY_CHARSET"),
+    "nul": (f"sk-{CANARY}\0abcdefgh", "KEY_CHARSET"),
+    "space": (f"sk-{CANARY} abcdefgh", "KEY_CHARSET"),
+    "delete": (f"sk-{CANARY}\x7fabcdefgh", "KEY_CHARSET"),
+    "umlaut": (f"sk-{CANARY}äbcdefgh", "KEY_CHARSET"),
+    "not utf-8": (f"sk-{CANARY}".encode() + b"\xff\xfe", "KEY_CHARSET"),
+    "short": (CANARY[:15], "KEY_LENGTH"),
+    "long": (CANARY * 33, "KEY_LENGTH"),
+    "admin": (f"sk-admin-{CANARY}", "KEY_IS_ADMIN"),
+}
+
+
+@pytest.mark.parametrize(("key", "expected"), BAD_KEYS.values(), ids=BAD_KEYS)
+async def test_key_charset(keyvault, key, expected, capfd):
+    """33. A key of the wrong form is refused by keyvault itself, and not echoed.
+
+    Shown to fail: without check_key in intake_child.answer; the echo, with the key in
+    KeyFormatError's sentence put into the answer.
+    """
+    request = await keyvault.stage_request(key, seal=seal_unchecked)
+    with pytest.raises(grpc.RpcError) as error:
+        await keyvault.custody.StageKey(request)
+    assert error_info(error.value).reason == expected
+    said = str(error.value) + "".join(capfd.readouterr())
+    assert CANARY[:8] not in said
+
+
+@pytest.mark.parametrize("length", [16, 23, 24, 512])
+@pytest.mark.parametrize("prefix", ["", "sk-", "sk-proj-", "sk-ant-api03-", "AIza", "AQ."])
+def test_key_charset_hint(prefix, length):
+    """33. A hint shows a public prefix, and the last four from 24 characters on.
+
+    Shown to fail: with key[-4:] unconditionally.
+    """
+    from services.keyvault.hint import hint
+
+    key = prefix + "Q" * (length - len(prefix) - 4) + "LAST"
+    assert hint(key) == f"{prefix}...{'LAST' if length >= 24 else ''}"
+
+
+async def test_no_ciphertext_of_intake_is_kept(keyvault):
+    """The sealed bytes are stored nowhere: a digest is."""
+    request = await keyvault.stage_request()
+    await keyvault.custody.StageKey(request)
+    stored = await keyvault.sql("SELECT to_jsonb(r)::text FROM intake_request r")
+    assert request.sealed_key.ciphertext.hex()[:64] not in stored[0][0]
+    assert await intake_store.recent(keyvault.app._database, "acme", request.actor) == 1
+
+
+def test_the_client_checks_the_same(capfd):
+    """33. What keyvault refuses, the client refuses before it seals."""
+    for key, expected in BAD_KEYS.values():
+        text = key if isinstance(key, str) else key.decode("latin-1")
+        with pytest.raises(sealing.KeyFormatError) as error:
+            sealing.check_key("openai", text)
+        assert {"charset": "KEY_CHARSET", "length": "KEY_LENGTH", "admin": "KEY_IS_ADMIN"}[
+            error.value.rule
+        ] == expected
+        assert CANARY[:8] not in str(error.value)
+

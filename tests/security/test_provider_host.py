@@ -1,0 +1,138 @@
+"""`provider_host` (34): fixed hosts, no redirect followed, the key in a header only. And the
+runner's part of `cross_socket` (51): TLS refuses a socket to another host.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from contextlib import contextmanager
+
+import pytest
+from byokeep.names import provider_value
+from byokeep.orchestrator.v1 import key_pb2, review_pb2
+
+from deploy.local.pki import CertificateAuthority
+from services.llm_runner.providers import ADAPTERS
+from services.llm_runner.sockets import HOSTS, Dialer, parse_overrides
+from tests.component.runner.fixtures import bench, shared_bench  # noqa: F401
+from tests.component.runner.harness import KEYS, running_bench
+
+
+def test_the_parent_and_the_adapters_know_the_same_hosts():
+    adapters = {provider_value(name): adapter.host for name, adapter in ADAPTERS.items()}
+
+    assert adapters == HOSTS
+    assert all(one.base_url == f"https://{one.host}" for one in ADAPTERS.values())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "api.anthropic.com:443",
+        "evil.example:443",
+        "api.openai.com:80",
+        "api.openai.com.evil.example:443",
+        "127.0.0.1:443",
+        "api.openai.com",
+        "",
+    ],
+)
+async def test_the_parent_dials_the_assigned_provider_alone(asked):
+    """Fails without the comparison in Dialer.dial."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener:
+        here = listener.getsockname()
+        dialer = Dialer(dict.fromkeys([*HOSTS.values(), asked.partition(":")[0]], here))
+        openai = provider_value("openai")
+
+        assert await dialer.dial(openai, asked) is None
+        allowed = await dialer.dial(openai, "api.openai.com:443")
+        assert allowed is not None
+        allowed.close()
+
+
+@pytest.mark.parametrize("text", ["evil.example=127.0.0.1:1", "api.openai.com", "api.openai.com=1"])
+def test_a_dial_setting_names_known_hosts_only(text):
+    with pytest.raises(ValueError, match="host=ip:port expected"):
+        parse_overrides(text)
+
+
+@pytest.mark.parametrize("provider", list(KEYS))
+def test_no_redirect_is_followed(bench, provider):
+    """Fails with follow_redirects=True, and with a parent that dials whatever is asked."""
+    for other in ADAPTERS.values():
+        bench.emulator.control.fault(
+            "redirect", provider=provider, location=f"https://{other.host}/v1/models"
+        )
+        attempt = bench.review(provider)
+        assert attempt.finish().failure == review_pb2.FAILURE_REASON_BAD_RESPONSE
+
+    calls = bench.emulator.control.calls()
+    assert [call.provider for call in calls] == [provider] * len(ADAPTERS)
+    assert {call.kind for call in calls} == {"chat"}
+
+
+@contextmanager
+def listening(folder, ca, dns, seen):
+    """A TLS server for some names that keeps what it is sent and answers 401."""
+    leaf = ca.issue(folder / "provider", dns=dns)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(leaf.certificate, leaf.key)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            try:
+                plain, _ = listener.accept()
+            except OSError:
+                return
+            plain.settimeout(5)
+            try:
+                with context.wrap_socket(plain, server_side=True) as connection:
+                    seen.append(connection.recv(65536))
+                    connection.sendall(b"HTTP/1.1 401 No\r\ncontent-length: 2\r\n\r\n{}")
+            except OSError:
+                seen.append(None)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(10)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_tls_is_for_the_providers_name_and_the_key_is_in_a_header(tmp_path, right):
+    """A socket to a host with another provider's certificate gets no byte of the request.
+    Fails (right=False) with check_hostname off in wire.tls_context."""
+    ca = CertificateAuthority.new("providers.test")
+    (tmp_path / "provider-ca.pem").write_text(ca.pem)
+    names = list(HOSTS.values()) if right else ["api.mistaken.example"]
+    seen = []
+    with (
+        listening(tmp_path, ca, names, seen) as port,
+        running_bench(
+            tmp_path,
+            BYOKEEP_PROVIDER_CA=str(tmp_path / "provider-ca.pem"),
+            BYOKEEP_PROVIDER_DIAL=" ".join(f"{one}=127.0.0.1:{port}" for one in HOSTS.values()),
+        ) as bench,
+    ):
+        for provider, key in KEYS.items():
+            attempt = bench.validation(provider)
+            attempt.finish()
+            (result,) = attempt.of("validation_result")
+            assert (result.verdict == key_pb2.VALIDATION_VERDICT_INVALID) is right
+            request = seen.pop()
+            if not right:
+                assert request is None
+                continue
+            line, separator, headers = request.partition(b"\r\n")
+            assert key.encode() not in line
+            assert headers.count(key.encode()) == 1
+            host = f"\r\nhost: {ADAPTERS[provider].host}\r\n".encode()
+            assert host in (separator + headers).lower()

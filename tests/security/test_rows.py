@@ -1,0 +1,154 @@
+"""Rows that somebody with the database's password swapped, restored or altered."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from byokeep.keyvault.v1 import audit_pb2
+
+from tests.harness import keyvault as kv
+from tests.harness.keyvault import try_lease
+
+_SWAP = """
+UPDATE key_version AS mine SET envelope = other.envelope, wrapped_dek = other.wrapped_dek
+FROM key_version AS other
+WHERE (mine.tenant, mine.key_id, mine.version) <> (other.tenant, other.key_id, other.version)
+  AND mine.envelope IS NOT NULL AND other.envelope IS NOT NULL
+"""
+
+
+async def _two_tenants(keyvault):
+    await keyvault.create_tenant("evil")
+    return await keyvault.add_active(), await keyvault.add_active(tenant="evil")
+
+
+async def _two_providers(keyvault):
+    return await keyvault.add_active(), await keyvault.add_active(
+        "sk-ant-api03-" + "q" * 40, provider="anthropic"
+    )
+
+
+async def _two_versions(keyvault):
+    key = await keyvault.add_active()
+    await keyvault.stage(
+        "sk-proj-" + "n" * 40, key_id=key.name.split("/")[3], operation="rotate"
+    )
+    return (key,)
+
+
+@pytest.mark.parametrize("make", [_two_tenants, _two_providers, _two_versions])
+async def test_swap_rows(keyvault, make):
+    """1. Swapped ciphertext is DATA_LOSS, on the record, and no plaintext leaves.
+
+    Shown to fail: with an empty associated data in envelope.Context and in
+    LocalBackend._dek_binding, the swapped providers' and versions' keys were leased.
+    """
+    keys = await make(keyvault)
+    await keyvault.sql(_SWAP)
+    for key in keys:
+        assert await try_lease(keyvault, key) == "ROW_TAMPERED"
+        chain = "/".join(key.name.split("/")[:2])
+        last = (await keyvault.events(chain))[-1]
+        assert last.type == audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED
+        assert last.reason == "ROW_TAMPERED"
+
+
+async def test_rollback_row_state_set_by_sql(keyvault):
+    """2. REVOKED set to ACTIVE by SQL fails its MAC.
+
+    Shown to fail: with domain.check_state returning early, the revoked key was leased.
+    """
+    key = await keyvault.add_active()
+    await keyvault.change("RevokeKey", key.name)
+    await keyvault.sql("UPDATE key_version SET state = 2")
+    assert await try_lease(keyvault, key) == "STATE_TAMPERED"
+
+
+async def test_rollback_row_restored_whole(keyvault):
+    """2. An old row restored whole has a valid MAC of its past; the reconcile pass freezes it.
+
+    Shown to fail: with Reconcile._freeze doing nothing, the revoked key was leased.
+    """
+    key = await keyvault.add_active()
+    columns = "state, state_sequence, state_mac"
+    before = (await keyvault.sql(f"SELECT {columns} FROM key_version"))[0]
+    await keyvault.change("RevokeKey", key.name)
+    await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *before)
+    await keyvault.app._reconcile.once()
+    assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
+
+
+async def test_rollback_row_whole_database(keyvault, deployment):
+    """2. A database older than its anchor gives no lease until an operator says so.
+
+    Everything in it is restored to a consistent past here; only the anchor is outside.
+    Shown to fail: with Anchor._holds returning True, the revoked key was leased.
+    """
+    key = await keyvault.add_active()
+    await keyvault.app._anchor.tick()
+    tables = ("chain", "audit_event", "log_leaf", "provider_key", "key_version", "lease")
+    for table in tables:
+        await keyvault.sql(f"CREATE TABLE backup_{table} AS SELECT * FROM {table}")
+    await keyvault.change("RevokeKey", key.name)
+    await keyvault.app._anchor.tick()
+    for table in reversed(tables):
+        await keyvault.sql(f"DELETE FROM {table}")
+    for table in tables:
+        await keyvault.sql(f"INSERT INTO {table} SELECT * FROM backup_{table}")
+    await keyvault.app._anchor.tick()
+    assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
+    async with kv.running(deployment) as restarted:
+        assert await try_lease(restarted, key) == "DATABASE_ROLLED_BACK"
+        await restarted.admin.ResumeLeases(kv.admin_pb2.ResumeLeasesRequest(reason="a drill"))
+        assert await try_lease(restarted, key) == ""
+        kinds = [event.type for event in await restarted.events("system")]
+        assert audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED in kinds
+        assert kinds[-1] == audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED
+
+
+async def test_a_lost_anchor_is_not_forgotten(keyvault, deployment):
+    """2. Deleting the anchor does not make an old database acceptable."""
+    key = await keyvault.add_active()
+    await keyvault.app._anchor.tick()
+    deployment.folder.joinpath("anchor.json").unlink()
+    await keyvault.app._anchor.tick()
+    assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
+
+
+async def test_the_anchor_follows_the_log(keyvault, deployment):
+    """The anchor is what the database holds, and moves when a chain does."""
+    await keyvault.app._anchor.tick()
+    before = json.loads(deployment.folder.joinpath("anchor.json").read_text())
+    await keyvault.add_active()
+    await keyvault.app._anchor.tick()
+    after = json.loads(deployment.folder.joinpath("anchor.json").read_text())
+    leaves = await keyvault.sql("SELECT count(*) FROM log_leaf")
+    assert after["size"] == leaves[0][0] > before["size"]
+
+
+async def test_a_missing_kek_is_said_as_such(keyvault):
+    """A KEK that is gone: undecryptable, re-key."""
+    key = await keyvault.add_active()
+    await keyvault.app._backend.destroy("tenant/acme")
+    assert await try_lease(keyvault, key) == "UNDECRYPTABLE"
+
+
+async def test_list_without_vault(keyvault):
+    """11. Listing and showing keys makes no call to the KEK backend.
+
+    Shown to fail: with a call of Backend.healthy in Custody.page.
+    """
+    key = await keyvault.add_active()
+
+    class Untouchable:
+        def __getattr__(self, name):
+            raise AssertionError(f"the backend was asked: {name}")
+
+    keyvault.app._custody._backend = Untouchable()
+    keyvault.app._intake._backend = Untouchable()
+    page = await keyvault.custody.ListKeys(
+        kv.custody_pb2.ListKeysRequest(parent="tenants/acme")
+    )
+    shown = await keyvault.custody.GetKey(kv.custody_pb2.GetKeyRequest(name=key.name))
+    assert [one.name for one in page.keys] == [shown.key.name]
