@@ -39,6 +39,7 @@ _SYSTEM_USER = "pgserver"  # the package's own choice of name
 _START_SECONDS = 30.0
 # sockaddr_un holds 108 bytes on Linux and 104 on macOS.
 _MAX_SOCKET_PATH = 103
+_NOT_NEEDED = ("include", "pkgconfig", "pgxs", "*.a")
 _SETTINGS = {
     "listen_addresses": "",
     "max_connections": "60",
@@ -210,13 +211,17 @@ class EmbeddedPostgres:
         if not self._user or _reachable(install / "bin" / "postgres"):
             return install
         copy = self.directory / "install"
+        binaries = copy / install.parent.name / install.name
         if not (copy / "complete").exists():
             shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(install, copy, ignore=shutil.ignore_patterns("include"))
+            shutil.copytree(install, binaries, ignore=shutil.ignore_patterns(*_NOT_NEEDED))
+            libraries = install.parent.with_name(f"{install.parent.name}.libs")
+            if libraries.exists():  # found by their place relative to the binaries
+                shutil.copytree(libraries, copy / libraries.name)
             for path in [copy, *copy.rglob("*")]:
                 path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
             (copy / "complete").touch()
-        return copy
+        return binaries
 
     def _initialise(self, install: Path) -> None:
         options = [

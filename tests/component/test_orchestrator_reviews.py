@@ -2,20 +2,509 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
+import hashlib
 
-from tests.component.orchestrator_stack import Stack, running
+import grpc
+import pytest
+from byokeep import dsse
+from byokeep.common.v1 import options_pb2
+from byokeep.errors import error_info
+from byokeep.keyvault.v1 import custody_pb2, grant_pb2
+from byokeep.names import last_of
+from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
+
+from tests.component.orchestrator_stack import (
+    DIFF,
+    Conversation,
+    RunnerGone,
+    Stack,
+    fails,
+    finding,
+    request_id,
+    running,
+)
+
+COMPLETED = review_pb2.REVIEW_STATE_COMPLETED
+FAILED = review_pb2.REVIEW_STATE_FAILED
+CANCELLED = review_pb2.REVIEW_STATE_CANCELLED
+RENAME = b"diff --git a/x b/y\nsimilarity index 100%\nrename from x\nrename to y\n"
+BINARY = b"diff --git a/x b/x\nindex 1111111..2222222 100644\nBinary files a/x and b/x differ\n"
 
 
 @pytest.fixture
 async def stack(orchestrator_database_url, tmp_path):
     async with running(orchestrator_database_url, tmp_path) as started:
+        await started.tenant()
+        started.keyvault.add("acme")
         yield started
 
 
+async def until(stack: Stack, statement: str, *values: object) -> None:
+    async with asyncio.timeout(20):
+        while not await stack.sql(statement, *values):
+            await asyncio.sleep(0.02)
+
+
 async def test_review_completes_with_findings(stack: Stack) -> None:
-    await stack.tenant()
-    stack.keyvault.add("acme")
+    review = await stack.ended(await stack.submit(title="shell", pull_request=7))
+    assert (review.state, review.finding_count, review.attempts) == (COMPLETED, 1, 1)
+    assert (review.calls_started, review.ambiguous_calls) == (1, 0)
+    assert (review.chunks_done, review.chunks_total) == (1, 1)
+    assert review.findings[0] == finding()
+    assert review.model == "openai/gpt-6.1-terra"
+    assert await stack.sql("SELECT * FROM review_content") == []
+    assert await stack.sql("SELECT * FROM provider_call WHERE finish_time IS NULL") == []
+
+
+async def test_grant_is_for_this_attempt_and_child_alone(stack: Stack) -> None:
     review = await stack.ended(await stack.submit())
-    assert review.state == 3
-    assert review.finding_count == 1
+    talk = stack.runner.talks[-1]
+    signed = talk.proceed.grant
+    payload = dsse.verify(signed, dsse.GRANT, {signed.key_id: stack.grant_public_key})
+    grant = grant_pb2.Grant.FromString(payload)
+    assert grant.recipient_key_sha256 == hashlib.sha256(b"p" * 32).digest()
+    assert (grant.tenant, grant.owner, grant.deployment) == ("acme", "", "test")
+    assert (grant.attempt_id, grant.fence) == (talk.assign.attempt_id, 1)
+    assert grant.review_id == last_of(review.name)
+    assert grant.purpose == grant_pb2.LEASE_PURPOSE_REVIEW
+    assert grant.provider == options_pb2.PROVIDER_OPENAI
+    assert grant.key_version == 1
+    assert grant.expire_time.seconds - grant.issue_time.seconds <= 60
+    assert (talk.assign.model, talk.assign.max_calls) == ("gpt-6.1-terra", 20)
+    assert talk.assign.input.diff == DIFF
+
+
+async def test_runner_gets_all_that_was_submitted(stack: Stack) -> None:
+    sent = review_pb2.ReviewInput(
+        repository="acme/shop",
+        diff=DIFF,
+        title="t",
+        description="d",
+        guidance="g",
+        context_files=[review_pb2.ContextFile(path="a.py", content="x = 1")],
+    )
+    await stack.ended(
+        await stack.submit(
+            title="t", description="d", guidance="g", context_files=sent.context_files
+        )
+    )
+    assert stack.runner.talks[-1].assign.input == sent
+
+
+async def broken_after_first_chunk(talk: Conversation) -> None:
+    await talk.accept("c1", "c2")
+    await talk.call("c1")
+    await talk.result("c1", finding())
+    await talk.end(review_pb2.FAILURE_REASON_PROVIDER_UNAVAILABLE, retryable=True)
+
+
+async def second_chunk(talk: Conversation) -> None:
+    await talk.accept("c1", "c2")
+    assert list(talk.proceed.done_chunk_ids) == ["c1"]
+    await talk.call("c2")
+    await talk.result("c2", finding(3), finding(2))
+    await talk.end()
+
+
+async def test_next_attempt_does_only_what_is_left(stack: Stack) -> None:
+    stack.runner.scripts = [broken_after_first_chunk, second_chunk]
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.attempts, review.calls_started) == (COMPLETED, 2, 2)
+    assert [one.start_line for one in review.findings] == [2, 2, 3]
+    assert [talk.assign.fence for talk in stack.runner.talks] == [1, 2]
+    assert stack.runner.talks[1].assign.max_calls == 19
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        ("KEY_REJECTED", "byokeep key rotate key_"),
+        ("KEY_RESTRICTED", "scope"),
+        ("QUOTA_EXHAUSTED", "byokeep review retry rev_"),
+        ("MODEL_NOT_FOUND", "openai/gpt-6.1-terra"),
+        ("BAD_REQUEST", "malformed"),
+        ("REFUSED", "refused"),
+        ("AMBIGUOUS", "may have been billed"),
+        ("LEASE_REFUSED", "byokeep key show key_"),
+        ("KEY_REVOKED", "revoked"),
+    ],
+)
+async def test_what_cannot_help_is_not_repeated(stack: Stack, failure: str, says: str) -> None:
+    value = review_pb2.FailureReason.Value(f"FAILURE_REASON_{failure}")
+    stack.runner.scripts = [fails(value, retryable=True)]
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.failure, review.attempts) == (FAILED, value, 1)
+    assert says in review.failure_message
+
+
+async def test_rejected_key_is_tried_once_on_a_newer_version(stack: Stack) -> None:
+    key_id = last_of(next(iter(stack.keyvault.keys)))
+
+    async def rejected(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        if len(stack.runner.talks) == 1:
+            stack.keyvault.add_version("acme", key_id)
+        await talk.end(review_pb2.FAILURE_REASON_KEY_REJECTED)
+
+    stack.runner.default = rejected
+    review = await stack.ended(await stack.submit())
+    assert (review.failure, review.attempts) == (review_pb2.FAILURE_REASON_KEY_REJECTED, 2)
+    versions = await stack.sql("SELECT key_version FROM attempt ORDER BY fence")
+    assert versions == [(1,), (2,)]
+
+
+async def test_attempts_are_bounded(stack: Stack) -> None:
+    stack.runner.default = fails(
+        review_pb2.FAILURE_REASON_PROVIDER_UNAVAILABLE, retryable=True, call=False
+    )
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.attempts) == (FAILED, 3)
+
+
+async def test_retry_waits_as_long_as_the_provider_asks(stack: Stack) -> None:
+    stack.runner.scripts = [
+        fails(review_pb2.FAILURE_REASON_RATE_LIMITED, retryable=True, retry_after_ms=2500)
+    ]
+    review = await stack.ended(await stack.submit())
+    assert review.state == COMPLETED
+    waited = await stack.sql(
+        "SELECT extract(epoch FROM b.start_time - a.end_time) FROM attempt a, attempt b"
+        " WHERE a.fence = 1 AND b.fence = 2"
+    )
+    assert waited[0][0] >= 2.5
+
+
+async def test_no_retry_without_calls_for_it(stack: Stack) -> None:
+    await stack.client("acme").settings.UpdateSettings(
+        settings_pb2.UpdateSettingsRequest(
+            settings=settings_pb2.Settings(name="tenants/acme/settings", max_calls_per_review=1),
+            update_mask={"paths": ["max_calls_per_review"]},
+            request_id=request_id(),
+        )
+    )
+    stack.runner.default = fails(review_pb2.FAILURE_REASON_RATE_LIMITED, retryable=True)
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.attempts, review.calls_started) == (FAILED, 1, 1)
+
+
+async def gone_in_a_call(talk: Conversation) -> None:
+    await talk.accept("c1")
+    await talk.call("c1")
+    raise RunnerGone
+
+
+async def gone_before_a_call(talk: Conversation) -> None:
+    await talk.accept("c1")
+    raise RunnerGone
+
+
+async def test_lost_answer_is_not_paid_twice(stack: Stack) -> None:
+    stack.runner.scripts = [gone_in_a_call]
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.failure) == (FAILED, review_pb2.FAILURE_REASON_AMBIGUOUS)
+    assert (review.calls_started, review.ambiguous_calls, review.attempts) == (1, 1, 1)
+
+
+async def test_lost_runner_is_replaced_if_nothing_was_sent(stack: Stack) -> None:
+    stack.runner.scripts = [gone_before_a_call]
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.attempts, review.calls_started) == (COMPLETED, 2, 1)
+
+
+async def test_runner_that_says_done_too_early_completes_nothing(stack: Stack) -> None:
+    async def lazy(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.end()
+
+    stack.runner.scripts = [lazy]
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.failure) == (FAILED, review_pb2.FAILURE_REASON_INTERNAL)
+
+
+async def test_same_submission_is_the_same_review(stack: Stack) -> None:
+    same = request_id()
+    first = await stack.submit(request_id=same, head_commit="abcdef0")
+    again = await stack.submit(request_id=same, head_commit="abcdef0")
+    other = await stack.submit(request_id=same, head_commit="abcdef1")
+    assert first.name == again.name != other.name
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit(request_id=same, head_commit="abcdef0", title="other")
+    assert error_info(refused.value).reason == "REQUEST_ID_CONFLICT"
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"diff": b""}, "DIFF_EMPTY"),
+        ({"diff": BINARY}, "DIFF_BINARY_ONLY"),
+        ({"diff": RENAME}, "DIFF_NO_TEXT"),
+        ({"diff": b"hello canary\n"}, "DIFF_NOT_A_DIFF"),
+        ({"diff": DIFF[:-20]}, "DIFF_MALFORMED"),
+        ({"diff": b"+" * (2 * 1024 * 1024 + 1)}, "DIFF_TOO_LARGE"),
+        ({"model": "openai"}, "MODEL_INVALID"),
+        ({"model": "mistral/x"}, "MODEL_INVALID"),
+        ({"model": "anthropic/claude-sonnet-5-5"}, "NO_ACTIVE_KEY"),
+        ({"user": "ann"}, "NO_ACTIVE_KEY"),
+        ({"repository": "a b"}, "INVALID_FIELD"),
+        ({"context_files": [{"path": "a", "content": "canary" * 40_000}] * 20,
+          "model": "openai/unknown"}, "INVALID_FIELD"),
+    ],
+)
+async def test_bad_input_is_refused_with_a_reason(stack: Stack, values, reason) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit(**values)
+    info = error_info(refused.value)
+    assert info.reason == reason
+    assert "canary" not in info.message
+    assert await stack.sql("SELECT * FROM review") == []
+
+
+async def test_too_many_calls_are_refused_with_figures(stack: Stack) -> None:
+    lines = b"".join(b"+%06d %s\n" % (number, b"x" * 100) for number in range(17_000))
+    header = b"--- a/x\n+++ b/x\n@@ -0,0 +1,17000 @@\n"
+    await stack.client("acme").settings.UpdateSettings(
+        settings_pb2.UpdateSettingsRequest(
+            settings=settings_pb2.Settings(name="tenants/acme/settings", max_calls_per_review=3),
+            update_mask={"paths": ["max_calls_per_review"]},
+            request_id=request_id(),
+        )
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit(diff=header + lines)
+    info = error_info(refused.value)
+    assert info.reason == "TOO_MANY_CALLS"
+    assert info.metadata["max_calls_per_review"] == "3"
+    assert int(info.metadata["calls"]) > 3
+
+
+async def test_key_that_needs_rekeying_is_named(stack: Stack) -> None:
+    key_id = last_of(next(iter(stack.keyvault.keys)))
+    stack.keyvault.set_state("acme", key_id, custody_pb2.KEY_VERSION_STATE_NEEDS_REKEY)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit()
+    info = error_info(refused.value)
+    assert (info.reason, info.metadata["key"]) == ("KEY_NEEDS_REKEY", key_id)
+
+
+async def test_two_providers_need_a_chosen_model(stack: Stack) -> None:
+    stack.keyvault.add("acme", options_pb2.PROVIDER_GEMINI)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit()
+    assert error_info(refused.value).reason == "NO_MODEL"
+    settings = stack.client("acme").settings
+    await settings.SetModelOverride(
+        settings_pb2.SetModelOverrideRequest(
+            parent="tenants/acme",
+            repository_pattern="acme/*",
+            model="gemini/gemini-x",
+            request_id=request_id(),
+        )
+    )
+    assert (await stack.submit()).model == "gemini/gemini-x"
+    assert (await stack.submit(model="openai/gpt-6-luna")).model == "openai/gpt-6-luna"
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stack.submit(repository="other/repo")
+
+
+async def test_daily_limit(stack: Stack) -> None:
+    await stack.client("acme").settings.UpdateSettings(
+        settings_pb2.UpdateSettingsRequest(
+            settings=settings_pb2.Settings(name="tenants/acme/settings", max_reviews_per_day=2),
+            update_mask={"paths": ["max_reviews_per_day"]},
+            request_id=request_id(),
+        )
+    )
+    await stack.submit()
+    await stack.submit()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit()
+    info = error_info(refused.value)
+    assert (info.reason, info.metadata["limit"]) == ("DAILY_LIMIT", "2")
+    assert await stack.sql("SELECT count(*) FROM review") == [(2,)]
+
+
+async def test_tenant_has_so_many_places_and_the_rest_waits(stack: Stack) -> None:
+    await stack.tenant("small", plan=tenant_pb2.PLAN_STARTER)
+    stack.keyvault.add("small")
+    go = asyncio.Event()
+
+    async def slow(talk: Conversation) -> None:
+        await talk.accept()
+        await go.wait()
+        await talk.end()
+
+    stack.runner.default = slow
+    reviews = [await stack.submit("small") for _ in range(5)]
+    await until(stack, "SELECT 1 FROM attempt WHERE state = 'RUNNING' HAVING count(*) = 2")
+    # Another tenant is not held up.
+    other = await stack.submit("acme")
+    await until(stack, "SELECT 1 FROM attempt WHERE tenant = 'acme' AND state = 'RUNNING'")
+    await asyncio.sleep(0.3)
+    states = await stack.sql(
+        "SELECT state, admitted, count(*) FROM attempt WHERE tenant = 'small'"
+        " GROUP BY 1, 2 ORDER BY 1"
+    )
+    assert states == [("QUEUED", False, 3), ("RUNNING", True, 2)]
+    go.set()
+    for review in [*reviews, other]:
+        assert (await stack.ended(review)).state == COMPLETED
+
+
+async def test_cancel_while_it_waits_and_while_it_runs(stack: Stack) -> None:
+    async def slow(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        await talk.cancelled.wait()
+        await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST, ambiguous_call=True)
+
+    await stack.tenant("small", plan=tenant_pb2.PLAN_STARTER)
+    stack.keyvault.add("small")
+    stack.runner.default = slow
+    runs, also_runs, waits = [await stack.submit("small") for _ in range(3)]
+    await until(stack, "SELECT 1 FROM provider_call HAVING count(*) = 2")
+    cancelled = {}
+    for review in (waits, runs, also_runs):
+        request = review_pb2.CancelReviewRequest(name=review.name, request_id=request_id())
+        response = await stack.client("small").reviews.CancelReview(request)
+        again = await stack.client("small").reviews.CancelReview(request)
+        assert again == response
+        cancelled[review.name] = response.review
+    assert {one.state for one in cancelled.values()} == {CANCELLED}
+    assert cancelled[waits.name].ambiguous_calls == 0
+    assert cancelled[runs.name].ambiguous_calls == 1
+    # The trail of a cancelled attempt is completed: when was the plaintext gone?
+    await until(stack, "SELECT 1 FROM attempt WHERE close_time IS NOT NULL HAVING count(*) = 2")
+    assert await stack.sql("SELECT * FROM review_content") == []
+    assert len(stack.runner.talks) == 2
+
+
+async def test_retry_of_a_failed_review(stack: Stack) -> None:
+    stack.runner.scripts = [fails(review_pb2.FAILURE_REASON_REFUSED)]
+    review = await stack.ended(await stack.submit())
+    request = review_pb2.RetryReviewRequest(name=review.name, request_id=request_id())
+    response = await stack.client("acme").reviews.RetryReview(request)
+    assert response.review.state == review_pb2.REVIEW_STATE_QUEUED
+    ended = await stack.ended(response.review)
+    assert (ended.state, ended.attempts, ended.failure_message) == (COMPLETED, 2, "")
+    again = await stack.client("acme").reviews.RetryReview(request)
+    assert (again.review.state, again.review.attempts) == (COMPLETED, 2)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("acme").reviews.RetryReview(
+            review_pb2.RetryReviewRequest(name=review.name, request_id=request_id())
+        )
+    assert error_info(refused.value).reason == "WRONG_STATE"
+
+
+async def test_content_of_a_failed_review_is_kept_for_a_day(stack: Stack) -> None:
+    stack.runner.scripts = [fails(review_pb2.FAILURE_REASON_REFUSED)]
+    review = await stack.ended(await stack.submit())
+    await stack.app.sweeper.retention()
+    assert await stack.sql("SELECT count(*) FROM review_content") == [(1,)]
+    await stack.sql("UPDATE review SET end_time = now() - interval '25 hours'")
+    await stack.app.sweeper.retention()
+    assert await stack.sql("SELECT count(*) FROM review_content") == [(0,)]
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("acme").reviews.RetryReview(
+            review_pb2.RetryReviewRequest(name=review.name, request_id=request_id())
+        )
+    assert error_info(refused.value).reason == "WRONG_STATE"
+
+
+async def test_findings_are_deleted_after_their_retention(stack: Stack) -> None:
+    await stack.ended(await stack.submit())
+    await stack.sql("UPDATE review SET end_time = now() - interval '91 days'")
+    await stack.app.sweeper.retention()
+    assert await stack.sql("SELECT * FROM finding") == []
+
+
+async def test_dry_run_stores_and_sends_nothing(stack: Stack) -> None:
+    diff = RENAME + DIFF
+    response = await stack.client("acme").reviews.DryRunReview(
+        review_pb2.DryRunReviewRequest(
+            parent="tenants/acme",
+            input=review_pb2.ReviewInput(repository="acme/shop", diff=diff),
+        )
+    )
+    assert (response.model, response.calls) == ("openai/gpt-6.1-terra", 1)
+    assert list(response.chunks[0].files) == ["app.py"]
+    assert list(response.skipped_files) == ["y"]
+    assert response.max_calls_per_review == 20
+    assert await stack.sql("SELECT * FROM review") == []
+    assert stack.runner.talks == []
+
+
+async def test_list_is_newest_first_in_pages(stack: Stack) -> None:
+    names = [(await stack.submit(repository=f"acme/r{n % 2}")).name for n in range(5)]
+    client = stack.client("acme").reviews
+    seen: list[str] = []
+    token = ""
+    while True:
+        page = await client.ListReviews(
+            review_pb2.ListReviewsRequest(parent="tenants/acme", page_size=2, page_token=token)
+        )
+        assert len(page.reviews) <= 2
+        seen += [one.name for one in page.reviews]
+        token = page.next_page_token
+        if not token:
+            break
+    assert set(seen) == set(names)
+    assert seen == sorted(seen, reverse=True)
+    only = await client.ListReviews(
+        review_pb2.ListReviewsRequest(parent="tenants/acme", repository="acme/r1")
+    )
+    assert {one.repository for one in only.reviews} == {"acme/r1"}
+
+
+async def test_export_takes_a_completed_review(stack: Stack) -> None:
+    client = stack.client("acme").reviews
+    review = await stack.ended(await stack.submit())
+    for format_ in list(review_pb2.ExportFormat.values())[1:]:
+        response = await client.ExportReview(
+            review_pb2.ExportReviewRequest(name=review.name, format=format_)
+        )
+        assert response.content
+        assert response.media_type
+    stack.runner.scripts = [fails(review_pb2.FAILURE_REASON_REFUSED)]
+    failed = await stack.ended(await stack.submit())
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await client.ExportReview(
+            review_pb2.ExportReviewRequest(
+                name=failed.name, format=review_pb2.EXPORT_FORMAT_TEXT
+            )
+        )
+    assert error_info(refused.value).reason == "WRONG_STATE"
+
+
+async def test_watch_streams_what_changes(stack: Stack) -> None:
+    stack.runner.scripts = [broken_after_first_chunk, second_chunk]
+    states = []
+    review = await stack.submit()
+    async with asyncio.timeout(20):
+        async for response in stack.client("acme").reviews.WatchReview(
+            review_pb2.WatchReviewRequest(name=review.name)
+        ):
+            states.append((response.review.state, response.review.chunks_done))
+    assert states[-1] == (COMPLETED, 2)
+    assert (review_pb2.REVIEW_STATE_QUEUED, 1) in states
+
+
+async def test_attempt_of_a_suspended_tenant_waits(stack: Stack) -> None:
+    await stack.sql("UPDATE tenant SET state = 'SUSPENDED'")
+    review_id = "rev_" + "0" * 26
+    await stack.sql(
+        "INSERT INTO review (id, tenant, repository, model, key_id, actor)"
+        " VALUES (%s, 'acme', 'a/b', 'openai/x', 'key', 'me')",
+        review_id,
+    )
+    await stack.sql(
+        "INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, admitted)"
+        " VALUES ('att_1', 'REVIEW', 'acme', %s, 'key', 1, true)",
+        review_id,
+    )
+    assert await stack.app.attempts.claim("att_1") is None
+    await stack.sql("UPDATE tenant SET state = 'ACTIVE'")
+    work = await stack.app.attempts.claim("att_1")
+    assert work is not None
+    assert await stack.app.attempts.claim("att_1") is None

@@ -126,8 +126,12 @@ async def test_finished_jobs_leave_nothing(queue: Queue, database: psycopg.Async
     async with running(queue, recorder):
         await enqueue(queue, database, *(f"att_{number}" for number in range(50)))
         await until(lambda: len(recorder.ended) == 50)
-    for table in ("jobs", "events", "workers"):
-        assert await value(database, "SELECT count(*) FROM procrastinate_" + table) == 0
+    left = (
+        "SELECT (SELECT count(*) FROM procrastinate_jobs)"
+        " + (SELECT count(*) FROM procrastinate_events)"
+        " + (SELECT count(*) FROM procrastinate_workers)"
+    )
+    assert await value(database, left) == 0
 
 
 async def test_concurrency_is_bounded(queue: Queue, database: psycopg.AsyncConnection) -> None:
@@ -275,9 +279,26 @@ async def test_a_frozen_worker_comes_back(queue: Queue, database: psycopg.AsyncC
         await until(lambda: recorder.ended == ["att_after_thaw"], 5)
 
 
+async def test_a_failed_fetch_stops_nothing(
+    queue: Queue, database: psycopg.AsyncConnection
+) -> None:
+    """Was shown to fail with the library's own fetch_job: it then drains, deaf to new jobs."""
+    recorder = Recorder()
+    recorder.gate.clear()
+    async with running(queue, recorder):
+        await enqueue(queue, database, "att_long")
+        await until(lambda: recorder.seen == ["att_long"])
+        await database.execute("ALTER FUNCTION procrastinate_fetch_job_v2 RENAME TO away")
+        await asyncio.sleep(0.8)
+        await database.execute("ALTER FUNCTION away RENAME TO procrastinate_fetch_job_v2")
+        await enqueue(queue, database, "att_next")
+        await until(lambda: recorder.seen == ["att_long", "att_next"], 5)
+        recorder.gate.set()
+
+
 async def test_a_database_restart_stops_nothing() -> None:
     """Fetching and notifications go on while an older handler still runs; was shown to fail
-    with the library's own fetch_job (it only drains) and listen_for_jobs (it goes deaf)."""
+    with the library's own listen_for_jobs, which goes deaf."""
     directory = Path(tempfile.mkdtemp(prefix="byokeep-test-", dir="/tmp"))
     server = EmbeddedPostgres(directory)
     recorder = Recorder()

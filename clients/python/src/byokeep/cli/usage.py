@@ -36,8 +36,7 @@ def _sentence(kind: str, error: Any, path: str) -> str:
     if parameter is None:
         return _without_parameter(error, path)
     name = _parameter(parameter)
-    choices = getattr(getattr(parameter, "type_descriptor", None), "choices", None)
-    one_of = f": one of {', '.join(str(choice) for choice in choices)}" if choices else ""
+    one_of = _choices(parameter)
     if kind == "MissingParameter":
         return f"{name} is missing{one_of}"
     return f"{name} has a value that it can't have{one_of}"
@@ -53,6 +52,14 @@ def _without_parameter(error: Any, path: str) -> str:
             sentence += "; a key is never an argument: it would stay in your shell's history"
         return sentence
     return f"{path} was called in a wrong way"
+
+
+def _choices(parameter: Any) -> str:
+    # typer up to 0.28 keeps them in the type, from 0.29 on in a descriptor.
+    for holder in ("type_descriptor", "type"):
+        if choices := getattr(getattr(parameter, holder, None), "choices", None):
+            return f": one of {', '.join(str(choice) for choice in choices)}"
+    return ""
 
 
 def _parameter(parameter: Any) -> str:

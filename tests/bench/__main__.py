@@ -1,0 +1,70 @@
+"""`python -m tests.bench [--seconds S]`: measure, write build/bench/results.json, print a table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from byokeep.testing import Stack
+
+from tests.bench import idle, leases, reviews
+from tests.bench.results import Row, show, write
+
+# Caps are what is being measured around, not what is measured.
+_UNCAPPED = {
+    "keyvault": {
+        "BYOKEEP_TENANT_LEASES_IN_FLIGHT": "1000000",
+        "BYOKEEP_INTAKE_PER_HOUR": "1000",
+    },
+    "orchestrator": {
+        "BYOKEEP_MAX_REVIEWS_PER_DAY": "1000000",
+        "BYOKEEP_MAX_CALLS_PER_DAY": "1000000",
+    },
+    "runner": {"BYOKEEP_MAX_CHILDREN": "32"},
+}
+
+
+def _byokeep(stack: Stack, *arguments: str, **environment: str) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "byokeep.cli", *arguments],
+        env={**os.environ, "BYOKEEP_CONFIG": str(stack.config), **environment},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+def _warm() -> Row:
+    start = time.perf_counter()
+    subprocess.run(["make", "-s", "run"], check=True, stdout=subprocess.DEVNULL, timeout=300)  # noqa: S607
+    return Row("run_warm_s", time.perf_counter() - start, "s")
+
+
+def main() -> None:
+    """Measure everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/results.json"))
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    load_before = os.getloadavg()[0]
+    with Stack(environment=_UNCAPPED) as stack:
+        print("measuring idle memory, leases, reviews …", file=sys.stderr)
+        rows += idle.run(stack)
+        rows += leases.run(stack, arguments.seconds)
+        key = f"sk-proj-{secrets.token_hex(20)}"
+        _byokeep(stack, "key", "add", "openai", "--from-env", "BENCH_KEY", BENCH_KEY=key)
+        rows += reviews.run(stack, arguments.seconds)
+    rows.append(_warm())
+    rows.append(Row("load_before", load_before, "load", {"cores": os.cpu_count()}))
+    write(rows, arguments.out)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()

