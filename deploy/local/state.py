@@ -95,9 +95,8 @@ def open_state(root: Path) -> State:
     holds something that isn't a stack.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
-    # As root, PostgreSQL's system user has to pass through.
     with contextlib.suppress(FileExistsError):
-        root.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700)
+        root.mkdir(mode=0o700)
     check(root)
     if not (root / _MARKER).exists():
         if any(root.iterdir()):
@@ -106,6 +105,8 @@ def open_state(root: Path) -> State:
                 "choose another folder with BYOKEEP_STATE"
             )
         (root / _MARKER).write_text("A byokeep development stack. `make clean` erases this.\n")
+    if os.geteuid() == 0:
+        root.chmod(0o711)  # PostgreSQL's system user has to pass through
     state = State(root)
     state.make_folders()
     return state
@@ -138,8 +139,6 @@ def throwaway_state() -> Iterator[State]:
     """A stack's folder that is erased at the end."""
     base = _reachable_temporary()
     root = Path(tempfile.mkdtemp(prefix="byokeep-", dir=base))
-    if os.geteuid() == 0:
-        root.chmod(0o711)
     try:
         yield open_state(root)
     finally:

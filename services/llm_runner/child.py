@@ -11,11 +11,12 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import httpcore
 import httpx
 from byokeep import hpke, names
 from byokeep.keyvault.v1 import grant_pb2, lease_pb2
@@ -40,6 +41,7 @@ class Tools:
 
     tls: ssl.SSLContext
     catalog: models.Catalog
+    network: Callable[[ChildEnd], httpcore.NetworkBackend] = wire.Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +90,8 @@ def _attempt(
     work = _plan(assign, tools) if reviewing else None
     lease = _lease(channel, assign, work)
     deadline = min(deadline, time.monotonic() + lease.end_time - time.time())
-    with providers.client(
-        lease.adapter, lease.key, wire.transport(channel, tools.tls), _TIMEOUT
-    ) as client:
+    transport = wire.transport(tools.tls, tools.network(channel))
+    with providers.client(lease.adapter, lease.key, transport, _TIMEOUT) as client:
         if work is None:
             return validation.run(channel, Calls(channel, 1, deadline), lease.adapter, client)
         calls = Calls(channel, assign.max_calls, deadline)

@@ -44,20 +44,23 @@ def tls_context(environ: Mapping[str, str]) -> ssl.SSLContext:
     return context
 
 
-def transport(channel: ChildEnd, tls: ssl.SSLContext) -> httpx.HTTPTransport:
-    """Return a transport whose connections the parent dials: one for each request."""
+def transport(tls: ssl.SSLContext, network: httpcore.NetworkBackend) -> httpx.HTTPTransport:
+    """Return a transport over a network of its own, with a new connection for each request."""
     made = httpx.HTTPTransport(verify=tls, trust_env=False)
     made._pool.close()
     # A kept connection that the provider closes meanwhile would lose an answer, and so make a
     # call ambiguous that was never taken; against an LLM's seconds a handshake is nothing.
     made._pool = httpcore.ConnectionPool(
-        ssl_context=tls, max_keepalive_connections=0, network_backend=_Backend(channel)
+        ssl_context=tls, max_keepalive_connections=0, network_backend=network
     )
     return made
 
 
-class _Backend(httpcore.NetworkBackend):
+class Network(httpcore.NetworkBackend):
+    """A network with one way out: the parent."""
+
     def __init__(self, channel: ChildEnd) -> None:
+        """Ask over this channel."""
         self._channel = channel
 
     def connect_tcp(

@@ -22,6 +22,7 @@ from typing import Final
 from services.common import logs
 from services.llm_runner import child, process
 from services.llm_runner.channel import ChildEnd
+from services.llm_runner.rehearsal import rehearse
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ def main() -> int:
     logs.setup("llm_runner.child", os.environ.get("BYOKEEP_LOG_LEVEL", "info"))
     try:
         tools = child.prepare(os.environ)
+        rehearse(tools)
     except (OSError, ValueError) as error:
         print(f"llm_runner does not start:\n{error}", file=sys.stderr)  # noqa: T201 for a person
         return EXIT_CONFIG

@@ -187,7 +187,10 @@ def review_ending(
         return Ending(state, "QUEUED", failure.reason, "", failure.ambiguous, successor)
     reason = "AMBIGUOUS" if failure.ambiguous else failure.reason
     sentence = domain.failure_sentence(
-        reason, key=work.key_id, model=work.model, review=work.review_id
+        reason,
+        key=work.key_id,
+        model=f"{work.provider}/{work.model}",
+        review=work.review_id,
     )
     return Ending(state, "FAILED", reason, sentence, failure.ambiguous)
 

@@ -3,7 +3,7 @@
 Procrastinate keeps the jobs; what they mean stands in our review and attempt
 tables. A job holds an attempt's id and nothing else, and a handler may see an id
 twice or late: the attempt's fence decides. docs/decisions/0002-queue.md has the
-measurements, and why the library's job manager is overridden here.
+measurements.
 """
 
 from __future__ import annotations
@@ -11,46 +11,30 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import procrastinate
 import psycopg
 from procrastinate.exceptions import ConnectorException
-from procrastinate.jobs import Job, Status
-from procrastinate.manager import JobManager, NotificationCallback
+from procrastinate.jobs import Job
 
 from services.common import logs
+from services.orchestrator.queue_jobs import (
+    QUEUE,
+    RECONNECT_SECONDS,
+    STALLED_SECONDS,
+    HeldJobs,
+)
 
 Handler: TypeAlias = Callable[[str], Awaitable[None]]
 
-_QUEUE = "attempts"
 _TASK = "attempt"
 _POLL_SECONDS = 0.25
 _BEAT_SECONDS = 2.0
-_STALLED_SECONDS = 10.0
-_RECONNECT_SECONDS = 1.0
 _FIRST_RETRY_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 30.0
 _SCHEMA_LOCK = 0x62796F6B  # any number that every `migrate` of ours agrees on
-
-# Ends a job (again later, or for good) if it is still ours: Procrastinate itself
-# would end it for whoever asks, also while another worker runs it.
-_END = """
-WITH held AS MATERIALIZED (
-    SELECT id FROM procrastinate_jobs
-    WHERE id = %(job_id)s AND status = 'doing' AND attempts = %(attempts)s
-        AND worker_id IS NOT DISTINCT FROM %(worker_id)s::bigint
-    FOR UPDATE)
-SELECT CASE WHEN %(retry_at)s::timestamptz IS NULL
-    THEN procrastinate_finish_job_v1(id, %(status)s::procrastinate_job_status, %(delete_job)s)
-    ELSE procrastinate_retry_job_v2(id, %(retry_at)s, NULL, NULL, NULL) END
-FROM held
-"""
-_BEAT = """
-INSERT INTO procrastinate_workers (id) OVERRIDING SYSTEM VALUE VALUES (%(worker_id)s)
-ON CONFLICT (id) DO UPDATE SET last_heartbeat = now()
-"""
 
 _log = logging.getLogger(__name__)
 
@@ -73,112 +57,6 @@ class _Backoff(procrastinate.BaseRetryStrategy):
         )
 
 
-class _Jobs(JobManager):
-    """Job manager that survives a lost database and ends only jobs that it still holds."""
-
-    def __init__(self, connector: procrastinate.PsycopgConnector) -> None:
-        super().__init__(connector)
-        self.worker_id: int | None = None
-        self._held: set[int | None] = set()
-        self._suspects: set[tuple[int | None, int]] = set()
-
-    async def register_worker(self) -> int:
-        self.worker_id = await super().register_worker()
-        return self.worker_id
-
-    async def unregister_worker(self, worker_id: int) -> None:
-        self.worker_id = None
-        await super().unregister_worker(worker_id)
-
-    async def update_heartbeat(self, worker_id: int) -> None:
-        # An upsert, for a worker that was frozen for long has lost its row, and with
-        # it the right to fetch.
-        try:
-            await self.connector.execute_query_async(_BEAT, worker_id=worker_id)
-        except ConnectorException as error:
-            logs.failure(_log, "queue_heartbeat_failed", error)
-
-    async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> Job | None:
-        try:
-            job = await super().fetch_job(queues, worker_id)
-        except ConnectorException as error:
-            # Raised, it would stop the worker until its running jobs are done.
-            logs.failure(_log, "queue_fetch_failed", error)
-            return None
-        if job:
-            self._held.add(job.id)
-        return job
-
-    async def finish_job(self, job: Job, status: Status, delete_job: bool) -> None:
-        await self._end(job, None, status, delete_job)
-
-    async def retry_job(
-        self,
-        job: Job,
-        retry_at: datetime.datetime | None = None,
-        priority: int | None = None,
-        queue: str | None = None,
-        lock: str | None = None,
-    ) -> None:
-        await self._end(job, retry_at or datetime.datetime.now(datetime.UTC))
-
-    async def _end(
-        self,
-        job: Job,
-        retry_at: datetime.datetime | None,
-        status: Status = Status.SUCCEEDED,
-        delete_job: bool = False,
-    ) -> None:
-        try:
-            await self.connector.execute_query_async(
-                _END,
-                job_id=job.id,
-                attempts=job.attempts,
-                worker_id=job.worker_id,
-                retry_at=retry_at,
-                status=status.value,
-                delete_job=delete_job,
-            )
-        except ConnectorException as error:
-            # The job stays "doing" under a living worker: sweep() finds it.
-            logs.failure(_log, "queue_end_failed", error, job=job.id)
-        finally:
-            self._held.discard(job.id)
-
-    async def listen_for_jobs(
-        self, *, on_notification: NotificationCallback, queues: Iterable[str] | None = None
-    ) -> None:
-        while True:
-            try:
-                await super().listen_for_jobs(on_notification=on_notification, queues=queues)
-            except ConnectorException as error:
-                logs.failure(_log, "queue_listen_failed", error)
-            await asyncio.sleep(_RECONNECT_SECONDS)
-
-    async def sweep(self) -> None:
-        """Put jobs back that nobody runs: of dead workers, and those lost on the way to us."""
-        if self.worker_id is not None:
-            await self.update_heartbeat(self.worker_id)
-        await self.prune_stalled_workers(_STALLED_SECONDS)
-        stalled = list(
-            await self.get_stalled_jobs(queue=_QUEUE, seconds_since_heartbeat=_STALLED_SECONDS)
-        )
-        for job in stalled + await self._lost():
-            logs.event(_log, "queue_job_recovered", level=logging.WARNING, job=job.id)
-            await self.retry_job(job)
-
-    async def _lost(self) -> list[Job]:
-        """Jobs that are ours by their row, but that we don't run: the answer to a fetch or the
-        end of a job was lost. Only those seen twice, since a fetch may be on its way."""
-        if self.worker_id is None:
-            return []
-        ours = await self.list_jobs_async(queue=_QUEUE, status="doing", worker_id=self.worker_id)
-        idle = {(job.id, job.attempts): job for job in ours if job.id not in self._held}
-        lost = [job for key, job in idle.items() if key in self._suspects]
-        self._suspects = set(idle)
-        return lost
-
-
 class Queue:
     """A durable queue of attempt ids, on the orchestrator's own database."""
 
@@ -196,9 +74,9 @@ class Queue:
             conninfo=database_url, min_size=1, max_size=4, timeout=5.0
         )
         self._app = procrastinate.App(connector=self._connector)
-        self._jobs = _Jobs(self._connector)
+        self._jobs = HeldJobs(self._connector)
         self._app.job_manager = self._jobs
-        self._app.task(name=_TASK, queue=_QUEUE, retry=_Backoff())(self._dispatch)
+        self._app.task(name=_TASK, queue=QUEUE, retry=_Backoff())(self._dispatch)
         self._handler: Handler | None = None
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -254,33 +132,39 @@ class Queue:
             worker.cancel()
             await asyncio.wait({worker})
         finally:
-            for task in self._running:
-                task.cancel()
+            # A second cancellation would leave the worker's jobs to the sweep of another.
             if not worker.cancelling():
                 worker.cancel()
-            # A second cancellation of a worker would leave its jobs to the sweep of another.
-            await asyncio.wait({worker})
+            while not worker.done():
+                self._cancel_handlers()
+                await asyncio.wait({worker}, timeout=_BEAT_SECONDS / 10)
             sweeper.cancel()
             stopped.cancel()
             await asyncio.wait({sweeper, stopped})
         if not worker.cancelled() and (error := worker.exception()):
             raise error
 
+    def _cancel_handlers(self) -> None:
+        # Each once: a handler may need to wait while it cleans up.
+        for task in self._running:
+            if not task.cancelling():
+                task.cancel()
+
     async def _work(self) -> None:
         while True:
             try:
                 await self._app.run_worker_async(
-                    queues=[_QUEUE],
+                    queues=[QUEUE],
                     concurrency=self._concurrency,
                     fetch_job_polling_interval=_POLL_SECONDS,
                     delete_jobs="successful",
                     install_signal_handlers=False,
                     update_heartbeat_interval=_BEAT_SECONDS,
-                    stalled_worker_timeout=_STALLED_SECONDS,
+                    stalled_worker_timeout=STALLED_SECONDS,
                 )
             except ConnectorException as error:
                 logs.failure(_log, "queue_worker_failed", error)
-            await asyncio.sleep(_RECONNECT_SECONDS)
+            await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _sweep(self) -> None:
         # Also the heartbeat of a worker that drains: the library's own ends with its fetching.

@@ -269,7 +269,9 @@ STALE_IDS: Final = text("""
 
 STALE: Final = text("""
     SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
-        a.key_id, a.key_version, a.fence, a.tries, coalesce(r.model, '') AS model,
+        a.key_id, a.key_version, a.fence, a.tries,
+        split_part(coalesce(r.model, ''), '/', 1) AS provider,
+        coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
         EXISTS (
             SELECT FROM provider_call c WHERE c.attempt_id = a.id AND c.finish_time IS NULL
         ) AS unfinished_call,

@@ -105,6 +105,7 @@ class Stale:
     key_version: int
     fence: int
     tries: int
+    provider: str
     model: str
     unfinished_call: bool
     calls_left: int

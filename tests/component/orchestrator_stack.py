@@ -495,6 +495,16 @@ class Stack:
             cursor = await connection.execute(statement, values)
             return await cursor.fetchall() if cursor.description else []
 
+    async def until(self, statement: str, *values: Any, seconds: float = 20) -> None:
+        """Wait until a statement has rows."""
+        async with asyncio.timeout(seconds):
+            while not await self.sql(statement, *values):
+                await asyncio.sleep(0.02)
+
+    async def hurry(self) -> None:
+        """Have every job that waits for its time run now."""
+        await self.until("UPDATE procrastinate_jobs SET scheduled_at = now() RETURNING 1")
+
     async def close(self) -> None:
         for channel in self._channels:
             await channel.close()

@@ -40,12 +40,6 @@ async def stack(orchestrator_database_url, tmp_path):
         yield started
 
 
-async def until(stack: Stack, statement: str, *values: object) -> None:
-    async with asyncio.timeout(20):
-        while not await stack.sql(statement, *values):
-            await asyncio.sleep(0.02)
-
-
 async def test_review_completes_with_findings(stack: Stack) -> None:
     review = await stack.ended(await stack.submit(title="shell", pull_request=7))
     assert (review.state, review.finding_count, review.attempts) == (COMPLETED, 1, 1)
@@ -337,10 +331,10 @@ async def test_tenant_has_so_many_places_and_the_rest_waits(stack: Stack) -> Non
 
     stack.runner.default = slow
     reviews = [await stack.submit("small") for _ in range(5)]
-    await until(stack, "SELECT 1 FROM attempt WHERE state = 'RUNNING' HAVING count(*) = 2")
+    await stack.until("SELECT 1 FROM attempt WHERE state = 'RUNNING' HAVING count(*) = 2")
     # Another tenant is not held up.
     other = await stack.submit("acme")
-    await until(stack, "SELECT 1 FROM attempt WHERE tenant = 'acme' AND state = 'RUNNING'")
+    await stack.until("SELECT 1 FROM attempt WHERE tenant = 'acme' AND state = 'RUNNING'")
     await asyncio.sleep(0.3)
     states = await stack.sql(
         "SELECT state, admitted, count(*) FROM attempt WHERE tenant = 'small'"
@@ -363,7 +357,7 @@ async def test_cancel_while_it_waits_and_while_it_runs(stack: Stack) -> None:
     stack.keyvault.add("small")
     stack.runner.default = slow
     runs, also_runs, waits = [await stack.submit("small") for _ in range(3)]
-    await until(stack, "SELECT 1 FROM provider_call HAVING count(*) = 2")
+    await stack.until("SELECT 1 FROM provider_call HAVING count(*) = 2")
     cancelled = {}
     for review in (waits, runs, also_runs):
         request = review_pb2.CancelReviewRequest(name=review.name, request_id=request_id())
@@ -375,7 +369,7 @@ async def test_cancel_while_it_waits_and_while_it_runs(stack: Stack) -> None:
     assert cancelled[waits.name].ambiguous_calls == 0
     assert cancelled[runs.name].ambiguous_calls == 1
     # The trail of a cancelled attempt is completed: when was the plaintext gone?
-    await until(stack, "SELECT 1 FROM attempt WHERE close_time IS NOT NULL HAVING count(*) = 2")
+    await stack.until("SELECT 1 FROM attempt WHERE close_time IS NOT NULL HAVING count(*) = 2")
     assert await stack.sql("SELECT * FROM review_content") == []
     assert len(stack.runner.talks) == 2
 

@@ -235,6 +235,28 @@ async def test_a_dead_workers_job_runs_elsewhere(
         await until(lambda: recorder.ended == ["att_orphan"], 5)
 
 
+async def test_an_outage_is_not_taken_for_a_death(
+    queue: Queue, database: psycopg.AsyncConnection
+) -> None:
+    """A worker that could not beat does not bury others that could not either. Was shown to
+    fail without _blind_until."""
+    recorder = Recorder()
+    async with running(queue, recorder):
+        await asyncio.sleep(0.3)
+        await database.execute("ALTER TABLE procrastinate_workers RENAME TO away")
+        await asyncio.sleep(2.5)
+        await database.execute(
+            "WITH other AS (INSERT INTO away (last_heartbeat)"
+            " VALUES (now() - interval '11 s') RETURNING id)"
+            " INSERT INTO procrastinate_jobs (queue_name, task_name, args, status, worker_id)"
+            " SELECT 'attempts', 'attempt', '{\"attempt_id\": \"att_alive\"}', 'doing', id"
+            " FROM other"
+        )
+        await database.execute("ALTER TABLE away RENAME TO procrastinate_workers")
+        await asyncio.sleep(4)
+        assert recorder.seen == []
+
+
 async def test_a_job_lost_on_the_way_is_found(
     queue: Queue, database: psycopg.AsyncConnection
 ) -> None:

@@ -14,8 +14,19 @@ from byokeep.keyvault.v1 import lease_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from tests.component.runner.fixtures import bench, shared_bench  # noqa: F401
-from tests.component.runner.harness import DIFF, KEYS, alive, refusal, wait_for
+from tests.component.runner.harness import DIFF, KEYS, alive, refusal, running_bench, wait_for
+
+
+@pytest.fixture(scope="module")
+def shared_bench(tmp_path_factory):
+    with running_bench(tmp_path_factory.mktemp("runner")) as bench:
+        yield bench
+
+
+@pytest.fixture
+def bench(shared_bench):
+    return shared_bench.as_new()
+
 
 REASON = review_pb2.FailureReason
 VERDICT = key_pb2.ValidationVerdict
@@ -358,9 +369,7 @@ def test_an_unstored_outcome_is_kept(bench):
     outcome = attempt.until("outcome")
     attempt.call.cancel()
 
-    again = bench.open(
-        reattach=runner_pb2.Reattach(attempt_id=attempt.assign.attempt_id, fence=1)
-    )
+    again = bench.open(reattach=runner_pb2.Reattach(attempt_id=attempt.assign.attempt_id, fence=1))
 
     assert again.finish() == outcome.outcome
 

@@ -17,6 +17,11 @@ from google.rpc import error_details_pb2, status_pb2
 
 from tests.component.runner.harness import ROOT, alive, running_bench, wait_for
 
+REQUIRED = (
+    *("DEPLOYMENT", "TRUST_DOMAIN", "LISTEN", "HEALTH_LISTEN", "CALLERS"),
+    *("TLS_CERT", "TLS_KEY", "TLS_CA", "KEYVAULT_ADDRESS", "KEYVAULT_NAME"),
+)
+
 
 @pytest.fixture
 def bench(tmp_path):
@@ -122,13 +127,7 @@ def test_a_bad_request_does_not_hurt_the_zygote(bench):
 def test_production_refuses_development_settings(setting):
     environ = {
         **{name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
-        **{
-            f"BYOKEEP_{name}": "x"
-            for name in (
-                "DEPLOYMENT TRUST_DOMAIN LISTEN HEALTH_LISTEN TLS_CERT TLS_KEY TLS_CA CALLERS"
-                " KEYVAULT_ADDRESS KEYVAULT_NAME"
-            ).split()
-        },
+        **{f"BYOKEEP_{name}": "x" for name in REQUIRED},
         setting: "api.openai.com=127.0.0.1:1",
     }
 

@@ -49,9 +49,7 @@ class Chain:
             type=audit_pb2.AuditEventType.Value(f"AUDIT_EVENT_TYPE_{kind}"),
             **values,
         )
-        event.event_time.FromDatetime(
-            at or START + datetime.timedelta(seconds=len(self.events))
-        )
+        event.event_time.FromDatetime(at or START + datetime.timedelta(seconds=len(self.events)))
         self.append(event)
 
     def append(self, event: audit_pb2.AuditEvent) -> None:
@@ -79,4 +77,7 @@ class Chain:
 
     def export(self) -> list[str]:
         """Return the lines of an export."""
-        return [*(auditlog.event_line(link) for link in self.links), auditlog.head_line(self.head())]
+        return [
+            *(auditlog.event_line(link) for link in self.links),
+            auditlog.head_line(self.head()),
+        ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from typing import Any
 
 import grpc
 from byokeep import dsse, hpke, ids, names, sealing
-from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import admin_pb2, admin_pb2_grpc, audit_pb2, audit_pb2_grpc, custody_pb2
 from byokeep.orchestrator.v1 import (
     key_pb2,
@@ -368,6 +368,11 @@ class _Reviews(_Fake, review_pb2_grpc.ReviewServiceServicer):
             change = self.edge.states.pop(0)
             if "lost" in change:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "connection lost")
+            if "wait" in change:
+                gone = threading.Event()
+                context.add_callback(gone.set)
+                gone.wait(30)
+                return
             review.MergeFrom(review_pb2.Review(**change))
             yield review_pb2.WatchReviewResponse(review=review)
 

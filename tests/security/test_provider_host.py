@@ -16,8 +16,18 @@ from byokeep.orchestrator.v1 import key_pb2, review_pb2
 from deploy.local.pki import CertificateAuthority
 from services.llm_runner.providers import ADAPTERS
 from services.llm_runner.sockets import HOSTS, Dialer, parse_overrides
-from tests.component.runner.fixtures import bench, shared_bench  # noqa: F401
 from tests.component.runner.harness import KEYS, running_bench
+
+
+@pytest.fixture(scope="module")
+def shared_bench(tmp_path_factory):
+    with running_bench(tmp_path_factory.mktemp("runner")) as bench:
+        yield bench
+
+
+@pytest.fixture
+def bench(shared_bench):
+    return shared_bench.as_new()
 
 
 def test_the_parent_and_the_adapters_know_the_same_hosts():

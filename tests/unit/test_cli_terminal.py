@@ -18,27 +18,47 @@ KEY = "sk-proj-" + "aB3x" * 8
 COMMAND = [sys.executable, "-m", "byokeep.cli"]
 
 
+# Makes its standard input the terminal that Ctrl-C and /dev/tty mean, then is the command.
+LAUNCH = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, sys.argv[1:])
+"""
+
+
 def on_a_terminal(arguments, answers, **environment):
     """Run the command on a pseudo-terminal; answer what matches; return (code, screen)."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ.update(environment)
-        os.execv(sys.executable, [*COMMAND, *arguments])
-    screen, end, code = b"", time.monotonic() + 60, None
-    while time.monotonic() < end:
-        ready, _, _ = select.select([terminal], [], [], 0.2)
-        if ready:
-            try:
-                screen += os.read(terminal, 65536)
-            except OSError:
-                break
-            if answers and re.search(answers[0][0], screen):
-                time.sleep(0.1)
-                os.write(terminal, answers.pop(0)[1])
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    os.close(terminal)
-    return code, screen.decode()
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, *COMMAND, *arguments],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        env=os.environ | {"TERM": "xterm"} | environment,
+    )
+    os.close(end)
+    try:
+        screen = converse(terminal, list(answers))
+        return process.wait(30), screen.decode()
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+def converse(terminal, answers):
+    screen, until = b"", time.monotonic() + 60
+    while time.monotonic() < until:
+        if not select.select([terminal], [], [], 0.2)[0]:
+            continue
+        try:
+            screen += os.read(terminal, 65536)
+        except OSError:
+            break
+        if answers and re.search(answers[0][0], screen):
+            time.sleep(0.2)
+            os.write(terminal, answers.pop(0)[1])
+    return screen
 
 
 def test_hidden_prompt(edge):
@@ -102,9 +122,9 @@ def test_a_reader_that_goes_away_is_no_error(edge):
     )
     process.stdout.read(10)
     process.stdout.close()
-    assert process.wait(60) == 0
-    assert process.stderr.read() == b""
-    process.stderr.close()
+    with process.stderr:
+        assert process.stderr.read() == b""
+    assert process.wait(60) == 141
 
 
 def test_completion_works(edge):

@@ -193,6 +193,13 @@ class Bench:
     stub: runner_pb2_grpc.RunnerServiceStub
     log: Path
 
+    def as_new(self) -> Bench:
+        """Forget what an earlier test did."""
+        assert wait_for(lambda: not self.children)
+        self.keyvault.reset()
+        self.emulator.control.reset()
+        return self
+
     def open(self, **first) -> Attempt:
         """Open a stream with any first request."""
         requests: queue.SimpleQueue = queue.SimpleQueue()

@@ -183,12 +183,9 @@ class _Chain:
             raise VerificationError(0, "the signed head is of another chain")
         if head.deployment != (self.deployment or head.deployment):
             raise VerificationError(0, "the signed head is of another deployment")
+        self._check_older(head.chain, head.deployment)
         older = self._against
-        if older is None:
-            return
-        if (older.chain, older.deployment) != (head.chain, head.deployment):
-            raise VerificationError(0, "the older head is of another chain or deployment")
-        if older.sequence > self.sequence:
+        if older is not None and older.sequence > self.sequence:
             raise VerificationError(
                 self.sequence + 1,
                 f"it is missing: an older head counts {older.sequence} events,"
@@ -202,6 +199,12 @@ class _Chain:
             raise VerificationError(event.sequence, "it belongs to another chain")
         if event.deployment != self.deployment:
             raise VerificationError(event.sequence, "it belongs to another deployment")
+        self._check_older(event.chain, event.deployment)
+
+    def _check_older(self, chain: str, deployment: str) -> None:
+        older = self._against
+        if older is not None and (older.chain, older.deployment) != (chain, deployment):
+            raise VerificationError(0, "the older head is of another chain or deployment")
 
 
 def _numbered(lines: Iterable[str]) -> Iterable[tuple[int, str]]:
@@ -235,8 +238,8 @@ def _event(sequence: int, body: bytes) -> audit_pb2.AuditEvent:
     try:
         event = audit_pb2.AuditEvent.FromString(body)
         _view(event)
-    # ValueError: a time that no calendar has.
-    except (DecodeError, ValueError, OverflowError):
+    # json_format.Error: a time that no calendar has.
+    except (DecodeError, json_format.Error):
         raise VerificationError(sequence, "its body is not an event") from None
     return event
 

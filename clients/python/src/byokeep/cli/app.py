@@ -14,7 +14,7 @@ from byokeep.cli import admin, audit, keys, models, reviews, status, tenants
 from byokeep.cli.errors import CliError, Exit, from_rpc
 from byokeep.cli.output import print_error
 from byokeep.cli.refusal import refuse_keys
-from byokeep.cli.session import RUN, Run, group
+from byokeep.cli.session import RUN, ReaderGone, Run, group
 from byokeep.cli.usage import from_usage
 
 _EXITS = (
@@ -76,10 +76,10 @@ def run(arguments: Sequence[str]) -> int:
             return int(error.exit_code)
         sys.stdout.flush()
         return error
-    except BrokenPipeError:
-        # The reader is gone (`| head`); nothing is left to flush into the pipe at exit.
+    except (BrokenPipeError, ReaderGone):
+        # Nothing is to be flushed into the pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(Exit.OK)
+        return int(Exit.READER_GONE)
     finally:
         if state.session is not None:
             state.session.close()
@@ -98,7 +98,7 @@ def _run(arguments: Sequence[str]) -> int | CliError:
     except typer.TyperException as error:
         # The help was printed in its stead.
         return Exit.INPUT if type(error).__name__ == "NoArgsIsHelpError" else from_usage(error)
-    except BrokenPipeError:
+    except ReaderGone:
         raise
     except Exception as error:
         if os.environ.get("BYOKEEP_DEBUG"):

@@ -109,8 +109,8 @@ def _endpoint(name: str, profile: Profile, endpoint: Endpoint) -> Check:
     context = ssl.create_default_context(cadata=profile.trust.ca.decode())
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])
-    context.load_cert_chain(profile.certificate, profile.key)
     try:
+        context.load_cert_chain(profile.certificate, profile.key)
         with (
             socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS) as plain,
             context.wrap_socket(plain, server_hostname=endpoint.server_name) as secured,
@@ -125,7 +125,7 @@ def _endpoint(name: str, profile: Profile, endpoint: Endpoint) -> Check:
             f"it must be {endpoint.server_name}, issued by a CA of trust.json; do not go on",
         )
     except ssl.SSLError as error:
-        return Check(what, False, f"TLS fails: {clean(error.reason or '')}", "")
+        return Check(what, False, f"TLS fails: {clean(error.reason or '')}")
     except OSError as error:
         said = error.strerror or "no answer in time"
         return Check(what, False, f"does not answer: {said}", "is it running? make up")

@@ -29,6 +29,7 @@ class Exit(IntEnum):
     INTEGRITY = 6
     REVIEW_FAILED = 7
     INTERRUPTED = 130
+    READER_GONE = 141
 
 
 BY_CODE: Mapping[str, Exit] = {

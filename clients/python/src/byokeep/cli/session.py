@@ -34,6 +34,10 @@ class Format(StrEnum):
     GITHUB = "github"
 
 
+class ReaderGone(Exception):
+    """Whoever read standard output has closed it."""
+
+
 @dataclass(slots=True)
 class Options:
     """The common options as given, on whatever level of the command line."""
@@ -179,7 +183,11 @@ def command(*formats: Format) -> Callable[[Callable[..., Any]], Callable[..., An
             if (run.options.format or Format.TEXT) not in allowed:
                 raise CliError(f"--format {run.options.format} is for reviews only")
             run.session = Session(run.options)
-            return function(run.session, **given)
+            try:
+                return function(run.session, **given)
+            except BrokenPipeError:
+                # Out of typer's reach, which would exit 1: what --fail-on means.
+                raise ReaderGone from None
 
         return _signed(wrapper, function)
 

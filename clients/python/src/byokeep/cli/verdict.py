@@ -40,14 +40,14 @@ def follow(session: Session, key: Key, wait: float) -> None:
     if not out.as_json:
         out.print(f"sealed and stored: {key_id(key)} ({what})")
     done = False
-    with out.progress(f"asking {provider_of(key)} whether it works …") as progress:
+    with out.progress(f"asking {provider_of(key)} whether it works …"):
         for answer in _watch(session, key, wait):
             key, done = answer.key, answer.done
             if out.as_json:
                 out.json_line(message_dict(key))
-            if verdict_of(key) and not done:
-                progress(f"{provider_of(key)}: {verdict_of(key)}, asked {_times(key)} …")
-            if done or verdict_of(key) == "UNREACHABLE":
+            # Before it is asked, the verdict may be on the version before.
+            newest = key.provider_key.versions[-1].version if key.provider_key.versions else 0
+            if done or (verdict_of(key) == "UNREACHABLE" and key.validation.version == newest):
                 break
     _conclude(session, key, done)
 
@@ -67,8 +67,9 @@ def _conclude(session: Session, key: Key, done: bool) -> None:
             session.out.warn("reviews will fail until the provider's quota is raised or paid for")
         return
     if verdict == "INVALID":
+        serves = "; the version before still serves" if key_state(key) == "ACTIVE" else ""
         raise CliError(
-            "the provider rejects this key; it was destroyed here",
+            f"the provider rejects this key; it was destroyed here{serves}",
             "check it at the provider, then run the command again with the right one",
             Exit.KEY,
             "KEY_REJECTED",
@@ -81,8 +82,3 @@ def _conclude(session: Session, key: Key, done: bool) -> None:
         Exit.UNAVAILABLE,
         "KEY_UNVALIDATED",
     )
-
-
-def _times(key: Key) -> str:
-    count = key.validation.attempts
-    return f"{count} time{'s' * (count != 1)}"

@@ -1,0 +1,276 @@
+"""Forms of a finished review: text for people, SARIF 2.1.0, a GitHub review.
+
+A finding's words come from a model that read somebody's diff: they are data. So
+control characters go, and Markdown keeps nothing but code of theirs: no mention, no
+reference to an issue, no link, no image that a reader's browser would load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from urllib.parse import quote
+
+from byokeep.orchestrator.v1.review_pb2 import Category, Finding, Review, ReviewState, Severity
+
+_TEXT = "text/plain; charset=utf-8"
+_SARIF = "application/sarif+json"
+_JSON = "application/json"
+
+_SARIF_SCHEMA = (
+    "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+)
+_ROOT = "%SRCROOT%"
+_CATEGORIES = {
+    Category.CATEGORY_UNSPECIFIED: ("other", "Something else about the change."),
+    Category.CATEGORY_SECURITY: ("security", "The change can be attacked."),
+    Category.CATEGORY_CORRECTNESS: ("correctness", "The change does the wrong thing."),
+    Category.CATEGORY_PERFORMANCE: ("performance", "The change is slower or larger than it must."),
+    Category.CATEGORY_MAINTAINABILITY: ("maintainability", "The change makes code hard to change."),
+    Category.CATEGORY_STYLE: ("style", "The change reads badly."),
+}
+_SEVERITIES = {
+    Severity.SEVERITY_CRITICAL: "critical",
+    Severity.SEVERITY_HIGH: "high",
+    Severity.SEVERITY_MEDIUM: "medium",
+    Severity.SEVERITY_LOW: "low",
+    Severity.SEVERITY_INFO: "info",
+}
+_LEVELS = {"critical": "error", "high": "error", "medium": "warning", "low": "note", "info": "note"}
+# GitHub's bands: critical above 9, high from 7, medium from 4, low from 0.1
+# (https://docs.github.com/code-security/reference/code-scanning/sarif-support).
+_SECURITY_SCORES = {"critical": "9.5", "high": "8.0", "medium": "5.5", "low": "2.0", "info": "0.1"}
+
+# GitHub takes 65,536 characters a comment; Markdown escapes at most triple a text.
+_MAX_MARKDOWN_SOURCE = 16_000
+
+_ANSI = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"  # OSC, DCS
+    r"|\x1b[ -/]*[0-~]"
+)
+_JOINERS = "\u200c\u200d"  # part of how some scripts and emoji are written
+_CODE = re.compile(r"^```[^\n`]*\n(.*?)^```[ ]*$|`([^`\n]+)`", re.DOTALL | re.MULTILINE)
+_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+# What GitHub turns into a mention, a reference or a link, once it is escaped.
+_ACTIVE = re.compile(r"(\\[@#](?=\w)|\bGH\\-(?=\d)|\\:(?=\\/\\/)|\bwww(?=\\\.))", re.IGNORECASE)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def text(review: Review) -> tuple[str, str]:
+    """Return a review for people to read, without control characters, and its media type."""
+    lines = [_headline(review), *_notes(review)]
+    for finding in review.findings:
+        severity, category = _severity(finding), _category(finding)
+        lines += ["", f"{_place(finding)}: {severity}, {category}: {_line(finding.title)}"]
+        lines += [f"    {line}".rstrip() for line in _clean(finding.message).split("\n")]
+        if finding.suggestion.strip():
+            first, *rest = _clean(finding.suggestion).split("\n")
+            lines += [f"    Suggestion: {first}", *(f"    {line}".rstrip() for line in rest)]
+    return "\n".join(lines) + "\n", _TEXT
+
+
+def sarif(review: Review) -> tuple[str, str]:
+    """Return a review as SARIF 2.1.0 (OASIS standard), and its media type.
+
+    A rule is a category; the security rules are also one a severity, since GitHub
+    reads `security-severity` from rules. GitHub adds its own fingerprint of the
+    line where its upload action finds the source.
+    """
+    rules = sorted({_rule_id(finding) for finding in review.findings})
+    seen: Counter[str] = Counter()
+    run = {
+        "tool": {"driver": {"name": "byokeep", "rules": [_rule(rule) for rule in rules]}},
+        "automationDetails": {"id": "byokeep/"},
+        "originalUriBaseIds": {_ROOT: {"description": {"text": "The root of the repository."}}},
+        "invocations": [
+            {"executionSuccessful": review.state == ReviewState.REVIEW_STATE_COMPLETED}
+        ],
+        "results": [_result(finding, rules, seen) for finding in review.findings],
+    }
+    log = {"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}
+    return json.dumps(log, indent=2) + "\n", _SARIF
+
+
+def github(review: Review) -> tuple[str, str]:
+    """Return the body of GitHub's "create a review for a pull request", and its media type.
+
+    Source: https://docs.github.com/rest/pulls/reviews. It comments, and neither
+    approves nor requests changes: that is people's to do.
+    """
+    body: dict[str, object] = {
+        "event": "COMMENT",
+        "body": "\n\n".join(_markdown(line) for line in [_headline(review), *_notes(review)]),
+        "comments": [_comment(finding) for finding in review.findings],
+    }
+    if _COMMIT.fullmatch(review.head_commit):
+        body["commit_id"] = review.head_commit
+    return json.dumps(body, indent=2) + "\n", _JSON
+
+
+def _headline(review: Review) -> str:
+    what = review.repository + (f" #{review.pull_request}" if review.pull_request else "")
+    if review.head_commit:
+        what += f" at {review.head_commit[:12]}"
+    return _line(f"byokeep review of {what} with {review.model}: {_count(review.findings)}")
+
+
+def _count(findings: Iterable[Finding]) -> str:
+    counts = Counter(_severity(finding) for finding in findings)
+    if not counts:
+        return "no findings"
+    total = counts.total()
+    parts = ", ".join(f"{counts[name]} {name}" for name in _SEVERITIES.values() if counts[name])
+    return f"{total} finding{'s' if total > 1 else ''} ({parts})"
+
+
+def _notes(review: Review) -> list[str]:
+    notes = []
+    if review.state != ReviewState.REVIEW_STATE_COMPLETED:
+        state = ReviewState.Name(review.state).removeprefix("REVIEW_STATE_").lower()
+        notes.append(
+            _line(f"The review is {state}; findings are not whole. {review.failure_message}")
+        )
+    if review.dropped_findings:
+        notes.append(f"Dropped, for they named no line of the diff: {review.dropped_findings}")
+    return notes
+
+
+def _result(finding: Finding, rules: list[str], seen: Counter[str]) -> dict[str, object]:
+    rule, severity = _rule_id(finding), _severity(finding)
+    first, last = _lines(finding)
+    identity = json.dumps([finding.path, rule, _line(finding.title).casefold()])
+    seen[identity] += 1
+    fingerprint = hashlib.sha256(f"{identity}{seen[identity]}".encode()).hexdigest()
+    properties = {"category": _category(finding), "severity": severity}
+    if finding.category == Category.CATEGORY_SECURITY:
+        properties["security-severity"] = _SECURITY_SCORES[severity]
+    return {
+        "ruleId": rule,
+        "ruleIndex": rules.index(rule),
+        "level": _LEVELS[severity],
+        "message": {"text": _message(finding)},
+        "locations": [
+            {
+                "physicalLocation": {
+                    "artifactLocation": {
+                        # A leading "/" would make it a place on the disk or another host.
+                        "uri": quote(finding.path.lstrip("/"), safe="/"),
+                        "uriBaseId": _ROOT,
+                    },
+                    "region": {"startLine": first, "endLine": last},
+                }
+            }
+        ],
+        "partialFingerprints": {"byokeep/v1": fingerprint},
+        "properties": properties,
+    }
+
+
+def _rule(rule: str) -> dict[str, object]:
+    name, _, severity = rule.partition("/")
+    description = next(about for known, about in _CATEGORIES.values() if known == name)
+    properties: dict[str, object] = {"tags": [name]}
+    if severity:
+        properties["security-severity"] = _SECURITY_SCORES[severity]
+    return {
+        "id": rule,
+        "name": "".join(part.capitalize() for part in rule.split("/")),
+        "shortDescription": {"text": description},
+        "fullDescription": {"text": description},
+        "help": {"text": "A model's finding: judge it before you act on it."},
+        "properties": properties,
+    }
+
+
+def _rule_id(finding: Finding) -> str:
+    category = _category(finding)
+    if finding.category == Category.CATEGORY_SECURITY:
+        return f"{category}/{_severity(finding)}"
+    return category
+
+
+def _message(finding: Finding) -> str:
+    parts = [_line(finding.title), _clean(finding.message)]
+    if finding.suggestion.strip():
+        parts.append(f"Suggestion: {_clean(finding.suggestion)}")
+    # SARIF 3.11.6: "[text](target)" would be a link.
+    return re.sub(r"\]\(", "] (", "\n\n".join(part for part in parts if part)) or "(no text)"
+
+
+def _comment(finding: Finding) -> dict[str, object]:
+    first, last = _lines(finding)
+    head = f"**{_severity(finding)}, {_category(finding)}: {_markdown(_line(finding.title))}**"
+    parts = [head, _markdown(finding.message)]
+    if finding.suggestion.strip():
+        # Not a "suggestion" block: it is advice, not lines that a button may commit.
+        parts.append(f"Suggestion: {_markdown(finding.suggestion)}")
+    comment: dict[str, object] = {"path": finding.path, "line": last, "side": "RIGHT"}
+    if first != last:
+        comment |= {"start_line": first, "start_side": "RIGHT"}
+    return comment | {"body": "\n\n".join(part for part in parts if part)}
+
+
+def _markdown(raw: str) -> str:
+    """Escape all Markdown but code spans and fenced code, which are rebuilt."""
+    source = _clean(raw)[:_MAX_MARKDOWN_SOURCE]
+    parts, end = [], 0
+    for code in _CODE.finditer(source):
+        parts += [_escape(source[end : code.start()]), _code(code)]
+        end = code.end()
+    return "".join([*parts, _escape(source[end:])])
+
+
+def _code(code: re.Match[str]) -> str:
+    block, span = code.groups()
+    if span is not None:
+        return f"`{span}`" if span.strip() else _escape(code.group())
+    longest = max((len(run) for run in re.findall(r"`+", block)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{block}{fence}"
+
+
+def _escape(prose: str) -> str:
+    # Indentation would make code, where the backslashes show.
+    escaped = _PUNCTUATION.sub(r"\\\1", re.sub(r"\n +", "\n", prose))
+    # GitHub looks for names and numbers in what is rendered, behind the backslash.
+    return _ACTIVE.sub("\\1\u200b", escaped)
+
+
+def _clean(raw: str) -> str:
+    """Remove terminal sequences, control and invisible characters but newlines."""
+    plain = _ANSI.sub("", raw.replace("\r\n", "\n").replace("\r", "\n"))
+    plain = plain.replace("\t", "    ").strip()
+    return "".join(
+        char for char in plain if char == "\n" or char in _JOINERS or not _invisible(char)
+    )
+
+
+def _invisible(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+
+
+def _line(raw: str) -> str:
+    return " ".join(_clean(raw).split())
+
+
+def _place(finding: Finding) -> str:
+    first, last = _lines(finding)
+    return f"{_line(finding.path)}:{first}" + (f"-{last}" if last != first else "")
+
+
+def _lines(finding: Finding) -> tuple[int, int]:
+    first = max(1, finding.start_line)
+    return first, max(first, finding.end_line)
+
+
+def _severity(finding: Finding) -> str:
+    return _SEVERITIES.get(finding.severity, "info")
+
+
+def _category(finding: Finding) -> str:
+    return _CATEGORIES.get(finding.category, _CATEGORIES[Category.CATEGORY_UNSPECIFIED])[0]

@@ -1,0 +1,324 @@
+"""Keys: relayed, validated, promoted or destroyed, shown."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from byokeep import names
+from byokeep.common.v1 import options_pb2
+from byokeep.errors import error_info
+from byokeep.keyvault.v1 import custody_pb2, grant_pb2
+from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb2
+
+from tests.component.orchestrator_stack import (
+    ACTIVE,
+    PENDING,
+    Conversation,
+    RunnerGone,
+    Stack,
+    add_key_request,
+    fails,
+    request_id,
+    running,
+    spiffe,
+    verdict,
+)
+
+DESTROYED = custody_pb2.KEY_VERSION_STATE_DESTROYED
+SUPERSEDED = custody_pb2.KEY_VERSION_STATE_SUPERSEDED
+
+
+@pytest.fixture
+async def stack(orchestrator_database_url, tmp_path):
+    async with running(orchestrator_database_url, tmp_path, intake_per_hour=5) as started:
+        await started.tenant()
+        yield started
+
+
+def reason_of(refused: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> str:
+    return error_info(refused.value).reason
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_valid_key_is_promoted_and_its_models_are_known(stack: Stack) -> None:
+    added = await stack.add_key()
+    assert added.provider_key.state == PENDING
+    key = await stack.validated(added)
+    assert key.provider_key.state == ACTIVE
+    assert key.validation.verdict == key_pb2.VALIDATION_VERDICT_VALID
+    assert list(key.validation.models) == ["gpt-6.1-terra", "gpt-6-luna"]
+    response = await stack.client("acme").settings.ListModels(
+        settings_pb2.ListModelsRequest(parent="tenants/acme")
+    )
+    assert [(one.model, one.provider_default) for one in response.models] == [
+        ("openai/gpt-6-luna", False),
+        ("openai/gpt-6.1-terra", True),
+    ]
+
+
+async def test_validation_takes_a_grant_for_validation_alone(stack: Stack) -> None:
+    key = await stack.validated(await stack.add_key())
+    talk = stack.runner.talks[-1]
+    grant = grant_pb2.Grant.FromString(talk.proceed.grant.payload)
+    assert grant.purpose == talk.assign.purpose == grant_pb2.LEASE_PURPOSE_VALIDATION
+    assert (grant.review_id, grant.key_version) == ("", 1)
+    assert grant.actor == spiffe("acme")
+    assert not talk.assign.HasField("input")
+    stage = stack.keyvault.asked(custody_pb2.StageKeyRequest)[0]
+    assert (stage.actor, stage.name) == (spiffe("acme"), key.provider_key.name)
+
+
+async def test_invalid_key_is_destroyed(stack: Stack) -> None:
+    stack.runner.default = verdict(key_pb2.VALIDATION_VERDICT_INVALID)
+    key = await stack.validated(await stack.add_key())
+    assert key.provider_key.state == DESTROYED
+    assert key.validation.verdict == key_pb2.VALIDATION_VERDICT_INVALID
+
+
+@pytest.mark.parametrize("told", ["RESTRICTED", "QUOTA_EXHAUSTED"])
+async def test_key_that_works_in_part_is_promoted(stack: Stack, told: str) -> None:
+    value = key_pb2.ValidationVerdict.Value(f"VALIDATION_VERDICT_{told}")
+    stack.runner.default = verdict(value)
+    key = await stack.validated(await stack.add_key())
+    assert (key.provider_key.state, key.validation.verdict) == (ACTIVE, value)
+    response = await stack.client("acme").settings.ListModels(
+        settings_pb2.ListModelsRequest(parent="tenants/acme")
+    )
+    assert [one.model for one in response.models] == ["openai/gpt-6.1-terra"]
+
+
+async def gone(talk: Conversation) -> None:
+    await talk.accept()
+    await talk.call("")
+    raise RunnerGone
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        verdict(key_pb2.VALIDATION_VERDICT_UNREACHABLE),
+        fails(review_pb2.FAILURE_REASON_RATE_LIMITED),
+        fails(review_pb2.FAILURE_REASON_LEASE_REFUSED),
+        gone,
+    ],
+)
+async def test_provider_that_cannot_be_asked_is_asked_later(stack: Stack, script) -> None:
+    stack.runner.scripts = [script]
+    added = await stack.add_key()
+    name = key_pb2.GetKeyRequest(name=added.provider_key.name)
+    async with asyncio.timeout(20):
+        while not (key := (await stack.client("acme").keys.GetKey(name)).key).validation.attempts:
+            await asyncio.sleep(0.02)
+    assert key.provider_key.state == PENDING
+    assert key.validation.verdict == key_pb2.VALIDATION_VERDICT_UNREACHABLE
+    wait = key.validation.retry_time.seconds - key.validation.check_time.seconds
+    assert 3 <= wait <= 7
+    # The next attempt is due then, and finds the key valid.
+    assert await stack.sql("SELECT count(*) FROM attempt WHERE state = 'QUEUED'") == [(1,)]
+    await stack.hurry()
+    key = await stack.validated(key)
+    assert (key.provider_key.state, key.validation.attempts) == (ACTIVE, 2)
+
+
+async def test_after_a_day_the_version_is_destroyed(stack: Stack) -> None:
+    stack.runner.default = verdict(key_pb2.VALIDATION_VERDICT_UNREACHABLE)
+    added = await stack.add_key()
+    await stack.until("SELECT 1 FROM key_validation WHERE attempts = 1")
+    await stack.sql("UPDATE key_validation SET create_time = now() - interval '25 hours'")
+    await stack.hurry()
+    key = await stack.validated(added)
+    assert key.provider_key.state == DESTROYED
+    assert key.validation.verdict == key_pb2.VALIDATION_VERDICT_UNREACHABLE
+
+
+async def test_verdict_outlives_a_keyvault_that_is_away(stack: Stack) -> None:
+    async def script(talk: Conversation) -> None:
+        stack.keyvault.away = True
+        await verdict(key_pb2.VALIDATION_VERDICT_VALID, "m")(talk)
+
+    stack.runner.scripts = [script]
+    added = await stack.add_key()
+    await stack.until("SELECT 1 FROM key_validation WHERE action = 'PROMOTE'")
+    stack.keyvault.away = False
+    key = await stack.validated(added)
+    assert key.provider_key.state == ACTIVE
+    assert await stack.sql("SELECT action FROM key_validation") == [("",)]
+
+
+async def test_older_version_does_not_replace_a_newer_one(stack: Stack) -> None:
+    stack.runner.scripts = [verdict(key_pb2.VALIDATION_VERDICT_UNREACHABLE)]
+    added = await stack.add_key()
+    name = added.provider_key.name
+    rotated = await stack.client("acme").keys.RotateKey(rotate_request(name))
+    key = await stack.validated(rotated.key)
+    assert [one.state for one in key.provider_key.versions] == [PENDING, ACTIVE]
+    # Only now is the older one found to be valid.
+    await stack.hurry()
+    await until(lambda: stack.keyvault.keys[name].versions[0].state == DESTROYED)
+    assert stack.keyvault.keys[name].active_version == 2
+
+
+def rotate_request(name: str, **values) -> key_pb2.RotateKeyRequest:
+    chosen = {
+        "name": name,
+        "sealed_key": add_key_request().sealed_key,
+        "request_id": request_id(),
+    }
+    return key_pb2.RotateKeyRequest(**(chosen | values))
+
+
+async def test_rotate_keeps_the_key_and_passes_destroy_previous(stack: Stack) -> None:
+    key = await stack.validated(await stack.add_key())
+    request = rotate_request(
+        key.provider_key.name, destroy_previous=True, etag=key.provider_key.etag
+    )
+    client = stack.client("acme").keys
+    rotated = await client.RotateKey(request)
+    await client.RotateKey(request)  # a retry, with the old etag
+    key = await stack.validated(rotated.key)
+    assert [one.state for one in key.provider_key.versions] == [SUPERSEDED, ACTIVE]
+    promoted = stack.keyvault.asked(custody_pb2.PromoteKeyVersionRequest)
+    assert [one.destroy_previous for one in promoted] == [False, True]
+    stale = rotate_request(key.provider_key.name, etag="1")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await client.RotateKey(stale)
+    assert reason_of(refused) == "ETAG_MISMATCH"
+
+
+async def test_repeated_add_validates_once(stack: Stack) -> None:
+    request = add_key_request()
+    client = stack.client("acme").keys
+    first = await client.AddKey(request)
+    again = await client.AddKey(request)
+    assert first.key.provider_key.name == again.key.provider_key.name
+    await stack.validated(again.key)
+    assert await stack.sql("SELECT count(*) FROM attempt") == [(1,)]
+
+
+async def test_staged_version_without_a_validation_gets_one(stack: Stack) -> None:
+    key_id = stack.keyvault.add("acme", state=PENDING)
+    key = stack.keyvault.keys[names.key_name("acme", key_id)]
+    await stack.app.sweeper.unscheduled()
+    assert await stack.sql("SELECT * FROM key_validation") == []  # it may be on its way
+    key.versions[0].create_time.seconds -= 100
+    await stack.app.sweeper.unscheduled()
+    await until(lambda: key.state == ACTIVE)
+
+
+async def test_existing_name_is_refused_as_keyvault_says(stack: Stack) -> None:
+    added = await stack.add_key()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.add_key()
+    info = error_info(refused.value)
+    assert (info.code, info.reason) == (grpc.StatusCode.ALREADY_EXISTS, "KEY_EXISTS")
+    assert info.metadata["key"] == names.last_of(added.provider_key.name)
+
+
+async def test_keyvault_away_is_unavailable(stack: Stack) -> None:
+    stack.keyvault.away = True
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.add_key()
+    info = error_info(refused.value)
+    assert (info.reason, info.metadata["dependency"]) == ("DEPENDENCY_UNAVAILABLE", "keyvault")
+
+
+async def test_intake_is_capped(stack: Stack) -> None:
+    for number in range(5):
+        await stack.add_key(display_name=f"k{number}")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.add_key(display_name="one-more")
+    assert reason_of(refused) == "INTAKE_LIMIT"
+    assert len(stack.keyvault.asked(custody_pb2.StageKeyRequest)) == 5
+    await stack.sql("UPDATE rate_bucket SET hour = hour - interval '2 hours'")
+    await stack.add_key(display_name="one-more")
+
+
+async def test_starter_plan_has_one_key_a_provider_and_none_of_users(stack: Stack) -> None:
+    await stack.tenant("small", plan=tenant_pb2.PLAN_STARTER)
+    await stack.validated(await stack.add_key("small"))
+    for values in ({"display_name": "second"}, {"user": "ann"}):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stack.add_key("small", **values)
+        assert reason_of(refused) == "PLAN_LACKS"
+    await stack.add_key("small", provider=options_pb2.PROVIDER_GEMINI, display_name="other")
+
+
+@pytest.mark.parametrize(
+    ("call", "state"),
+    [("Revoke", custody_pb2.KEY_VERSION_STATE_REVOKED), ("Destroy", DESTROYED)],
+)
+async def test_revoke_and_destroy_work_for_a_suspended_tenant(stack: Stack, call, state) -> None:
+    key = await stack.validated(await stack.add_key())
+    operator = stack.client("operator").tenants
+    await operator.SuspendTenant(
+        tenant_pb2.SuspendTenantRequest(name="tenants/acme", request_id=request_id())
+    )
+    client = stack.client("acme").keys
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.add_key(display_name="new")
+    assert reason_of(refused) == "TENANT_NOT_ACTIVE"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await client.RotateKey(rotate_request(key.provider_key.name))
+    assert reason_of(refused) == "TENANT_NOT_ACTIVE"
+    request = getattr(key_pb2, f"{call}KeyRequest")(
+        name=key.provider_key.name, request_id=request_id(), etag=key.provider_key.etag
+    )
+    method = getattr(client, f"{call}Key")
+    assert (await method(request)).key.provider_key.state == state
+    assert (await method(request)).key.provider_key.state == state  # a retry, with the old etag
+
+
+async def test_user_key_is_for_its_user_and_seen_by_who_speaks_for_users(stack: Stack) -> None:
+    await stack.tenant(
+        "duo", rights={"duo": ([1, 2], True), "plain": ([1, 2], False), "audit": ([3], False)}
+    )
+    key = await stack.validated(await stack.add_key("duo", user="ann"))
+    assert key.provider_key.owner == "ann"
+    request = key_pb2.ListKeysRequest(parent="tenants/duo")
+    seen = {
+        name: len((await stack.client(name).keys.ListKeys(request)).keys)
+        for name in ("duo", "plain", "audit")
+    }
+    assert seen == {"duo": 1, "plain": 0, "audit": 1}
+    review = await stack.submit("duo", user="ann")
+    assert (await stack.ended(review)).key_id == names.last_of(key.provider_key.name)
+    assert stack.keyvault.asked(custody_pb2.StageKeyRequest)[0].actor == f"{spiffe('duo')}#ann"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit("duo")  # the tenant has none of its own
+    assert reason_of(refused) == "NO_ACTIVE_KEY"
+
+
+async def test_uses_tell_who_held_the_key(stack: Stack) -> None:
+    key = await stack.validated(await stack.add_key())
+    review = await stack.ended(await stack.submit(pull_request=7))
+    client = stack.client("acme").keys
+    name = key.provider_key.name
+    first = await client.ListKeyUses(key_pb2.ListKeyUsesRequest(name=name, page_size=1))
+    second = await client.ListKeyUses(
+        key_pb2.ListKeyUsesRequest(name=name, page_size=1, page_token=first.next_page_token)
+    )
+    assert second.next_page_token == ""
+    validation, use = first.uses[0], second.uses[0]
+    assert validation.purpose == grant_pb2.LEASE_PURPOSE_VALIDATION
+    assert (use.review_id, use.label) == (names.last_of(review.name), "acme/shop#7")
+    assert (use.process_id, use.state, use.calls_started) == (4711, "COMPLETED", 1)
+    assert use.lease_id.startswith("lea_")
+    assert use.open_time.seconds
+    assert use.close_time.seconds
+
+
+async def test_reviews_run_on_the_new_version_at_once(stack: Stack) -> None:
+    key = await stack.validated(await stack.add_key())
+    await stack.validated(
+        (await stack.client("acme").keys.RotateKey(rotate_request(key.provider_key.name))).key
+    )
+    await stack.ended(await stack.submit())
+    versions = await stack.sql("SELECT key_version FROM attempt WHERE kind = 'REVIEW'")
+    assert versions == [(2,)]

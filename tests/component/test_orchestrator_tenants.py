@@ -1,0 +1,251 @@
+"""Tenants, callers and settings; and that the schema is what the models say."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from byokeep.errors import error_info
+from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
+from sqlalchemy import create_engine
+
+from services.orchestrator.migrate import migrate
+from services.orchestrator.schema import metadata
+from tests.component.orchestrator_stack import Conversation, Stack, request_id, running, spiffe
+
+
+@pytest.fixture
+async def stack(orchestrator_database_url, tmp_path):
+    async with running(orchestrator_database_url, tmp_path) as started:
+        await started.tenant()
+        yield started
+
+
+def reason_of(refused: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> str:
+    return error_info(refused.value).reason
+
+
+def test_models_and_migrations_agree(orchestrator_database_url: str) -> None:
+    migrate(orchestrator_database_url)
+    migrate(orchestrator_database_url)  # a second time changes nothing
+    engine = create_engine(
+        orchestrator_database_url.replace("postgresql://", "postgresql+psycopg://")
+    )
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "compare_type": True,
+                "compare_server_default": True,
+                "include_name": lambda name, kind, _: (
+                    kind != "table" or not name.startswith("procrastinate")
+                ),
+            },
+        )
+        assert compare_metadata(context, metadata) == []
+    engine.dispose()
+
+
+async def test_create_is_idempotent_and_ids_are_given_once(stack: Stack) -> None:
+    tenants = stack.client("operator").tenants
+    request = tenant_pb2.CreateTenantRequest(name="tenants/new", request_id=request_id())
+    first = await tenants.CreateTenant(request)
+    assert first.tenant.plan == tenant_pb2.PLAN_TEAM
+    assert first == await tenants.CreateTenant(request)
+    request.plan = tenant_pb2.PLAN_ENTERPRISE
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await tenants.CreateTenant(request)
+    assert reason_of(refused) == "REQUEST_ID_CONFLICT"
+    request.request_id = request_id()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await tenants.CreateTenant(request)
+    assert reason_of(refused) == "TENANT_EXISTS"
+
+
+async def test_list_shows_each_caller_its_own(stack: Stack) -> None:
+    for name in ("bolt", "cord"):
+        await stack.tenant(name)
+    everything = await stack.client("operator").tenants.ListTenants(
+        tenant_pb2.ListTenantsRequest(page_size=2)
+    )
+    assert [one.name for one in everything.tenants] == ["tenants/acme", "tenants/bolt"]
+    rest = await stack.client("operator").tenants.ListTenants(
+        tenant_pb2.ListTenantsRequest(page_size=2, page_token=everything.next_page_token)
+    )
+    assert [one.name for one in rest.tenants] == ["tenants/cord"]
+    own = await stack.client("bolt").tenants.ListTenants(tenant_pb2.ListTenantsRequest())
+    assert [one.name for one in own.tenants] == ["tenants/bolt"]
+
+
+async def test_suspended_tenant_takes_nothing_new_and_shows_the_old(stack: Stack) -> None:
+    stack.keyvault.add("acme")
+    review = await stack.ended(await stack.submit())
+    tenants = stack.client("operator").tenants
+    await tenants.SuspendTenant(
+        tenant_pb2.SuspendTenantRequest(name="tenants/acme", request_id=request_id())
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit()
+    assert reason_of(refused) == "TENANT_NOT_ACTIVE"
+    shown = await stack.client("acme").reviews.GetReview(
+        review_pb2.GetReviewRequest(name=review.name)
+    )
+    assert shown.review == review
+    await tenants.SuspendTenant(
+        tenant_pb2.SuspendTenantRequest(
+            name="tenants/acme", resume=True, request_id=request_id()
+        )
+    )
+    await stack.submit()
+
+
+async def test_deleted_tenant_leaves_its_id_alone(stack: Stack) -> None:
+    async def endless(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.cancelled.wait()
+        await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST)
+
+    stack.keyvault.add("acme")
+    stack.keyvault.add("acme", display_name="other")
+    stack.runner.default = endless
+    await stack.submit()
+    await stack.until("SELECT 1 FROM attempt WHERE state = 'RUNNING'")
+    tenants = stack.client("operator").tenants
+    request = tenant_pb2.DeleteTenantRequest(name="tenants/acme", request_id=request_id())
+    assert (await tenants.DeleteTenant(request)).destroyed_keys == 2
+    assert (await tenants.DeleteTenant(request)).destroyed_keys == 0
+    for table in metadata.tables.values():
+        left = await stack.sql(f"SELECT count(*) FROM {table.name}")
+        assert left == [(1 if table.name == "tenant" else 0,)], table.name
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit()
+    assert reason_of(refused) == "TENANT_NOT_ALLOWED"
+    for call, message in (
+        (tenants.CreateTenant, tenant_pb2.CreateTenantRequest(name="tenants/acme")),
+        (tenants.SuspendTenant, tenant_pb2.SuspendTenantRequest(name="tenants/acme")),
+    ):
+        message.request_id = request_id()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(message)
+        assert reason_of(refused) in ("TENANT_EXISTS", "WRONG_STATE")
+
+
+async def test_allow_replaces_and_deny_takes_all(stack: Stack) -> None:
+    callers = stack.client("operator").callers
+    bot = tenant_pb2.Caller(spiffe_id=spiffe("bot"), roles=[1, 3])
+
+    async def allow(caller: tenant_pb2.Caller) -> None:
+        await callers.AllowCaller(
+            tenant_pb2.AllowCallerRequest(
+                parent="tenants/acme", caller=caller, request_id=request_id()
+            )
+        )
+
+    await allow(bot)
+    bot.roles[:] = [1]
+    bot.may_assert_users = True
+    await allow(bot)
+    request = tenant_pb2.ListCallersRequest(parent="tenants/acme")
+    listed = await callers.ListCallers(request)
+    assert [one.spiffe_id for one in listed.callers] == [spiffe("acme"), spiffe("bot")]
+    assert listed.callers[1] == bot
+    await callers.DenyCaller(
+        tenant_pb2.DenyCallerRequest(
+            parent="tenants/acme", spiffe_id=bot.spiffe_id, request_id=request_id()
+        )
+    )
+    assert len((await callers.ListCallers(request)).callers) == 1
+
+
+@pytest.mark.parametrize(
+    "caller",
+    [
+        {"spiffe_id": "spiffe://elsewhere.test/client/bot", "roles": [1]},
+        {"spiffe_id": "spiffe://byokeep.test/", "roles": [1]},
+        {"spiffe_id": "spiffe://byokeep.test/a", "roles": []},
+        {"spiffe_id": "spiffe://byokeep.test/a", "roles": [0]},
+        {"spiffe_id": "spiffe://byokeep.test/a", "roles": [9]},
+    ],
+)
+async def test_malformed_callers_are_refused(stack: Stack, caller) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("operator").callers.AllowCaller(
+            tenant_pb2.AllowCallerRequest(
+                parent="tenants/acme", caller=tenant_pb2.Caller(**caller), request_id=request_id()
+            )
+        )
+    assert reason_of(refused) == "INVALID_FIELD"
+
+
+def update(paths: list[str], **values) -> settings_pb2.UpdateSettingsRequest:
+    chosen = {"name": "tenants/acme/settings"} | values
+    return settings_pb2.UpdateSettingsRequest(
+        settings=settings_pb2.Settings(**chosen),
+        update_mask={"paths": paths},
+        request_id=request_id(),
+    )
+
+
+async def test_settings_change_by_mask_and_etag(stack: Stack) -> None:
+    client = stack.client("acme").settings
+    before = (
+        await client.GetSettings(settings_pb2.GetSettingsRequest(name="tenants/acme/settings"))
+    ).settings
+    request = update(
+        ["default_model"], default_model="openai/m", max_diff_bytes=7, etag=before.etag
+    )
+    after = (await client.UpdateSettings(request)).settings
+    assert (after.default_model, after.max_diff_bytes) == ("openai/m", 0)
+    assert after.etag != before.etag
+    assert (await client.UpdateSettings(request)).settings == after  # a retry
+    request.request_id = request_id()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await client.UpdateSettings(request)
+    assert reason_of(refused) == "ETAG_MISMATCH"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        update(["plan"], plan=3),
+        update([]),
+        update(["default_model"], default_model="x"),
+        update(["max_diff_bytes"], max_diff_bytes=5_000_000),
+        update(["max_diff_bytes"], name="tenants/acme/reviews"),
+        update(["max_diff_bytes"], name="acme"),
+    ],
+)
+async def test_malformed_settings_are_refused(stack: Stack, request_) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("acme").settings.UpdateSettings(request_)
+    assert reason_of(refused) == "INVALID_FIELD"
+
+
+async def test_overrides_are_an_entitlement(stack: Stack) -> None:
+    client = stack.client("acme").settings
+
+    async def override(model: str) -> settings_pb2.Settings:
+        response = await client.SetModelOverride(
+            settings_pb2.SetModelOverrideRequest(
+                parent="tenants/acme",
+                repository_pattern="acme/*",
+                model=model,
+                request_id=request_id(),
+            )
+        )
+        return response.settings
+
+    assert len((await override("openai/a")).model_overrides) == 1
+    assert [one.model for one in (await override("openai/b")).model_overrides] == ["openai/b"]
+    await stack.client("operator").settings.SetPlan(
+        settings_pb2.SetPlanRequest(
+            tenant="tenants/acme", plan=tenant_pb2.PLAN_STARTER, request_id=request_id()
+        )
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await override("openai/c")
+    assert reason_of(refused) == "PLAN_LACKS"
+    stack.keyvault.add("acme")
+    assert (await stack.submit()).model == "openai/gpt-6.1-terra"  # it has no effect any more
+    assert list((await override("")).model_overrides) == []

@@ -1,0 +1,1 @@
+"""Protections removed one at a time, to see that each one's test notices."""

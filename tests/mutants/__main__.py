@@ -1,0 +1,61 @@
+"""`python -m tests.mutants [FILTER]`: remove each protection in a copy, expect its test to fail.
+
+A mutant that survives (its test still passes), or that no longer applies (the text
+that it replaces is gone), fails the run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.mutants.table import MUTANTS, Mutant
+
+_ROOT = Path(__file__).resolve().parents[2]
+_IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", ".byokeep")
+
+
+def _verdict(copy: Path, mutant: Mutant) -> str:
+    path = copy / mutant.file
+    original = path.read_text()
+    if original.count(mutant.old) < 1:
+        return "does not apply"
+    path.write_text(original.replace(mutant.old, mutant.new))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": f"{copy}:{copy}/clients/python/src"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+    finally:
+        path.write_text(original)
+    # 1: tests failed. Anything else (no test found, usage) is not what was meant.
+    return {0: "SURVIVED", 1: "killed"}.get(done.returncode, f"pytest exit {done.returncode}")
+
+
+def main() -> None:
+    """Run every mutant whose file or test has the filter in its name."""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [one for one in MUTANTS if wanted in f"{one.file} {one.tests} {one.what}"]
+    bad = 0
+    with tempfile.TemporaryDirectory(prefix="byokeep-mutants-") as folder:
+        copy = Path(folder) / "tree"
+        shutil.copytree(_ROOT, copy, ignore=_IGNORED)
+        for mutant in chosen:
+            verdict = _verdict(copy, mutant)
+            bad += verdict != "killed"
+            print(f"{verdict:15} {mutant.file}: {mutant.what}", flush=True)
+    print(f"{len(chosen) - bad} passed, {bad} failed")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

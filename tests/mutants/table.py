@@ -1,0 +1,315 @@
+"""The protections, how each is removed, and the test that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One removal: in `file`, `old` becomes `new`; `tests` must then fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+_KV = "services/keyvault/"
+_SEC = "tests/security/"
+
+MUTANTS = (
+    Mutant(
+        "the envelope is not bound to its provider",
+        _KV + "envelope.py",
+        "            self.provider,\n",
+        "            '',\n",
+        (_SEC + "test_envelope.py::test_every_part_of_the_context_is_bound",),
+    ),
+    Mutant(
+        "the envelope is bound to nothing",
+        _KV + "envelope.py",
+        "        return fields(\n            MAGIC,",
+        '        return b""\n        return fields(\n            MAGIC,',
+        (_SEC + "test_rows.py::test_swap_rows",),
+    ),
+    Mutant(
+        "one data key and nonce for all",
+        _KV + "envelope.py",
+        "nonce = os.urandom(_NONCE)",
+        "nonce = os.urandom(1) * _NONCE",
+        (_SEC + "test_envelope.py::test_one_dek_per_version",),
+    ),
+    Mutant(
+        "no key commitment",
+        _KV + "envelope.py",
+        "if not hmac.compare_digest(envelope[len(MAGIC) : len(MAGIC) + _COMMITMENT], commitment):",
+        "if False:",
+        (_SEC + "test_envelope.py::test_salamander",),
+    ),
+    Mutant(
+        "golden envelopes: another label",
+        _KV + "envelope.py",
+        'b"byokeep/envelope/v1"',
+        'b"byokeep/envelope/v2"',
+        (_SEC + "test_envelope.py::test_vectors_golden_envelopes",),
+    ),
+    Mutant(
+        "malformed envelopes raise whatever comes",
+        _KV + "envelope.py",
+        '        raise EnvelopeError("not an envelope of version 1")',
+        '        raise ValueError("not an envelope of version 1")',
+        (_SEC + "test_envelope.py::test_fuzz_envelope_random",),
+    ),
+    Mutant(
+        "the KEK is asked before the header is checked",
+        _KV + "leasing.py",
+        "            check_header(locked.envelope)\n",
+        "",
+        (_SEC + "test_envelope.py::test_fuzz_envelope_no_kek_call_before_the_header",),
+    ),
+    Mutant(
+        "state MAC not checked",
+        _KV + "domain.py",
+        "    if not hmac.compare_digest(version.state_mac,",
+        "    if False and not hmac.compare_digest(version.state_mac,",
+        (_SEC + "test_rows.py::test_rollback_row_state_set_by_sql",),
+    ),
+    Mutant(
+        "reconcile freezes nothing",
+        _KV + "reconcile.py",
+        "            await self._freeze(tenant, key_id, version)",
+        "            pass",
+        (_SEC + "test_rows.py::test_rollback_row_restored_whole",),
+    ),
+    Mutant(
+        "the anchor is always believed",
+        _KV + "anchor.py",
+        "        anchored = self._read()\n",
+        "        return True\n",
+        (_SEC + "test_rows.py::test_rollback_row_whole_database",),
+    ),
+    Mutant(
+        "a lost anchor is forgiven",
+        _KV + "anchor.py",
+        "            return size == 0\n",
+        "            return True\n",
+        (_SEC + "test_rows.py::test_a_lost_anchor_is_not_forgotten",),
+    ),
+    Mutant(
+        "listing asks the KEK backend",
+        _KV + "custody.py",
+        "        return await store.page(",
+        "        await self._backend.healthy()\n        return await store.page(",
+        (_SEC + "test_rows.py::test_list_without_vault",),
+    ),
+    Mutant(
+        "grants: signature not verified",
+        "clients/python/src/byokeep/dsse.py",
+        "    except InvalidSignature:\n        raise",
+        "    except InvalidSignature:\n        return envelope.payload\n        raise",
+        (_SEC + "test_grants.py::test_grant_mutation_unsigned",),
+    ),
+    Mutant(
+        "grants: any payload type",
+        "clients/python/src/byokeep/dsse.py",
+        "    if envelope.payload_type != payload_type:",
+        "    payload_type = envelope.payload_type\n    if False:",
+        (_SEC + "test_grants.py::test_grant_mutation_signers",),
+    ),
+    Mutant(
+        "grants: any deployment",
+        _KV + "grants.py",
+        "if grant.deployment != deployment:",
+        "if False:",
+        (_SEC + "test_grants.py::test_grant_mutation_signed",),
+    ),
+    Mutant(
+        "grants: any provider and owner",
+        _KV + "leasing.py",
+        "        if (provider_value(key.provider), key.owner) != (grant.provider, grant.owner):",
+        "        if False:",
+        (_SEC + "test_grants.py::test_grant_mutation_signed",),
+    ),
+    Mutant(
+        "grants: an hour of life",
+        _KV + "grants.py",
+        "MAX_LIFE = datetime.timedelta(seconds=60)",
+        "MAX_LIFE = datetime.timedelta(hours=1)",
+        (_SEC + "test_grants.py::test_grant_mutation_times",),
+    ),
+    Mutant(
+        "grants: time not checked",
+        _KV + "leasing.py",
+        "            check_time(grant, head.now)\n",
+        "",
+        (_SEC + "test_grants.py::test_grant_mutation_times",),
+    ),
+    Mutant(
+        "grants: no tolerance for clocks",
+        _KV + "grants.py",
+        "SKEW = datetime.timedelta(seconds=5)",
+        "SKEW = datetime.timedelta(seconds=0)",
+        (_SEC + "test_grants.py::test_grant_mutation_within_the_skew",),
+    ),
+    Mutant(
+        "grants: the reason is not recorded",
+        _KV + "leasing.py",
+        '        self._denied(holder, "/byokeep',
+        '        _ = (holder, "/byokeep',
+        (_SEC + "test_grants.py::test_grant_mutation_is_on_the_record",),
+    ),
+    Mutant(
+        "grants: redeemed as often as one likes",
+        _KV + "leasing.py",
+        "                grant.grant_id,\n                grant.tenant,",
+        '                new_id("gra"),\n                grant.tenant,',
+        (
+            _SEC + "test_grants.py::test_grant_race",
+            _SEC + "test_grants.py::test_grant_race_with_a_restart",
+        ),
+    ),
+    Mutant(
+        "grants: any runner class",
+        _KV + "grants.py",
+        '    if spiffe_id.rpartition("/")[2] != grant.runner_class:',
+        "    if False:",
+        (_SEC + "test_grants.py::test_confused_deputy_outside_the_runner_class",),
+    ),
+    Mutant(
+        "grants: any public key",
+        _KV + "grants.py",
+        "    if not hmac.compare_digest(digest, grant.recipient_key_sha256):",
+        "    if False:",
+        (_SEC + "test_grants.py::test_confused_deputy_substituted_public_key",),
+    ),
+    Mutant(
+        "no cap on leases in flight",
+        _KV + "store/leases.py",
+        "AND end_time IS NULL AND expire_time > now()) < %(cap)s",
+        "AND end_time IS NULL AND expire_time > now()) < %(cap)s + 1000",
+        (_SEC + "test_grants.py::test_rogue_orchestrator_in_flight_cap",),
+    ),
+    Mutant(
+        "the version is not locked with the chain",
+        _KV + "store/leases.py",
+        "FOR UPDATE OF c, v",
+        "FOR UPDATE OF c",
+        (_SEC + "test_grants.py::test_a_revocation_that_commits_first_wins",),
+    ),
+    Mutant(
+        "caller classes not checked",
+        "services/common/authz.py",
+        "    if not caller.classes.intersection(access.callers):",
+        "    if False:",
+        (_SEC + "test_authz.py::test_authz_matrix_on_the_wire",),
+    ),
+    Mutant(
+        "undeclared methods are served",
+        "services/common/authz.py",
+        "    if not access.callers or options_pb2",
+        "    if False and options_pb2",
+        (_SEC + "test_authz.py::test_authz_matrix_undeclared_stops_the_start",),
+    ),
+    Mutant(
+        "any trust domain",
+        "services/common/authz.py",
+        "        if match and match[1] == self._trust_domain:\n            caller = Caller(spiffe_id, self._classes_of(spiffe_id))",
+        '        if match:\n            own = f"spiffe://{self._trust_domain}{match[2]}"\n'
+        "            caller = Caller(spiffe_id, self._classes_of(own))",
+        (_SEC + "test_authz.py::test_svid_shape",),
+    ),
+    Mutant(
+        "the seal is not bound to the tenant",
+        "clients/python/src/byokeep/sealing.py",
+        "            self.tenant,\n",
+        "            '',\n",
+        (_SEC + "test_intake.py::test_intake_replay",),
+    ),
+    Mutant(
+        "the seal is not bound to the request",
+        "clients/python/src/byokeep/sealing.py",
+        "            self.request_id,\n        )",
+        "            '',\n        )",
+        (_SEC + "test_intake.py::test_intake_replay",),
+    ),
+    Mutant(
+        "intake keys live on",
+        _KV + "store/intake.py",
+        "WHERE key_id = %s AND not_after + interval '5 minutes' > now()",
+        "WHERE key_id = %s",
+        (_SEC + "test_intake.py::test_intake_replay_of_a_closed_epoch",),
+    ),
+    Mutant(
+        "epoch KEKs are not destroyed",
+        _KV + "intake.py",
+        "            await self._backend.destroy(kek.intake_kek(key_id))\n",
+        "",
+        (_SEC + "test_intake.py::test_intake_replay_of_a_closed_epoch",),
+    ),
+    Mutant(
+        "intake is not counted",
+        _KV + "custody.py",
+        "                raise _limit(self._intake_per_hour)",
+        "                pass",
+        (_SEC + "test_intake.py::test_intake_oracle",),
+    ),
+    Mutant(
+        "keyvault does not check a key's form",
+        _KV + "intake_child.py",
+        '        check_key(order["provider"], key)',
+        "        pass",
+        (_SEC + "test_intake.py::test_key_charset",),
+    ),
+    Mutant(
+        "hints of short keys show the last four",
+        _KV + "hint.py",
+        "key[-4:] if len(key) >= 24 else ''",
+        "key[-4:]",
+        (_SEC + "test_intake.py::test_key_charset_hint",),
+    ),
+    Mutant(
+        "starts with gRPC tracing",
+        "services/common/hardening.py",
+        '    if environ.get("GRPC_TRACE"):',
+        "    if False:",
+        (_SEC + "test_leaks.py::test_env_guard",),
+    ),
+    Mutant(
+        "unforeseen errors are sent as they are",
+        "services/common/interceptor.py",
+        "            return internal()",
+        "            return ByokeepError(grpc.StatusCode.INTERNAL, 'INTERNAL', str(error))",
+        (_SEC + "test_leaks.py::test_error_text",),
+    ),
+    Mutant(
+        "exception texts are logged",
+        "services/common/logs.py",
+        '        "error": f"{type(error).__module__}.{type(error).__qualname__}",',
+        '        "error": repr(error),',
+        (_SEC + "test_leaks.py::test_error_text",),
+    ),
+    Mutant(
+        "libraries' log arguments are shown",
+        "services/common/logs.py",
+        '            "event": record.msg if isinstance(record.msg, str) else type(record.msg).__name__,',
+        '            "event": record.getMessage(),',
+        (_SEC + "test_leaks.py::test_error_text_of_libraries",),
+    ),
+    Mutant(
+        "a lease without its audit event",
+        _KV + "store/leases.py",
+        "    SELECT %(chain)s, %(sequence)s, %(key_id)s, %(body)s, %(previous)s, %(hash)s FROM redeemed\n",
+        "    SELECT %(chain)s, %(sequence)s, %(key_id)s, %(body)s, %(previous)s, %(hash)s"
+        " FROM redeemed WHERE false\n",
+        (_SEC + "test_leaks.py::test_audit_fail_closed",),
+    ),
+    Mutant(
+        "each denial is an event of its own",
+        _KV + "denials.py",
+        "        if kind not in self._counts and len(self._counts) >= _MAX_KINDS:",
+        "        if False:",
+        (_SEC + "test_leaks.py::test_denial_flood",),
+    ),
+)

@@ -1,0 +1,77 @@
+"""`byokeep audit export` and `verify`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest_plugins = ["tests.harness.cli_fixtures"]
+
+
+@pytest.fixture
+def exported(edge, byokeep, tmp_path):
+    for _ in range(5):
+        edge.chain.add("LEASED", key_id="key_" + "0" * 26)
+    ran = byokeep("audit", "export", "-o", "chain.jsonl")
+    assert ran.code == 0
+    assert "5 events" in ran.err
+    return tmp_path / "chain.jsonl"
+
+
+def test_an_export_verifies_offline(edge, byokeep, exported):
+    edge.stop()
+    ran = byokeep("audit", "verify", "chain.jsonl")
+    assert ran.code == 0
+    assert "holds" in ran.out
+    assert byokeep("audit", "verify", "chain.jsonl", "--json").json["events"] == 5
+
+
+def test_trust_bundle_may_be_given_without_any_profile(edge, byokeep, exported, monkeypatch):
+    monkeypatch.setenv("BYOKEEP_CONFIG", "nowhere")
+    trust = str(edge.directory / "trust.json")
+    assert byokeep("audit", "verify", "chain.jsonl", "--trust", trust).code == 0
+    assert byokeep("audit", "verify", "chain.jsonl").code == 2
+
+
+def test_standard_output_and_input(edge, byokeep, exported):
+    text = byokeep("audit", "export").out
+    assert text == exported.read_text()
+    assert byokeep("audit", "verify", "-", stdin=text.encode()).code == 0
+
+
+def test_a_broken_link_is_named_and_exits_6(byokeep, exported):
+    lines = exported.read_text().splitlines()
+    lines[2] = lines[2].replace('"hash": "', '"hash": "AAAA')
+    exported.write_text("\n".join(lines))
+    ran = byokeep("audit", "verify", "chain.jsonl")
+    assert ran.code == 6
+    assert "link 3" in ran.err
+    error = json.loads(byokeep("audit", "verify", "chain.jsonl", "--json").err)["error"]
+    assert error["metadata"]["sequence"] == "3"
+
+
+def test_a_shorter_chain_is_found_against_an_older_head(edge, byokeep, exported, tmp_path):
+    (tmp_path / "older.jsonl").write_text(exported.read_text().splitlines()[-1])
+    grown = byokeep("audit", "verify", "chain.jsonl", "--against", "older.jsonl")
+    assert grown.code == 0
+    assert "link 5" in grown.out
+    del edge.chain.links[3:]
+    byokeep("audit", "export", "-o", "short.jsonl")
+    assert byokeep("audit", "verify", "short.jsonl").code == 0
+    ran = byokeep("audit", "verify", "short.jsonl", "--against", "older.jsonl")
+    assert ran.code == 6
+    assert "link 4" in ran.err
+
+
+def test_a_failed_export_leaves_the_older_file_alone(edge, byokeep, exported):
+    before = exported.read_text()
+    edge.fail("ExportEvents", "PERMISSION_DENIED", "CALLER_NOT_ALLOWED", "not an auditor")
+    assert byokeep("audit", "export", "-o", "chain.jsonl").code == 3
+    assert exported.read_text() == before
+    assert [path.name for path in exported.parent.glob("*.part")] == []
+
+
+def test_an_export_without_a_head_is_an_error(edge, byokeep, monkeypatch):
+    monkeypatch.setattr(type(edge.chain), "head", lambda self: None)
+    assert byokeep("audit", "export").code == 5

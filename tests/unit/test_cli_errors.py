@@ -1,0 +1,160 @@
+"""Errors of the command: exit codes, sentences, hints, JSON, no traceback."""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+import pytest
+from byokeep.cli.errors import BY_CODE, BY_FAILURE, BY_REASON, HINTS, Exit
+from byokeep.common.v1 import error_reason_pb2
+from byokeep.orchestrator.v1 import review_pb2
+
+pytest_plugins = ["tests.harness.cli_fixtures"]
+
+REASONS = {name.removeprefix("ERROR_REASON_") for name, _ in error_reason_pb2.ErrorReason.items()}
+
+
+def test_tables_name_only_what_exists():
+    failures = review_pb2.FailureReason.keys()
+    assert set(BY_REASON) <= REASONS
+    assert set(HINTS) <= REASONS
+    assert {f"FAILURE_REASON_{name}" for name in BY_FAILURE} <= set(failures)
+    assert set(BY_CODE) == {code.name for code in grpc.StatusCode} - {"OK"}
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "exit_code", "hint"),
+    [
+        ("INVALID_ARGUMENT", "INVALID_FIELD", Exit.INPUT, ""),
+        ("NOT_FOUND", "NOT_FOUND", Exit.INPUT, ""),
+        ("ABORTED", "REQUEST_ID_CONFLICT", Exit.INPUT, "--request-id"),
+        ("FAILED_PRECONDITION", "NO_MODEL", Exit.INPUT, "byokeep model set"),
+        ("PERMISSION_DENIED", "TENANT_NOT_ALLOWED", Exit.PERMISSION, "byokeep caller allow"),
+        ("UNAUTHENTICATED", "IDENTITY_INVALID", Exit.PERMISSION, "byokeep doctor"),
+        ("FAILED_PRECONDITION", "NO_ACTIVE_KEY", Exit.KEY, "byokeep key add openai"),
+        ("FAILED_PRECONDITION", "KEY_NEEDS_REKEY", Exit.KEY, "byokeep key rotate key_"),
+        ("UNAVAILABLE", "DEPENDENCY_UNAVAILABLE", Exit.UNAVAILABLE, "byokeep doctor"),
+        ("RESOURCE_EXHAUSTED", "OVERLOADED", Exit.UNAVAILABLE, ""),
+        ("INTERNAL", "INTERNAL", Exit.UNAVAILABLE, ""),
+        ("DATA_LOSS", "ROW_TAMPERED", Exit.INTEGRITY, ""),
+        ("FAILED_PRECONDITION", "DATABASE_ROLLED_BACK", Exit.INTEGRITY, "resume-leases"),
+    ],
+)
+def test_each_refusal_has_its_exit_code_reason_and_hint(
+    edge, byokeep, code, reason, exit_code, hint
+):
+    metadata = {"provider": "openai", "key": "key_" + "0" * 26}
+    edge.fail("ListKeys", code, reason, "A sentence for people.", **metadata)
+    ran = byokeep("key", "list")
+    assert ran.code == exit_code
+    assert f"error: A sentence for people. ({reason})" in ran.err
+    assert hint in ran.err
+    assert ran.out == ""
+
+
+def test_errors_are_json_where_output_is(edge, byokeep):
+    edge.fail("ListKeys", "PERMISSION_DENIED", "TENANT_NOT_ALLOWED", "No.", tenant="demo")
+    for arguments in (("key", "list", "--json"), ("--format", "json", "key", "list")):
+        error = json.loads(byokeep(*arguments).err)["error"]
+        assert error["reason"] == "TENANT_NOT_ALLOWED"
+        assert error["code"] == "PERMISSION_DENIED"
+        assert error["exit"] == 3
+        assert error["metadata"] == {"tenant": "demo"}
+
+
+def test_usage_errors_are_json_too(edge, byokeep):
+    error = json.loads(byokeep("key", "nonsense", "--json").err)["error"]
+    assert error["reason"] == "USAGE"
+
+
+def test_no_error_writes_control_characters(edge, byokeep):
+    edge.fail("ListKeys", "NOT_FOUND", "NOT_FOUND", "gone\x1b[2J\r\nerror: forged", field="\x1b[0m")
+    ran = byokeep("key", "list", "--verbose")
+    assert "\x1b" not in ran.err
+    assert "\nerror: forged" not in ran.err
+
+
+def test_a_service_that_is_away_is_named(edge, byokeep):
+    edge.stop()
+    ran = byokeep("key", "list", "--verbose")
+    assert ran.code == 5
+    assert f"the orchestrator at {edge.addresses['orchestrator']} does not answer" in ran.err
+    assert "byokeep doctor" in ran.err
+    assert "UNAVAILABLE" in ran.err
+
+
+def test_a_service_with_another_name_is_refused(edge, byokeep):
+    edge.write_config(orchestrator=edge.addresses["keyvault"])
+    ran = byokeep("key", "list")
+    assert ran.code == 5
+    assert "certificate" in ran.err
+    assert edge.requests == []
+
+
+def test_an_identity_of_another_ca_is_refused(edge, byokeep, tmp_path):
+    from deploy.local.pki import CertificateAuthority
+
+    CertificateAuthority.new("byokeep.test").issue(tmp_path / "other", spiffe_id="client/developer")
+    edge.write_config(certificate=str(tmp_path / "other.pem"), key=str(tmp_path / "other.key"))
+    ran = byokeep("key", "list")
+    assert ran.code == 5
+    assert edge.requests == []
+
+
+@pytest.mark.parametrize("form", ["sarif", "github"])
+def test_review_formats_are_for_reviews(edge, byokeep, form):
+    for arguments in (("--format", form, "key", "list"), ("key", "list", "--format", form)):
+        ran = byokeep(*arguments)
+        assert (ran.code, "for reviews only" in ran.err) == (2, True)
+
+
+def test_json_and_another_format_exclude_each_other(edge, byokeep):
+    assert byokeep("--json", "review", "list", "--format", "sarif").code == 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        (),
+        ("key",),
+        ("key", "add"),
+        ("key", "rotate"),
+        ("key", "list"),
+        ("key", "show"),
+        ("key", "revoke"),
+        ("key", "destroy"),
+        ("key", "roll-back"),
+        ("key", "trail"),
+        ("review",),
+        ("review", "show"),
+        ("review", "list"),
+        ("review", "cancel"),
+        ("review", "retry"),
+        ("model", "list"),
+        ("model", "set"),
+        ("tenant", "create"),
+        ("tenant", "delete"),
+        ("caller", "allow"),
+        ("audit", "export"),
+        ("audit", "verify"),
+        ("admin", "status"),
+        ("admin", "resume-leases"),
+        ("status",),
+        ("doctor",),
+    ],
+    ids=" ".join,
+)
+def test_help_of_every_command_has_the_common_options(byokeep, path):
+    ran = byokeep(*path, "--help")
+    assert ran.code == 0
+    assert all(option in ran.out for option in ("--profile", "--tenant", "--json", "--config"))
+    assert ran.err == ""
+
+
+@pytest.mark.parametrize("path", [(), ("key",), ("tenant",), ("caller",), ("audit",), ("admin",)])
+def test_a_group_alone_shows_its_help_and_is_an_error(byokeep, path):
+    ran = byokeep(*path)
+    assert ran.code == 2
+    assert "Usage" in ran.out + ran.err
+    assert "Traceback" not in ran.err

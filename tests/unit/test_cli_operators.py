@@ -1,0 +1,111 @@
+"""`byokeep tenant`, `caller`, `model`, `admin` against a fake edge over real mutual TLS."""
+
+from __future__ import annotations
+
+import pytest
+from byokeep.common.v1 import options_pb2
+from byokeep.keyvault.v1 import admin_pb2
+from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
+
+pytest_plugins = ["tests.harness.cli_fixtures"]
+
+CI = "spiffe://acme.example/ci"
+
+
+def test_create_makes_the_kek_first(edge, byokeep):
+    ran = byokeep("tenant", "create", "acme", "--plan", "starter")
+    assert ran.code == 0
+    kinds = [type(request) for request in edge.requests]
+    assert kinds == [admin_pb2.CreateTenantKeyRequest, tenant_pb2.CreateTenantRequest]
+    assert edge.requests[1].plan == tenant_pb2.PLAN_STARTER
+
+
+def test_tenant_commands_need_no_half_measures(edge, byokeep):
+    """Without keyvault's address nothing is created or deleted at the orchestrator."""
+    edge.write_config(keyvault=False)
+    for arguments in (("create", "acme"), ("delete", "demo", "--yes")):
+        ran = byokeep("tenant", *arguments)
+        assert ran.code == 2
+        assert "keyvault" in ran.err
+    assert edge.requests == []
+
+
+def test_delete_destroys_and_shreds(edge, byokeep):
+    ran = byokeep("tenant", "delete", "demo", "--yes", "--json")
+    assert ran.json == {"destroyedKeys": 3, "destroyedVersions": "4", "shred": "immediate"}
+
+
+def test_delete_without_a_terminal_needs_yes(edge, byokeep):
+    assert byokeep("tenant", "delete", "demo").code == 2
+    assert edge.requests == []
+
+
+def test_suspend_resume_list_plan(edge, byokeep):
+    assert "SUSPENDED" in byokeep("tenant", "suspend", "demo").out
+    assert "SUSPENDED" in byokeep("tenant", "list").out
+    assert "ACTIVE" in byokeep("tenant", "suspend", "demo", "--resume").out
+    assert byokeep("tenant", "set-plan", "demo", "enterprise").code == 0
+    assert edge.settings.plan == tenant_pb2.PLAN_ENTERPRISE
+    assert byokeep("tenant", "list", "--json").json["tenants"][0]["name"] == "tenants/demo"
+
+
+def test_allow_list_deny(edge, byokeep):
+    roles = ("--role", "submitter", "--role", "key-admin", "--role", "submitter")
+    assert byokeep("caller", "allow", CI, *roles, "--assert-users").code == 0
+    (request,) = edge.sent(tenant_pb2.AllowCallerRequest)
+    assert list(request.caller.roles) == [
+        options_pb2.TENANT_ROLE_SUBMITTER,
+        options_pb2.TENANT_ROLE_KEY_ADMIN,
+    ]
+    assert "submitter, key-admin, may assert users" in byokeep("caller", "list").out
+    assert byokeep("caller", "deny", CI).code == 0
+    assert byokeep("caller", "list", "--json").json == {"callers": []}
+
+
+def test_tenant_option_overrides_the_profile(edge, byokeep):
+    for arguments in (
+        ("caller", "list", "--tenant", "acme"),
+        ("caller", "--tenant", "acme", "list"),
+        ("--tenant", "acme", "caller", "list"),
+    ):
+        byokeep(*arguments)
+    assert [r.parent for r in edge.sent(tenant_pb2.ListCallersRequest)] == ["tenants/acme"] * 3
+
+
+def test_models(edge, byokeep):
+    edge.models.append(
+        settings_pb2.Model(model="openai/gpt-5", key_ids=["key_1"], provider_default=True)
+    )
+    assert byokeep("model", "set", "openai/gpt-5").code == 0
+    assert byokeep("model", "set", "gemini/flash", "--repo", "acme/*").code == 0
+    listed = byokeep("model", "list").out
+    assert "provider's default" in listed
+    assert "default: openai/gpt-5" in listed
+    assert "acme/*: gemini/flash" in listed
+    assert byokeep("model", "unset").code == 0
+    assert byokeep("model", "list", "--json").json["defaultModel"] == ""
+
+
+def test_admin(edge, byokeep):
+    assert "answers" in byokeep("admin", "status").out
+    assert "local v1" in byokeep("admin", "create-tenant-key", "acme").out
+    assert "v2" in byokeep("admin", "rotate-kek", "acme").out
+    assert "rewrapped 2 of 2" in byokeep("admin", "rewrap", "acme").out
+    assert len(byokeep("admin", "rewrap", "acme", "--json").lines) == 2
+    assert byokeep("admin", "shred-tenant", "acme").code == 2
+    assert "immediate" in byokeep("admin", "shred-tenant", "acme", "--yes").out
+    assert byokeep("admin", "resume-leases", "--reason", "restored on purpose").code == 0
+    assert byokeep("admin", "resume-leases").code == 2
+
+
+def test_what_is_not_built_yet_says_so(edge, byokeep):
+    edge.fail("RotateTenantKey", "UNIMPLEMENTED", "NOT_BUILT_YET", "RotateTenantKey comes later")
+    ran = byokeep("admin", "rotate-kek", "acme")
+    assert ran.code == 5
+    assert "RotateTenantKey comes later" in ran.err
+
+
+@pytest.mark.parametrize("arguments", [("caller", "allow", CI), ("tenant", "set-plan", "a", "x")])
+def test_bad_input(edge, byokeep, arguments):
+    assert byokeep(*arguments).code == 2
+    assert edge.requests == []

@@ -1,0 +1,307 @@
+"""`byokeep review` against a fake edge over real mutual TLS."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import pytest
+from byokeep.orchestrator.v1 import review_pb2
+
+pytest_plugins = ["tests.harness.cli_fixtures"]
+
+DIFF = b"--- a/app.py\n+++ b/app.py\n@@ -1 +1 @@\n-a\n+b\n"
+FINDINGS = [
+    review_pb2.Finding(
+        path="src/db.py",
+        start_line=12,
+        end_line=14,
+        severity=review_pb2.SEVERITY_HIGH,
+        category=review_pb2.CATEGORY_SECURITY,
+        title="SQL from input",
+        message="A quote in it is enough.",
+        suggestion="Use a parameter.",
+    ),
+    review_pb2.Finding(path="src/app.py", start_line=3, end_line=3, severity=2, title="Unused"),
+]
+RUNNING = {"state": review_pb2.REVIEW_STATE_RUNNING, "chunks_total": 2}
+COMPLETED = {
+    "state": review_pb2.REVIEW_STATE_COMPLETED,
+    "findings": FINDINGS,
+    "finding_count": 2,
+    "dropped_findings": 1,
+}
+
+
+def failed(reason, message="it failed"):
+    return {
+        "state": review_pb2.REVIEW_STATE_FAILED,
+        "failure": review_pb2.FailureReason.Value(f"FAILURE_REASON_{reason}"),
+        "failure_message": message,
+    }
+
+
+def submit(byokeep, *more):
+    return byokeep("review", "--diff", "-", *more, stdin=DIFF)
+
+
+def sent(edge):
+    (request,) = edge.sent(review_pb2.SubmitReviewRequest)
+    return request
+
+
+def git(*arguments):
+    subprocess.run(
+        [shutil.which("git"), "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
+        check=True,
+        capture_output=True,
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path, byokeep):
+    """A repository with one commit on main; the tests' directory."""
+    git("init", "-b", "main", ".")
+    git("remote", "add", "origin", "git@github.com:acme/shop.git")
+    (tmp_path / "app.py").write_text("a = 1\n")
+    git("add", "app.py")
+    git("commit", "-m", "one")
+    return tmp_path
+
+
+def test_findings_by_file_then_a_summary(edge, byokeep):
+    edge.states = [RUNNING, COMPLETED]
+    ran = submit(byokeep)
+    assert ran.code == 0
+    lines = ran.out.splitlines()
+    assert lines.index("src/app.py") < lines.index("src/db.py")
+    assert "  src/db.py:12-14  HIGH  security  SQL from input" in lines
+    assert "    → Use a parameter." in lines
+    assert "2 findings: 1 high, 1 low; 1 dropped" in lines[-1]
+    assert "2 calls to openai/gpt-5" in lines[-1]
+    assert "running" in ran.err
+
+
+def test_a_lost_stream_is_taken_up_again(edge, byokeep):
+    edge.states = [RUNNING, {"lost": True}, RUNNING, COMPLETED]
+    assert submit(byokeep).code == 0
+    assert len(edge.sent(review_pb2.WatchReviewRequest)) == 2
+
+
+@pytest.mark.parametrize(
+    ("threshold", "code"),
+    [("critical", 0), ("high", 1), ("medium", 1), ("low", 1), ("info", 1), (None, 0)],
+)
+def test_fail_on(edge, byokeep, threshold, code):
+    edge.states = [COMPLETED]
+    more = ("--fail-on", threshold) if threshold else ()
+    assert submit(byokeep, *more).code == code
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("KEY_REJECTED", 4),
+        ("KEY_REVOKED", 4),
+        ("QUOTA_EXHAUSTED", 4),
+        ("PROVIDER_UNAVAILABLE", 7),
+        ("AMBIGUOUS", 7),
+        ("TIMEOUT", 7),
+        ("INTERNAL", 7),
+    ],
+)
+def test_a_failed_review_says_why(edge, byokeep, reason, code):
+    edge.states = [failed(reason, "the reason in a sentence")]
+    ran = submit(byokeep)
+    assert ran.code == code
+    assert "the reason in a sentence" in ran.err
+    assert reason in ran.err
+    assert "byokeep review retry rev_" in ran.err
+
+
+def test_failing_wins_over_fail_on(edge, byokeep):
+    edge.states = [failed("TIMEOUT") | {"findings": FINDINGS}]
+    assert submit(byokeep, "--fail-on", "low").code == 7
+
+
+def test_json_is_a_line_for_each_change(edge, byokeep):
+    edge.states = [RUNNING, COMPLETED]
+    states = [line["state"] for line in submit(byokeep, "--json").lines]
+    assert states == ["REVIEW_STATE_RUNNING", "REVIEW_STATE_COMPLETED"]
+
+
+@pytest.mark.parametrize("form", ["sarif", "github"])
+def test_exports(edge, byokeep, form):
+    edge.states = [COMPLETED]
+    edge.export = '{"export": true}'
+    ran = submit(byokeep, "--format", form)
+    assert json.loads(ran.out) == {"export": True}
+    (request,) = edge.sent(review_pb2.ExportReviewRequest)
+    assert request.format == review_pb2.ExportFormat.Value(f"EXPORT_FORMAT_{form.upper()}")
+
+
+def test_dry_run_submits_nothing(edge, byokeep):
+    ran = submit(byokeep, "--dry-run")
+    assert ran.code == 0
+    assert "2 calls to openai/gpt-5" in ran.out
+    assert "skipped: logo.png" in ran.out
+    assert edge.sent(review_pb2.SubmitReviewRequest) == []
+
+
+def test_detach_prints_the_id(edge, byokeep):
+    ran = submit(byokeep, "--detach")
+    assert ran.code == 0
+    assert ran.out.strip().startswith("rev_")
+    assert edge.sent(review_pb2.WatchReviewRequest) == []
+
+
+def test_everything_given_travels(edge, byokeep, tmp_path):
+    (tmp_path / "schema.sql").write_text("create table t ();")
+    (tmp_path / "guide.md").write_text("Be kind.")
+    edge.states = [COMPLETED]
+    more = "--repo acme/shop --pr 7 --head abcdef1 --title T --description D --context schema.sql"
+    more += " --guidance guide.md --model openai/gpt-5 --user ann --request-id once-only-1"
+    assert submit(byokeep, *more.split()).code == 0
+    request = sent(edge)
+    given = request.input
+    assert request.request_id == "once-only-1"
+    assert (given.repository, given.pull_request, given.head_commit) == ("acme/shop", 7, "abcdef1")
+    assert (given.title, given.description, given.user) == ("T", "D", "ann")
+    assert given.context_files[0].path == "schema.sql"
+    assert (given.guidance, given.diff, given.model) == ("Be kind.", DIFF, "openai/gpt-5")
+
+
+def test_a_path_of_this_machine_does_not_travel(edge, byokeep, tmp_path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "notes.md"
+    elsewhere.write_text("n")
+    edge.states = [COMPLETED]
+    submit(byokeep, "--context", str(elsewhere))
+    assert sent(edge).input.context_files[0].path == "notes.md"
+
+
+def test_working_tree_is_reviewed_by_default(edge, byokeep, checkout):
+    (checkout / "app.py").write_text("a = 2\n")
+    edge.states = [COMPLETED]
+    assert byokeep("review").code == 0
+    given = sent(edge).input
+    assert b"+a = 2" in given.diff
+    assert given.repository == "acme/shop"
+    assert len(given.head_commit) == 40
+
+
+def test_base_reviews_the_branch(edge, byokeep, checkout):
+    git("checkout", "-b", "topic")
+    (checkout / "app.py").write_text("a = 3\n")
+    git("commit", "-am", "two")
+    edge.states = [COMPLETED]
+    assert byokeep("review", "--base", "main").code == 0
+    assert b"+a = 3" in sent(edge).input.diff
+
+
+def test_git_settings_do_not_change_the_diff(edge, byokeep, checkout):
+    """Shown to fail: without `_PLAIN` the diff is the output of the configured program."""
+    git("config", "diff.external", "echo owned #")
+    git("config", "diff.noprefix", "true")
+    git("config", "color.ui", "always")
+    (checkout / "app.py").write_text("a = 2\n")
+    edge.states = [COMPLETED]
+    byokeep("review")
+    assert sent(edge).input.diff.startswith(b"diff --git a/app.py b/app.py")
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("git@github.com:acme/shop.git", "acme/shop"),
+        ("https://github.com/acme/shop", "acme/shop"),
+        ("https://user@host:8443/acme/shop.git/", "acme/shop"),
+        ("ssh://git@host:22/group/sub/shop.git", "group/sub/shop"),
+        ("/srv/git/shop", None),
+    ],
+)
+def test_repository_is_read_from_the_remote(edge, byokeep, checkout, url, name):
+    git("remote", "set-url", "origin", url)
+    (checkout / "app.py").write_text("a = 2\n")
+    edge.states = [COMPLETED]
+    byokeep("review")
+    assert sent(edge).input.repository == (name or checkout.name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "nothing is changed"),
+        (("--base", "main"), "nothing changed"),
+        (("--base", "nowhere"), "git refuses"),
+        (("--base", "--output=/tmp/x"), "branch, a tag or a commit"),
+        (("--diff", "-", "--base", "main"), "exclude each other"),
+        (("--diff", "missing.diff"), "can't be read"),
+        (("--diff", "-"), "empty"),
+        (("--request-id", "x", "--diff", "-"), "--request-id"),
+        (("--diff", "app.py", "--context", "missing"), "can't be read"),
+        (("--pr", "x"), "--pr has a value"),
+        (("--fail-on", "fatal"), "info, low, medium, high, critical"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_2(edge, byokeep, checkout, arguments, said):
+    ran = byokeep("review", *arguments)
+    assert ran.code == 2
+    assert said in ran.err
+    assert edge.sent(review_pb2.SubmitReviewRequest) == []
+
+
+def test_without_a_repository_the_way_out_is_named(edge, byokeep):
+    ran = byokeep("review")
+    assert ran.code == 2
+    assert "--diff" in ran.err
+
+
+@pytest.mark.parametrize(("size", "said"), [(300_000, "larger"), (3, "UTF-8")])
+def test_context_files_are_checked_by_name(edge, byokeep, tmp_path, size, said):
+    (tmp_path / "blob").write_bytes(b"\xff" * size)
+    ran = submit(byokeep, "--context", "blob")
+    assert (ran.code, said in ran.err) == (2, True)
+
+
+def test_show_list_cancel_retry(edge, byokeep):
+    review_id = edge.add_review(findings=FINDINGS, finding_count=2)
+    other = edge.add_review()
+    assert "SQL from input" in byokeep("review", "show", review_id[:-1]).out
+    assert byokeep("review", "show", review_id, "--json").json["findingCount"] == 2
+    assert byokeep("review", "show", review_id, "--fail-on", "high").code == 1
+    listed = byokeep("review", "list", "--json").json["reviews"]
+    assert [entry["name"].rsplit("/")[-1] for entry in listed] == [other, review_id]
+    edge.states = [COMPLETED]
+    assert byokeep("review", "retry", review_id).code == 0
+    assert "cancelled" in byokeep("review", "cancel", other).out
+    ran = byokeep("review", "show", other)
+    assert (ran.code, "cancelled" in ran.err) == (7, True)
+
+
+def test_an_ambiguous_review_is_refused(edge, byokeep):
+    edge.add_review()
+    edge.add_review()
+    ran = byokeep("review", "show", "rev_0")
+    assert ran.code == 2
+    assert "2 reviews" in ran.err
+
+
+def test_watch_follows_a_running_review(edge, byokeep):
+    review_id = edge.add_review(state=review_pb2.REVIEW_STATE_RUNNING)
+    edge.states = [COMPLETED]
+    ran = byokeep("review", "show", review_id, "--watch")
+    assert ran.code == 0
+    assert "SQL from input" in ran.out
+
+
+def test_a_model_cannot_write_to_the_terminal(edge, byokeep):
+    """Shown to fail: without `clean` the escape sequences are on stdout."""
+    finding = review_pb2.Finding(
+        path="a\x1b[2J.py", title="\x1b]52;c;ZXZpbA==\x07t", message="x\x9b31m\u202e", severity=1
+    )
+    edge.states = [COMPLETED | {"findings": [finding]}]
+    ran = submit(byokeep)
+    assert not set(ran.out) & set("\x1b\x07\x9b\u202e")
+    edge.states = [COMPLETED | {"findings": [finding]}]
+    assert not set(submit(byokeep, "--json").out) & set("\x1b\x07\x9b\u202e")

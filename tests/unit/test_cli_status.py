@@ -1,0 +1,120 @@
+"""`byokeep status` and `byokeep doctor`."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+
+from tests.harness.chain import SigningKey
+
+pytest_plugins = ["tests.harness.cli_fixtures"]
+
+
+def checks(ran):
+    return {check["what"].split(":")[0].split()[0]: check for check in ran.json["checks"]}
+
+
+def test_status(edge, byokeep):
+    edge.add_key()
+    out = byokeep("status").out
+    assert "spiffe://byokeep.test/client/developer" in out
+    assert "openai default ACTIVE sk-...AbCd" in out
+    assert byokeep("status", "--json").json["tenant"] == "demo"
+
+
+def test_status_without_rights_at_keyvault(edge, byokeep):
+    edge.denied.add("GetStatus")
+    assert byokeep("status").code == 0
+    assert byokeep("status", "--json").json["keyvault"] is None
+
+
+def test_doctor_finds_nothing(edge, byokeep):
+    ran = byokeep("doctor")
+    assert ran.code == 0
+    assert "all is well" in ran.out
+    assert "✗" not in ran.out
+
+
+def test_doctor_shows_roles_that_are_lacking(edge, byokeep):
+    edge.denied |= {"DryRunReview", "GetStatus"}
+    ran = byokeep("doctor")
+    assert ran.code == 0
+    assert "· submitter: review: no" in ran.out
+    assert "· operator at keyvault: no" in ran.out
+    assert "✓ auditor at keyvault: yes" in ran.out
+
+
+def _key_open(edge):
+    (edge.directory / "developer.key").chmod(0o644)
+
+
+def _expired(edge):
+    now = datetime.datetime.now(datetime.UTC)
+    edge.ca.issue(edge.directory / "developer", spiffe_id="c", not_after=now)
+
+
+def _nameless(edge):
+    edge.ca.issue(edge.directory / "developer", uris=[])
+
+
+def _key_of_another(edge):
+    edge.ca.issue(edge.directory / "other", spiffe_id="c")
+    (edge.directory / "other.key").rename(edge.directory / "developer.key")
+
+
+def _away(edge):
+    edge.write_config(orchestrator="127.0.0.1:1")
+
+
+def _misnamed(edge):
+    edge.write_config(orchestrator=edge.addresses["keyvault"])
+
+
+def _unpinned(edge):
+    edge.intake = SigningKey("isk")
+
+
+def _clock(edge):
+    edge.intake_from += datetime.timedelta(hours=3)
+
+
+def _stranger(edge):
+    edge.tenants.clear()
+
+
+@pytest.mark.parametrize(
+    ("breakage", "what", "found"),
+    [
+        (_key_open, "private", "others than its owner"),
+        (_expired, "certificate", "until"),
+        (_nameless, "certificate", "no SPIFFE ID"),
+        (_key_of_another, "certificate", "another certificate"),
+        (_away, "orchestrator", "does not answer"),
+        (_misnamed, "orchestrator", "Hostname mismatch"),
+        (_unpinned, "intake", "not trusted"),
+        (_clock, "intake", "window"),
+        (_stranger, "tenant", "no role"),
+    ],
+)
+def test_doctor_names_what_is_wrong_and_what_to_do(edge, byokeep, breakage, what, found):
+    breakage(edge)
+    ran = byokeep("doctor", "--json")
+    check = checks(ran)[what]
+    assert check["ok"] is False
+    assert found in check["found"]
+    assert check["remedy"]
+    assert ran.code == 5
+
+
+def test_doctor_without_a_configuration(byokeep, monkeypatch, tmp_path):
+    monkeypatch.delenv("BYOKEEP_CONFIG", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ran = byokeep("doctor")
+    assert ran.code == 5
+    assert "there is no configuration" in ran.out
+
+
+def test_doctor_without_a_keyvault_address(edge, byokeep):
+    edge.write_config(keyvault=False)
+    assert "no address" in byokeep("doctor").out

@@ -1,0 +1,199 @@
+"""Rules of the orchestrator that need neither socket nor database."""
+
+from __future__ import annotations
+
+import pytest
+from byokeep.common.v1 import options_pb2
+from byokeep.keyvault.v1 import custody_pb2
+from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
+
+from services.common import models
+from services.common.config import ConfigError
+from services.common.errors import ByokeepError
+from services.orchestrator import domain, paging
+from services.orchestrator.access import tenant_of
+from services.orchestrator.dispatcher import review_ending
+from services.orchestrator.domain import Failure
+from services.orchestrator.grants import GrantSigner
+from services.orchestrator.store_attempts import Stale
+from services.orchestrator.sweeper import after_silence
+
+CATALOG = models.load(None)
+ACTIVE = custody_pb2.KEY_VERSION_STATE_ACTIVE
+
+
+def key(number: int, provider=options_pb2.PROVIDER_OPENAI, state=ACTIVE) -> custody_pb2.ProviderKey:
+    return custody_pb2.ProviderKey(
+        name=f"tenants/acme/providerKeys/key_{number:026}",
+        provider=provider,
+        state=state,
+        active_version=1 if state == ACTIVE else 0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("candidates", "chosen"),
+    [
+        (("openai/a", "openai/b", "openai/c"), "openai/a"),
+        (("", "openai/b", "openai/c"), "openai/b"),
+        (("", "", "openai/c"), "openai/c"),
+        (("", "", ""), "openai/gpt-6.1-terra"),
+    ],
+)
+def test_the_nearest_choice_wins(candidates, chosen) -> None:
+    assert str(domain.choose_model(candidates, [key(1)], CATALOG)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ([], "NO_ACTIVE_KEY"),
+        ([key(1), key(2, options_pb2.PROVIDER_GEMINI)], "NO_MODEL"),
+        ([key(1, state=custody_pb2.KEY_VERSION_STATE_NEEDS_REKEY)], "KEY_NEEDS_REKEY"),
+        ([key(1, state=custody_pb2.KEY_VERSION_STATE_PENDING)], "NO_ACTIVE_KEY"),
+    ],
+)
+def test_nothing_to_choose_from(keys, reason) -> None:
+    with pytest.raises(ByokeepError) as refused:
+        domain.choose_model(("", "", ""), keys, CATALOG)
+    assert refused.value.reason == reason
+
+
+def test_oldest_usable_key_of_the_provider() -> None:
+    keys = [
+        key(3),
+        key(2),
+        key(1, state=custody_pb2.KEY_VERSION_STATE_REVOKED),
+        key(0, options_pb2.PROVIDER_GEMINI),
+    ]
+    assert domain.choose_key("openai", keys) == key(2)
+
+
+@pytest.mark.parametrize(
+    ("repository", "model"),
+    [("acme/shop", "m2"), ("acme/web", "m1"), ("other/web", ""), ("acme/shop-x", "m1")],
+)
+def test_longest_pattern_wins(repository, model) -> None:
+    overrides = {"acme/*": "m1", "acme/shop": "m2"}
+    assert domain.override_for(repository, overrides) == model
+
+
+@pytest.mark.parametrize(
+    ("failure", "tries", "low", "high"),
+    [
+        (Failure("PROVIDER_UNAVAILABLE", True), 1, 0.8, 1.2),
+        (Failure("PROVIDER_UNAVAILABLE", True), 2, 1.6, 2.4),
+        (Failure("RATE_LIMITED", True, 30.0), 1, 30.0, 30.0),
+        (Failure("RUNNER_UNAVAILABLE", True), 5, 12.8, 19.2),
+    ],
+)
+def test_retries_back_off(failure, tries, low, high) -> None:
+    delay = domain.retry_delay(failure, tries)
+    assert delay is not None
+    assert low <= delay <= high
+
+
+@pytest.mark.parametrize(
+    ("failure", "tries"),
+    [
+        (Failure("PROVIDER_UNAVAILABLE", True), 3),
+        (Failure("PROVIDER_UNAVAILABLE", False), 1),
+        (Failure("PROVIDER_UNAVAILABLE", True, ambiguous=True), 1),
+        (Failure("QUOTA_EXHAUSTED", True), 1),
+        (Failure("RATE_LIMITED", True, 3600.0), 1),
+        (Failure("RUNNER_UNAVAILABLE", True), 6),
+    ],
+)
+def test_and_end(failure, tries) -> None:
+    assert domain.retry_delay(failure, tries) is None
+
+
+def test_validation_is_tried_ever_more_slowly() -> None:
+    waits = [round(domain.validation_delay(number) / 60, 1) for number in range(1, 7)]
+    assert waits == sorted(waits)
+    assert waits[0] <= 0.1
+    assert waits[5] >= 54
+
+
+def test_every_failure_has_a_sentence() -> None:
+    for value in list(review_pb2.FailureReason.values())[1:]:
+        name = domain.failure_name(value)
+        assert domain.failure_sentence(name, key="key_1", model="m", review="rev_1").endswith(".")
+    assert domain.failure_name(0) == ""
+    assert domain.failure_name(999) == "INTERNAL"  # a newer runner's
+
+
+def stale(**values) -> Stale:
+    chosen = {
+        "attempt_id": "att_1",
+        "kind": "REVIEW",
+        "tenant": "acme",
+        "review_id": "rev_1",
+        "key_id": "key_1",
+        "key_version": 1,
+        "fence": 1,
+        "tries": 1,
+        "provider": "openai",
+        "model": "m",
+        "unfinished_call": False,
+        "calls_left": 5,
+    }
+    return Stale(**(chosen | values))
+
+
+def test_silent_worker_is_followed_unless_a_call_may_have_been_paid() -> None:
+    assert after_silence(stale()).successor is not None
+    lost = after_silence(stale(unfinished_call=True))
+    assert (lost.successor, lost.failure, lost.review_state) == (None, "AMBIGUOUS", "FAILED")
+    poison = after_silence(stale(tries=3))
+    assert (poison.successor, poison.failure) == (None, "CHILD_LOST")
+    assert after_silence(stale(calls_left=0)).successor is None
+    assert after_silence(stale(kind="VALIDATION")).successor is not None
+
+
+def test_ambiguous_failure_is_called_so() -> None:
+    ending = review_ending(stale(), Failure("TIMEOUT", True, ambiguous=True), None)
+    assert (ending.failure, ending.ambiguous) == ("AMBIGUOUS", True)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        review_pb2.SubmitReviewRequest(parent="tenants/acme"),
+        review_pb2.GetReviewRequest(name="tenants/acme/reviews/rev_1"),
+        settings_pb2.SetPlanRequest(tenant="tenants/acme"),
+        settings_pb2.UpdateSettingsRequest(settings={"name": "tenants/acme/settings"}),
+        tenant_pb2.CreateTenantRequest(name="tenants/acme"),
+    ],
+)
+def test_tenant_is_found_in_every_shape_of_request(request_) -> None:
+    assert tenant_of(request_) == "acme"
+
+
+@pytest.mark.parametrize("name", ["", "acme", "tenants/", "tenants/A", "x/tenants/acme"])
+def test_malformed_names_have_no_tenant(name) -> None:
+    with pytest.raises(ByokeepError) as refused:
+        tenant_of(tenant_pb2.SuspendTenantRequest(name=name))
+    assert refused.value.reason == "INVALID_FIELD"
+
+
+def test_request_without_a_tenant_is_nobodys() -> None:
+    with pytest.raises(StopIteration):
+        tenant_of(tenant_pb2.ListTenantsRequest())
+
+
+@pytest.mark.parametrize(
+    ("rows", "page", "token"),
+    [([], [], ""), (["a", "b"], ["a", "b"], ""), (["a", "b", "c"], ["a", "b"], "b")],
+)
+def test_pages(rows, page, token) -> None:
+    assert paging.cut(rows, 2, str) == (page, token)
+
+
+@pytest.mark.parametrize(("content", "mode"), [("no key", 0o600), ("", 0o644)])
+def test_grant_key_must_be_private_and_ed25519(tmp_path, content, mode) -> None:
+    file = tmp_path / "grant.pem"
+    file.write_text(content)
+    file.chmod(mode)
+    with pytest.raises(ConfigError, match=r"grant\.pem"):
+        GrantSigner(file, "d", "default")
