@@ -96,8 +96,11 @@ class Process:
         """Exit status; negative for a signal, None while running or before a start."""
         return None if self._process is None else self._process.poll()
 
-    def start(self) -> None:
-        """Start the process in a session of its own. Nothing changes if it runs."""
+    def start(self, *, held: bool = False) -> None:
+        """Start the process in a session of its own. Nothing changes if it runs.
+
+        With ``held`` its standard input stays open until `release` (see `warm`).
+        """
         if self.running:
             return
         with self.log.open("ab") as output:
@@ -105,11 +108,16 @@ class Process:
                 launched(self._command, self._death_signal, self._user),
                 env=self._environment,
                 cwd=self._cwd,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if held else subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def release(self) -> None:
+        """Let a process go on that was started ``held``."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
 
     def signal(self, number: int) -> None:
         """Send a signal to the process; nothing if it is gone."""
@@ -121,6 +129,7 @@ class Process:
         """Ask for an orderly end, then kill what is left of its group."""
         if self._process is None:
             return
+        self.release()
         self.signal(self._stop_signal)
         try:
             self._process.wait(seconds)

@@ -65,6 +65,7 @@ class LocalStack:
         }
         self.topology = Topology(state, numbers, live, extra or {})
         self._processes: dict[str, Process] = {}
+        self._migrations: dict[str, subprocess.Popen[bytes]] = {}
         self._started = 0.0
         self._authorities: tuple[CertificateAuthority, CertificateAuthority] | None = None
 
@@ -112,6 +113,10 @@ class LocalStack:
     def stop(self, *, discard: bool = False) -> None:
         """Stop all, clients before servers. With ``discard`` the data is not flushed."""
         order = [name for name in _STOP_ORDER if name in self._processes]
+        for migration in self._migrations.values():
+            if migration.poll() is None:
+                migration.kill()
+                migration.communicate()
         for name in order:
             self._processes[name].signal(signal.SIGTERM)
         for name in order:
@@ -171,13 +176,17 @@ class LocalStack:
         material.make_grant_key(self.state)
         if not self.live:
             self._launch(self.topology.emulator())
+        # What waits for another loads its libraries meanwhile, in order of need.
+        self._migrations = {zone: self._migrate(zone) for zone in _ZONES}
         self._start_postgres()
-        migrations = {zone: self._migrate(zone) for zone in _ZONES}
-        port = None if self.live else self._emulator_port()
-        self._launch(self.topology.service("runner", port))
-        for zone, migration in migrations.items():
+        for migration in self._migrations.values():
+            _close(migration)
+        for zone in _ZONES:
+            self._launch(self.topology.service(zone), held=True)
+        self._launch(self.topology.service("runner", self._emulator_port()))
+        for zone, migration in self._migrations.items():
             self._finish(zone, migration)
-            self._launch(self.topology.service(zone))
+            self._processes[zone].release()
         for name in SERVICES:
             self.wait_ready(name)
             self._say(name, self.topology.address(name))
@@ -191,12 +200,14 @@ class LocalStack:
             material.write_database_url(self.state, zone, url)
         self._say("postgres", "two databases, two roles")
 
-    def _launch(self, process: Process) -> None:
+    def _launch(self, process: Process, *, held: bool = False) -> None:
         self.topology.ready_file(process.name).unlink(missing_ok=True)
         self._processes[process.name] = process
-        process.start()
+        process.start(held=held)
 
-    def _emulator_port(self) -> int:
+    def _emulator_port(self) -> int | None:
+        if self.live:
+            return None
         self.wait_ready("emulator")
         self._say("emulator", "plays the three providers")
         ports = self.emulator_ports
@@ -209,7 +220,7 @@ class LocalStack:
                 launched(self.topology.migration(zone), signal.SIGKILL),
                 env=self.topology.environment(zone),
                 cwd=CHECKOUT,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
@@ -252,6 +263,12 @@ class LocalStack:
 
     def _say(self, name: str, what: str) -> None:
         self._report(name, what, time.monotonic() - self._started)
+
+
+def _close(migration: subprocess.Popen[bytes]) -> None:
+    if migration.stdin is not None:
+        migration.stdin.close()
+        migration.stdin = None  # for communicate(), which would flush it
 
 
 def _announced(path: Path, pid: int) -> bool:

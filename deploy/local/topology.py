@@ -20,6 +20,8 @@ SERVICES: Mapping[str, str] = {
     "runner": "services.llm_runner",
 }
 _ID = f"spiffe://{TRUST_DOMAIN}"
+# What takes long to load. The runner forks its zygote before it loads anything.
+_SLOW = {"keyvault": "services.keyvault.server", "orchestrator": "services.orchestrator.server"}
 _CALLERS = {
     "keyvault": (
         f"orchestrator={_ID}/orchestrator runner={_ID}/runner/*"
@@ -52,13 +54,13 @@ class Topology:
 
     def migration(self, zone: str) -> list[str]:
         """Return the command that brings a zone's database up to date."""
-        return [sys.executable, "-m", SERVICES[zone], "migrate"]
+        return _python(f"{SERVICES[zone]}.migrate", SERVICES[zone], "migrate")
 
     def service(self, name: str, emulator_port: int | None = None) -> Process:
         """Return a service's process, not yet started."""
         return self._process(
             name,
-            [sys.executable, "-m", SERVICES[name], "serve"],
+            _python(_SLOW.get(name, ""), SERVICES[name], "serve"),
             self.environment(name, emulator_port),
         )
 
@@ -155,3 +157,8 @@ class Topology:
             log=self.state.logs / f"{name}.log",
             cwd=CHECKOUT,
         )
+
+
+def _python(library: str, module: str, command: str) -> list[str]:
+    warm = ["-m", "deploy.local.warm", library] if library else ["-m"]
+    return [sys.executable, *warm, module, command]

@@ -109,6 +109,9 @@ class RevocationWatch:
                 code = error.code().name
             except TimeoutError:
                 code = "SILENCE"
+            except Exception as error:
+                # This task must outlive a defect: without it no key is ever leased again.
+                logs.failure(log, "revocations_broke", error)
             if self.healthy:
                 logs.event(log, "revocations_lost", level=logging.WARNING, code=code)
             self._healthy.clear()

@@ -12,6 +12,7 @@ from byokeep import transport
 from byokeep.runner.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
 
 from services.common import logs
+from services.common.config import ConfigError
 from services.llm_runner.attempt import Means
 from services.llm_runner.attempts import Attempts
 from services.llm_runner.config import Settings
@@ -19,7 +20,7 @@ from services.llm_runner.leases import Leases
 from services.llm_runner.revocation import RevocationWatch
 from services.llm_runner.service import RunnerService
 from services.llm_runner.sockets import Dialer, parse_overrides
-from services.llm_runner.spawner import Spawner
+from services.llm_runner.spawner import Spawner, SpawnError
 
 log = logging.getLogger(__name__)
 _STOP_SECONDS: Final = 5.0
@@ -35,7 +36,7 @@ class App:
         self.zygote_lost = False
 
     async def start(self) -> None:
-        """Wait for the zygote, and open the channel to keyvault."""
+        """Wait for the zygote, and open the channel to keyvault. Raises ConfigError."""
         settings = self._settings
         self._channel = transport.aio_channel(
             settings.keyvault_address, settings.keyvault_name, settings.tls
@@ -44,8 +45,11 @@ class App:
         self._watch = RevocationWatch(self._channel, lambda: self._attempts.resume())
         means = Means(Dialer(parse_overrides(settings.provider_dial)), self._leases, self._watch)
         self._attempts = Attempts(self._spawner, means, settings.max_children)
+        try:
+            await self._spawner.start()
+        except (SpawnError, TimeoutError):
+            raise ConfigError("the zygote does not start; it says above why") from None
         self._spawner.lost = self._lost
-        await self._spawner.start()
         self._watch.start()
 
     def register(self, server: grpc.aio.Server) -> None:

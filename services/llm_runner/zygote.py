@@ -131,8 +131,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     process.harden()
-    logs.setup("llm_runner.child", os.environ.get("BYOKEEP_LOG_LEVEL", "info"))
     try:
+        logs.setup("llm_runner.child", os.environ.get("BYOKEEP_LOG_LEVEL", "info"))
         tools = child.prepare(os.environ)
         rehearse(tools)
     except (OSError, ValueError) as error:

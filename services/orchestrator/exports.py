@@ -45,8 +45,10 @@ _LEVELS = {"critical": "error", "high": "error", "medium": "warning", "low": "no
 # (https://docs.github.com/code-security/reference/code-scanning/sarif-support).
 _SECURITY_SCORES = {"critical": "9.5", "high": "8.0", "medium": "5.5", "low": "2.0", "info": "0.1"}
 
-# GitHub takes 65,536 characters a comment; Markdown escapes at most triple a text.
-_MAX_MARKDOWN_SOURCE = 16_000
+# GitHub takes 65,536 characters a comment; Markdown escapes at most triple a text, and
+# a comment has two of them beside its title.
+_MAX_WORDS = 8_000
+_MAX_TITLE = 500
 
 _ANSI = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
@@ -54,7 +56,8 @@ _ANSI = re.compile(
     r"|\x1b[ -/]*[0-~]"
 )
 _JOINERS = "\u200c\u200d"  # part of how some scripts and emoji are written
-_CODE = re.compile(r"^```[^\n`]*\n(.*?)^```[ ]*$|`([^`\n]+)`", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^ *```[^`\n]*$", re.MULTILINE)
+_SPAN = re.compile(r"`([^`\n]++)`")
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 # What GitHub turns into a mention, a reference or a link, once it is escaped.
 _ACTIVE = re.compile(r"(\\[@#](?=\w)|\bGH\\-(?=\d)|\\:(?=\\/\\/)|\bwww(?=\\\.))", re.IGNORECASE)
@@ -104,7 +107,7 @@ def github(review: Review) -> tuple[str, str]:
     """
     body: dict[str, object] = {
         "event": "COMMENT",
-        "body": "\n\n".join(_markdown(line) for line in [_headline(review), *_notes(review)]),
+        "body": "\n\n".join(_prose(line) for line in [_headline(review), *_notes(review)]),
         "comments": [_comment(finding) for finding in review.findings],
     }
     if _COMMIT.fullmatch(review.head_commit):
@@ -204,11 +207,11 @@ def _message(finding: Finding) -> str:
 
 def _comment(finding: Finding) -> dict[str, object]:
     first, last = _lines(finding)
-    head = f"**{_severity(finding)}, {_category(finding)}: {_markdown(_line(finding.title))}**"
+    head = f"**{_severity(finding)}, {_category(finding)}: {_prose(_cut(_line(finding.title), _MAX_TITLE))}**"
     parts = [head, _markdown(finding.message)]
     if finding.suggestion.strip():
         # Not a "suggestion" block: it is advice, not lines that a button may commit.
-        parts.append(f"Suggestion: {_markdown(finding.suggestion)}")
+        parts.append(f"Suggestion:\n\n{_markdown(finding.suggestion)}")
     comment: dict[str, object] = {"path": finding.path, "line": last, "side": "RIGHT"}
     if first != last:
         comment |= {"start_line": first, "start_side": "RIGHT"}
@@ -216,22 +219,30 @@ def _comment(finding: Finding) -> dict[str, object]:
 
 
 def _markdown(raw: str) -> str:
-    """Escape all Markdown but code spans and fenced code, which are rebuilt."""
-    source = _clean(raw)[:_MAX_MARKDOWN_SOURCE]
-    parts, end = [], 0
-    for code in _CODE.finditer(source):
-        parts += [_escape(source[end : code.start()]), _code(code)]
-        end = code.end()
-    return "".join([*parts, _escape(source[end:])])
+    """Escape all Markdown but code spans and fenced code, which are rebuilt.
+
+    What it returns must begin a line: it may begin with a fence.
+    """
+    pieces = _FENCE.split(_cut(_clean(raw), _MAX_WORDS))
+    # As Markdown has it, a fence that nobody closed runs to the end.
+    return "".join(
+        _fenced(piece) if number % 2 else _prose(piece) for number, piece in enumerate(pieces)
+    )
 
 
-def _code(code: re.Match[str]) -> str:
-    block, span = code.groups()
-    if span is not None:
-        return f"`{span}`" if span.strip() else _escape(code.group())
-    longest = max((len(run) for run in re.findall(r"`+", block)), default=0)
+def _fenced(code: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}\n{block}{fence}"
+    inner = code.strip("\n")
+    return f"{fence}\n{inner}\n{fence}"
+
+
+def _prose(source: str) -> str:
+    # Every second piece is what stands between two backticks.
+    pieces = _SPAN.split(source)
+    return "".join(
+        f"`{piece}`" if number % 2 else _escape(piece) for number, piece in enumerate(pieces)
+    )
 
 
 def _escape(prose: str) -> str:
@@ -244,7 +255,7 @@ def _escape(prose: str) -> str:
 def _clean(raw: str) -> str:
     """Remove terminal sequences, control and invisible characters but newlines."""
     plain = _ANSI.sub("", raw.replace("\r\n", "\n").replace("\r", "\n"))
-    plain = plain.replace("\t", "    ").strip()
+    plain = "\n".join(line.rstrip() for line in plain.replace("\t", "    ").split("\n")).strip()
     return "".join(
         char for char in plain if char == "\n" or char in _JOINERS or not _invisible(char)
     )
@@ -252,6 +263,10 @@ def _clean(raw: str) -> str:
 
 def _invisible(char: str) -> bool:
     return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+
+
+def _cut(words: str, most: int) -> str:
+    return words if len(words) <= most else words[: most - 1] + "…"
 
 
 def _line(raw: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import psycopg
+import psycopg.sql
 from byokeep import ids, names
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2, custody_pb2_grpc
@@ -268,16 +269,12 @@ class Conversation:
 
     async def call(self, chunk: str, number: int = 1) -> None:
         await self.acked(
-            await self.say(
-                call_started=runner_pb2.CallStarted(chunk_id=chunk, call_number=number)
-            )
+            await self.say(call_started=runner_pb2.CallStarted(chunk_id=chunk, call_number=number))
         )
 
     async def result(self, chunk: str, *findings: review_pb2.Finding) -> None:
         await self.acked(
-            await self.say(
-                chunk_result=runner_pb2.ChunkResult(chunk_id=chunk, findings=findings)
-            )
+            await self.say(chunk_result=runner_pb2.ChunkResult(chunk_id=chunk, findings=findings))
         )
 
     async def end(self, failure: int = 0, **outcome: Any) -> None:
@@ -325,9 +322,7 @@ def verdict(value: key_pb2.ValidationVerdict.ValueType, *models: str) -> Script:
     async def script(talk: Conversation) -> None:
         await talk.accept()
         await talk.call("")
-        await talk.say(
-            validation_result=runner_pb2.ValidationResult(verdict=value, models=models)
-        )
+        await talk.say(validation_result=runner_pb2.ValidationResult(verdict=value, models=models))
         await talk.end()
 
     return script
@@ -494,6 +489,14 @@ class Stack:
         async with connection:
             cursor = await connection.execute(statement, values)
             return await cursor.fetchall() if cursor.description else []
+
+    async def table(self, name: str) -> list[tuple[Any, ...]]:
+        """Return all rows of a table in a stable order."""
+        query = psycopg.sql.SQL("SELECT t FROM {} t ORDER BY t::text")
+        connection = await psycopg.AsyncConnection.connect(self.database_url, autocommit=True)
+        async with connection:
+            found = await connection.execute(query.format(psycopg.sql.Identifier(name)))
+            return await found.fetchall()
 
     async def until(self, statement: str, *values: Any, seconds: float = 20) -> None:
         """Wait until a statement has rows."""

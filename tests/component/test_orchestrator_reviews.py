@@ -242,8 +242,13 @@ async def test_same_submission_is_the_same_review(stack: Stack) -> None:
         ({"model": "anthropic/claude-sonnet-5-5"}, "NO_ACTIVE_KEY"),
         ({"user": "ann"}, "NO_ACTIVE_KEY"),
         ({"repository": "a b"}, "INVALID_FIELD"),
-        ({"context_files": [{"path": "a", "content": "canary" * 40_000}] * 20,
-          "model": "openai/unknown"}, "INVALID_FIELD"),
+        (
+            {
+                "context_files": [{"path": "a", "content": "canary" * 40_000}] * 20,
+                "model": "openai/unknown",
+            },
+            "INVALID_FIELD",
+        ),
     ],
 )
 async def test_bad_input_is_refused_with_a_reason(stack: Stack, values, reason) -> None:
@@ -464,9 +469,7 @@ async def test_export_takes_a_completed_review(stack: Stack) -> None:
     failed = await stack.ended(await stack.submit())
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await client.ExportReview(
-            review_pb2.ExportReviewRequest(
-                name=failed.name, format=review_pb2.EXPORT_FORMAT_TEXT
-            )
+            review_pb2.ExportReviewRequest(name=failed.name, format=review_pb2.EXPORT_FORMAT_TEXT)
         )
     assert error_info(refused.value).reason == "WRONG_STATE"
 

@@ -138,6 +138,7 @@ def test_an_ack_of_what_was_never_sent_starts_no_call(bench):
     attempt.proceed()
     attempt.next("leased")
     attempt.next("call_started")
+    attempt.ack(1)
 
     time.sleep(0.3)
 

@@ -116,7 +116,7 @@ class Edge:
         }
         (self.directory / "trust.json").write_text(json.dumps(trust))
 
-    def write_config(self, *, keyvault: bool = True, **changes: str) -> Path:
+    def write_config(self, *, vault: bool = True, **changes: str) -> Path:
         """Write config.toml, with settings of the profile changed as a test needs."""
         settings = {
             "orchestrator": self.addresses["orchestrator"],
@@ -126,7 +126,7 @@ class Edge:
             "key": "developer.key",
             "tenant": "demo",
         }
-        if keyvault:
+        if vault:
             settings |= {"keyvault": self.addresses["keyvault"], "keyvault_name": NAMES["keyvault"]}
         lines = [f'{name} = "{value}"' for name, value in (settings | changes).items()]
         path = self.directory / "config.toml"

@@ -68,21 +68,25 @@ def test_the_child_is_gone_before_its_outcome_is_told(bench):
     assert not alive(attempt.pid)
 
 
-@pytest.mark.parametrize("victim", ["parent", "zygote", "both"])
+@pytest.mark.parametrize("victim", ["parent", "zygote", "both", "parent of a stuck zygote"])
 def test_the_child_dies_with_its_parent(tmp_path, victim):
-    """Fails for `parent` without the zygote's kill at hang-up and the child's watch of its
-    channel, and for `zygote` and `both` without PR_SET_PDEATHSIG (and, for `both`, the watch)."""
+    """Fails for `zygote` without PR_SET_PDEATHSIG, for the last without the child's watch of its
+    channel, and for `parent` without both and without the zygote's kill at hang-up."""
     with running_bench(tmp_path) as bench:
         attempt = held_review(bench)
         zygote = bench.zygote
         assert bench.children == {attempt.pid}
 
-        for pid in {"parent": [bench.process.pid], "zygote": [zygote]}.get(
-            victim, [zygote, bench.process.pid]
-        ):
-            os.kill(pid, signal.SIGKILL)
+        if victim == "parent of a stuck zygote":
+            os.kill(zygote, signal.SIGSTOP)
+        if victim in ("zygote", "both"):
+            os.kill(zygote, signal.SIGKILL)
+        if victim != "zygote":
+            os.kill(bench.process.pid, signal.SIGKILL)
 
         assert wait_for(lambda: not alive(attempt.pid), 2)
+        if victim == "parent of a stuck zygote":
+            os.kill(zygote, signal.SIGCONT)
         assert wait_for(lambda: not alive(zygote), 2)
         attempt.call.cancel()
 

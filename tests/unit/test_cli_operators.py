@@ -22,7 +22,7 @@ def test_create_makes_the_kek_first(edge, byokeep):
 
 def test_tenant_commands_need_no_half_measures(edge, byokeep):
     """Without keyvault's address nothing is created or deleted at the orchestrator."""
-    edge.write_config(keyvault=False)
+    edge.write_config(vault=False)
     for arguments in (("create", "acme"), ("delete", "demo", "--yes")):
         ran = byokeep("tenant", *arguments)
         assert ran.code == 2

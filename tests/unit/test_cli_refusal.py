@@ -6,13 +6,16 @@ import pytest
 
 pytest_plugins = ["tests.harness.cli_fixtures"]
 
+SHAPELESS = "CANARY1canary2CANARY3canary4CANARY5x"
 CANARIES = [
     "sk-proj-CANARY1canary2CANARY3canary",
     "sk-ant-api03-CANARY1canary2CANARY3",
     "AIzaCANARY1canary2CANARY3canary4CANARY5",
     "AQ.CANARY1canary2CANARY3canary4CANARY",
-    "CANARY1canary2CANARY3canary4CANARY5x",
+    SHAPELESS,
 ]
+# Random text is only taken for a key where it stands alone.
+WITHIN_TEXT = ("use {} please", "openai/{}")
 POSITIONS = [
     ("key", "add", "openai", "{}"),
     ("key", "add", "{}"),
@@ -42,15 +45,16 @@ POSITIONS = [
 
 
 @pytest.mark.parametrize("position", POSITIONS, ids=" ".join)
-@pytest.mark.parametrize("canary", CANARIES)
-def test_canary_in_any_position_is_refused_unseen(edge, byokeep, position, canary):
-    """Shown to fail: without `refuse_keys` and `from_usage` the canary is in "No such command",
-    "unexpected extra argument", "No such option" and the invalid-value errors of typer."""
-    if canary == CANARIES[-1] and position[-1] in ("use {} please", "openai/{}"):
-        pytest.skip("random text without a provider's prefix is refused only on its own")
-    ran = byokeep(*(part.format(canary) for part in position))
-    assert ran.code == 2
-    assert "canary" not in (ran.out + ran.err).lower()
+def test_canary_in_any_position_is_refused_unseen(edge, byokeep, position):
+    """Shown to fail: without `refuse_keys` a name or tenant goes to the server; with typer's own
+    error texts in `run` the canary is in "No such command", "unexpected extra argument" and
+    "No such option"."""
+    for canary in CANARIES:
+        if canary == SHAPELESS and position[-1] in WITHIN_TEXT:
+            continue
+        ran = byokeep(*(part.format(canary) for part in position))
+        assert ran.code == 2
+        assert "canary" not in (ran.out + ran.err).lower()
     assert edge.requests == []
 
 

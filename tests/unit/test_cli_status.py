@@ -116,5 +116,5 @@ def test_doctor_without_a_configuration(byokeep, monkeypatch, tmp_path):
 
 
 def test_doctor_without_a_keyvault_address(edge, byokeep):
-    edge.write_config(keyvault=False)
+    edge.write_config(vault=False)
     assert "no address" in byokeep("doctor").out

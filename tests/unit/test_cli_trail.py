@@ -155,7 +155,7 @@ def test_without_rights_at_keyvault_reports_are_shown_as_what_they_are(lived, by
 
 
 def test_without_a_keyvault_address(lived, byokeep):
-    lived.write_config(keyvault=False)
+    lived.write_config(vault=False)
     ran = byokeep("key", "trail", "openai")
     assert (ran.code, "no keyvault address" in ran.err) == (0, True)
 

@@ -1,0 +1,153 @@
+"""37. fence: attempt A is paused past its lease, B runs, A resumes → A's writes change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from byokeep.orchestrator.v1 import review_pb2
+from byokeep.runner.v1 import runner_pb2
+
+from tests.component.orchestrator_stack import (
+    Conversation,
+    Stack,
+    finding,
+    one_chunk,
+    request_id,
+    running,
+)
+
+TABLES = ("review", "attempt", "provider_call", "chunk_done", "finding", "review_content")
+SAYS = {
+    "a call is about to be made": {
+        "call_started": runner_pb2.CallStarted(chunk_id="c9", call_number=9)
+    },
+    "a chunk is done": {
+        "chunk_result": runner_pb2.ChunkResult(chunk_id="c9", findings=[finding(3)], dropped=4)
+    },
+    "the attempt did its work": {"outcome": runner_pb2.Outcome()},
+    "the attempt failed": {
+        "outcome": runner_pb2.Outcome(
+            failure=review_pb2.FAILURE_REASON_PROVIDER_UNAVAILABLE,
+            retryable=True,
+            report={"process_id": 666, "open_time": {"seconds": 1}, "close_time": {"seconds": 2}},
+        )
+    },
+}
+
+
+@pytest.fixture
+async def stack(orchestrator_database_url, tmp_path):
+    async with running(orchestrator_database_url, tmp_path) as started:
+        await started.tenant()
+        started.keyvault.add("acme")
+        yield started
+
+
+async def everything(stack: Stack) -> dict[str, Any]:
+    return {table: await stack.table(table) for table in TABLES}
+
+
+class Pausable:
+    """Attempt A: accepts, sleeps, and then says one thing more."""
+
+    def __init__(self, **says: Any) -> None:
+        self.accepted, self.resume, self.over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.acked = False
+        self._says = says
+
+    async def __call__(self, talk: Conversation) -> None:
+        await talk.accept("c9")
+        self.accepted.set()
+        await self.resume.wait()
+        sequence = await talk.say(**self._says)
+        waits = [
+            asyncio.create_task(talk.acked(sequence)),
+            asyncio.create_task(talk.cancelled.wait()),
+        ]
+        try:
+            done, _ = await asyncio.wait(waits, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+            self.acked = waits[0] in done
+            await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST)
+        finally:  # an acknowledged outcome ends the stream, and this with it
+            for wait in waits:
+                wait.cancel()
+            self.over.set()
+
+
+async def fenced_off(stack: Stack, paused: Pausable) -> None:
+    """A sleeps so long that its attempt is given to another worker."""
+    async with asyncio.timeout(20):
+        await paused.accepted.wait()
+    (attempt,) = await stack.sql("SELECT id FROM attempt WHERE state = 'RUNNING'")
+    await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
+    await stack.app.sweeper.fence_off(attempt[0], "acme")
+
+
+@pytest.mark.parametrize("says", SAYS.values(), ids=SAYS.keys())
+async def test_paused_attempt_changes_nothing_after_its_turn(stack: Stack, says) -> None:
+    """Each case fails where its statement in services/orchestrator/sql.py loses its guard.
+
+    Shown by replacing "AND fence = :fence AND state = 'RUNNING'" with nothing, in turn in
+    CALL_STARTED (first case fails), CHUNK_DONE (second), and END_REVIEW's update of the attempt
+    (third and fourth).
+    """
+    paused = Pausable(**says)
+    stack.runner.scripts = [paused, one_chunk]
+    review = await stack.submit()
+    await fenced_off(stack, paused)
+    ended = await stack.ended(review)  # B
+    assert (ended.state, ended.attempts) == (review_pb2.REVIEW_STATE_COMPLETED, 2)
+    before = await everything(stack)
+    paused.resume.set()
+    async with asyncio.timeout(20):
+        await paused.over.wait()
+    await asyncio.sleep(0.2)
+    assert await everything(stack) == before
+    # The child may not make a call that nobody knows of.
+    assert "outcome" in says or not paused.acked
+
+
+async def test_call_under_way_is_not_repeated_when_its_worker_falls_silent(stack: Stack) -> None:
+    """Shown by `unfinished_call` replaced with False in services/orchestrator/sweeper.py: the
+    review is then RUNNING again, and its call is paid twice."""
+    in_call = asyncio.Event()
+
+    async def silent(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        in_call.set()
+        await talk.cancelled.wait()
+        await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST)
+
+    stack.runner.scripts = [silent]
+    review = await stack.submit()
+    async with asyncio.timeout(20):
+        await in_call.wait()
+    (attempt,) = await stack.sql("SELECT id FROM attempt")
+    await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
+    await stack.app.sweeper.fence_off(attempt[0], "acme")
+    ended = await stack.ended(review)
+    assert ended.failure == review_pb2.FAILURE_REASON_AMBIGUOUS
+    assert (ended.ambiguous_calls, ended.calls_started, ended.attempts) == (1, 1, 1)
+    await stack.app.dispatcher.beat_once()  # tells the silent worker
+    assert len(stack.runner.talks) == 1
+    again = await stack.client("acme").reviews.RetryReview(
+        review_pb2.RetryReviewRequest(name=review.name, request_id=request_id())
+    )
+    assert (await stack.ended(again.review)).calls_started == 2
+
+
+async def test_worker_that_lives_keeps_its_attempt(stack: Stack) -> None:
+    """Shown by `heartbeat_time < ...` replaced with `true` in STALE: the attempt is fenced off."""
+    paused = Pausable(**SAYS["the attempt did its work"])
+    stack.runner.scripts = [paused]
+    await stack.submit()
+    async with asyncio.timeout(20):
+        await paused.accepted.wait()
+    await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
+    await stack.app.dispatcher.beat_once()
+    (attempt,) = await stack.sql("SELECT id FROM attempt")
+    await stack.app.sweeper.fence_off(attempt[0], "acme")
+    assert await stack.sql("SELECT state, fence FROM attempt") == [("RUNNING", 1)]

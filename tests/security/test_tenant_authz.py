@@ -1,0 +1,244 @@
+"""27. confused_deputy, the tenant's part: a tenant, owner or user that the calling service may not
+speak for → denied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from byokeep.common.v1 import options_pb2
+from byokeep.errors import error_info
+from byokeep.keyvault.v1 import custody_pb2
+from byokeep.orchestrator.v1 import (
+    key_pb2,
+    review_pb2,
+    settings_pb2,
+    tenant_pb2,
+)
+from google.protobuf.message import Message
+
+from tests.component.orchestrator_stack import (
+    DIFF,
+    Stack,
+    add_key_request,
+    request_id,
+    running,
+    spiffe,
+)
+
+KEY = "key_" + "0" * 26
+REVIEW = "rev_" + "0" * 26
+MODULES = (tenant_pb2, key_pb2, settings_pb2, review_pb2)
+METHODS = {
+    f"{service.name}/{method.name}": method
+    for module in MODULES
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+STUBS = {
+    "TenantService": "tenants",
+    "CallerService": "callers",
+    "KeyService": "keys",
+    "SettingsService": "settings",
+    "ReviewService": "reviews",
+}
+
+
+def request_for(method: str, tenant: str) -> Message:
+    """A valid request of a method for a tenant."""
+    parent, rid = f"tenants/{tenant}", request_id()
+    key, review = f"{parent}/providerKeys/{KEY}", f"{parent}/reviews/{REVIEW}"
+    settings = f"{parent}/settings"
+    sealed = add_key_request().sealed_key
+    wanted = review_pb2.ReviewInput(repository="a/b", diff=DIFF)
+    values: dict[str, dict[str, Any]] = {
+        "CreateTenant": {"name": parent, "request_id": rid},
+        "SuspendTenant": {"name": parent, "request_id": rid},
+        "DeleteTenant": {"name": parent, "request_id": rid},
+        "AllowCaller": {
+            "parent": parent,
+            "request_id": rid,
+            "caller": {"spiffe_id": spiffe("bot"), "roles": [1]},
+        },
+        "DenyCaller": {"parent": parent, "request_id": rid, "spiffe_id": spiffe("bot")},
+        "ListCallers": {"parent": parent},
+        "GetIntakeKey": {"parent": parent, "suite": 1},
+        "RotateKey": {"name": key, "sealed_key": sealed, "request_id": rid},
+        "WatchKey": {"name": key},
+        "GetKey": {"name": key},
+        "ListKeys": {"parent": parent},
+        "RevokeKey": {"name": key, "request_id": rid},
+        "DestroyKey": {"name": key, "request_id": rid},
+        "RollBackKey": {"name": key, "request_id": rid},
+        "ListKeyUses": {"name": key},
+        "GetSettings": {"name": settings},
+        "UpdateSettings": {
+            "settings": {"name": settings},
+            "update_mask": {"paths": ["default_model"]},
+            "request_id": rid,
+        },
+        "SetPlan": {"tenant": parent, "plan": 3, "request_id": rid},
+        "SetModelOverride": {
+            "parent": parent,
+            "repository_pattern": "*",
+            "model": "openai/m",
+            "request_id": rid,
+        },
+        "ListModels": {"parent": parent},
+        "SubmitReview": {"parent": parent, "input": wanted, "request_id": rid},
+        "DryRunReview": {"parent": parent, "input": wanted},
+        "GetReview": {"name": review},
+        "ListReviews": {"parent": parent},
+        "WatchReview": {"name": review},
+        "CancelReview": {"name": review, "request_id": rid},
+        "RetryReview": {"name": review, "request_id": rid},
+        "ExportReview": {"name": review, "format": 1},
+    }
+    name = method.split("/")[1]
+    if name == "AddKey":
+        return add_key_request(tenant)
+    module = next(one for one in MODULES if hasattr(one, f"{name}Request"))
+    return getattr(module, f"{name}Request")(**values[name])
+
+
+def roles_of(method: str) -> list[int]:
+    return list(METHODS[method].GetOptions().Extensions[options_pb2.access].roles)
+
+
+GUARDED = sorted(method for method in METHODS if roles_of(method))
+
+
+async def call(stack: Stack, client: str, method: str, tenant: str) -> str:
+    """Call a method; return the reason of its refusal, or an empty text."""
+    service, name = method.split("/")
+    stub = getattr(getattr(stack.client(client), STUBS[service]), name)
+    request = request_for(method, tenant)
+    try:
+        if METHODS[method].server_streaming:
+            async for _ in stub(request, timeout=5):
+                return ""
+        else:
+            await stub(request, timeout=10)
+    except grpc.aio.AioRpcError as error:
+        return error_info(error).reason
+    return ""
+
+
+@pytest.fixture
+async def stack(orchestrator_database_url, tmp_path):
+    async with running(orchestrator_database_url, tmp_path) as started:
+        await started.tenant("acme")
+        await started.tenant("bolt")
+        yield started
+
+
+def test_all_but_one_method_ask_for_a_role() -> None:
+    """ListTenants tells each caller of its own tenants alone. Another method without roles
+    belongs here with its reason."""
+    assert set(METHODS) - set(GUARDED) == {"TenantService/ListTenants"}
+
+
+async def test_nobody_acts_for_a_tenant_that_did_not_allow_it(stack: Stack) -> None:
+    """For every method. Shown by `if not held.intersection(access.roles)` replaced with
+    `if False` in services/orchestrator/access.py: fails at the first method."""
+    for method in GUARDED:
+        for client, tenant in (("acme", "bolt"), ("stranger", "acme"), ("acme", "nowhere")):
+            assert await call(stack, client, method, tenant) == "TENANT_NOT_ALLOWED", method
+    # The sweeper lists keys by itself.
+    asked = [one for one in stack.keyvault.calls if type(one) is not custody_pb2.ListKeysRequest]
+    assert asked == []
+
+
+async def test_a_role_allows_what_it_is_for_and_no_more(stack: Stack) -> None:
+    """For every method and role. Shown by `access.roles` replaced with all roles in
+    Authority.authorize: fails at the first method that a role is not for."""
+    for role in options_pb2.TenantRole.values()[1:]:
+        await stack.tenant(f"t{role}", rights={f"only-{role}": ([role], False)})
+        for method in GUARDED:
+            reason = await call(stack, f"only-{role}", method, f"t{role}")
+            allowed = role in roles_of(method)
+            assert (reason != "TENANT_NOT_ALLOWED") is allowed, (method, role)
+            if method == "TenantService/DeleteTenant" and allowed:
+                break  # in alphabetical order, the last one: its callers are gone
+
+
+async def test_unknown_tenant_looks_forbidden_but_to_operators(stack: Stack) -> None:
+    """Shown by the check for `found is None` put before the one for roles."""
+    method = "TenantService/SuspendTenant"
+    assert await call(stack, "acme", method, "nowhere") == "TENANT_NOT_ALLOWED"
+    assert await call(stack, "operator", method, "nowhere") == "NOT_FOUND"
+    assert await call(stack, "operator", "KeyService/ListKeys", "acme") == "TENANT_NOT_ALLOWED"
+
+
+async def test_only_an_operator_makes_tenants(stack: Stack) -> None:
+    """Shown by `creates` letting everyone in where no tenant is found. A tenant's own OPERATOR
+    role is for that tenant alone."""
+    await stack.tenant("held", rights={"held": ([4], False)})
+    method = "TenantService/CreateTenant"
+    assert await call(stack, "held", method, "fresh") == "TENANT_NOT_ALLOWED"
+    assert await call(stack, "operator", method, "fresh") == ""
+
+
+async def test_user_is_asserted_only_by_who_may(stack: Stack) -> None:
+    """Shown by an empty body of Rights.require_user: the key is staged, the review taken."""
+    await stack.tenant("duo", rights={"duo": ([1, 2], True), "plain": ([1, 2], False)})
+    key_id = stack.keyvault.add("duo", owner="ann")
+    plain, name = stack.client("plain"), f"tenants/duo/providerKeys/{key_id}"
+    review = await stack.submit("duo", user="ann")
+    await stack.sql("UPDATE review SET state = 'FAILED'")
+    wanted = review_pb2.ReviewInput(repository="a/b", diff=DIFF, user="ann")
+    rid = request_id()
+    attempts = [
+        plain.keys.AddKey(add_key_request("duo", user="ann")),
+        plain.keys.GetKey(key_pb2.GetKeyRequest(name=name)),
+        plain.keys.ListKeyUses(key_pb2.ListKeyUsesRequest(name=name)),
+        plain.keys.RevokeKey(key_pb2.RevokeKeyRequest(name=name, request_id=rid)),
+        plain.keys.DestroyKey(key_pb2.DestroyKeyRequest(name=name, request_id=rid)),
+        plain.keys.RollBackKey(key_pb2.RollBackKeyRequest(name=name, request_id=rid)),
+        plain.keys.RotateKey(
+            key_pb2.RotateKeyRequest(
+                name=name, request_id=rid, sealed_key=add_key_request().sealed_key
+            )
+        ),
+        plain.reviews.SubmitReview(
+            review_pb2.SubmitReviewRequest(parent="tenants/duo", input=wanted, request_id=rid)
+        ),
+        plain.reviews.DryRunReview(
+            review_pb2.DryRunReviewRequest(parent="tenants/duo", input=wanted)
+        ),
+        plain.reviews.RetryReview(review_pb2.RetryReviewRequest(name=review.name, request_id=rid)),
+    ]
+    for attempt in attempts:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await attempt
+        assert error_info(refused.value).reason == "USER_ASSERTION_NOT_ALLOWED"
+    assert stack.keyvault.asked(custody_pb2.StageKeyRequest) == []
+    assert stack.keyvault.asked(custody_pb2.RevokeKeyRequest) == []
+
+
+async def test_name_of_another_tenants_thing_finds_nothing(stack: Stack) -> None:
+    """Shown by `review.tenant == tenant` left out of ReviewStore.get: acme reads bolt's review."""
+    stack.keyvault.add("bolt")
+    review = await stack.ended(await stack.submit("bolt"))
+    stolen = review.name.replace("bolt", "acme")
+    reviews = stack.client("acme").reviews
+    rid = request_id()
+    for attempt in (
+        reviews.GetReview(review_pb2.GetReviewRequest(name=stolen)),
+        reviews.CancelReview(review_pb2.CancelReviewRequest(name=stolen, request_id=rid)),
+        reviews.RetryReview(review_pb2.RetryReviewRequest(name=stolen, request_id=rid)),
+        reviews.ExportReview(review_pb2.ExportReviewRequest(name=stolen, format=1)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await attempt
+        assert error_info(refused.value).reason == "NOT_FOUND"
+
+
+async def test_review_never_falls_back_to_the_key_of_another(stack: Stack) -> None:
+    """Shown by the filter on `key.owner` left out of ReviewServicer._keys: the review runs."""
+    stack.keyvault.add("acme", owner="ann")
+    for user in ("", "bob"):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stack.submit("acme", user=user)
+        assert error_info(refused.value).reason == "NO_ACTIVE_KEY"

@@ -1,0 +1,185 @@
+"""trust.json and config.toml: what is read, and what is refused with a name."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from byokeep.client import connect
+from byokeep.profile import ProfileError, find_config, load_profile, load_trust
+from byokeep.transport import TlsFiles
+
+from tests.harness.chain import SigningKey
+
+CA = "-----BEGIN CERTIFICATE-----\nMII=\n-----END CERTIFICATE-----\n"
+PROFILE = """
+orchestrator = "127.0.0.1:1"
+orchestrator_name = "orchestrator.byokeep.internal"
+trust = "trust.json"
+certificate = "me.pem"
+key = "me.key"
+"""
+
+
+def trust(**changes):
+    key = base64.b64encode(SigningKey("isk").public.public_bytes_raw()).decode()
+    return {
+        "deployment": "test",
+        "ca": [CA],
+        "intake_signing_keys": {"isk_1": key},
+        "audit_log_keys": {"alk_1": key},
+    } | changes
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "trust.json").write_text(json.dumps(trust()))
+    (tmp_path / "me.pem").write_text("certificate")
+    (tmp_path / "me.key").write_text("key")
+    (tmp_path / "me.key").chmod(0o600)
+    path = tmp_path / "config.toml"
+    path.write_text(f"[profiles.demo]{PROFILE}")
+    return path
+
+
+def test_paths_are_relative_to_the_file(config):
+    profile = load_profile(config=config)
+    assert profile.name == "demo"
+    assert profile.certificate == config.parent / "me.pem"
+    assert profile.trust.deployment == "test"
+    assert profile.keyvault is None
+    assert profile.read_identity() == (b"certificate", b"key")
+
+
+def test_default_profile_and_named_profile(config):
+    both = (
+        f'default_profile = "two"\n[profiles.one]{PROFILE}\n[profiles.two]{PROFILE}tenant = "t"\n'
+    )
+    config.write_text(both)
+    assert load_profile(config=config).tenant == "t"
+    assert load_profile("one", config).name == "one"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no \\[profiles"),
+        ("x = ", "not TOML"),
+        ("profiles = 3", "no \\[profiles"),
+        (f"[profiles.a]{PROFILE}[profiles.b]{PROFILE}", "several profiles"),
+        ('default_profile = "x"\n[profiles.a]', "no such profile"),
+        ("[profiles.a]", "no `orchestrator`"),
+        (f"[profiles.a]{PROFILE}tenent = 'x'", "unknown setting tenent"),
+        (f"[profiles.a]{PROFILE}keyvault = 'h:1'", "no `keyvault_name`"),
+        (f"[profiles.a]{PROFILE.replace('me.key', '')}", "no `key`"),
+        (f"[profiles.a]{PROFILE.replace('trust.json', 'none.json')}", "can't be read"),
+    ],
+)
+def test_a_wrong_config_is_named(config, text, said):
+    config.write_text(text)
+    with pytest.raises(ProfileError, match=said):
+        load_profile(config=config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"deployment": ""}, "deployment"),
+        ({"deployment": 3}, "deployment"),
+        ({"ca": []}, "ca"),
+        ({"ca": ["/etc/ssl/ca.pem"]}, "ca"),
+        ({"ca": CA}, "ca"),
+        ({"intake_signing_keys": []}, "intake_signing_keys"),
+        ({"intake_signing_keys": {"isk_1": "short"}}, "intake_signing_keys"),
+        ({"audit_log_keys": {"alk_1": base64.b64encode(bytes(31)).decode()}}, "audit_log_keys"),
+        ({"audit_log_keys": {"alk_1": None}}, "audit_log_keys"),
+    ],
+)
+def test_a_wrong_trust_bundle_is_named(tmp_path, changes, said):
+    path = tmp_path / "trust.json"
+    path.write_text(json.dumps(trust(**changes)))
+    with pytest.raises(ProfileError, match=said):
+        load_trust(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_what_is_no_trust_bundle(tmp_path, text):
+    (tmp_path / "trust.json").write_text(text)
+    with pytest.raises(ProfileError):
+        load_trust(tmp_path / "trust.json")
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+def test_a_key_that_others_can_read_is_refused(config, mode):
+    """Shown to fail: without the check of the mode, a key that came with a repository is used."""
+    (config.parent / "me.key").chmod(mode)
+    with pytest.raises(ProfileError, match="others") as caught:
+        load_profile(config=config).read_identity()
+    assert caught.value.hint.startswith("chmod 600")
+
+
+def test_where_the_config_is_looked_for(tmp_path):
+    home, deep = tmp_path / "home", tmp_path / "work" / "a" / "b"
+    deep.mkdir(parents=True)
+    environ = {"HOME": str(home)}
+    assert find_config(environ, deep) is None
+    in_home = home / ".config" / "byokeep" / "config.toml"
+    in_home.parent.mkdir(parents=True)
+    in_home.touch()
+    assert find_config(environ, deep) == in_home
+    above = tmp_path / "work" / ".byokeep" / "config.toml"
+    above.parent.mkdir()
+    above.touch()
+    assert find_config(environ, deep) == above
+    assert find_config(environ | {"BYOKEEP_CONFIG": "named"}, deep) == Path("named")
+
+
+def test_no_config_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("BYOKEEP_CONFIG", raising=False)
+    with pytest.raises(ProfileError) as caught:
+        load_profile()
+    assert "make up" in caught.value.hint
+
+
+def test_a_connection_without_a_profile(config):
+    files = TlsFiles(config.parent / "me.pem", config.parent / "me.key", config.parent / "ca.pem")
+    files.ca.write_text(CA)
+    with connect(
+        orchestrator="127.0.0.1:1",
+        orchestrator_name="orchestrator.byokeep.internal",
+        tls=files,
+        trust=config.parent / "trust.json",
+        tenant="demo",
+    ) as connection:
+        assert connection.parent == "tenants/demo"
+        assert connection.trust.ca == CA.encode()
+        with pytest.raises(ProfileError, match="no keyvault address"):
+            _ = connection.audit
+
+
+@pytest.mark.parametrize("lacking", ["orchestrator_name", "tls", "trust"])
+def test_an_explicit_connection_is_whole_or_refused(config, lacking):
+    files = TlsFiles(config, config, config)
+    given = {"orchestrator_name": "o", "tls": files, "trust": config.parent / "trust.json"}
+    del given[lacking]
+    with pytest.raises(ProfileError):
+        connect(orchestrator="127.0.0.1:1", **given)
+
+
+def test_a_tenant_has_to_be_chosen(config):
+    with connect(config=config) as connection, pytest.raises(ProfileError, match="no tenant"):
+        _ = connection.parent
+    with connect(config=config, tenant="acme") as connection:
+        assert connection.tenant == "acme"
+
+
+def test_the_package_itself_loads_no_grpc():
+    import subprocess
+    import sys
+
+    code = "import sys, byokeep, byokeep.sealing; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
