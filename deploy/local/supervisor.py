@@ -20,7 +20,7 @@ from deploy.local.processes import Process, StackError, launched, wait_for
 from deploy.local.state import CHECKOUT, State
 from deploy.local.topology import SERVICES, Topology
 
-_READY_SECONDS = 30.0
+_READY_SECONDS = 60.0
 _MIGRATE_SECONDS = 60.0
 _STOP_SECONDS = 12.0  # a service drains for up to 10 s
 _RENEW_SECONDS = 3600.0

@@ -110,7 +110,10 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
     await server.start()
     status, health_server = await _health(settings.health_listen)
     if settings.ready_file is not None:
-        settings.ready_file.write_text(json.dumps({"pid": os.getpid()}))
+        # Whole or not at all: somebody waits for it.
+        temporary = settings.ready_file.with_suffix(".new")
+        temporary.write_text(json.dumps({"pid": os.getpid()}))
+        temporary.replace(settings.ready_file)
     logs.event(log, "serving", listen=settings.listen, deployment=settings.deployment)
     await stop.wait()
     logs.event(log, "draining")

@@ -34,9 +34,10 @@ _DIFF = b"""diff --git a/app.py b/app.py
 
 class _Client:
     def __init__(self, stack: Stack) -> None:
-        pki = stack.root / "pki"
-        name = "developer"
-        files = transport.TlsFiles(pki / f"{name}.pem", pki / f"{name}.key", pki / "ca.pem")
+        client = stack.config.parent
+        files = transport.TlsFiles(
+            client / "developer.pem", client / "developer.key", stack.root / "pki" / "ca.pem"
+        )
         self.channel = transport.aio_channel(
             stack.address("orchestrator"), "orchestrator.byokeep.internal", files
         )

@@ -28,8 +28,8 @@ WRONG = [NAMES["keyvault"], "runner.byokeep.internal", "orchestrator.byokeep.int
 
 @pytest.mark.parametrize("dns", WRONG)
 def test_server_name_of_another_service_is_refused(edge, impostor, dns):
-    """Shown to fail: with the expected name taken from what the server presents (the profile's
-    `orchestrator_name` set to it, as in the control below) the impostor is answered."""
+    """Shown to fail: with `grpc.ssl_target_name_override` set to the name that the server presents
+    instead of the profile's, the impostor is answered."""
     edge.write_config(orchestrator=impostor(dns))
     with client.connect() as connection, pytest.raises(grpc.RpcError) as caught:
         connection.tenants.ListTenants(REQUEST)

@@ -69,6 +69,24 @@ def test_a_changed_bit_is_found_at_its_link(name, number):
     assert caught.value.sequence == number
 
 
+@pytest.mark.parametrize(("number", "named"), [(1, 2), (3, 4), (6, 6)])
+def test_a_changed_link_with_a_fitting_hash_is_found_at_the_next(number, named):
+    """Shown to fail: without the comparison of `previous_hash` the change passes."""
+
+    def forge(record):
+        body = audit_pb2.AuditEvent.FromString(base64.b64decode(record["event"]["body"]))
+        body.actor = "nobody"
+        raw = body.SerializeToString()
+        previous = base64.b64decode(record["event"]["previous_hash"])
+        record["event"]["body"] = base64.b64encode(raw).decode()
+        record["event"]["hash"] = base64.b64encode(auditlog.link_hash(previous, raw)).decode()
+        record["view"]["actor"] = "nobody"
+
+    with pytest.raises(VerificationError) as caught:
+        verify(altered(chain().export(), number, forge), TRUSTED)
+    assert caught.value.sequence == named
+
+
 @pytest.mark.parametrize("number", [1, 3, 5])
 def test_a_removed_link_is_named(number):
     lines = chain().export()

@@ -19,6 +19,9 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 _RETRY = {
     "methodConfig": [
+        # A grant is redeemed once: a repeat whose first answer was lost would be refused
+        # and look like an attack. The orchestrator makes a new grant instead.
+        {"name": [{"service": "byokeep.keyvault.v1.LeaseService", "method": "LeaseKey"}]},
         {
             "name": [{}],
             "retryPolicy": {
