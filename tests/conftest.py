@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from byokeep.testing import Stack
-from byokeep.testing.plugin import byokeep_stack as byokeep_stack
 
 from deploy.local.postgres import ROLES, EmbeddedPostgres, new_password
 
@@ -57,6 +56,21 @@ def orchestrator_database_url(
 ) -> Iterator[str]:
     """A fresh empty database of orchestrator's role: a `postgresql://` URL."""
     yield from _fresh(postgres, database_passwords, "orchestrator")
+
+
+@pytest.fixture(scope="session")
+def byokeep_stack() -> Iterator[Stack]:
+    """One whole stack for the run. Its limits on trying keys are out of the way: tests of
+    those limits start services of their own."""
+    environment = {
+        "keyvault": {"BYOKEEP_INTAKE_PER_HOUR": "10000"},
+        "orchestrator": {
+            "BYOKEEP_INTAKE_PER_HOUR": "10000",
+            "BYOKEEP_INTAKE_PER_HOUR_OF_CALLER": "10000",
+        },
+    }
+    with Stack(environment=environment) as stack:
+        yield stack
 
 
 @pytest.fixture

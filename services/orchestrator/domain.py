@@ -32,8 +32,8 @@ class Entitlements:
 
 PLANS: Final[Mapping[str, Entitlements]] = {
     "STARTER": Entitlements(False, False, 1, 2, 200),
-    "TEAM": Entitlements(True, True, 0, 8, 2_000),
-    "ENTERPRISE": Entitlements(True, True, 0, 32, 100_000),
+    "TEAM": Entitlements(True, True, 0, 16, 10_000),
+    "ENTERPRISE": Entitlements(True, True, 0, 64, 100_000),
 }
 
 

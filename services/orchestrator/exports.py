@@ -207,7 +207,8 @@ def _message(finding: Finding) -> str:
 
 def _comment(finding: Finding) -> dict[str, object]:
     first, last = _lines(finding)
-    head = f"**{_severity(finding)}, {_category(finding)}: {_prose(_cut(_line(finding.title), _MAX_TITLE))}**"
+    title = _prose(_cut(_line(finding.title), _MAX_TITLE))
+    head = f"**{_severity(finding)}, {_category(finding)}: {title}**"
     parts = [head, _markdown(finding.message)]
     if finding.suggestion.strip():
         # Not a "suggestion" block: it is advice, not lines that a button may commit.

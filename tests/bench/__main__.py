@@ -22,8 +22,7 @@ _UNCAPPED = {
         "BYOKEEP_INTAKE_PER_HOUR": "1000",
     },
     "orchestrator": {
-        "BYOKEEP_MAX_REVIEWS_PER_DAY": "1000000",
-        "BYOKEEP_MAX_CALLS_PER_DAY": "1000000",
+        "BYOKEEP_INTAKE_PER_HOUR": "1000",
     },
     "runner": {"BYOKEEP_MAX_CHILDREN": "32"},
 }

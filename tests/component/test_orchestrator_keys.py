@@ -12,7 +12,7 @@ from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2, grant_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb2
 
-from tests.component.orchestrator_stack import (
+from tests.harness.orchestrator import (
     ACTIVE,
     PENDING,
     Conversation,

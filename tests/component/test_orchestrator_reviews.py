@@ -14,7 +14,7 @@ from byokeep.keyvault.v1 import custody_pb2, grant_pb2
 from byokeep.names import last_of
 from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
 
-from tests.component.orchestrator_stack import (
+from tests.harness.orchestrator import (
     DIFF,
     Conversation,
     RunnerGone,

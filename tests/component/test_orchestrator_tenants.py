@@ -12,7 +12,7 @@ from sqlalchemy import create_engine
 
 from services.orchestrator.migrate import migrate
 from services.orchestrator.schema import metadata
-from tests.component.orchestrator_stack import Conversation, Stack, request_id, running, spiffe
+from tests.harness.orchestrator import Conversation, Stack, request_id, running, spiffe
 
 
 @pytest.fixture

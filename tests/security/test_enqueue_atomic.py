@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from services.orchestrator.queue import Queue
-from tests.component.orchestrator_stack import Stack, add_key_request, request_id, running
+from tests.harness.orchestrator import Stack, add_key_request, request_id, running
 
 TABLES = ("review", "review_content", "attempt", "request", "procrastinate_jobs")
 

@@ -9,7 +9,7 @@ import pytest
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from tests.component.orchestrator_stack import (
+from tests.harness.orchestrator import (
     Conversation,
     Stack,
     finding,
@@ -69,8 +69,9 @@ class Pausable:
         try:
             done, _ = await asyncio.wait(waits, timeout=5, return_when=asyncio.FIRST_COMPLETED)
             self.acked = waits[0] in done
-            await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST)
-        finally:  # an acknowledged outcome ends the stream, and this with it
+            if "outcome" not in self._says:
+                await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST)
+        finally:
             for wait in waits:
                 wait.cancel()
             self.over.set()

@@ -18,7 +18,7 @@ from byokeep.orchestrator.v1 import (
 )
 from google.protobuf.message import Message
 
-from tests.component.orchestrator_stack import (
+from tests.harness.orchestrator import (
     DIFF,
     Stack,
     add_key_request,

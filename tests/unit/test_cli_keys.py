@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2
@@ -87,6 +89,12 @@ def test_json_is_a_line_for_each_state(edge, byokeep):
     verdicts = [line["validation"]["verdict"] for line in ran.lines if "validation" in line]
     assert verdicts == ["VALIDATION_VERDICT_VALID"]
     assert "providerKey" in ran.lines[0]
+
+
+def test_stderr_is_json_alone_where_the_output_is(edge, byokeep):
+    edge.verdicts = ["INVALID"]
+    ran = add(byokeep, "--json")
+    assert json.loads(ran.err)["error"]["reason"] == "KEY_REJECTED"
 
 
 def test_add_over_an_existing_name_names_rotate(edge, byokeep):

@@ -105,7 +105,31 @@ def test_what_is_not_built_yet_says_so(edge, byokeep):
     assert "RotateTenantKey comes later" in ran.err
 
 
-@pytest.mark.parametrize("arguments", [("caller", "allow", CI), ("tenant", "set-plan", "a", "x")])
-def test_bad_input(edge, byokeep, arguments):
-    assert byokeep(*arguments).code == 2
+def test_a_model_that_no_key_can_use_is_warned_of(edge, byokeep):
+    edge.models.append(settings_pb2.Model(model="openai/gpt-5", key_ids=["key_1"]))
+    assert "warning" in byokeep("model", "set", "openai/gpt-4711").err
+    assert "warning" not in byokeep("model", "set", "openai/gpt-5").err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("caller", "allow", CI),
+        ("caller", "allow", "ci.example", "--role", "auditor"),
+        ("caller", "deny", "ci.example"),
+        ("tenant", "set-plan", "a", "x"),
+        ("tenant", "create", "Acme Inc"),
+        ("tenant", "delete", "../demo", "--yes"),
+        ("admin", "shred-tenant", "*", "--yes"),
+        ("model", "set", "gpt-5"),
+        ("model", "set", "openai/gpt-5", "--repo", "a b"),
+        ("key", "list", "--tenant", "tenants/demo"),
+        ("review", "--dry-run", "--repo", "a b"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_refused_here(edge, byokeep, arguments):
+    ran = byokeep(*arguments)
+    assert ran.code == 2
+    assert ran.err.startswith("error: ")
     assert edge.requests == []

@@ -117,7 +117,20 @@ def test_a_failed_review_says_why(edge, byokeep, reason, code):
     assert ran.code == code
     assert "the reason in a sentence" in ran.err
     assert reason in ran.err
-    assert "byokeep review retry rev_" in ran.err
+    assert "→ " in ran.err
+
+
+@pytest.mark.parametrize(
+    ("reason", "hint"),
+    [
+        ("KEY_REJECTED", "byokeep key rotate key_1, then byokeep review retry rev_"),
+        ("TIMEOUT", "byokeep review retry rev_"),
+        ("MODEL_NOT_FOUND", "byokeep model set"),
+    ],
+)
+def test_a_failed_review_says_what_to_do(edge, byokeep, reason, hint):
+    edge.states = [failed(reason) | {"key_id": "key_1"}]
+    assert hint in submit(byokeep).err
 
 
 def test_failing_wins_over_fail_on(edge, byokeep):

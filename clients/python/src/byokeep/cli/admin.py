@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from byokeep import names
+from byokeep.cli import checked
 from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.errors import CliError, Exit
 from byokeep.cli.output import message_dict, when
@@ -50,7 +51,7 @@ def status(session: Session) -> None:
 def create_tenant_key(session: Session, name: Name) -> None:
     """Create a tenant's KEK; nothing changes where it exists."""
     answer = session.connection.admin.CreateTenantKey(
-        admin_pb2.CreateTenantKeyRequest(tenant=names.tenant_name(name), request_id=request_id())
+        admin_pb2.CreateTenantKeyRequest(tenant=_resource(name), request_id=request_id())
     )
     if session.out.as_json:
         session.out.json(message_dict(answer))
@@ -64,7 +65,7 @@ def create_tenant_key(session: Session, name: Name) -> None:
 def rotate_kek(session: Session, name: Name) -> None:
     """Make a new version of a tenant's KEK; rewrap then moves the data keys to it."""
     answer = session.connection.admin.RotateTenantKey(
-        admin_pb2.RotateTenantKeyRequest(tenant=names.tenant_name(name), request_id=request_id())
+        admin_pb2.RotateTenantKeyRequest(tenant=_resource(name), request_id=request_id())
     )
     if session.out.as_json:
         session.out.json(message_dict(answer))
@@ -77,7 +78,7 @@ def rotate_kek(session: Session, name: Name) -> None:
 @command()
 def rewrap(session: Session, name: Name) -> None:
     """Wrap a tenant's data keys again under the newest KEK. With --json: a line for each step."""
-    request = admin_pb2.RewrapTenantRequest(tenant=names.tenant_name(name))
+    request = admin_pb2.RewrapTenantRequest(tenant=_resource(name))
     latest = admin_pb2.RewrapTenantResponse()
     with session.out.progress(f"rewrapping {name} …") as progress:
         for latest in session.connection.admin.RewrapTenant(request, timeout=_REWRAP_SECONDS):
@@ -105,7 +106,7 @@ def shred_tenant(
     """Destroy a tenant's KEK, and with it every key of the tenant. Can't be undone."""
     confirm_by_name(name, f"destroy every key of tenant {name}", yes=yes)
     answer = session.connection.admin.ShredTenant(
-        admin_pb2.ShredTenantRequest(tenant=names.tenant_name(name), request_id=request_id())
+        admin_pb2.ShredTenantRequest(tenant=_resource(name), request_id=request_id())
     )
     if session.out.as_json:
         session.out.json(message_dict(answer))
@@ -128,3 +129,7 @@ def resume_leases(
         session.out.json({})
     else:
         session.out.print("leases are given again; the audit log has the reason")
+
+
+def _resource(name: str) -> str:
+    return names.tenant_name(checked.tenant(name))

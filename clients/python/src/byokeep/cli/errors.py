@@ -71,6 +71,15 @@ BY_FAILURE: Mapping[str, Exit] = {
 }
 """Exit code of a review's FailureReason; every other one is REVIEW_FAILED."""
 
+_FAILURE_HINTS: Mapping[str, str] = {
+    "KEY_REJECTED": "byokeep key rotate {key}, then {retry}",
+    "KEY_RESTRICTED": "give the key the scope at its provider, or byokeep key rotate {key}",
+    "QUOTA_EXHAUSTED": "raise or pay the quota at the provider, then {retry}",
+    "KEY_REVOKED": "byokeep key add PROVIDER, then submit the diff again",
+    "MODEL_NOT_FOUND": "byokeep model list, then byokeep model set PROVIDER/MODEL",
+    "AMBIGUOUS": "look at the provider's bill, then {retry}",
+}
+
 HINTS: Mapping[str, str] = {
     "KEY_EXISTS": "byokeep key rotate {key}",
     "KEY_NEEDS_REKEY": "byokeep key rotate {key}",
@@ -160,6 +169,12 @@ def from_rpc(error: grpc.RpcError, profile: Profile | None) -> CliError:
 def failure_exit(failure: str) -> Exit:
     """Return the exit code of a failed review; `failure` is a FailureReason's short name."""
     return BY_FAILURE.get(failure, Exit.REVIEW_FAILED)
+
+
+def failure_hint(failure: str, key_id: str, review_id: str) -> str:
+    """Return what to do about a failed review."""
+    retry = f"byokeep review retry {review_id}"
+    return _FAILURE_HINTS.get(failure, retry).format(key=key_id or "KEY", retry=retry)
 
 
 def _hint(reason: str, metadata: Mapping[str, str]) -> str:

@@ -37,7 +37,7 @@ class Summary:
     """What the entries come to. `recorded` is False where keyvault's events are missing."""
 
     processes: int
-    plaintext_ms: float
+    plaintext_ms: int
     alive: int
     end_unknown: int
     live_leases: int
@@ -142,7 +142,7 @@ def _reported(lease: _Lease) -> Iterable[Entry]:
             closed,
             "reported",
             f"{process} is gone{f' ({state})' if state else ''};"
-            f" plaintext existed {_milliseconds(closed - opened)}",
+            f" plaintext existed {_milliseconds(report)} ms",
             ends_badly=state == "FAILED",
             data={"type": "CLOSED", **data},
         )
@@ -169,10 +169,9 @@ def _details(event: audit_pb2.AuditEvent, use: key_pb2.KeyUse | None) -> Iterabl
         yield _attempt(event.attempt_id, event.review_id, use)
         yield f"runner {clean(event.caller)}"
     elif event.type not in _ENDS:
-        if event.actor:
-            yield f"for {clean(event.actor)}"
-        if event.caller:
-            yield f"asked by {clean(event.caller)}"
+        through = f", through {clean(event.caller)}" if event.caller else ""
+        if event.actor or event.caller:
+            yield f"for {clean(event.actor) or 'nobody named'}{through}"
     if event.shred:
         yield f"shredding of the backend: {clean(event.shred)}"
     if event.reason:
@@ -229,8 +228,7 @@ _BAD = {
 def _summary(
     events: Iterable[audit_pb2.AuditEvent], leases: Mapping[str, _Lease], recorded: bool
 ) -> Summary:
-    spent = datetime.timedelta()
-    processes = alive = end_unknown = 0
+    spent = processes = alive = end_unknown = 0
     for lease in leases.values():
         report = lease.report()
         if report is None:
@@ -239,7 +237,7 @@ def _summary(
             continue
         processes += 1
         if report.HasField("close_time"):
-            spent += _time(report.close_time) - _time(report.open_time)
+            spent += _milliseconds(report)
         elif lease.ended is None:
             alive += 1
         else:
@@ -247,7 +245,7 @@ def _summary(
     kinds = [event.type for event in events]
     return Summary(
         processes=processes,
-        plaintext_ms=spent / _MILLISECOND,
+        plaintext_ms=spent,
         alive=alive,
         end_unknown=end_unknown,
         live_leases=sum(
@@ -264,5 +262,5 @@ def _time(stamp: Any) -> datetime.datetime:
     return value
 
 
-def _milliseconds(span: datetime.timedelta) -> str:
-    return f"{span / _MILLISECOND:.0f} ms"
+def _milliseconds(report: lease_pb2.PlaintextReport) -> int:
+    return round((_time(report.close_time) - _time(report.open_time)) / _MILLISECOND)

@@ -10,6 +10,7 @@ from byokeep import names
 from byokeep.cli.errors import CliError
 from byokeep.cli.output import short
 from byokeep.cli.session import Session, pages
+from byokeep.cli.text import clean
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2
 
@@ -63,6 +64,13 @@ def provider_of(key: Key) -> str:
     return names.provider_id(key.provider_key.provider)
 
 
+def label_of(key: Key) -> str:
+    """Return provider, name and owner: `openai default of ann`."""
+    kept = key.provider_key
+    owner = f" of {clean(kept.owner)}" if kept.owner else ""
+    return f"{provider_of(key)} {clean(kept.display_name)}{owner}"
+
+
 def key_state(key: Key) -> str:
     """Return the short name of a key's state."""
     return short(custody_pb2.KeyVersionState, key.provider_key.state)
@@ -78,5 +86,5 @@ def _tiers(reference: str) -> Sequence[Callable[[Key], bool]]:
 
 
 def _candidates(keys: Sequence[Key]) -> str:
-    shown = [f"{key_id(key)} ({provider_of(key)} {key.provider_key.display_name})" for key in keys]
+    shown = [f"{key_id(key)} ({label_of(key)})" for key in keys]
     return ", ".join(shown[:10]) + (" …" if len(shown) > 10 else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -10,9 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from byokeep import ids, names
-from byokeep.cli import trail
+from byokeep.cli import checked, trail
 from byokeep.cli.confirm import confirm
-from byokeep.cli.errors import CliError
 from byokeep.cli.keyinput import read_key
 from byokeep.cli.keyref import find_key, key_id, list_keys, provider_of
 from byokeep.cli.keyview import key_row, print_change, print_key
@@ -23,9 +21,6 @@ from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2
 
 app = typer.Typer(no_args_is_help=True)
-
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_USER = re.compile(r"[A-Za-z0-9._@+-]{0,128}")
 
 
 class ProviderName(StrEnum):
@@ -84,10 +79,8 @@ def add(
 
     Asks for the key at a hidden prompt, unless --stdin or --from-env is given.
     """
-    if not _NAME.fullmatch(name):
-        raise CliError("--name takes 1 to 64 letters, digits, dots, hyphens and underscores")
-    if not _USER.fullmatch(user):
-        raise CliError("--user takes at most 128 letters, digits and ._@+-")
+    checked.key_name(name)
+    checked.user(user)
     connection = session.connection
     sealed = _seal(session, provider, ids.new_id("key"), "add", user, (stdin, from_env))
     answer = connection.keys.AddKey(

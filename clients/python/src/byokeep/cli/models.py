@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from google.protobuf import field_mask_pb2
 
+from byokeep.cli import checked
 from byokeep.cli.output import message_dict
 from byokeep.cli.session import Session, command, group, pages, request_id
 from byokeep.cli.text import clean
@@ -31,8 +32,7 @@ def model() -> None:
 def list_(session: Session) -> None:
     """List the models that the tenant's keys can use, and which are chosen."""
     connection = session.connection
-    request = settings_pb2.ListModelsRequest(parent=connection.parent, page_size=1000)
-    models = list(pages(connection.settings.ListModels, request, "models"))
+    models = _models(session)
     settings = connection.settings.GetSettings(
         settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
     ).settings
@@ -72,7 +72,10 @@ def set_(
     repo: Pattern = None,
 ) -> None:
     """Choose the model of the tenant, or of some of its repositories."""
-    _change(session, chosen, repo)
+    _change(session, checked.model(chosen), repo)
+    known = {entry.model for entry in _models(session)}
+    if known and chosen not in known:
+        session.out.warn("none of the tenant's keys is known to be able to use that model")
 
 
 @app.command()
@@ -82,9 +85,16 @@ def unset(session: Session, repo: Pattern = None) -> None:
     _change(session, "", repo)
 
 
+def _models(session: Session) -> list[settings_pb2.Model]:
+    connection = session.connection
+    request = settings_pb2.ListModelsRequest(parent=connection.parent, page_size=1000)
+    return list(pages(connection.settings.ListModels, request, "models"))
+
+
 def _change(session: Session, chosen: str, repo: str | None) -> None:
     connection = session.connection
     if repo is not None:
+        checked.pattern(repo)
         override = settings_pb2.SetModelOverrideRequest(
             parent=connection.parent,
             repository_pattern=repo,

@@ -94,11 +94,16 @@ class Output:
         self.renderable(table)
 
     def note(self, text: str, style: str = "dim") -> None:
-        """Print a line on stderr that a script may ignore."""
+        """Print a line on stderr that a script may ignore; JSON leaves it out."""
+        if self.as_json:
+            return
         self._err.print(text, style=style)
 
     def warn(self, text: str) -> None:
         """Print a warning on stderr."""
+        if self.as_json:
+            print(json.dumps({"warning": text}), file=sys.stderr)
+            return
         self._err.print(f"warning: {text}", style="yellow")
 
     @contextmanager

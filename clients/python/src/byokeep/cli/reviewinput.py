@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from byokeep.cli import gitinfo
+from byokeep.cli import checked, gitinfo
 from byokeep.cli.errors import CliError
 from byokeep.orchestrator.v1 import review_pb2
 
@@ -45,6 +45,11 @@ def build(given: Given) -> review_pb2.ReviewInput:
         raise CliError("--diff and --base exclude each other")
     if len(given.context) > _CONTEXT_FILES:
         raise CliError(f"at most {_CONTEXT_FILES} --context files are taken")
+    if given.repo is not None:
+        checked.repository(given.repo)
+    if given.model:
+        checked.model(given.model)
+    checked.user(given.user)
     in_repository = gitinfo.inside_repository()
     head = given.head or (gitinfo.head_commit() if in_repository else "")
     return review_pb2.ReviewInput(

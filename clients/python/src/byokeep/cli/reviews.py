@@ -9,22 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from byokeep import names
 from byokeep.cli import reviewinput
-from byokeep.cli.errors import CliError, Exit, failure_exit
-from byokeep.cli.output import message_dict, short
+from byokeep.cli.errors import CliError
+from byokeep.cli.output import message_dict
 from byokeep.cli.reviewoutput import (
     TERMINAL,
-    at_least,
     print_dry_run,
-    print_review,
     print_reviews,
     progress_line,
     review_id,
 )
-from byokeep.cli.session import Format, Session, command, pages, request_id
-from byokeep.cli.text import clean
-from byokeep.cli.watch import until_done
+from byokeep.cli.reviewrun import find, finish, follow
+from byokeep.cli.session import Format, Session, command, request_id
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:
@@ -32,13 +28,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(invoke_without_command=True)
 
-_ID = re.compile(r"rev_[0-9a-z]{26}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
-_WATCH_SECONDS = 24 * 3600.0
-_EXPORTS = {
-    Format.SARIF: review_pb2.EXPORT_FORMAT_SARIF,
-    Format.GITHUB: review_pb2.EXPORT_FORMAT_GITHUB,
-}
 
 
 class FailOn(StrEnum):
@@ -137,7 +127,7 @@ def review(
     if detach:
         _detached(session, submitted)
     else:
-        _finish(session, _follow(session, submitted), fail_on)
+        finish(session, follow(session, submitted), fail_on)
 
 
 @app.command(
@@ -151,15 +141,15 @@ def show(
     fail_on: FailOnOption = None,
 ) -> None:
     """Show a review and its findings."""
-    name = _find(session, reference)
+    name = find(session, reference)
     request = review_pb2.GetReviewRequest(name=name)
     found = session.connection.reviews.GetReview(request).review
     if watch and found.state not in TERMINAL:
-        _finish(session, _follow(session, found), fail_on)
+        finish(session, follow(session, found), fail_on)
         return
     if session.out.as_json:
         session.out.json(message_dict(found))
-    _finish(session, found, fail_on)
+    finish(session, found, fail_on)
 
 
 @app.command("list")
@@ -186,9 +176,7 @@ def list_(
 @command()
 def cancel(session: Session, reference: Reference) -> None:
     """Cancel a review. A call that was already sent to the provider still bills."""
-    request = review_pb2.CancelReviewRequest(
-        name=_find(session, reference), request_id=request_id()
-    )
+    request = review_pb2.CancelReviewRequest(name=find(session, reference), request_id=request_id())
     cancelled = session.connection.reviews.CancelReview(request).review
     if session.out.as_json:
         session.out.json(message_dict(cancelled))
@@ -200,9 +188,9 @@ def cancel(session: Session, reference: Reference) -> None:
 @command()
 def retry(session: Session, reference: Reference, fail_on: FailOnOption = None) -> None:
     """Start a new attempt of a failed review, and follow it."""
-    request = review_pb2.RetryReviewRequest(name=_find(session, reference), request_id=request_id())
+    request = review_pb2.RetryReviewRequest(name=find(session, reference), request_id=request_id())
     again = session.connection.reviews.RetryReview(request).review
-    _finish(session, _follow(session, again), fail_on)
+    finish(session, follow(session, again), fail_on)
 
 
 def _dry_run(session: Session, content: review_pb2.ReviewInput) -> None:
@@ -222,81 +210,3 @@ def _detached(session: Session, submitted: Review) -> None:
         return
     session.out.print(review_id(submitted))
     session.out.note(f"follow it: byokeep review show {review_id(submitted)} --watch")
-
-
-def _follow(session: Session, submitted: Review) -> Review:
-    request = review_pb2.WatchReviewRequest(name=submitted.name)
-    latest = submitted
-    try:
-        with session.out.progress(progress_line(latest)) as progress:
-            for answer in until_done(
-                lambda left: session.connection.reviews.WatchReview(request, timeout=left),
-                _WATCH_SECONDS,
-            ):
-                latest = answer.review
-                progress(progress_line(latest))
-                if session.out.as_json:
-                    session.out.json_line(message_dict(latest))
-                if latest.state in TERMINAL:
-                    return latest
-    except KeyboardInterrupt:
-        identifier = review_id(submitted)
-        session.out.note(f"review {identifier} goes on", style="")
-        session.out.note(f"  follow it: byokeep review show {identifier} --watch", style="cyan")
-        session.out.note(f"  stop it:   byokeep review cancel {identifier}", style="cyan")
-        raise
-    raise CliError(
-        "the stream ended before the review did",
-        f"byokeep review show {review_id(submitted)} --watch",
-        Exit.UNAVAILABLE,
-    )
-
-
-def _finish(session: Session, review: Review, fail_on: FailOn | None) -> None:
-    if session.format in _EXPORTS:
-        _export(session, review)
-    elif not session.out.as_json:
-        print_review(session.out, review)
-    if review.state == review_pb2.REVIEW_STATE_FAILED:
-        raise _failed(review)
-    if review.state == review_pb2.REVIEW_STATE_CANCELLED:
-        raise CliError("the review was cancelled", "", Exit.REVIEW_FAILED, "CANCELLED")
-    if fail_on is not None and at_least(review, fail_on):
-        session.out.note(f"there are findings of severity {fail_on} or worse")
-        raise typer.Exit(Exit.FAIL_ON)
-
-
-def _failed(review: Review) -> CliError:
-    failure = short(review_pb2.FailureReason, review.failure)
-    code = failure_exit(failure)
-    identifier = review_id(review)
-    hint = f"byokeep review retry {identifier}"
-    if code == Exit.KEY and review.key_id:
-        hint = f"byokeep key rotate {clean(review.key_id)}, then {hint}"
-    message = clean(review.failure_message) or "the review failed"
-    return CliError(message, hint, code, failure or "REVIEW_FAILED")
-
-
-def _export(session: Session, review: Review) -> None:
-    if review.state != review_pb2.REVIEW_STATE_COMPLETED:
-        return
-    request = review_pb2.ExportReviewRequest(name=review.name, format=_EXPORTS[session.format])
-    content = session.connection.reviews.ExportReview(request).content
-    print(clean(content, lines=True).rstrip("\n"))
-
-
-def _find(session: Session, reference: str) -> str:
-    connection = session.connection
-    if _ID.fullmatch(reference):
-        return names.review_name(connection.tenant, reference)
-    request = review_pb2.ListReviewsRequest(parent=connection.parent, page_size=500)
-    found = [
-        review.name
-        for review in pages(connection.reviews.ListReviews, request, "reviews")
-        if review_id(review).startswith(reference)
-        or review_id(review).removeprefix("rev_").startswith(reference)
-    ]
-    if len(found) == 1 and reference:
-        return str(found[0])
-    what = "no review has" if not found else f"{len(found)} reviews have"
-    raise CliError(f"{what} an id that begins like this", "byokeep review list")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from byokeep.cli import checked
 from byokeep.cli.errors import CliError
 from byokeep.cli.output import Output
 
@@ -71,6 +72,8 @@ class Session:
         """Return the connection. Raises ProfileError."""
         from byokeep.client import connect
 
+        if self.options.tenant is not None:
+            checked.tenant(self.options.tenant)
         return connect(self.profile, tenant=self.options.tenant)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from byokeep.cli.errors import Exit
-from byokeep.cli.keyref import key_state, list_keys, provider_of
+from byokeep.cli.keyref import key_state, label_of, list_keys
 from byokeep.cli.output import message_dict, state_text
 from byokeep.cli.session import Session, command
 from byokeep.cli.text import clean
@@ -49,8 +49,7 @@ def status(session: Session) -> None:
         out.print("keys          none; add one: byokeep key add openai")
     for key in keys:
         line = state_text(key_state(key))
-        name = f"{provider_of(key)} {clean(key.provider_key.display_name)}"
-        out.print(_labelled("key", name, line, clean(key.provider_key.hint)))
+        out.print(_labelled("key", label_of(key), line, clean(key.provider_key.hint)))
 
 
 @command()

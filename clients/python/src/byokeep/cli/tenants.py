@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from byokeep import names
+from byokeep.cli import checked
 from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.output import message_dict, short, state_text, when
 from byokeep.cli.session import Session, command, group, pages, request_id
@@ -63,7 +64,7 @@ def create(
     plan: Annotated[PlanName, typer.Option(help="The plan.")] = PlanName.TEAM,
 ) -> None:
     """Create a tenant, and its key-encryption key in keyvault."""
-    connection, resource = session.connection, names.tenant_name(name)
+    connection, resource = session.connection, names.tenant_name(checked.tenant(name))
     # First the part that may be repeated: a tenant without a KEK could store no key.
     connection.admin.CreateTenantKey(
         admin_pb2.CreateTenantKeyRequest(tenant=resource, request_id=request_id())
@@ -111,7 +112,7 @@ def suspend(
 ) -> None:
     """Take nothing new for a tenant: no reviews, keys or leases; or resume it."""
     request = tenant_pb2.SuspendTenantRequest(
-        name=names.tenant_name(name), resume=resume, request_id=request_id()
+        name=names.tenant_name(checked.tenant(name)), resume=resume, request_id=request_id()
     )
     changed = session.connection.tenants.SuspendTenant(request).tenant
     if session.out.as_json:
@@ -129,8 +130,9 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a tenant with its reviews, and destroy its keys. Can't be undone."""
+    resource = names.tenant_name(checked.tenant(name))
     confirm_by_name(name, f"delete tenant {name} and destroy all of its keys", yes=yes)
-    connection, resource = session.connection, names.tenant_name(name)
+    connection = session.connection
     # An endpoint that is missing must not leave half of it done.
     admin = connection.admin
     deleted = connection.tenants.DeleteTenant(
@@ -155,7 +157,7 @@ def set_plan(session: Session, name: Name, plan: PlanArgument) -> None:
     from byokeep.orchestrator.v1 import settings_pb2
 
     request = settings_pb2.SetPlanRequest(
-        tenant=names.tenant_name(name), plan=_plan(plan), request_id=request_id()
+        tenant=names.tenant_name(checked.tenant(name)), plan=_plan(plan), request_id=request_id()
     )
     settings = session.connection.settings.SetPlan(request).settings
     if session.out.as_json:
@@ -188,7 +190,7 @@ def allow(
     request = tenant_pb2.AllowCallerRequest(
         parent=connection.parent,
         caller=tenant_pb2.Caller(
-            spiffe_id=spiffe_id,
+            spiffe_id=checked.spiffe_id(spiffe_id),
             roles=[_role(entry) for entry in dict.fromkeys(role)],
             may_assert_users=assert_users,
         ),
@@ -208,7 +210,9 @@ def deny(session: Session, spiffe_id: SpiffeId) -> None:
     connection = session.connection
     connection.callers.DenyCaller(
         tenant_pb2.DenyCallerRequest(
-            parent=connection.parent, spiffe_id=spiffe_id, request_id=request_id()
+            parent=connection.parent,
+            spiffe_id=checked.spiffe_id(spiffe_id),
+            request_id=request_id(),
         )
     )
     if session.out.as_json:

@@ -100,7 +100,7 @@ def _closing(summary: Summary) -> Iterable[Text]:
     processes = _count(summary.processes, "process", "processes")
     line = Text()
     line.append(f"plaintext existed in {processes}")
-    line.append(f" for {summary.plaintext_ms:.0f} ms in all; ")
+    line.append(f" for {summary.plaintext_ms} ms in all; ")
     if summary.alive:
         line.append(f"{summary.alive} may be alive", style="bold red")
     else:

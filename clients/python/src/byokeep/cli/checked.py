@@ -1,0 +1,58 @@
+"""Arguments whose form is checked here, for a better sentence than a pattern's."""
+
+from __future__ import annotations
+
+import re
+
+from byokeep.cli.errors import CliError
+
+_TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_MODEL = re.compile(r"(openai|anthropic|gemini)/[A-Za-z0-9._:-]{1,100}")
+_SPIFFE = re.compile(r"spiffe://[a-z0-9.-]{1,255}/[A-Za-z0-9._/-]{1,512}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9._/-]{1,200}")
+_PATTERN = re.compile(r"[A-Za-z0-9._/*?-]{1,200}")
+_USER = re.compile(r"[A-Za-z0-9._@+-]{0,128}")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def tenant(text: str) -> str:
+    """Return the name of a tenant. Raises CliError."""
+    return _check(_TENANT, text, "a tenant's name is lower-case letters, digits and hyphens")
+
+
+def model(text: str) -> str:
+    """Return PROVIDER/MODEL. Raises CliError."""
+    what = "a model is PROVIDER/MODEL, such as openai/gpt-5; providers: openai, anthropic, gemini"
+    return _check(_MODEL, text, what, "byokeep model list")
+
+
+def spiffe_id(text: str) -> str:
+    """Return a SPIFFE ID. Raises CliError."""
+    return _check(_SPIFFE, text, "a SPIFFE ID looks like spiffe://acme.example/ci")
+
+
+def repository(text: str) -> str:
+    """Return OWNER/NAME. Raises CliError."""
+    return _check(_REPOSITORY, text, "a repository is OWNER/NAME: letters, digits and . _ / -")
+
+
+def pattern(text: str) -> str:
+    """Return a shell pattern of repositories. Raises CliError."""
+    return _check(_PATTERN, text, "a pattern of repositories looks like acme/*")
+
+
+def user(text: str) -> str:
+    """Return a user's name; empty: the tenant. Raises CliError."""
+    return _check(_USER, text, "--user takes at most 128 letters, digits and . _ @ + -")
+
+
+def key_name(text: str) -> str:
+    """Return the display name of a key. Raises CliError."""
+    return _check(_NAME, text, "--name takes 1 to 64 letters, digits, dots, hyphens, underscores")
+
+
+def _check(form: re.Pattern[str], text: str, sentence: str, hint: str = "") -> str:
+    # The text itself is not shown: it may be a secret at the wrong place.
+    if not form.fullmatch(text):
+        raise CliError(sentence, hint)
+    return text

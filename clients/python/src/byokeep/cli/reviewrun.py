@@ -1,0 +1,121 @@
+"""Following a review to its end, and ending as it did."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import typer
+
+from byokeep import names
+from byokeep.cli.errors import CliError, Exit, failure_exit, failure_hint
+from byokeep.cli.output import message_dict, short
+from byokeep.cli.reviewoutput import (
+    TERMINAL,
+    at_least,
+    print_review,
+    progress_line,
+    review_id,
+)
+from byokeep.cli.session import Format, Session, pages
+from byokeep.cli.text import clean
+from byokeep.cli.watch import until_done
+from byokeep.orchestrator.v1 import review_pb2
+
+if TYPE_CHECKING:
+    from byokeep.orchestrator.v1.review_pb2 import Review
+
+_ID = re.compile(r"rev_[0-9a-z]{26}")
+_WATCH_SECONDS = 24 * 3600.0
+_EXPORTS = {
+    Format.SARIF: review_pb2.EXPORT_FORMAT_SARIF,
+    Format.GITHUB: review_pb2.EXPORT_FORMAT_GITHUB,
+}
+
+
+def follow(session: Session, submitted: Review) -> Review:
+    """Show a review as it goes on, and return it as it ended.
+
+    Raises:
+        CliError: the stream ended before the review did.
+        KeyboardInterrupt: after saying how to follow or stop it.
+    """
+    request = review_pb2.WatchReviewRequest(name=submitted.name)
+    latest = submitted
+    try:
+        with session.out.progress(progress_line(latest)) as progress:
+            for answer in until_done(
+                lambda left: session.connection.reviews.WatchReview(request, timeout=left),
+                _WATCH_SECONDS,
+            ):
+                latest = answer.review
+                progress(progress_line(latest))
+                if session.out.as_json:
+                    session.out.json_line(message_dict(latest))
+                if latest.state in TERMINAL:
+                    return latest
+    except KeyboardInterrupt:
+        identifier = review_id(submitted)
+        session.out.note(f"review {identifier} goes on", style="")
+        session.out.note(f"  follow it: byokeep review show {identifier} --watch", style="cyan")
+        session.out.note(f"  stop it:   byokeep review cancel {identifier}", style="cyan")
+        raise
+    raise CliError(
+        "the stream ended before the review did",
+        f"byokeep review show {review_id(submitted)} --watch",
+        Exit.UNAVAILABLE,
+    )
+
+
+def finish(session: Session, review: Review, fail_on: str | None) -> None:
+    """Print a review in the chosen form, and end as it did.
+
+    Raises:
+        CliError: it failed or was cancelled.
+        typer.Exit: a finding is as bad as `fail_on`, or worse.
+    """
+    if session.format in _EXPORTS:
+        _export(session, review)
+    elif not session.out.as_json:
+        print_review(session.out, review)
+    if review.state == review_pb2.REVIEW_STATE_FAILED:
+        raise _failed(review)
+    if review.state == review_pb2.REVIEW_STATE_CANCELLED:
+        raise CliError("the review was cancelled", "", Exit.REVIEW_FAILED, "CANCELLED")
+    if fail_on is not None and at_least(review, fail_on):
+        session.out.note(f"there are findings of severity {fail_on} or worse")
+        raise typer.Exit(Exit.FAIL_ON)
+
+
+def _failed(review: Review) -> CliError:
+    failure = short(review_pb2.FailureReason, review.failure)
+    code = failure_exit(failure)
+    hint = failure_hint(failure, clean(review.key_id), review_id(review))
+    message = clean(review.failure_message) or "the review failed"
+    return CliError(message, hint, code, failure or "REVIEW_FAILED")
+
+
+def _export(session: Session, review: Review) -> None:
+    if review.state != review_pb2.REVIEW_STATE_COMPLETED:
+        return
+    request = review_pb2.ExportReviewRequest(name=review.name, format=_EXPORTS[session.format])
+    content = session.connection.reviews.ExportReview(request).content
+    print(clean(content, lines=True).rstrip("\n"))
+
+
+def find(session: Session, reference: str) -> str:
+    """Return the resource name of a review, from its id or a unique beginning of it."""
+    connection = session.connection
+    if _ID.fullmatch(reference):
+        return names.review_name(connection.tenant, reference)
+    request = review_pb2.ListReviewsRequest(parent=connection.parent, page_size=500)
+    found = [
+        review.name
+        for review in pages(connection.reviews.ListReviews, request, "reviews")
+        if review_id(review).startswith(reference)
+        or review_id(review).removeprefix("rev_").startswith(reference)
+    ]
+    if len(found) == 1 and reference:
+        return str(found[0])
+    what = "no review has" if not found else f"{len(found)} reviews have"
+    raise CliError(f"{what} an id that begins like this", "byokeep review list")
