@@ -11,6 +11,7 @@ import asyncio
 import datetime
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -164,24 +165,9 @@ async def _one_shot(message: bytearray) -> Opened:
         # At most 10 KiB: it fits the pipe, so no copy stays behind in a transport's buffer.
         os.write(writing, message)
         os.close(writing)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.keyvault.intake_child",
-            stdin=reading,
-            stdout=asyncio.subprocess.PIPE,
-        )
+        output = await asyncio.to_thread(_run_child, reading)
     finally:
         os.close(reading)
-    try:
-        async with asyncio.timeout(_CHILD_SECONDS):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        raise internal()
     answer = json.loads(output)
     if "refusal" in answer:
         reason, sentence = _REFUSALS[answer["refusal"]]
@@ -190,3 +176,18 @@ async def _one_shot(message: bytearray) -> Opened:
             grpc.StatusCode.INVALID_ARGUMENT, reason, sentence, field=field, rule=answer["refusal"]
         )
     return Opened(bytes.fromhex(answer["envelope"]), answer["hint"])
+
+
+def _run_child(stdin: int) -> bytes:
+    # Not asyncio's subprocess: uvloop forks, and gRPC's fork handlers can't run while its
+    # threads are busy. The subprocess module uses vfork, which runs none.
+    done = subprocess.run(
+        [sys.executable, "-m", "services.keyvault.intake_child"],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        timeout=_CHILD_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise internal()
+    return done.stdout

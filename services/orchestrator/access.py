@@ -27,6 +27,7 @@ class Rights:
     tenant: TenantRow
     roles: frozenset[int]
     may_assert_users: bool
+    has_overrides: bool
 
     @property
     def plan(self) -> Entitlements:
@@ -112,7 +113,13 @@ class Authority:
             )
         if found is not None:
             _current.set(
-                Rights(caller.spiffe_id, found.tenant, frozenset(held), found.may_assert_users)
+                Rights(
+                    caller.spiffe_id,
+                    found.tenant,
+                    frozenset(held),
+                    found.may_assert_users,
+                    found.has_overrides,
+                )
             )
 
 

@@ -24,6 +24,8 @@ from services.orchestrator.tenants import timestamp
 
 TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
 _WATCH_SECONDS: Final = 5.0
+# Nothing tells of the start of an attempt, see CLAIM.
+_QUEUED_SECONDS: Final = 1.0
 _EXPORTS: Final[dict[int, Callable[[review_pb2.Review], tuple[str, str]]]] = {
     review_pb2.EXPORT_FORMAT_TEXT: exports.text,
     review_pb2.EXPORT_FORMAT_SARIF: exports.sarif,
@@ -67,34 +69,22 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self, request: review_pb2.SubmitReviewRequest, context: object
     ) -> review_pb2.SubmitReviewResponse:
         """Store a review and enqueue it; the same submission returns the same review."""
-        rights, wanted = access.current(), request.input
+        rights = access.current()
         rights.require_active()
-        self._require_sender(rights, wanted)
-        scope = _scope(request)
-        digest = store_requests.digest_of(wanted)
-        row = await self._reviews.earlier(rights.tenant.id, scope, digest)
+        self._require_sender(rights, request.input)
+        scope, digest = _scope(request), store_requests.digest_of(request.input)
+        refused: ByokeepError | None = None
+        try:
+            row: ReviewRow | None = await self._submit(rights, request.input, scope, digest)
+        except store_requests.Repeated:
+            row = None
+        except ByokeepError as error:
+            row, refused = None, error
         if row is None:
-            prepared = await self._prepare(rights, wanted)
-            planning.require_calls(prepared.plan, prepared.max_calls)
-            row = await self._reviews.submit(
-                Submission(
-                    tenant=rights.tenant.id,
-                    scope=scope,
-                    digest=digest,
-                    repository=wanted.repository,
-                    pull_request=wanted.pull_request,
-                    head_commit=wanted.head_commit,
-                    model=str(prepared.model),
-                    key_id=names.last_of(prepared.key.name),
-                    key_version=prepared.key.active_version,
-                    owner=wanted.user,
-                    actor=rights.actor(wanted.user),
-                    max_calls=prepared.max_calls,
-                    chunks_total=len(prepared.plan.chunks),
-                    input=wanted.SerializeToString(),
-                ),
-                _reviews_per_day(rights),
-            )
+            # What was taken once stays taken, whatever would be said of it today.
+            row = await self._reviews.earlier(rights.tenant.id, scope, digest)
+        if row is None:
+            raise refused or store_requests.conflict()
         return review_pb2.SubmitReviewResponse(review=_message(row))
 
     async def DryRunReview(
@@ -151,7 +141,8 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 if row.state in TERMINAL:
                     return
                 seen = row.version
-                await changes.wait(_WATCH_SECONDS)
+                waiting = row.state == "QUEUED"
+                await changes.wait(_QUEUED_SECONDS if waiting else _WATCH_SECONDS)
 
     async def CancelReview(
         self, request: review_pb2.CancelReviewRequest, context: object
@@ -209,6 +200,31 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         content, media_type = _EXPORTS[request.format](review)
         return review_pb2.ExportReviewResponse(content=content, media_type=media_type)
 
+    async def _submit(
+        self, rights: access.Rights, wanted: review_pb2.ReviewInput, scope: str, digest: bytes
+    ) -> ReviewRow:
+        prepared = await self._prepare(rights, wanted)
+        planning.require_calls(prepared.plan, prepared.max_calls)
+        return await self._reviews.submit(
+            Submission(
+                tenant=rights.tenant.id,
+                scope=scope,
+                digest=digest,
+                repository=wanted.repository,
+                pull_request=wanted.pull_request,
+                head_commit=wanted.head_commit,
+                model=str(prepared.model),
+                key_id=names.last_of(prepared.key.name),
+                key_version=prepared.key.active_version,
+                owner=wanted.user,
+                actor=rights.actor(wanted.user),
+                max_calls=prepared.max_calls,
+                chunks_total=len(prepared.plan.chunks),
+                input=wanted.SerializeToString(),
+            ),
+            _reviews_per_day(rights),
+        )
+
     def _require_sender(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> None:
         rights.require_user(wanted.user, "input.user")
         rights.require_user_keys(wanted.user)
@@ -218,7 +234,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     async def _prepare(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> _Prepared:
         keys = await self._keys(rights, wanted.user)
         override = ""
-        if rights.plan.model_overrides and not wanted.model:
+        if rights.has_overrides and rights.plan.model_overrides and not wanted.model:
             overrides = await self._tenants.overrides(rights.tenant.id)
             override = domain.override_for(wanted.repository, overrides)
         chosen = (wanted.model, override, rights.tenant.default_model)

@@ -64,7 +64,7 @@ class App:
         self.tenants = TenantStore(self._database)
         self.keys = KeyStore(self._database, self.queue)
         self.attempts = AttemptStore(self._database, self.queue)
-        self.reviews = ReviewStore(self._database, self.queue)
+        self.reviews = ReviewStore(self._database, self.queue, self.attempts)
         self._authority = Authority(self.tenants)
         self._channels: list[grpc.aio.Channel] = []
         self._stopping = asyncio.Event()

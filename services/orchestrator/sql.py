@@ -70,9 +70,10 @@ CLAIM: Final = text("""
                 SELECT FROM tenant WHERE tenant.id = attempt.tenant AND tenant.state = 'ACTIVE')
         RETURNING *),
     r AS (
+        -- Not notified: most reviews are done before a watcher could have looked, and who waits
+        -- for one looks again by itself.
         UPDATE review SET state = 'RUNNING', start_time = now(), version = version + 1
-        FROM a WHERE review.id = a.review_id
-        RETURNING review.*, pg_notify('byokeep_review', review.id))
+        FROM a WHERE review.id = a.review_id RETURNING review.*)
     SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
         a.key_id, a.key_version, a.fence, a.tries,
         coalesce(v.provider, split_part(r.model, '/', 1)) AS provider,

@@ -166,9 +166,14 @@ class AttemptStore:
 
     async def end_review(self, work: Work | Stale, ending: Ending, trail: Trail) -> None:
         """Store the end of a review's attempt, and queue what follows. Raises Fenced."""
-        async with self._database.transaction() as connection:
-            plan = await lock_tenant(connection, work.tenant)
-            await self._end_review(connection, plan, work, ending, trail)
+        if ending.successor is None:
+            async with self._database.statement() as connection:
+                parked = await self._end_review(connection, work, ending, trail)
+        else:
+            async with self._database.transaction() as connection:
+                parked = await self._end_review(connection, work, ending, trail)
+        if parked:
+            await self.admit_one(work.tenant)
 
     async def end_validation(
         self, work: Work | Stale, ending: ValidationEnding, trail: Trail
@@ -240,7 +245,8 @@ class AttemptStore:
             if isinstance(ending, ValidationEnding):
                 await self._end_validation(connection, stale, ending, Trail())
             else:
-                await self._end_review(connection, plan, stale, ending, Trail())
+                await self._end_review(connection, stale, ending, Trail())
+                await self.admit(connection, tenant, plan)
             return stale
 
     async def requeue_overdue(self, seconds: float) -> int:
@@ -256,17 +262,21 @@ class AttemptStore:
         async with self._database.statement() as connection:
             tenants = [row.tenant for row in await connection.execute(sql.PARKED_TENANTS)]
         for tenant in tenants:
-            async with self._database.transaction() as connection:
-                await self.admit(connection, tenant, await lock_tenant(connection, tenant))
+            await self.admit_one(tenant)
+
+    async def admit_one(self, tenant: str) -> None:
+        """Give free places of one tenant to what waits for one."""
+        async with self._database.transaction() as connection:
+            await self.admit(connection, tenant, await lock_tenant(connection, tenant))
 
     async def _end_review(
         self,
         connection: AsyncConnection,
-        plan: str,
         work: Work | Stale,
         ending: Ending,
         trail: Trail,
-    ) -> None:
+    ) -> bool:
+        """Return whether the tenant has attempts that wait for a place."""
         following = _following(ending.successor)
         row = await _one(
             connection,
@@ -286,8 +296,7 @@ class AttemptStore:
             },
         )
         await self._follow(connection, ending.successor, following)
-        if row.parked:
-            await self.admit(connection, work.tenant, plan)
+        return bool(row.parked)
 
     async def _end_validation(
         self,

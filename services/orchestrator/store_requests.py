@@ -14,6 +14,10 @@ from services.common.errors import ByokeepError
 from services.orchestrator.schema import request as table
 
 
+class Repeated(Exception):
+    """The request id came before."""
+
+
 def digest_of(message: Message) -> bytes:
     """Return a request's digest. Never stored beside anything that could be guessed from it."""
     return hashlib.sha256(message.SerializeToString(deterministic=True)).digest()

@@ -10,7 +10,7 @@ from typing import Any, Final
 import grpc
 from byokeep import ids
 from byokeep.orchestrator.v1 import review_pb2
-from sqlalchemy import Row, select
+from sqlalchemy import Row, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.common.errors import ByokeepError
@@ -20,6 +20,7 @@ from services.orchestrator.domain import PLANS
 from services.orchestrator.queue import Queue
 from services.orchestrator.schema import finding as finding_table
 from services.orchestrator.schema import review as review_table
+from services.orchestrator.store_attempts import AttemptStore
 
 SUBMIT: Final = "SubmitReview"
 
@@ -57,6 +58,9 @@ class ReviewRow:
 _NAMES: Final = tuple(ReviewRow.__dataclass_fields__)
 _COLUMNS: Final = [review_table.c[name] for name in _NAMES]
 _ONE: Final = select(*_COLUMNS)
+_GET: Final = _ONE.where(
+    review_table.c.id == bindparam("id"), review_table.c.tenant == bindparam("tenant")
+)
 _FINDINGS: Final = select(*[c for c in finding_table.c if c.name != "review_id"])
 
 
@@ -83,10 +87,11 @@ class Submission:
 class ReviewStore:
     """Reviews, their content and findings."""
 
-    def __init__(self, database: Database, queue: Queue) -> None:
-        """Use a database, and the queue that lives in it."""
+    def __init__(self, database: Database, queue: Queue, attempts: AttemptStore) -> None:
+        """Use a database, the queue that lives in it, and who gives out places."""
         self._database = database
         self._queue = queue
+        self._attempts = attempts
 
     async def earlier(self, tenant: str, scope: str, digest: bytes) -> ReviewRow | None:
         """Return the review that the same submission made before. Raises REQUEST_ID_CONFLICT."""
@@ -98,7 +103,8 @@ class ReviewStore:
         """Store a review with its content and first attempt, and enqueue it: all or nothing.
 
         Raises:
-            ByokeepError: TENANT_NOT_ACTIVE, DAILY_LIMIT, REQUEST_ID_CONFLICT.
+            Repeated: its request id came before.
+            ByokeepError: TENANT_NOT_ACTIVE, DAILY_LIMIT.
         """
         attempt_id = ids.new_id("att")
         parameters = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
@@ -106,23 +112,22 @@ class ReviewStore:
         async with self._database.transaction() as connection:
             parameters["places"] = await _places(connection, new.tenant)
             row = (await connection.execute(sql.SUBMIT, parameters)).one_or_none()
-            if row is not None:
-                if row.earlier_today >= reviews_per_day:
-                    raise _daily_limit(reviews_per_day)
-                if row.admitted:
-                    await self._queue.enqueue(await raw(connection), attempt_id)
-                return _review(row)
-        # The same submission came in between; the tenant's lock made us wait for it.
-        found = await self.earlier(new.tenant, new.scope, new.digest)
-        if found is None:
-            raise store_requests.conflict()
-        return found
+            if row is None:
+                raise store_requests.Repeated
+            if row.earlier_today >= reviews_per_day:
+                raise _daily_limit(reviews_per_day)
+            if row.admitted:
+                await self._queue.enqueue(await raw(connection), attempt_id)
+        if not row.admitted:
+            # Whoever gave a place back just now did not see that somebody waits for it.
+            await self._attempts.admit_one(new.tenant)
+        return _review(row)
 
     async def get(self, tenant: str, review_id: str) -> ReviewRow:
         """Return a review of the tenant. Raises ByokeepError: NOT_FOUND."""
-        query = _ONE.where(review_table.c.id == review_id, review_table.c.tenant == tenant)
+        parameters = {"id": review_id, "tenant": tenant}
         async with self._database.statement() as connection:
-            row = (await connection.execute(query)).one_or_none()
+            row = (await connection.execute(_GET, parameters)).one_or_none()
         if row is None:
             raise ByokeepError(
                 grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such review", resource="review"

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
-from sqlalchemy import delete, select, update
+from sqlalchemy import bindparam, delete, exists, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -64,9 +64,27 @@ class RightsRow:
     tenant: TenantRow
     roles: tuple[int, ...]
     may_assert_users: bool
+    has_overrides: bool
 
 
 _TENANT = [tenant.c[name] for name in TenantRow.__dataclass_fields__]
+
+# Before every call: built once.
+_RIGHTS = (
+    select(
+        *_TENANT,
+        caller.c.roles,
+        caller.c.may_assert_users,
+        exists().where(model_override.c.tenant == tenant.c.id).label("has_overrides"),
+    )
+    .select_from(
+        tenant.outerjoin(
+            caller,
+            (caller.c.tenant == tenant.c.id) & (caller.c.spiffe_id == bindparam("spiffe_id")),
+        )
+    )
+    .where(tenant.c.id == bindparam("tenant"))
+)
 
 
 class TenantStore:
@@ -78,19 +96,14 @@ class TenantStore:
 
     async def rights(self, tenant_id: str, spiffe_id: str) -> RightsRow | None:
         """Return a tenant and an identity's rights for it; None if there is no such tenant."""
-        joined = tenant.outerjoin(
-            caller, (caller.c.tenant == tenant.c.id) & (caller.c.spiffe_id == spiffe_id)
-        )
-        query = (
-            select(*_TENANT, caller.c.roles, caller.c.may_assert_users)
-            .select_from(joined)
-            .where(tenant.c.id == tenant_id)
-        )
+        parameters = {"tenant": tenant_id, "spiffe_id": spiffe_id}
         async with self._database.statement() as connection:
-            row = (await connection.execute(query)).one_or_none()
+            row = (await connection.execute(_RIGHTS, parameters)).one_or_none()
         if row is None:
             return None
-        return RightsRow(_tenant(row), tuple(row.roles or ()), bool(row.may_assert_users))
+        return RightsRow(
+            _tenant(row), tuple(row.roles or ()), bool(row.may_assert_users), row.has_overrides
+        )
 
     async def tenant(self, tenant_id: str) -> TenantRow:
         """Return a tenant that is known to be there."""

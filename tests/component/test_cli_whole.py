@@ -165,7 +165,7 @@ def test_a_key_as_an_argument_is_refused_and_not_echoed(byokeep, arguments):
         (("--profile", "auditor", "review", "--diff", "-"), 3, "SUBMITTER"),
         (("--profile", "nosuch", "key", "list"), 2, "no such profile"),
         (("model", "set", "gpt-5"), 2, "provider/model"),
-        (("tenant", "create", "demo"), 2, "demo"),
+        (("tenant", "create", "demo"), 2, "exists"),
         (("key", "rollback", "openai"), 2, ""),
     ],
 )
@@ -187,7 +187,7 @@ def test_the_life_of_a_key(byokeep, key, tmp_path):
     trail = byokeep("key", "trail", key).stdout
     assert "recorded" in trail
     assert "reported" in trail
-    revoked = byokeep("key", "revoke", key, "--yes")
+    revoked = byokeep("key", "revoke", key)
     assert revoked.returncode == 0, revoked.stderr
     assert "REVOKED" in byokeep("key", "show", key).stdout
 

@@ -6,6 +6,7 @@ import json
 
 import grpc
 import pytest
+import typer
 from byokeep.cli.errors import BY_CODE, BY_FAILURE, BY_REASON, HINTS, Exit
 from byokeep.common.v1 import error_reason_pb2
 from byokeep.orchestrator.v1 import review_pb2
@@ -113,43 +114,41 @@ def test_json_and_another_format_exclude_each_other(edge, byokeep):
     assert byokeep("--json", "review", "list", "--format", "sarif").code == 2
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        (),
-        ("key",),
-        ("key", "add"),
-        ("key", "rotate"),
-        ("key", "list"),
-        ("key", "show"),
-        ("key", "revoke"),
-        ("key", "destroy"),
-        ("key", "roll-back"),
-        ("key", "trail"),
-        ("review",),
-        ("review", "show"),
-        ("review", "list"),
-        ("review", "cancel"),
-        ("review", "retry"),
-        ("model", "list"),
-        ("model", "set"),
-        ("tenant", "create"),
-        ("tenant", "delete"),
-        ("caller", "allow"),
-        ("audit", "export"),
-        ("audit", "verify"),
-        ("admin", "status"),
-        ("admin", "resume-leases"),
-        ("status",),
-        ("doctor",),
-    ],
-    ids=" ".join,
-)
-def test_help_of_every_command_has_the_common_options(byokeep, path):
+def every_command():
+    """Yield the path of each command and group, as typer knows them."""
+    from byokeep.cli.app import app
+
+    def walk(node, path):
+        yield path
+        for name, child in getattr(node, "commands", {}).items():
+            yield from walk(child, (*path, name))
+
+    return list(walk(typer.main.get_command(app), ()))
+
+
+@pytest.mark.parametrize("path", every_command(), ids=" ".join)
+def test_help_of_every_command_has_the_common_options_and_examples(byokeep, path):
     ran = byokeep(*path, "--help")
     assert ran.code == 0
     assert all(option in ran.out for option in ("--profile", "--tenant", "--json", "--config"))
+    assert "Example" in ran.out or "Commands" in ran.out
     assert ran.err == ""
+
+
+def test_every_line_of_the_issue_is_there():
+    known = {" ".join(path) for path in every_command()}
+    expected = {
+        "key": "add list show rotate revoke destroy trail",
+        "review": "show list cancel retry",
+        "model": "list set",
+        "tenant": "create list suspend delete set-plan",
+        "caller": "allow deny list",
+        "audit": "export verify",
+    }
+    assert {
+        f"{group} {name}" for group, names in expected.items() for name in names.split()
+    } <= known
+    assert {"status", "doctor", "admin status"} <= known
 
 
 @pytest.mark.parametrize("path", [(), ("key",), ("tenant",), ("caller",), ("audit",), ("admin",)])

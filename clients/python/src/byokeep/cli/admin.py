@@ -11,7 +11,7 @@ from byokeep.cli import checked
 from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.errors import CliError, Exit
 from byokeep.cli.output import message_dict, when
-from byokeep.cli.session import Session, command, group, request_id
+from byokeep.cli.session import Session, command, examples, group, request_id
 from byokeep.cli.tenants import Name
 from byokeep.cli.text import clean
 from byokeep.keyvault.v1 import admin_pb2
@@ -27,7 +27,7 @@ def admin() -> None:
     """Administration of keyvault: its state, and tenants' key-encryption keys (KEK)."""
 
 
-@app.command()
+@app.command(epilog=examples("byokeep admin status"))
 @command()
 def status(session: Session) -> None:
     """Say how keyvault is: backend, leases, reconcile pass."""
@@ -46,7 +46,7 @@ def status(session: Session) -> None:
     out.print(f"reconcile    {reconcile}; frozen keys: {answer.frozen_keys}")
 
 
-@app.command("create-tenant-key")
+@app.command("create-tenant-key", epilog=examples("byokeep admin create-tenant-key acme"))
 @command()
 def create_tenant_key(session: Session, name: Name) -> None:
     """Create a tenant's KEK; nothing changes where it exists."""
@@ -60,7 +60,7 @@ def create_tenant_key(session: Session, name: Name) -> None:
     session.out.print(f"KEK of tenant {name} {what}: {clean(answer.backend)} v{answer.version}")
 
 
-@app.command("rotate-kek")
+@app.command("rotate-kek", epilog=examples("byokeep admin rotate-kek acme"))
 @command()
 def rotate_kek(session: Session, name: Name) -> None:
     """Make a new version of a tenant's KEK; rewrap then moves the data keys to it."""
@@ -74,7 +74,7 @@ def rotate_kek(session: Session, name: Name) -> None:
         session.out.note(f"next: byokeep admin rewrap {name}")
 
 
-@app.command()
+@app.command(epilog=examples("byokeep admin rewrap acme"))
 @command()
 def rewrap(session: Session, name: Name) -> None:
     """Wrap a tenant's data keys again under the newest KEK. With --json: a line for each step."""
@@ -96,7 +96,7 @@ def rewrap(session: Session, name: Name) -> None:
         )
 
 
-@app.command("shred-tenant")
+@app.command("shred-tenant", epilog=examples("byokeep admin shred-tenant acme"))
 @command()
 def shred_tenant(
     session: Session,
@@ -117,7 +117,9 @@ def shred_tenant(
     )
 
 
-@app.command("resume-leases")
+@app.command(
+    "resume-leases", epilog=examples("byokeep admin resume-leases --reason 'restored on purpose'")
+)
 @command()
 def resume_leases(
     session: Session,

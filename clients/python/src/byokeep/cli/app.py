@@ -14,7 +14,7 @@ from byokeep.cli import admin, audit, keys, models, reviews, status, tenants
 from byokeep.cli.errors import CliError, Exit, from_rpc
 from byokeep.cli.output import print_error
 from byokeep.cli.refusal import refuse_keys
-from byokeep.cli.session import RUN, ReaderGone, Run, group
+from byokeep.cli.session import RUN, ReaderGone, Run, examples, group
 from byokeep.cli.usage import from_usage
 
 _EXITS = (
@@ -37,8 +37,8 @@ app.add_typer(tenants.app, name="tenant")
 app.add_typer(tenants.callers, name="caller")
 app.add_typer(audit.app, name="audit")
 app.add_typer(admin.app, name="admin")
-app.command("status")(status.status)
-app.command("doctor")(status.doctor)
+app.command("status", epilog=examples("byokeep status"))(status.status)
+app.command("doctor", epilog=examples("byokeep doctor --profile demo"))(status.doctor)
 
 
 def _version(value: bool) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from byokeep.cli.errors import CliError, Exit
 from byokeep.cli.output import when
-from byokeep.cli.session import Session, command, group
+from byokeep.cli.session import Session, command, examples, group
 from byokeep.cli.text import clean
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ def audit() -> None:
 
 
 @app.command(
-    epilog="Examples:\n\n  byokeep audit export -o acme.jsonl\n"
-    "  byokeep audit export --chain system > system.jsonl"
+    epilog=examples(
+        "byokeep audit export -o acme.jsonl", "byokeep audit export --chain system > system.jsonl"
+    )
 )
 @command()
 def export(
@@ -61,8 +62,10 @@ def export(
 
 
 @app.command(
-    epilog="Examples:\n\n  byokeep audit verify acme.jsonl\n"
-    "  byokeep audit verify acme.jsonl --trust trust.json --against last-month.jsonl"
+    epilog=examples(
+        "byokeep audit verify acme.jsonl",
+        "byokeep audit verify acme.jsonl --trust trust.json --against last-month.jsonl",
+    )
 )
 @command()
 def verify(

@@ -15,7 +15,7 @@ from byokeep.cli.keyinput import read_key
 from byokeep.cli.keyref import find_key, key_id, list_keys, provider_of
 from byokeep.cli.keyview import key_row, print_change, print_key
 from byokeep.cli.output import message_dict
-from byokeep.cli.session import Session, command, group, request_id
+from byokeep.cli.session import Session, command, examples, group, request_id
 from byokeep.cli.verdict import follow
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2
@@ -59,9 +59,11 @@ def key() -> None:
 
 
 @app.command(
-    epilog="Examples:\n\n  byokeep key add openai\n"
-    "  byokeep key add gemini --name ci --stdin < FILE\n"
-    "  byokeep key add anthropic --from-env ANTHROPIC_API_KEY"
+    epilog=examples(
+        "byokeep key add openai",
+        "byokeep key add gemini --name ci --stdin < FILE",
+        "byokeep key add anthropic --from-env ANTHROPIC_API_KEY",
+    )
 )
 @command()
 def add(
@@ -97,7 +99,7 @@ def add(
     follow(session, answer.key, wait)
 
 
-@app.command(epilog="Examples:\n\n  byokeep key rotate openai\n  byokeep key rotate key_01k --now")
+@app.command(epilog=examples("byokeep key rotate openai", "byokeep key rotate key_01k --now"))
 @command()
 def rotate(
     session: Session,
@@ -127,7 +129,7 @@ def rotate(
     follow(session, answer.key, wait)
 
 
-@app.command("list")
+@app.command("list", epilog=examples("byokeep key list", "byokeep key list --json"))
 @command()
 def list_(
     session: Session,
@@ -146,7 +148,7 @@ def list_(
         session.out.table(columns, [key_row(key) for key in keys])
 
 
-@app.command()
+@app.command(epilog=examples("byokeep key show openai"))
 @command()
 def show(session: Session, reference: Reference) -> None:
     """Show a key: its versions, their states, and what its provider said."""
@@ -157,7 +159,7 @@ def show(session: Session, reference: Reference) -> None:
     print_key(session, found)
 
 
-@app.command()
+@app.command(epilog=examples("byokeep key revoke openai"))
 @command()
 def revoke(session: Session, reference: Reference) -> None:
     """Revoke a key: no new lease from now on, running attempts end. Can't be undone."""
@@ -168,7 +170,7 @@ def revoke(session: Session, reference: Reference) -> None:
     print_change(session, session.connection.keys.RevokeKey(request).key, "revoked")
 
 
-@app.command()
+@app.command(epilog=examples("byokeep key destroy key_01k", "byokeep key destroy openai --yes"))
 @command()
 def destroy(
     session: Session,
@@ -184,7 +186,7 @@ def destroy(
     print_change(session, session.connection.keys.DestroyKey(request).key, "destroyed")
 
 
-@app.command("roll-back")
+@app.command("roll-back", epilog=examples("byokeep key roll-back openai"))
 @command()
 def roll_back(session: Session, reference: Reference) -> None:
     """Make the version before ACTIVE again, within 24 hours of its replacement."""
@@ -196,7 +198,9 @@ def roll_back(session: Session, reference: Reference) -> None:
     print_change(session, key, f"rolled back to version {key.provider_key.active_version}")
 
 
-@app.command("trail")
+@app.command(
+    "trail", epilog=examples("byokeep key trail openai", "byokeep key trail openai --json")
+)
 @command()
 def trail_(session: Session, reference: Reference) -> None:
     """Draw the life of a key: where its plaintext was, for how long, and that it is gone.

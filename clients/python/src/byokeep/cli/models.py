@@ -9,7 +9,7 @@ from google.protobuf import field_mask_pb2
 
 from byokeep.cli import checked
 from byokeep.cli.output import message_dict
-from byokeep.cli.session import Session, command, group, pages, request_id
+from byokeep.cli.session import Session, command, examples, group, pages, request_id
 from byokeep.cli.text import clean
 from byokeep.orchestrator.v1 import settings_pb2
 
@@ -27,7 +27,7 @@ def model() -> None:
     """Models: a review's own, else the repository's, else the tenant's default."""
 
 
-@app.command("list")
+@app.command("list", epilog=examples("byokeep model list"))
 @command()
 def list_(session: Session) -> None:
     """List the models that the tenant's keys can use, and which are chosen."""
@@ -57,8 +57,10 @@ def list_(session: Session) -> None:
 
 @app.command(
     "set",
-    epilog="Examples:\n\n  byokeep model set openai/gpt-5\n"
-    "  byokeep model set anthropic/claude-sonnet-4-5 --repo 'acme/*'",
+    epilog=examples(
+        "byokeep model set openai/gpt-5",
+        "byokeep model set anthropic/claude-sonnet-4-5 --repo 'acme/*'",
+    ),
 )
 @command()
 def set_(
@@ -78,7 +80,7 @@ def set_(
         session.out.warn("none of the tenant's keys is known to be able to use that model")
 
 
-@app.command()
+@app.command(epilog=examples("byokeep model unset --repo 'acme/*'"))
 @command()
 def unset(session: Session, repo: Pattern = None) -> None:
     """Take the tenant's default away, or the choice for some of its repositories."""

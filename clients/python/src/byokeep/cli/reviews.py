@@ -20,7 +20,7 @@ from byokeep.cli.reviewoutput import (
     review_id,
 )
 from byokeep.cli.reviewrun import find, finish, follow
-from byokeep.cli.session import Format, Session, command, request_id
+from byokeep.cli.session import Format, Session, command, examples, request_id
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:
@@ -52,10 +52,13 @@ Reference = Annotated[
 
 
 @app.callback(
-    epilog="Examples:\n\n  byokeep review\n  byokeep review --base main --fail-on high\n"
-    "  git show | byokeep review --diff - --title 'Fix login'\n"
-    "  byokeep review --base origin/main --format sarif > review.sarif\n"
-    "  byokeep review --dry-run"
+    epilog=examples(
+        "byokeep review",
+        "byokeep review --base main --fail-on high",
+        "git show | byokeep review --diff - --title 'Fix login'",
+        "byokeep review --base origin/main --format sarif > review.sarif",
+        "byokeep review --dry-run",
+    )
 )
 @command(Format.SARIF, Format.GITHUB)
 def review(
@@ -130,9 +133,7 @@ def review(
         finish(session, follow(session, submitted), fail_on)
 
 
-@app.command(
-    epilog="Examples:\n\n  byokeep review show rev_01k\n  byokeep review show rev_01k --watch"
-)
+@app.command(epilog=examples("byokeep review show rev_01k", "byokeep review show rev_01k --watch"))
 @command(Format.SARIF, Format.GITHUB)
 def show(
     session: Session,
@@ -152,7 +153,7 @@ def show(
     finish(session, found, fail_on)
 
 
-@app.command("list")
+@app.command("list", epilog=examples("byokeep review list --repo acme/shop"))
 @command()
 def list_(
     session: Session,
@@ -172,7 +173,7 @@ def list_(
         session.out.print("there is no review yet; byokeep review submits one")
 
 
-@app.command()
+@app.command(epilog=examples("byokeep review cancel rev_01k"))
 @command()
 def cancel(session: Session, reference: Reference) -> None:
     """Cancel a review. A call that was already sent to the provider still bills."""
@@ -184,7 +185,7 @@ def cancel(session: Session, reference: Reference) -> None:
         session.out.print(progress_line(cancelled))
 
 
-@app.command()
+@app.command(epilog=examples("byokeep review retry rev_01k"))
 @command()
 def retry(session: Session, reference: Reference, fail_on: FailOnOption = None) -> None:
     """Start a new attempt of a failed review, and follow it."""

@@ -170,6 +170,11 @@ _COMMON = {
 }
 
 
+def examples(*lines: str) -> str:
+    """Return the end of a command's help."""
+    return "\n".join(("Example:\n" if len(lines) == 1 else "Examples:\n", *lines))
+
+
 def command(*formats: Format) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function that takes a Session into one that typer can call.
 

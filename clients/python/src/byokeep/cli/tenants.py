@@ -11,7 +11,7 @@ from byokeep import names
 from byokeep.cli import checked
 from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.output import message_dict, short, state_text, when
-from byokeep.cli.session import Session, command, group, pages, request_id
+from byokeep.cli.session import Session, command, examples, group, pages, request_id
 from byokeep.cli.text import clean
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import admin_pb2
@@ -56,7 +56,7 @@ def tenant() -> None:
     """Tenants: create, suspend, delete, set a plan."""
 
 
-@app.command(epilog="Example:\n\n  byokeep tenant create acme --plan team")
+@app.command(epilog=examples("byokeep tenant create acme --plan team"))
 @command()
 def create(
     session: Session,
@@ -79,7 +79,7 @@ def create(
     session.out.note(f"allow a service: byokeep caller allow SPIFFE_ID --role ROLE --tenant {name}")
 
 
-@app.command("list")
+@app.command("list", epilog=examples("byokeep tenant list"))
 @command()
 def list_(session: Session) -> None:
     """List the tenants that this identity has any role for."""
@@ -103,7 +103,7 @@ def list_(session: Session) -> None:
         session.out.print("this identity has no role for any tenant")
 
 
-@app.command()
+@app.command(epilog=examples("byokeep tenant suspend acme", "byokeep tenant suspend acme --resume"))
 @command()
 def suspend(
     session: Session,
@@ -122,7 +122,7 @@ def suspend(
         session.out.print(f"tenant {name} is {state}")
 
 
-@app.command()
+@app.command(epilog=examples("byokeep tenant delete acme"))
 @command()
 def delete(
     session: Session,
@@ -150,7 +150,7 @@ def delete(
     )
 
 
-@app.command("set-plan")
+@app.command("set-plan", epilog=examples("byokeep tenant set-plan acme enterprise"))
 @command()
 def set_plan(session: Session, name: Name, plan: PlanArgument) -> None:
     """Set a tenant's plan."""
@@ -173,8 +173,7 @@ def caller() -> None:
 
 
 @callers.command(
-    epilog="Example:\n\n"
-    "  byokeep caller allow spiffe://acme.example/ci --role submitter --tenant acme"
+    epilog=examples("byokeep caller allow spiffe://acme.example/ci --role submitter --tenant acme")
 )
 @command()
 def allow(
@@ -203,7 +202,7 @@ def allow(
         session.out.print(f"{clean(allowed.spiffe_id)}: {_roles(allowed)}")
 
 
-@callers.command()
+@callers.command(epilog=examples("byokeep caller deny spiffe://acme.example/ci --tenant acme"))
 @command()
 def deny(session: Session, spiffe_id: SpiffeId) -> None:
     """Take every role for the tenant from an identity."""
@@ -221,7 +220,7 @@ def deny(session: Session, spiffe_id: SpiffeId) -> None:
         session.out.print(f"{clean(spiffe_id)} has no role for tenant {connection.tenant}")
 
 
-@callers.command("list")
+@callers.command("list", epilog=examples("byokeep caller list --tenant acme"))
 @command()
 def list_callers(session: Session) -> None:
     """List the identities that have a role for the tenant."""
