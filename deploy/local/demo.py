@@ -5,6 +5,7 @@ The lines shown are the command's real ones, run in this process to spare its st
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import shlex
@@ -101,4 +102,7 @@ def _warm_up() -> None:
 
 
 def _load() -> None:
+    gc.disable()  # as in `warm`
     import byokeep.cli.app  # noqa: F401
+
+    gc.enable()
