@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from services.common.diff import Diff, FileDiff, Hunk
+from services.common.models import ModelLimits
 
 BYTES_PER_TOKEN: Final = 3
 """No tokenizer counts more than a token for three bytes of real code by much: English and code
@@ -35,6 +36,14 @@ MIN_CHUNK_TOKENS: Final = 1024
 MAX_LINE_BYTES: Final = 16_384
 """A longer line is generated or minified; reviewing it costs the customer more than it finds."""
 
+MAX_CHUNK_TOKENS: Final = 64_000
+"""Attention thins out over long inputs, and some providers' long prompts cost double; 2 MiB of
+diff still make fewer calls than the default ceiling of 20."""
+
+MAX_OUTPUT_TOKENS: Final = 32_000
+"""Models that think by default count their thinking as output."""
+
+_MARGIN_TOKENS: Final = 1_000
 _SEPARATOR: Final = "   ..."
 _MARKER_BYTES: Final = 64
 _UNSAFE: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
@@ -49,6 +58,31 @@ _VISIBLE: Final = {
     0x7F: "\u2421",
     **dict.fromkeys([*range(0x80, 0xA0), 0x2028, 0x2029], "\N{REPLACEMENT CHARACTER}"),
 }
+
+
+class NoRoomError(Exception):
+    """What stands around the diff leaves it no room in the model's context."""
+
+    def __init__(self) -> None:
+        """Say what to do about it."""
+        super().__init__(
+            "description, guidance and context files leave no room for the diff in this model's"
+            " context; send less of them, or choose a model with a larger context"
+        )
+
+
+def output_tokens(limits: ModelLimits) -> int:
+    """Return how many tokens a call's answer may have."""
+    return min(limits.max_output_tokens, MAX_OUTPUT_TOKENS)
+
+
+def room(limits: ModelLimits, frame_tokens: int) -> int:
+    """Return the tokens of diff that one call has room for, beside a frame. Raises NoRoomError."""
+    left = limits.context_tokens - output_tokens(limits) - frame_tokens - _MARGIN_TOKENS
+    budget = min(left, MAX_CHUNK_TOKENS)
+    if budget < MIN_CHUNK_TOKENS:
+        raise NoRoomError
+    return budget
 
 
 @dataclass(frozen=True, slots=True)

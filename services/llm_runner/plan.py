@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Final
 
 from byokeep.encoding import fields
 from byokeep.runner.v1 import runner_pb2
@@ -16,13 +15,6 @@ from services.common.diff import Diff
 from services.common.models import Catalog
 from services.llm_runner import prompt
 from services.llm_runner.providers import FINDINGS_SCHEMA, ReviewPrompt
-
-# Attention thins out over long inputs, and some providers' long prompts cost double; 2 MiB of
-# diff still make fewer calls than the default ceiling of 20.
-MAX_CHUNK_TOKENS: Final = 64_000
-# Models that think by default count their thinking as output.
-MAX_OUTPUT_TOKENS: Final = 32_000
-_MARGIN_TOKENS: Final = 1_000
 
 
 class PlanError(Exception):
@@ -62,21 +54,20 @@ def plan(assign: runner_pb2.Assign, provider: str, catalog: Catalog) -> Plan:
         context_files=tuple((file.path, file.content) for file in source.context_files),
     )
     limits = catalog.window(provider, assign.model)
-    output = min(limits.max_output_tokens, MAX_OUTPUT_TOKENS)
     frame = prompt.build(review, Chunk(0, "", "", (), 0))
-    overhead = sum(chunking.estimate_tokens(text) for text in frame) + _MARGIN_TOKENS
-    room = min(limits.context_tokens - output - overhead, MAX_CHUNK_TOKENS)
-    if room < chunking.MIN_CHUNK_TOKENS:
-        raise PlanError(
-            "Description, guidance and context files leave no room for the diff in this"
-            " model's context; send less of them, or choose a model with a larger context."
-        )
-    failure = None
+    failure = ""
     try:
+        room = chunking.room(limits, sum(chunking.estimate_tokens(text) for text in frame))
         parsed = diff.parse(source.diff)
-    except diff.DiffError as error:
+    except (chunking.NoRoomError, diff.DiffError) as error:
         failure = str(error)
-    if failure is not None:
+    if failure:
         raise PlanError(failure)
     salt = hashlib.sha256(fields(prompt.VERSION, provider, assign.model, *frame)).hexdigest()
-    return Plan(assign.model, output, parsed, chunking.plan(parsed, room, salt=salt), review)
+    return Plan(
+        assign.model,
+        chunking.output_tokens(limits),
+        parsed,
+        chunking.plan(parsed, room, salt=salt),
+        review,
+    )

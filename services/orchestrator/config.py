@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from services.common import config
@@ -34,6 +34,12 @@ class Settings(config.ServiceSettings):
         "hours that a failed review's diff is kept for a retry", default=24
     )
     findings_days: int = config.setting("days that findings are kept", default=90)
+
+    def __post_init__(self) -> None:
+        """Refuse a 0 where it would stop everything. Raises ConfigError."""
+        for field in fields(self):
+            if field.type == "int" and getattr(self, field.name) < 1:
+                raise config.ConfigError(f"BYOKEEP_{field.name.upper()} must be 1 or more")
 
 
 def database_url(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Final
@@ -67,9 +68,9 @@ class Dispatcher:
         execution = Execution(work, self._store, self._execute, self._sign, seconds)
         self._running[attempt_id] = execution
         with self._events.subscribe(CANCEL, attempt_id) as cancelled:
-            watcher = asyncio.create_task(_stop_when(cancelled, execution))
+            watcher = asyncio.create_task(self._watch(cancelled, attempt_id, execution))
             try:
-                await execution.run(lambda result: self._finish(work, result))
+                await self._run(work, execution)
             finally:
                 watcher.cancel()
                 del self._running[attempt_id]
@@ -91,6 +92,28 @@ class Dispatcher:
         alive = await self._store.heartbeat(list(ours))
         for attempt_id in ours.keys() - alive:
             await ours[attempt_id].stop()
+
+    async def _run(self, work: Work, execution: Execution) -> None:
+        failed: Exception | None = None
+        try:
+            await execution.run(lambda result: self._finish(work, result))
+        except ByokeepError:
+            # The database is away: silence is what the sweeper knows how to judge.
+            raise
+        except Exception as error:
+            failed = error
+        if failed is not None:
+            logs.failure(log, "attempt_broke", failed, attempt=work.attempt_id)
+            await self._finish(work, execution.broken())
+
+    async def _watch(self, cancelled: Subscription, attempt_id: str, execution: Execution) -> None:
+        while True:
+            # Woken also where notifications may have been lost: the table knows.
+            await cancelled.wait()
+            with contextlib.suppress(ByokeepError):
+                if not await self._store.heartbeat([attempt_id]):
+                    await execution.stop()
+                    return
 
     async def _finish(self, work: Work, result: Result) -> None:
         try:
@@ -205,10 +228,3 @@ def unreachable(
     return ValidationEnding(
         state, "UNREACHABLE", "", reason, successor=Successor(delay, key_version)
     )
-
-
-async def _stop_when(cancelled: Subscription, execution: Execution) -> None:
-    # A wake-up may also mean that notifications were lost: the next heartbeat tells.
-    while not await cancelled.wait():
-        pass
-    await execution.stop()

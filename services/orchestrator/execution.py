@@ -32,7 +32,12 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS: Final = 30.0
 _LAST_WORD_SECONDS: Final = 10.0
 _VALIDATION_CALLS: Final = 5
-_AWAY: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+# FAILED_PRECONDITION: it knows the attempt already, from an assignment whose answer was lost.
+_AWAY: Final = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 
 
 class Journal(Protocol):
@@ -100,6 +105,11 @@ class Execution:
                 await self._goodbye(stream, outcome)
         finally:
             stream.cancel()
+
+    def broken(self) -> Result:
+        """Return the end of an attempt that our own defect ended."""
+        failure = Failure("INTERNAL", ambiguous=self._call_open)
+        return replace(self._result, failure=failure)
 
     async def stop(self, *, key_revoked: bool = False) -> None:
         """Have the child killed: the attempt is not ours any more."""

@@ -194,7 +194,10 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         await self._readable(rights, request.name)
         limit = paging.size(request.page_size)
         rows = await self._store.uses(
-            rights.tenant.id, names.last_of(request.name), request.page_token, limit + 1
+            rights.tenant.id,
+            names.last_of(request.name),
+            paging.after(request.page_token),
+            limit + 1,
         )
         page, token = paging.cut(rows, limit, lambda row: row.attempt_id)
         return key_pb2.ListKeyUsesResponse(

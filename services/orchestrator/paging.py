@@ -25,9 +25,11 @@ def cut(rows: Sequence[T], limit: int, key: Callable[[T], str]) -> tuple[Sequenc
     return rows[:limit], key(rows[limit - 1])
 
 
-def bad_token() -> ByokeepError:
-    """Return the refusal of a token that no page of ours gave."""
-    return ByokeepError(
+def after(token: str) -> str:
+    """Return the id that a page begins after. Raises ByokeepError: INVALID_FIELD."""
+    if token.isascii() and (token.isprintable() or not token):
+        return token
+    raise ByokeepError(
         grpc.StatusCode.INVALID_ARGUMENT,
         "INVALID_FIELD",
         "page_token: not one that a page before gave",

@@ -120,7 +120,10 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         """List reviews, newest first."""
         limit = paging.size(request.page_size)
         rows = await self._reviews.page(
-            access.current().tenant.id, request.page_token, limit + 1, request.repository
+            access.current().tenant.id,
+            paging.after(request.page_token),
+            limit + 1,
+            request.repository,
         )
         page, token = paging.cut(rows, limit, lambda row: row.id)
         return review_pb2.ListReviewsResponse(

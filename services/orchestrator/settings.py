@@ -92,7 +92,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             for model in models:
                 usable.setdefault(model, []).append(key_id)
         limit = paging.size(request.page_size, _MODELS_A_PAGE)
-        rows = sorted(model for model in usable if model > request.page_token)
+        rows = sorted(model for model in usable if model > paging.after(request.page_token))
         page, token = paging.cut(rows, limit, str)
         return settings_pb2.ListModelsResponse(
             models=[

@@ -63,20 +63,12 @@ class Sweeper:
         self._findings_days = findings_days
 
     async def run(self) -> None:
-        """Sweep for ever."""
-        chores: list[tuple[float, Callable[[], Awaitable[None]]]] = [
-            (_TICK_SECONDS, self.attempts),
-            (_TICK_SECONDS, self._verdicts.apply_all),
-            (_UNSCHEDULED_SECONDS, self.unscheduled),
-            (_RETENTION_SECONDS, self.retention),
-        ]
-        due = [0.0] * len(chores)
-        while True:
-            for index, (seconds, chore) in enumerate(chores):
-                if time.monotonic() >= due[index]:
-                    await _attempt(chore)
-                    due[index] = time.monotonic() + seconds
-            await asyncio.sleep(_TICK_SECONDS)
+        """Sweep for ever; a chore that has to wait for keyvault holds up no other."""
+        async with asyncio.TaskGroup() as chores:
+            chores.create_task(_every(_TICK_SECONDS, self.attempts))
+            chores.create_task(_every(_TICK_SECONDS, self._verdicts.apply_all))
+            chores.create_task(_every(_UNSCHEDULED_SECONDS, self.unscheduled))
+            chores.create_task(_every(_RETENTION_SECONDS, self.retention))
 
     async def attempts(self) -> None:
         """Fence off attempts whose worker is gone, and enqueue again what the queue lost."""
@@ -141,11 +133,13 @@ def after_silence(stale: Stale) -> Ending | ValidationEnding:
     return review_ending(stale, failure, successor, "FENCED")
 
 
-async def _attempt(chore: Callable[[], Awaitable[None]]) -> None:
-    failed: Exception | None = None
-    try:
-        await chore()
-    except Exception as error:
-        failed = error
-    if failed is not None:
-        logs.failure(log, "sweep_failed", failed)
+async def _every(seconds: float, chore: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        failed: Exception | None = None
+        try:
+            await chore()
+        except Exception as error:
+            failed = error
+        if failed is not None:
+            logs.failure(log, "sweep_failed", failed)
+        await asyncio.sleep(seconds)

@@ -505,3 +505,44 @@ async def test_attempt_of_a_suspended_tenant_waits(stack: Stack) -> None:
     work = await stack.app.attempts.claim("att_1")
     assert work is not None
     assert await stack.app.attempts.claim("att_1") is None
+
+
+async def test_lost_notifications_stop_no_attempt(stack: Stack) -> None:
+    go = asyncio.Event()
+
+    async def slow(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await go.wait()
+        await talk.call("c1")
+        await talk.result("c1")
+        await talk.end()
+
+    stack.runner.scripts = [slow]
+    review = await stack.submit()
+    await stack.until("SELECT 1 FROM attempt WHERE state = 'RUNNING'")
+    await stack.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN byokeep%%'"
+    )
+    await asyncio.sleep(1.5)
+    go.set()
+    assert (await stack.ended(review)).state == COMPLETED
+
+
+async def test_our_own_defect_ends_the_attempt_at_once(stack: Stack) -> None:
+    async def unstorable(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        await talk.result("c1", review_pb2.Finding(path="a\0b"))
+
+    stack.runner.scripts = [unstorable]
+    review = await stack.ended(await stack.submit())
+    assert (review.failure, review.ambiguous_calls) == (review_pb2.FAILURE_REASON_AMBIGUOUS, 1)
+
+
+@pytest.mark.parametrize("token", ["a\0b", "\u00e9", "\n"])
+async def test_token_of_no_page_is_refused(stack: Stack, token: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("acme").reviews.ListReviews(
+            review_pb2.ListReviewsRequest(parent="tenants/acme", page_token=token)
+        )
+    assert error_info(refused.value).reason == "INVALID_FIELD"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2
@@ -12,6 +14,7 @@ from services.common.config import ConfigError
 from services.common.errors import ByokeepError
 from services.orchestrator import domain, paging
 from services.orchestrator.access import tenant_of
+from services.orchestrator.config import Settings
 from services.orchestrator.dispatcher import review_ending
 from services.orchestrator.domain import Failure
 from services.orchestrator.grants import GrantSigner
@@ -197,3 +200,15 @@ def test_grant_key_must_be_private_and_ed25519(tmp_path, content, mode) -> None:
     file.chmod(mode)
     with pytest.raises(ConfigError, match=r"grant\.pem"):
         GrantSigner(file, "d", "default")
+
+
+@pytest.mark.parametrize("name", ["concurrency", "max_diff_bytes", "drain_seconds"])
+def test_zero_is_named_and_refused(name) -> None:
+    required = {
+        field.name: "x"
+        for field in dataclasses.fields(Settings)
+        if field.default is dataclasses.MISSING
+    }
+    assert Settings(**required).concurrency
+    with pytest.raises(ConfigError, match=f"BYOKEEP_{name.upper()}"):
+        Settings(**required, **{name: 0})
