@@ -10,9 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from deploy.local import material
 from deploy.local.processes import StackError, alive, wait_for
 from deploy.local.state import CHECKOUT, State, existing_state, open_state
@@ -146,6 +143,10 @@ def _health(name: str, pid: int, ports: dict[str, int]) -> str:
         return "ended"
     if name not in SERVICES:
         return "running"
+    # Imported here: the other commands needn't load grpc first.
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
     with grpc.insecure_channel(f"127.0.0.1:{ports[f'{name}-health']}") as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(

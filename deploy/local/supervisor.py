@@ -65,7 +65,7 @@ class LocalStack:
         }
         self.topology = Topology(state, numbers, live, extra or {})
         self._processes: dict[str, Process] = {}
-        self._migrations: dict[str, subprocess.Popen[bytes]] = {}
+        self._migration: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._authorities: tuple[CertificateAuthority, CertificateAuthority] | None = None
 
@@ -113,10 +113,9 @@ class LocalStack:
     def stop(self, *, discard: bool = False) -> None:
         """Stop all, clients before servers. With ``discard`` the data is not flushed."""
         order = [name for name in _STOP_ORDER if name in self._processes]
-        for migration in self._migrations.values():
-            if migration.poll() is None:
-                migration.kill()
-                migration.communicate()
+        if self._migration is not None and self._migration.poll() is None:
+            self._migration.kill()
+            self._migration.communicate()
         for name in order:
             self._processes[name].signal(signal.SIGTERM)
         for name in order:
@@ -176,17 +175,16 @@ class LocalStack:
         material.make_grant_key(self.state)
         if not self.live:
             self._launch(self.topology.emulator())
-        # What waits for another loads its libraries meanwhile, in order of need.
-        self._migrations = {zone: self._migrate(zone) for zone in _ZONES}
+        # Who has to wait loads its libraries meanwhile.
+        self._migration = migration = self._migrate_keyvault()
+        self._launch(self.topology.service("orchestrator"), held=True)
         self._start_postgres()
-        for migration in self._migrations.values():
-            _close(migration)
-        for zone in _ZONES:
-            self._launch(self.topology.service(zone), held=True)
+        _release(migration)
+        self._processes["orchestrator"].release()
+        self._launch(self.topology.service("keyvault"), held=True)
         self._launch(self.topology.service("runner", self._emulator_port()))
-        for zone, migration in self._migrations.items():
-            self._finish(zone, migration)
-            self._processes[zone].release()
+        material.write_trust(self.state, self.authority, self._public_keys(migration))
+        self._processes["keyvault"].release()
         for name in SERVICES:
             self.wait_ready(name)
             self._say(name, self.topology.address(name))
@@ -214,28 +212,27 @@ class LocalStack:
         assert ports is not None  # noqa: S101 - not live
         return ports[0]
 
-    def _migrate(self, zone: str) -> subprocess.Popen[bytes]:
-        with (self.state.logs / f"{zone}-migrate.log").open("ab") as log:
+    def _migrate_keyvault(self) -> subprocess.Popen[bytes]:
+        with _migration_log(self.state).open("ab") as log:
             return subprocess.Popen(
-                launched(self.topology.migration(zone), signal.SIGKILL),
-                env=self.topology.environment(zone),
+                launched(self.topology.keyvault_migration(), signal.SIGKILL),
+                env=self.topology.environment("keyvault"),
                 cwd=CHECKOUT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
 
-    def _finish(self, zone: str, migration: subprocess.Popen[bytes]) -> None:
+    def _public_keys(self, migration: subprocess.Popen[bytes]) -> Any:
         try:
             output, _ = migration.communicate(timeout=_MIGRATE_SECONDS)
         except subprocess.TimeoutExpired:
             migration.kill()
             output, _ = migration.communicate()
-        if migration.returncode != 0:
-            log = self.state.logs / f"{zone}-migrate.log"
-            raise StackError(_failure(f"{zone} migrate", migration.returncode, log))
-        if zone == "keyvault":
-            material.write_trust(self.state, self.authority, _json_of(output))
+        status = migration.returncode
+        if status != 0:
+            raise StackError(_failure("keyvault migrate", status, _migration_log(self.state)))
+        return _json_of(output)
 
     def _create_tenant(self) -> None:
         # Imported here: it loads grpc while the processes start.
@@ -265,7 +262,11 @@ class LocalStack:
         self._report(name, what, time.monotonic() - self._started)
 
 
-def _close(migration: subprocess.Popen[bytes]) -> None:
+def _migration_log(state: State) -> Path:
+    return state.logs / "keyvault-migrate.log"
+
+
+def _release(migration: subprocess.Popen[bytes]) -> None:
     if migration.stdin is not None:
         migration.stdin.close()
         migration.stdin = None  # for communicate(), which would flush it

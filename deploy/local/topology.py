@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +20,13 @@ SERVICES: Mapping[str, str] = {
     "runner": "services.llm_runner",
 }
 _ID = f"spiffe://{TRUST_DOMAIN}"
-# What takes long to load. The runner forks its zygote before it loads anything.
-_SLOW = {"keyvault": "services.keyvault.server", "orchestrator": "services.orchestrator.server"}
+# What takes long to load (see `warm`), and what runs. A serving keyvault never loads what
+# migrates its database; the runner forks its zygote before it loads anything.
+_COMMANDS = {
+    "keyvault": ("services.keyvault.server", ("serve",)),
+    "orchestrator": ("services.orchestrator.server", ("migrate", "serve")),
+    "runner": (None, ("serve",)),
+}
 _CALLERS = {
     "keyvault": (
         f"orchestrator={_ID}/orchestrator runner={_ID}/runner/*"
@@ -52,15 +57,17 @@ class Topology:
         """Return `host:port` of a service."""
         return f"127.0.0.1:{self.ports[service]}"
 
-    def migration(self, zone: str) -> list[str]:
-        """Return the command that brings a zone's database up to date."""
-        return _python(f"{SERVICES[zone]}.migrate", SERVICES[zone], "migrate")
+    def keyvault_migration(self) -> list[str]:
+        """Return the command that brings keyvault's database up to date and prints its
+        public keys; the orchestrator does the like when it starts."""
+        return _python("services.keyvault.migrate", SERVICES["keyvault"], ("migrate",))
 
     def service(self, name: str, emulator_port: int | None = None) -> Process:
         """Return a service's process, not yet started."""
+        library, commands = _COMMANDS[name]
         return self._process(
             name,
-            _python(_SLOW.get(name, ""), SERVICES[name], "serve"),
+            _python(library, SERVICES[name], commands),
             self.environment(name, emulator_port),
         )
 
@@ -159,6 +166,6 @@ class Topology:
         )
 
 
-def _python(library: str, module: str, command: str) -> list[str]:
+def _python(library: str | None, module: str, commands: Sequence[str]) -> list[str]:
     warm = ["-m", "deploy.local.warm", library] if library else ["-m"]
-    return [sys.executable, *warm, module, command]
+    return [sys.executable, *warm, module, *commands]

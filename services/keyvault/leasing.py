@@ -22,7 +22,7 @@ from services.common.errors import ByokeepError
 from services.common.secret import Secret
 from services.keyvault import chain, domain, kek
 from services.keyvault.custody import Custody, Origin
-from services.keyvault.database import Database
+from services.keyvault.database import Connection, Database
 from services.keyvault.domain import Change, Key, State
 from services.keyvault.envelope import Context, EnvelopeError, check_header, decrypt
 from services.keyvault.grants import (
@@ -113,7 +113,13 @@ class Leasing:
                 grant.purpose,
                 head.now + LIFE,
             )
-            event = _event(lease, key, audit_pb2.AUDIT_EVENT_TYPE_LEASED, actor=grant.actor)
+            event = _event(
+                lease,
+                key.provider,
+                key.owner,
+                audit_pb2.AUDIT_EVENT_TYPE_LEASED,
+                actor=grant.actor,
+            )
             head, (link,) = chain.link(head, self._deployment, [event])
             if not await store.redeem(connection, lease, head, link, self._in_flight):
                 if await store.grant_used(connection, grant.grant_id):
@@ -215,54 +221,62 @@ class Leasing:
         Raises:
             ByokeepError: NOT_FOUND, also for another identity's lease.
         """
-        lease = await store.get(self._database, lease_id)
-        if lease is None or lease.holder != holder:
-            raise domain.not_found("lease")
-        await self._close(lease, outcome, audit_pb2.AUDIT_EVENT_TYPE_RELEASED, report)
+        await self._close(lease_id, outcome, audit_pb2.AUDIT_EVENT_TYPE_RELEASED, report, holder)
 
     async def expire(self) -> None:
         """End leases that were never released, on the record."""
         for lease_id in await store.overdue(self._database):
-            lease = await store.get(self._database, lease_id)
-            if lease is not None:
-                await self._close(
-                    lease,
-                    lease_pb2.LEASE_OUTCOME_UNSPECIFIED,
-                    audit_pb2.AUDIT_EVENT_TYPE_LEASE_EXPIRED,
-                    None,
-                )
+            await self._close(
+                lease_id,
+                lease_pb2.LEASE_OUTCOME_UNSPECIFIED,
+                audit_pb2.AUDIT_EVENT_TYPE_LEASE_EXPIRED,
+                None,
+                None,
+            )
 
     async def _close(
         self,
-        lease: Lease,
+        lease_id: str,
         outcome: lease_pb2.LeaseOutcome.ValueType,
         kind: audit_pb2.AuditEventType.ValueType,
         report: lease_pb2.PlaintextReport | None,
+        holder: str | None,
     ) -> None:
         async with self._database.transaction() as connection:
-            head = await chain.lock(connection, chain.tenant_chain(lease.tenant))
-            if not await store.close(connection, lease.lease_id, outcome):
+            locked = await store.lock_lease(connection, lease_id)
+            if locked is None or (holder is not None and locked.lease.holder != holder):
+                raise domain.not_found("lease")
+            if locked.released:
                 return
-            key = await key_store.get(connection, lease.tenant, lease.key_id)
-            if key is None:
-                return
-            self._custody.check(key)
-            event = _event(lease, key, kind, outcome=outcome, report=report)
-            rejected = (
-                outcome == lease_pb2.LEASE_OUTCOME_KEY_REJECTED
-                and key.version(lease.version).state is State.ACTIVE
+            lease = locked.lease
+            event = _event(
+                lease, locked.provider, locked.owner, kind, outcome=outcome, report=report
             )
-            changes = (
-                [Change(lease.version, audit_pb2.AUDIT_EVENT_TYPE_REJECTED)] if rejected else []
-            )
-            await self._custody.apply(
-                connection, head, key, changes, Origin(lease.holder, ""), before=(event,)
-            )
+            rejected = outcome == lease_pb2.LEASE_OUTCOME_KEY_REJECTED
+            if rejected and locked.state is State.ACTIVE:
+                await self._reject(connection, locked, event)
+            else:
+                head, (link,) = chain.link(locked.head, self._deployment, [event])
+                await store.close_recorded(connection, lease, outcome, head, link)
+
+    async def _reject(
+        self, connection: Connection, locked: store.LockedLease, event: audit_pb2.AuditEvent
+    ) -> None:
+        lease = locked.lease
+        key = await key_store.get(connection, lease.tenant, lease.key_id)
+        if key is None:
+            raise domain.not_found("provider key")
+        self._custody.check(key)
+        await store.close(connection, lease.lease_id, lease_pb2.LEASE_OUTCOME_KEY_REJECTED)
+        changes = [Change(lease.version, audit_pb2.AUDIT_EVENT_TYPE_REJECTED)]
+        origin = Origin(lease.holder, "")
+        await self._custody.apply(connection, locked.head, key, changes, origin, before=(event,))
 
 
 def _event(
     lease: Lease,
-    key: Key,
+    provider: str,
+    owner: str,
     kind: audit_pb2.AuditEventType.ValueType,
     *,
     actor: str = "",
@@ -273,8 +287,8 @@ def _event(
         type=kind,
         key_id=lease.key_id,
         key_version=lease.version,
-        provider=provider_value(key.provider),
-        owner=key.owner,
+        provider=provider_value(provider),
+        owner=owner,
         lease_id=lease.lease_id,
         grant_id=lease.grant_id,
         review_id=lease.review_id,

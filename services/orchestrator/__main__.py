@@ -8,7 +8,6 @@ from pathlib import Path
 
 from services.common import config, server
 from services.orchestrator.config import Settings, database_url
-from services.orchestrator.migrate import migrate
 from services.orchestrator.server import App
 
 _USAGE = "usage: python -m services.orchestrator serve|migrate"
@@ -21,6 +20,9 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         if arguments == ["migrate"]:
+            # Alembic is half of what a serving process would have in memory otherwise.
+            from services.orchestrator.migrate import migrate
+
             migrate(database_url(_url_file()))
             return 0
         settings = config.load(Settings, os.environ)

@@ -525,7 +525,8 @@ async def test_lost_notifications_stop_no_attempt(stack: Stack) -> None:
     )
     await asyncio.sleep(1.5)
     go.set()
-    assert (await stack.ended(review)).state == COMPLETED
+    ended = await stack.ended(review)
+    assert (ended.state, ended.attempts) == (COMPLETED, 1)
 
 
 async def test_our_own_defect_ends_the_attempt_at_once(stack: Stack) -> None:

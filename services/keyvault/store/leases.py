@@ -10,7 +10,7 @@ from byokeep.keyvault.v1 import grant_pb2
 
 from services.keyvault import chain
 from services.keyvault.database import Connection, Database, Row
-from services.keyvault.domain import Key
+from services.keyvault.domain import Key, State
 from services.keyvault.store.keys import key_of
 
 # One statement locks the tenant's chain and the version: PostgreSQL re-reads locked
@@ -49,15 +49,35 @@ WITH redeemed AS (
 SELECT count(*) FROM redeemed
 """
 _GRANT_USED = "SELECT 1 FROM lease WHERE grant_id = %s"
-_GET = """
-SELECT lease_id, grant_id, tenant, key_id, version, holder, attempt_id, review_id, fence, purpose,
-       expire_time
-FROM lease WHERE lease_id = %s
+# As _LOCK, from a lease; its row is locked too, so that it is closed once.
+_LOCK_LEASE = """
+SELECT c.sequence, c.hash, clock_timestamp(),
+       k.provider, k.owner, v.state, l.release_time IS NOT NULL,
+       l.lease_id, l.grant_id, l.tenant, l.key_id, l.version, l.holder, l.attempt_id, l.review_id,
+       l.fence, l.purpose, l.expire_time
+FROM lease l
+JOIN chain c ON c.chain = 'tenants/' || l.tenant
+JOIN provider_key k ON k.tenant = l.tenant AND k.key_id = l.key_id
+JOIN key_version v ON v.tenant = l.tenant AND v.key_id = l.key_id AND v.version = l.version
+WHERE l.lease_id = %s
+FOR UPDATE OF c, l, v
 """
 _CLOSE = """
 UPDATE lease SET end_time = coalesce(end_time, now()), release_time = now(), outcome = %s
 WHERE lease_id = %s AND release_time IS NULL
 RETURNING 1
+"""
+# With its event, in one statement, under the lock of _LOCK_LEASE.
+_CLOSE_RECORDED = """
+WITH closed AS (
+    UPDATE lease
+    SET end_time = coalesce(end_time, now()), release_time = now(), outcome = %(outcome)s
+    WHERE lease_id = %(lease_id)s
+), event AS (
+    INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
+    VALUES (%(chain)s, %(sequence)s, %(key_id)s, %(body)s, %(previous)s, %(hash)s)
+)
+UPDATE chain SET sequence = %(sequence)s, hash = %(hash)s WHERE chain = %(chain)s
 """
 # Numbers must become visible in their order, or a watcher would miss one.
 _REVOCATION_ORDER = "SELECT pg_advisory_xact_lock(hashtext('byokeep_revocation'))"
@@ -141,7 +161,6 @@ async def redeem(
             "lease_id": lease.lease_id,
             "grant_id": lease.grant_id,
             "tenant": lease.tenant,
-            "key_id": lease.key_id,
             "version": lease.version,
             "holder": lease.holder,
             "attempt_id": lease.attempt_id,
@@ -150,11 +169,7 @@ async def redeem(
             "purpose": lease.purpose,
             "expire_time": lease.expire_time,
             "cap": cap,
-            "chain": head.chain,
-            "sequence": link.sequence,
-            "body": link.body,
-            "previous": link.previous_hash,
-            "hash": link.hash,
+            **_event_parameters(head, link),
         },
     )
     row = await cursor.fetchone()
@@ -166,10 +181,47 @@ async def grant_used(connection: Connection, grant_id: str) -> bool:
     return await (await connection.execute(_GRANT_USED, (grant_id,))).fetchone() is not None
 
 
-async def get(database: Database, lease_id: str) -> Lease | None:
-    """Return a lease."""
-    row = await database.one(_GET, (lease_id,))
-    return Lease(*row) if row else None
+@dataclass(frozen=True, slots=True)
+class LockedLease:
+    """A lease whose row, chain and key version are locked."""
+
+    head: chain.Head
+    provider: str
+    owner: str
+    state: State
+    released: bool
+    lease: Lease
+
+
+async def lock_lease(connection: Connection, lease_id: str) -> LockedLease | None:
+    """Lock and return a lease."""
+    row = await (await connection.execute(_LOCK_LEASE, (lease_id,))).fetchone()
+    if row is None:
+        return None
+    lease = Lease(*row[7:])
+    head = chain.Head(chain.tenant_chain(lease.tenant), row[0], row[1], row[2])
+    return LockedLease(head, row[3], row[4], State(row[5]), row[6], lease)
+
+
+async def close_recorded(
+    connection: Connection, lease: Lease, outcome: int, head: chain.Head, link: chain.Link
+) -> None:
+    """Close a locked lease, with its event."""
+    await connection.execute(
+        _CLOSE_RECORDED,
+        {"lease_id": lease.lease_id, "outcome": outcome, **_event_parameters(head, link)},
+    )
+
+
+def _event_parameters(head: chain.Head, link: chain.Link) -> dict[str, object]:
+    return {
+        "chain": head.chain,
+        "sequence": link.sequence,
+        "key_id": link.key_id,
+        "body": link.body,
+        "previous": link.previous_hash,
+        "hash": link.hash,
+    }
 
 
 async def close(connection: Connection, lease_id: str, outcome: int) -> bool:
