@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.local import material
+from deploy.local.binaries import erase_copy
 from deploy.local.processes import StackError, alive, wait_for
 from deploy.local.state import CHECKOUT, State, existing_state, open_state
 from deploy.local.supervisor import LocalStack
@@ -88,7 +89,7 @@ def down(root: Path) -> int:
         print(f"nothing runs in {root}")
         return 0
     os.kill(holder, signal.SIGTERM)
-    if not wait_for(lambda: state.holder() is None, _STOP_SECONDS):
+    if not wait_for(lambda: not alive(holder), _STOP_SECONDS):
         os.kill(holder, signal.SIGKILL)  # the kernel then ends its children
         if not wait_for(lambda: not alive(holder), 5.0):
             raise StackError(f"the supervisor (process {holder}) does not end")
@@ -121,6 +122,7 @@ def clean(root: Path, config: Path) -> int:
         down(root)
         State(root).erase()
         print(f"erased {root}")
+    erase_copy()
     config.unlink(missing_ok=True)
     return 0
 

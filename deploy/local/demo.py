@@ -20,6 +20,7 @@ from deploy.local.state import throwaway_state
 from deploy.local.supervisor import LocalStack
 
 SHIPPED_DIFF = Path(__file__).with_name("demo.diff")
+_SHIPPED_LABELS = ("--repo", "acme/shop", "--title", "Orders: export")
 _VARIABLE = "DEMO_PROVIDER_KEY"
 _PLAUSIBLE = {"openai": "sk-proj-", "anthropic": "sk-ant-api03-", "gemini": "AIza"}
 _LIVE_VARIABLES = {
@@ -55,9 +56,10 @@ def run(diff: Path | None, *, provider: str, live: bool) -> int:
 
 
 def _lines(provider: str, variable: str, diff: Path, export: Path) -> list[Sequence[str]]:
+    labels = _SHIPPED_LABELS if diff.samefile(SHIPPED_DIFF) else ()
     return [
         ("key", "add", provider, "--from-env", variable),
-        ("review", "--repo", "acme/shop", "--title", "Orders: export", "--diff", str(diff)),
+        ("review", *labels, "--diff", str(diff)),
         ("key", "trail", provider),
         ("audit", "export", "--output", str(export)),
         ("audit", "verify", str(export)),

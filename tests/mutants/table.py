@@ -19,6 +19,10 @@ class Mutant:
 _KV = "services/keyvault/"
 _SEC = "tests/security/"
 
+_OR = "services/orchestrator/"
+_FENCE = _SEC + "test_fence.py::test_paused_attempt_changes_nothing_after_its_turn"
+_GUARD = "AND fence = :fence AND state = 'RUNNING'"
+
 MUTANTS = (
     Mutant(
         "the envelope is not bound to its provider",
@@ -311,5 +315,104 @@ MUTANTS = (
         "        if kind not in self._counts and len(self._counts) >= _MAX_KINDS:",
         "        if False:",
         (_SEC + "test_leaks.py::test_denial_flood",),
+    ),
+    Mutant(
+        "a call of a fenced attempt is stored",
+        _OR + "sql.py",
+        "            lease_id = :lease_id, process_id = :process_id\n        WHERE id = :id "
+        + _GUARD,
+        "            lease_id = :lease_id, process_id = :process_id\n        WHERE id = :id AND :fence > 0",
+        (_FENCE,),
+    ),
+    Mutant(
+        "a chunk of a fenced attempt is stored",
+        _OR + "sql.py",
+        "WHERE id = :id " + _GUARD + " FOR UPDATE",
+        "WHERE id = :id AND :fence > 0 FOR UPDATE",
+        (_FENCE,),
+    ),
+    Mutant(
+        "a fenced attempt ends its review",
+        _OR + "sql.py",
+        "WHERE id = :id " + _GUARD + "\n        RETURNING *)",
+        "WHERE id = :id AND :fence > 0\n        RETURNING *)",
+        (_FENCE,),
+    ),
+    Mutant(
+        "a lost call is repeated",
+        _OR + "sweeper.py",
+        "ambiguous=stale.unfinished_call)",
+        "ambiguous=False)",
+        (_SEC + "test_fence.py::test_call_under_way_is_not_repeated_when_its_worker_falls_silent",),
+    ),
+    Mutant(
+        "a living worker is fenced off",
+        _OR + "sql.py",
+        "AND a.heartbeat_time < now() - make_interval(secs => :seconds)",
+        "AND :seconds > 0",
+        (_SEC + "test_fence.py::test_worker_that_lives_keeps_its_attempt",),
+    ),
+    Mutant(
+        "submission without a transaction",
+        _OR + "store_reviews.py",
+        "self._database.transaction()",
+        "self._database.statement()",
+        (_SEC + "test_enqueue_atomic.py::test_submission_that_breaks_off_leaves_nothing",),
+    ),
+    Mutant(
+        "validation scheduled without a transaction",
+        _OR + "store_keys.py",
+        "self._database.transaction()",
+        "self._database.statement()",
+        (_SEC + "test_enqueue_atomic.py::test_validation_that_breaks_off_leaves_no_job",),
+    ),
+    Mutant(
+        "every submission is a new one",
+        _OR + "reviews.py",
+        "_scope(request), store_requests",
+        "__import__('os').urandom(8).hex(), store_requests",
+        (_SEC + "test_enqueue_atomic.py::test_repeated_submission_is_one_review",),
+    ),
+    Mutant(
+        "any role will do",
+        _OR + "access.py",
+        "if not held.intersection(access.roles):",
+        "if not held:",
+        (_SEC + "test_tenant_authz.py::test_a_role_allows_what_it_is_for_and_no_more",),
+    ),
+    Mutant(
+        "no role is asked for",
+        _OR + "access.py",
+        "if not held.intersection(access.roles):",
+        "if False:",
+        (_SEC + "test_tenant_authz.py::test_nobody_acts_for_a_tenant_that_did_not_allow_it",),
+    ),
+    Mutant(
+        "anybody speaks for users",
+        _OR + "access.py",
+        "if user and not self.may_assert_users:",
+        "if False:",
+        (_SEC + "test_tenant_authz.py::test_user_is_asserted_only_by_who_may",),
+    ),
+    Mutant(
+        "reviews are found whosever they are",
+        _OR + "store_reviews.py",
+        'review_table.c.id == bindparam("id"), review_table.c.tenant == bindparam("tenant")',
+        'review_table.c.id == bindparam("id")',
+        (_SEC + "test_tenant_authz.py::test_name_of_another_tenants_thing_finds_nothing",),
+    ),
+    Mutant(
+        "a review takes anybody's key",
+        _OR + "reviews.py",
+        "[key for key in keys if key.owner == owner]",
+        "keys",
+        (_SEC + "test_tenant_authz.py::test_review_never_falls_back_to_the_key_of_another",),
+    ),
+    Mutant(
+        "a column for token usage",
+        _OR + "migrations/versions/0001_the_first_tables.py",
+        'sa.Column("lease_id"',
+        'sa.Column("prompt_tokens", sa.Integer()), sa.Column("lease_id"',
+        (_SEC + "test_no_usage_schema.py",),
     ),
 )
