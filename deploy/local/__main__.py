@@ -36,7 +36,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
             "--config",
             type=Path,
             default=background.CHECKOUT_CONFIG,
-            help="the profile to write or erase (default: where `byokeep` finds it here)",
+            help="the profile to write or erase (default: where .venv/bin/byokeep finds it)",
         )
     for command in (up, run):
         command.add_argument(

@@ -18,7 +18,7 @@ from deploy.local.supervisor import LocalStack
 from deploy.local.topology import SERVICES
 
 _STOP_SECONDS = 40.0
-# Where the command `byokeep` looks in this checkout.
+# Where the `byokeep` of this checkout's .venv looks.
 CHECKOUT_CONFIG = CHECKOUT / ".byokeep" / "config.toml"
 
 
@@ -161,11 +161,9 @@ def _health(name: str, pid: int, ports: dict[str, int]) -> str:
 
 def _print_usage(config: Path) -> None:
     command = Path(sys.prefix) / "bin" / "byokeep"
-    print(
-        f"\ntenant `{material.TENANT}` is ready; in this checkout the command finds it by itself:"
-    )
+    print(f"\ntenant `{material.TENANT}` is ready; this checkout's command finds it by itself:")
     print(f"  {_shortest(command)} key add openai")
-    print("anywhere else:")
+    print("any other needs to be told:")
     print(f"  export BYOKEEP_CONFIG={config}")
 
 

@@ -48,6 +48,13 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
+def _open_private(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    # One that is there already may have been made wider.
+    os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
 class StackError(RuntimeError):
     """The local stack can't do what was asked; the message says what to do."""
 
@@ -103,7 +110,7 @@ class Process:
         """
         if self.running:
             return
-        with self.log.open("ab") as output:
+        with open(self.log, "ab", opener=_open_private) as output:
             self._process = subprocess.Popen(
                 launched(self._command, self._death_signal, self._user),
                 env=self._environment,

@@ -20,11 +20,14 @@ Reason = Literal[
     "DIFF_NOT_A_DIFF",
     "DIFF_NOT_UTF8",
     "DIFF_MALFORMED",
+    "DIFF_TOO_LARGE",
 ]
 Status = Literal["added", "deleted", "modified", "renamed", "copied", "mode"]
 
 MAX_PATH_BYTES: Final = 1024
 """Longest path taken, in UTF-8 bytes: a path is repeated in every chunk that shows its file."""
+MAX_LINES: Final = 100_000
+"""Most lines taken: a parsed line takes some 200 bytes, however short it is."""
 
 _DEV_NULL: Final = "/dev/null"
 _HUNK: Final = re.compile(
@@ -45,13 +48,15 @@ class DiffError(ValueError):
     """The input can't be reviewed as a diff.
 
     `reason` is stable and goes to callers; the message is a sentence that a person can act on. It
-    names a line number at most, and never holds text of the diff.
+    names a line number at most, and never holds text of the diff. `figures` has what was counted
+    and the limit that it is over.
     """
 
-    def __init__(self, reason: Reason, message: str) -> None:
-        """Keep the reason beside the message."""
+    def __init__(self, reason: Reason, message: str, **figures: int) -> None:
+        """Keep the reason and the figures beside the message."""
         super().__init__(message)
         self.reason: Final = reason
+        self.figures: Final = figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +166,14 @@ def _decode(diff: str | bytes) -> tuple[str, bool]:
         )
     if data.count(b"\0") * 10 > len(data):
         raise DiffError("DIFF_NOT_A_DIFF", "The input is binary data, not a diff.")
+    lines = data.count(b"\n")
+    if lines > MAX_LINES:
+        raise DiffError(
+            "DIFF_TOO_LARGE",
+            f"The diff has {lines} lines and at most {MAX_LINES} are taken; review it in parts.",
+            lines=lines,
+            max_lines=MAX_LINES,
+        )
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         text, lossy = data.decode("utf-8"), False

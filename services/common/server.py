@@ -31,6 +31,7 @@ _OPTIONS = [
     # Identities are checked at the handshake: a connection must not outlive them for long.
     ("grpc.max_connection_age_ms", 10 * 60_000),
     ("grpc.max_connection_age_grace_ms", 65 * 60_000),
+    ("grpc.max_concurrent_streams", 256),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
@@ -126,7 +127,9 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
 
 async def _health(listen: str) -> tuple[health_aio.HealthServicer, grpc.aio.Server]:
     # Kubernetes probes have no client certificate: health alone is served in the clear.
-    server = grpc.aio.server()
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=64, options=[("grpc.max_concurrent_streams", 8)]
+    )
     servicer = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     try:

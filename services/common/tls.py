@@ -30,28 +30,34 @@ class ServerIdentity:
         self._files = files
         self._lock = threading.Lock()  # gRPC fetches on threads of its own
         self._seen = self._stamp()
-        self._configuration = self._load()
+        self._load()
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials that require and verify a client's certificate."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration, self._current, require_client_authentication=True
+            self._load(),
+            self._changed,  # type: ignore[arg-type] # None is "no change": gRPC's documentation
+            require_client_authentication=True,
         )
 
-    def _current(self) -> grpc.ServerCertificateConfiguration:
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        # None means "no change", and matters: gRPC core rebuilds its handshaker for every
+        # configuration that it is given, without a lock against handshakes that run
+        # (grpc/grpc#36693); a flood of connections could otherwise crash the process.
         with self._lock:
             failed: Exception | None = None
             try:
                 stamp = self._stamp()
-                if stamp != self._seen:
-                    self._configuration = self._load()
-                    self._seen = stamp
-                    logs.event(log, "certificate_reloaded")
+                if stamp == self._seen:
+                    return None
+                configuration = self._load()
+                self._seen = stamp
+                logs.event(log, "certificate_reloaded")
+                return configuration
             except (OSError, ConfigError) as error:
                 failed = error
-            if failed is not None:
-                logs.failure(log, "certificate_reload_failed", failed)
-            return self._configuration
+            logs.failure(log, "certificate_reload_failed", failed)
+            return None
 
     def _stamp(self) -> _Stamp:
         try:

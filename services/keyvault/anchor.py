@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,19 @@ from services.keyvault.database import Connection, Database
 from services.keyvault.store import audit as store
 
 log = logging.getLogger(__name__)
-_TICK_SECONDS = 1.0
+TICK_SECONDS = 1.0
+#: A check that has not succeeded for so long is no check: leases stop.
+STALE_SECONDS = 60.0
+
+
+def stale(what: str) -> ByokeepError:
+    """Return the error for a check of the audit log that has not succeeded for a minute."""
+    return ByokeepError(
+        grpc.StatusCode.UNAVAILABLE,
+        "AUDIT_UNAVAILABLE",
+        f"keyvault's audit log could not be {what} for {STALE_SECONDS:.0f} s; no lease is given",
+        retry_after_seconds=5.0,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +49,8 @@ class Position:
 
     size: int
     root: bytes
+    #: Leaves before this one were accepted by an operator and are not held against chains.
+    accepted: int
 
 
 class Anchor:
@@ -49,26 +64,28 @@ class Anchor:
         self._frontier = merkle.Frontier()
         self._ticking = asyncio.Lock()
         self.rolled_back = False
+        self._held = 0.0
+        self.accepted = 0
 
     def refusal(self) -> ByokeepError | None:
         """Return why no lease may be given now."""
-        if not self.rolled_back:
-            return None
-        return ByokeepError(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            "DATABASE_ROLLED_BACK",
-            "keyvault's database is older than its anchor; no lease is given until an operator"
-            " has looked and says so: byokeep admin resume-leases",
-        )
+        if self.rolled_back:
+            return ByokeepError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "DATABASE_ROLLED_BACK",
+                "keyvault's database is not what its anchor says it was; no lease is given until"
+                " an operator has looked and says so: byokeep admin resume-leases",
+            )
+        if time.monotonic() - self._held > STALE_SECONDS:
+            return stale("anchored")
+        return None
 
-    async def run(self) -> None:
-        """Extend and anchor every second, until cancelled."""
-        while True:
-            await asyncio.sleep(_TICK_SECONDS)
-            try:
-                await self.tick()
-            except (ByokeepError, OSError) as error:
-                logs.failure(log, "anchor_failed", error)
+    async def distrust(self) -> None:
+        """Give no lease: the log's own leaves contradict the chains."""
+        if not self.rolled_back:
+            self.rolled_back = True
+            logs.event(log, "log_contradicts_chains", level=logging.CRITICAL)
+            await self._note(audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED, "", "")
 
     async def tick(self) -> None:
         """Compare the database with the anchor; where it holds, extend both."""
@@ -86,6 +103,7 @@ class Anchor:
         else:
             # After the commit: an anchor must never be ahead of its database.
             self._write()
+            self._held = time.monotonic()
 
     async def resume(self, caller: str, reason: str) -> None:
         """Take the database as it is for the truth again, on an operator's word."""
@@ -94,8 +112,10 @@ class Anchor:
             await store.lock_log(connection)
             self._frontier = merkle.Frontier()
             await self._follow(connection)
+            self.accepted = self._frontier.size
             self._write()
         self.rolled_back = False
+        self._held = time.monotonic()
 
     async def _holds(self, connection: Connection) -> bool:
         anchored = self._read()
@@ -103,6 +123,7 @@ class Anchor:
         if anchored is None:
             # A first start has neither; a database with a log must have had an anchor.
             return size == 0
+        self.accepted = anchored.accepted
         if size < anchored.size or size < self._frontier.size:
             return False
         await self._follow(connection, anchored.size)
@@ -141,7 +162,7 @@ class Anchor:
             data = json.loads(self._file.read_text())
             if data["deployment"] != self._deployment:
                 raise ValueError
-            return Position(int(data["size"]), bytes.fromhex(data["root"]))
+            return Position(int(data["size"]), bytes.fromhex(data["root"]), int(data["accepted"]))
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
                 f"BYOKEEP_ANCHOR_FILE: {self._file} is not an anchor of this deployment"
@@ -153,6 +174,7 @@ class Anchor:
                 "deployment": self._deployment,
                 "size": self._frontier.size,
                 "root": self._frontier.root().hex(),
+                "accepted": self.accepted,
             }
         )
         # Whole or not at all, and on the disk before anyone relies on it.

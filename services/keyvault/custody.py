@@ -17,15 +17,18 @@ from byokeep.sealing import SealContext
 
 from services.common.errors import ByokeepError
 from services.keyvault import chain, domain, kek
-from services.keyvault.database import Connection, Database
+from services.keyvault.background import each
+from services.keyvault.database import Connection, Database, Row
 from services.keyvault.domain import Change, Key, State, Version
 from services.keyvault.envelope import Context
-from services.keyvault.intake import IntakeKeys
+from services.keyvault.intake import IntakeKeys, Opened, refusal
 from services.keyvault.store import intake as intake_store
 from services.keyvault.store import keys as store
 from services.keyvault.store import leases as lease_store
 
 Decide = Callable[[Key, chain.Head], list[Change]]
+#: A tenant may send in this many times what one caller may.
+TENANT_FACTOR = 5
 _GONE = (State.REVOKED, State.DESTROYED)
 
 
@@ -89,6 +92,16 @@ class Custody:
         earlier = await self._begin(order, origin)
         if earlier is not None:
             return await self.get(order.tenant, order.key_id), earlier
+        try:
+            number = await self._stage(order, origin)
+        except ByokeepError as error:
+            # The same request, sent twice at once: the other one made the key that is in the way.
+            number = await self._done(order)
+            if not number:
+                raise error from None
+        return await self.get(order.tenant, order.key_id), number
+
+    async def _stage(self, order: Order, origin: Origin) -> int:
         number = await self._next_version(order)
         context = Context(
             self._deployment, order.tenant, order.owner, order.provider, order.key_id, number
@@ -98,15 +111,27 @@ class Custody:
         except kek.KekMissingError:
             raise _no_kek(order.tenant) from None
         with data_key.plaintext as clear:
-            opened = await self._intake.open(
-                order.sealed, _seal_context(order), clear.reveal(), context
-            )
+            opened = await self._open(order, clear.reveal(), context)
         secret = store.StoredSecret(
             opened.hint, self._backend.name, data_key.kek_version, data_key.wrapped, opened.envelope
         )
         async with self._database.transaction() as connection:
             await self._store(connection, order, origin, number, secret)
-        return await self.get(order.tenant, order.key_id), number
+        return number
+
+    async def _open(self, order: Order, data_key: bytearray, context: Context) -> Opened:
+        try:
+            return await self._intake.open(order.sealed, _seal_context(order), data_key, context)
+        except ByokeepError as error:
+            if rule := error.metadata.get("rule"):
+                await intake_store.refused(self._database, order.tenant, order.request_id, rule)
+            raise
+
+    async def _done(self, order: Order) -> int:
+        request = await intake_store.request(self._database, order.tenant, order.request_id)
+        if request is None or request.digest != order.digest():
+            return 0
+        return request.version or 0
 
     async def change(self, tenant: str, key_id: str, origin: Origin, decide: Decide) -> Key:
         """Apply what `decide` says to a key, as one transaction; return the key.
@@ -172,10 +197,13 @@ class Custody:
     async def sweep(self) -> None:
         """Destroy superseded versions whose grace is over."""
         origin = Origin("keyvault", "grace is over")
-        for tenant, key_id in await store.past_grace(self._database):
+
+        async def destroy(row: Row) -> None:
             await self.change(
-                tenant, key_id, origin, lambda key, head: domain.expired(key, head.now)
+                row[0], row[1], origin, lambda key, head: domain.expired(key, head.now)
             )
+
+        await each("grace", await store.past_grace(self._database), destroy)
 
     async def _begin(self, order: Order, origin: Origin) -> int | None:
         earlier = await intake_store.begin(
@@ -186,13 +214,6 @@ class Custody:
             origin.actor,
             order.key_id,
         )
-        if earlier is None:
-            # Counted before it is opened: a refused key counts as well.
-            if await intake_store.recent(self._database, order.tenant, origin.actor) > (
-                self._intake_per_hour
-            ):
-                raise _limit(self._intake_per_hour)
-            return None
         if earlier.digest != order.digest():
             raise ByokeepError(
                 grpc.StatusCode.ABORTED,
@@ -200,7 +221,16 @@ class Custody:
                 "this request id came before with other content; use a new one",
                 field="request_id",
             )
-        return earlier.version
+        if earlier.refusal is not None:
+            raise refusal(earlier.refusal)
+        if earlier.version is not None:
+            return earlier.version
+        # Whoever the actor is said to be: a tenant's own cap holds, so that a rogue
+        # orchestrator can't make keyvault a checker of stolen keys by naming new actors.
+        of_actor, of_tenant = await intake_store.recent(self._database, order.tenant, origin.actor)
+        if of_actor > self._intake_per_hour or of_tenant > TENANT_FACTOR * self._intake_per_hour:
+            raise _limit(self._intake_per_hour)
+        return None
 
     async def _next_version(self, order: Order) -> int:
         async with self._database.transaction() as connection:

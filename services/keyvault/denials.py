@@ -6,7 +6,6 @@ a flood neither fills a disk nor touches a tenant's chain.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from services.keyvault import chain
 from services.keyvault.database import Database
 
 log = logging.getLogger(__name__)
-_TICK_SECONDS = 1.0
+TICK_SECONDS = 1.0
 _REPEAT_SECONDS = 60.0
 _MAX_KINDS = 256
 
@@ -54,11 +53,9 @@ class Denials:
             kind = _OTHER
         self._counts[kind] += 1
 
-    async def run(self) -> None:
-        """Write what is due, until cancelled."""
-        while True:
-            await asyncio.sleep(_TICK_SECONDS)
-            await self.flush(time.monotonic())
+    async def tick(self) -> None:
+        """Write what is due."""
+        await self.flush(time.monotonic())
 
     async def flush(self, now: float, *, everything: bool = False) -> None:
         """Write kinds that are new, or were last written a minute ago."""

@@ -112,12 +112,17 @@ def state_mac(mac_key: bytes, deployment: str, key: Key, version: Version) -> by
 def check_state(mac_key: bytes, deployment: str, key: Key, version: Version) -> None:
     """Refuse a state whose MAC does not verify. Raises ByokeepError: STATE_TAMPERED."""
     if not hmac.compare_digest(version.state_mac, state_mac(mac_key, deployment, key, version)):
-        raise ByokeepError(
-            grpc.StatusCode.DATA_LOSS,
-            "STATE_TAMPERED",
-            "the stored state of this key fails its authentication; it is not used",
-            key=key.key_id,
-        )
+        raise tampered(key.key_id)
+
+
+def tampered(key_id: str) -> ByokeepError:
+    """Return the error for a state that keyvault did not write."""
+    return ByokeepError(
+        grpc.StatusCode.DATA_LOSS,
+        "STATE_TAMPERED",
+        "the stored state of this key fails its authentication; it is not used",
+        key=key_id,
+    )
 
 
 def with_state(version: Version, state: State, sequence: int) -> Version:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 
 import grpc
 from byokeep import dsse, hpke
 from byokeep.common.v1 import options_pb2
+from byokeep.encoding import fields
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.sealing import MAX_WINDOW, SealContext
@@ -26,11 +29,14 @@ from services.common.errors import ByokeepError, internal
 from services.keyvault import kek
 from services.keyvault.database import Database
 from services.keyvault.envelope import Context, EnvelopeError, decrypt, encrypt
+from services.keyvault.intake_child import READY
 from services.keyvault.store import intake as store
 from services.keyvault.system_keys import SigningKey
 
 _REMAINING = datetime.timedelta(minutes=15)
-_CHILD_SECONDS = 20
+_CHILD_SECONDS = 20.0
+_CHILDREN = 4  # at once
+_REMEMBERED = 16
 _REFUSALS = {
     "seal": ("SEAL_INVALID", "the sealed key does not open for this tenant, key and request"),
     "charset": ("KEY_CHARSET", "a provider key has printable ASCII characters only"),
@@ -59,6 +65,8 @@ class IntakeKeys:
         self._signing = signing
         self._deployment = deployment
         self._making = asyncio.Lock()
+        self._children = asyncio.Semaphore(_CHILDREN)
+        self._verified: set[store.IntakeKey] = set()
 
     async def statement(self, suite: options_pb2.HpkeSuite.ValueType) -> options_pb2.SignedEnvelope:
         """Return the newest intake key of a suite, signed; make one where it would end soon."""
@@ -66,6 +74,7 @@ class IntakeKeys:
             key = await store.newest(self._database, suite, _REMAINING)
             if key is None:
                 key = await self._make(suite)
+            await self._verify(key)
         body = custody_pb2.IntakeStatement(
             deployment=self._deployment,
             suite=suite,
@@ -115,7 +124,8 @@ class IntakeKeys:
         message += private
         message += data_key
         try:
-            return await _one_shot(message)
+            async with self._children:
+                return await _one_shot(message)
         finally:
             for buffer in (message, private):
                 buffer[:] = bytes(len(buffer))
@@ -131,22 +141,49 @@ class IntakeKeys:
         private = hpke.PrivateKey.generate(suite)
         await self._backend.create(kek.intake_kek(key_id))
         data_key = await self._backend.generate_data_key(kek.intake_kek(key_id))
-        with data_key.plaintext as clear:
-            sealed = encrypt(clear.reveal(), private.reveal(), self._context(key_id))
         now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
         key = store.IntakeKey(
-            key_id, suite, private.public_bytes, data_key.wrapped, sealed, now, now + MAX_WINDOW
+            key_id, suite, private.public_bytes, data_key.wrapped, b"", now, now + MAX_WINDOW
         )
+        with data_key.plaintext as clear:
+            sealed = encrypt(clear.reveal(), private.reveal(), self._context(key))
+        key = replace(key, envelope=sealed)
         await store.insert(self._database, key)
         return key
+
+    async def _verify(self, key: store.IntakeKey) -> None:
+        """Refuse to sign a public key that SQL put there: the envelope is bound to the row."""
+        if key in self._verified:
+            return
+        try:
+            private = await self._private(key)
+        except (kek.KekMissingError, kek.UnwrapError, EnvelopeError):
+            raise ByokeepError(
+                grpc.StatusCode.DATA_LOSS,
+                "ROW_TAMPERED",
+                "the stored intake key fails its authentication; it is not given out",
+                key=key.key_id,
+            ) from None
+        private[:] = bytes(len(private))
+        if len(self._verified) > _REMEMBERED:
+            self._verified.clear()
+        self._verified.add(key)
 
     async def _private(self, key: store.IntakeKey) -> bytearray:
         wrapped = await self._backend.unwrap(kek.intake_kek(key.key_id), key.wrapped_dek)
         with wrapped as data_key:
-            return decrypt(data_key.reveal(), key.envelope, self._context(key.key_id))
+            return decrypt(data_key.reveal(), key.envelope, self._context(key))
 
-    def _context(self, key_id: str) -> Context:
-        return Context(self._deployment, "", "", "intake", key_id, 1)
+    def _context(self, key: store.IntakeKey) -> Context:
+        row = fields(
+            key.suite,
+            key.public,
+            int(key.not_before.timestamp()),
+            int(key.not_after.timestamp()),
+        )
+        return Context(
+            self._deployment, "", hashlib.sha256(row).hexdigest(), "intake", key.key_id, 1
+        )
 
 
 def expired() -> ByokeepError:
@@ -159,35 +196,42 @@ def expired() -> ByokeepError:
     )
 
 
+def refusal(rule: str) -> ByokeepError:
+    """Return the error for what the one-shot process refused: seal, charset, length or admin."""
+    reason, sentence = _REFUSALS[rule]
+    field = "sealed_key" if reason == "SEAL_INVALID" else "key"
+    return ByokeepError(grpc.StatusCode.INVALID_ARGUMENT, reason, sentence, field=field, rule=rule)
+
+
 async def _one_shot(message: bytearray) -> Opened:
-    reading, writing = os.pipe()
-    try:
-        # At most 10 KiB: it fits the pipe, so no copy stays behind in a transport's buffer.
-        os.write(writing, message)
-        os.close(writing)
-        output = await asyncio.to_thread(_run_child, reading)
-    finally:
-        os.close(reading)
-    answer = json.loads(output)
+    answer = json.loads(await asyncio.to_thread(_run_child, message))
     if "refusal" in answer:
-        reason, sentence = _REFUSALS[answer["refusal"]]
-        field = "sealed_key" if reason == "SEAL_INVALID" else "key"
-        raise ByokeepError(
-            grpc.StatusCode.INVALID_ARGUMENT, reason, sentence, field=field, rule=answer["refusal"]
-        )
+        raise refusal(answer["refusal"])
     return Opened(bytes.fromhex(answer["envelope"]), answer["hint"])
 
 
-def _run_child(stdin: int) -> bytes:
+def _run_child(message: bytearray) -> bytes:
     # Not asyncio's subprocess: uvloop forks, and gRPC's fork handlers can't run while its
-    # threads are busy. The subprocess module uses vfork, which runs none.
-    done = subprocess.run(
-        [sys.executable, "-m", "services.keyvault.intake_child"],
-        stdin=stdin,
+    # threads are busy. The subprocess module uses vfork, which runs none. The child gets
+    # none of keyvault's environment, which may hold the keyring.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "services.keyvault.intake_child"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        timeout=_CHILD_SECONDS,
-        check=False,
+        bufsize=0,
+        env={"PYTHONPATH": os.pathsep.join(sys.path), "LC_ALL": "C.UTF-8"},
     )
-    if done.returncode != 0:
+    watchdog = threading.Timer(_CHILD_SECONDS, process.kill)
+    watchdog.start()
+    with process:
+        assert process.stdin is not None  # noqa: S101 for the type checker
+        assert process.stdout is not None  # noqa: S101
+        # Its door is closed (not dumpable) before anything secret is in its pipe.
+        if process.stdout.read(1) == READY:
+            process.stdin.write(message)
+        process.stdin.close()
+        output = process.stdout.read()
+    watchdog.cancel()
+    if process.returncode != 0:
         raise internal()
-    return done.stdout
+    return output

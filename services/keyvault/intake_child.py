@@ -18,6 +18,9 @@ from services.common import hardening
 from services.keyvault.envelope import Context, encrypt
 from services.keyvault.hint import hint
 
+#: Written once the door is closed; only then does keyvault send the order.
+READY = b"\n"
+
 
 def answer(order: dict[str, Any], private: bytes, data_key: bytearray) -> dict[str, str]:
     """Open, check and encrypt one key."""
@@ -40,6 +43,8 @@ def answer(order: dict[str, Any], private: bytes, data_key: bytearray) -> dict[s
 def main() -> None:
     """Read one order, its private key and data key; write one answer."""
     hardening.close_the_door()
+    sys.stdout.buffer.write(READY)
+    sys.stdout.buffer.flush()
     order = json.loads(sys.stdin.buffer.readline())
     private = sys.stdin.buffer.read(order["private_bytes"])
     data_key = bytearray(sys.stdin.buffer.read(32))

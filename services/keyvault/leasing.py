@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from services.common.errors import ByokeepError
 from services.common.secret import Secret
 from services.keyvault import chain, domain, kek
+from services.keyvault.background import each
 from services.keyvault.custody import Custody, Origin
 from services.keyvault.database import Connection, Database
 from services.keyvault.domain import Change, Key, State
@@ -54,7 +55,7 @@ class Leasing:
         grant_keys: Mapping[str, Ed25519PublicKey],
         deployment: str,
         in_flight: int,
-        refusal: Callable[[], ByokeepError | None],
+        refusal: Callable[[str, str, int], ByokeepError | None],
         denied: Callable[[str, str, str], None],
     ) -> None:
         """`refusal` says why no lease may be given; `denied` is told why a grant was refused."""
@@ -96,10 +97,10 @@ class Leasing:
                 raise GrantRefusedError("no such key version")
             head, key = locked.head, locked.key
             check_time(grant, head.now)
-            frozen = self._refusal()
+            frozen = self._refusal(grant.tenant, grant.key_id, grant.key_version)
             if frozen is not None:
                 raise frozen
-            self._check_key(grant, key, locked.frozen)
+            self._check_key(grant, key)
             lease = Lease(
                 new_id("lea"),
                 grant.grant_id,
@@ -127,18 +128,11 @@ class Leasing:
                 raise _cap(self._in_flight)
         return lease, locked
 
-    def _check_key(self, grant: grant_pb2.Grant, key: Key, frozen: str | None) -> None:
+    def _check_key(self, grant: grant_pb2.Grant, key: Key) -> None:
         version = key.versions[0]
         self._custody.check(key)
         if (provider_value(key.provider), key.owner) != (grant.provider, grant.owner):
             raise GrantRefusedError("key binding")
-        if frozen is not None:
-            raise ByokeepError(
-                grpc.StatusCode.DATA_LOSS,
-                "RECONCILE_MISMATCH",
-                "this key's row and its audit chain disagree; it is frozen",
-                key=key.key_id,
-            )
         if version.state in _STATES[grant.purpose]:
             return
         if version.state is State.NEEDS_REKEY:
@@ -225,7 +219,8 @@ class Leasing:
 
     async def expire(self) -> None:
         """End leases that were never released, on the record."""
-        for lease_id in await store.overdue(self._database):
+
+        async def close(lease_id: str) -> None:
             await self._close(
                 lease_id,
                 lease_pb2.LEASE_OUTCOME_UNSPECIFIED,
@@ -233,6 +228,8 @@ class Leasing:
                 None,
                 None,
             )
+
+        await each("expiry", await store.overdue(self._database), close)
 
     async def _close(
         self,
@@ -252,7 +249,10 @@ class Leasing:
             event = _event(
                 lease, locked.provider, locked.owner, kind, outcome=outcome, report=report
             )
-            rejected = outcome == lease_pb2.LEASE_OUTCOME_KEY_REJECTED
+            rejected = (
+                outcome == lease_pb2.LEASE_OUTCOME_KEY_REJECTED
+                and lease.purpose == grant_pb2.LEASE_PURPOSE_REVIEW
+            )
             if rejected and locked.state is State.ACTIVE:
                 await self._reject(connection, locked, event)
             else:

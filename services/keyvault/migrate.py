@@ -40,8 +40,9 @@ async def bootstrap(settings: Settings) -> dict[str, dict[str, str]]:
     database = open_database(settings)
     await database.open()
     try:
-        await system_keys.create(database, open_backend(settings, database), settings.deployment)
-        public = await system_keys.public_keys(database)
+        backend = open_backend(settings, database)
+        await system_keys.create(database, backend, settings.deployment)
+        public = await system_keys.public_keys(database, backend, settings.deployment)
     finally:
         await database.close()
     encoded = {

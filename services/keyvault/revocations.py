@@ -7,18 +7,14 @@ a second is also the heartbeat that watchers rely on.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import AsyncIterator
 
 from byokeep.keyvault.v1 import lease_pb2
 
-from services.common import logs
-from services.common.errors import ByokeepError
 from services.keyvault.database import Database
 from services.keyvault.store import leases as store
 
-log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 0.25
 _REMEMBERED = 10_000
 Message = lease_pb2.WatchRevocationsResponse
@@ -35,23 +31,21 @@ class Revocations:
         self._sequence = 0
         self._alive = False
 
-    async def run(self) -> None:
-        """Read every quarter of a second, until cancelled."""
+    async def start(self) -> None:
+        """Begin with what is revoked from now on: a watcher's resync says the rest."""
         self._sequence = await store.newest(self._database)
-        while True:
-            failed: ByokeepError | None = None
-            try:
-                for row in await store.news(self._database, self._sequence):
-                    self._recent.append((row[0], row[1], row[2]))
-                    self._sequence = row[0]
-            except ByokeepError as error:
-                failed = error
-            self._alive = failed is None
-            if failed is not None:
-                logs.failure(log, "revocations_unread", failed)
+
+    async def read(self) -> None:
+        """Read what is new and wake the watchers; a heartbeat where it could be read."""
+        self._alive = False
+        try:
+            for row in await store.news(self._database, self._sequence):
+                self._recent.append((row[0], row[1], row[2]))
+                self._sequence = row[0]
+            self._alive = True
+        finally:
             async with self._tick:
                 self._tick.notify_all()
-            await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def watch(self, holder: str) -> AsyncIterator[Message]:
         """Yield a resync, then revocations of a holder's leases and heartbeats."""

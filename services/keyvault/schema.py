@@ -80,7 +80,6 @@ system_key = Table(
     Column("key_id", Text, primary_key=True),
     Column("wrapped_dek", LargeBinary, nullable=False),
     Column("envelope", LargeBinary, nullable=False),
-    Column("public", LargeBinary, nullable=False),
     _time("create_time"),
 )
 
@@ -122,8 +121,6 @@ key_version = Table(
     # Both are NULL once the version is destroyed.
     Column("wrapped_dek", LargeBinary),
     Column("envelope", LargeBinary),
-    # Set by the reconcile pass: the row and the chain disagree.
-    Column("frozen", Text),
     _time("create_time"),
     ForeignKeyConstraint(["tenant", "key_id"], ["provider_key.tenant", "provider_key.key_id"]),
 )
@@ -149,6 +146,10 @@ intake_request = Table(
     Column("digest", LargeBinary, nullable=False),
     Column("actor", Text, nullable=False),
     Column("key_id", Text, nullable=False),
+    # How often it was opened: a repeat of what was refused counts too.
+    Column("openings", Integer, nullable=False, server_default=text("1")),
+    # Why it was refused for good, or NULL.
+    Column("refusal", Text),
     # NULL until the key is staged.
     Column("version", Integer),
     _time("create_time"),

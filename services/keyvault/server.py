@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable
+from typing import Literal
 
 import grpc
 from byokeep.keyvault.v1 import (
@@ -15,10 +14,18 @@ from byokeep.keyvault.v1 import (
     lease_pb2_grpc,
 )
 
-from services.common import logs
 from services.common.config import ConfigError, read_secret_file
 from services.common.errors import ByokeepError
-from services.keyvault import grants, kek, system_keys
+from services.keyvault import (
+    anchor,
+    background,
+    denials,
+    grants,
+    kek,
+    reconcile,
+    revocations,
+    system_keys,
+)
 from services.keyvault.anchor import Anchor
 from services.keyvault.config import Settings
 from services.keyvault.custody import Custody
@@ -34,7 +41,6 @@ from services.keyvault.service.audit import AuditService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
 
-log = logging.getLogger(__name__)
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
 
@@ -62,7 +68,7 @@ class App:
         self._backend = open_backend(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
         self._anchor = Anchor(self._database, settings.anchor_file, settings.deployment)
-        self._reconcile = Reconcile(self._database, settings.deployment)
+        self._reconcile = Reconcile(self._database, self._anchor, settings.deployment)
         self._revocations = Revocations(self._database)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -96,15 +102,19 @@ class App:
             grants.load_keys(settings.grant_keys_dir),
             settings.deployment,
             settings.tenant_leases_in_flight,
-            self._anchor.refusal,
+            self._refusal,
             self._denials.note,
         )
+        # Both have passed once before anything is served.
         await self._anchor.tick()
-        self._run(self._denials.run())
-        self._run(self._anchor.run())
-        self._run(self._reconcile.run())
-        self._run(self._revocations.run())
-        self._run(_repeat(self._leasing.expire, self._custody.sweep, self._intake.close_epochs))
+        await self._reconcile.once()
+        await self._revocations.start()
+        self._run("denials", denials.TICK_SECONDS, self._denials.tick)
+        self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
+        self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
+        self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
+        self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
+        self._run("epochs", _SWEEP_SECONDS, self._intake.close_epochs)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers of the role."""
@@ -143,22 +153,15 @@ class App:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        try:
+
+        async def count() -> None:
             await self._denials.flush(0.0, everything=True)
-            await self._anchor.tick()
-        except (ByokeepError, OSError) as error:
-            logs.failure(log, "last_write_failed", error)
+
+        await background.each("last_write", (count, self._anchor.tick), lambda step: step())
         await self._database.close()
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(asyncio.create_task(work))
+    def _refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
+        return self._anchor.refusal() or self._reconcile.refusal(tenant, key_id, version)
 
-
-async def _repeat(*steps: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        for step in steps:
-            try:
-                await step()
-            except ByokeepError as error:
-                logs.failure(log, "sweep_failed", error)
-        await asyncio.sleep(_SWEEP_SECONDS)
+    def _run(self, name: str, seconds: float, *steps: Callable[[], Awaitable[None]]) -> None:
+        self._tasks.append(asyncio.create_task(background.forever(name, seconds, *steps)))

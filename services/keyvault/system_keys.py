@@ -20,9 +20,9 @@ from services.keyvault.envelope import Context, decrypt, encrypt
 STATE_MAC, INTAKE_SIGNING, AUDIT_LOG = "state_mac", "intake_signing", "audit_log"
 _PREFIX = {INTAKE_SIGNING: "isk", AUDIT_LOG: "alk"}
 
-_ALL = "SELECT kind, key_id, wrapped_dek, envelope, public FROM system_key ORDER BY create_time"
+_ALL = "SELECT kind, key_id, wrapped_dek, envelope FROM system_key ORDER BY create_time"
 _INSERT = """
-INSERT INTO system_key (kind, key_id, wrapped_dek, envelope, public) VALUES (%s, %s, %s, %s, %s)
+INSERT INTO system_key (kind, key_id, wrapped_dek, envelope) VALUES (%s, %s, %s, %s)
 """
 
 
@@ -58,20 +58,18 @@ async def create(database: Database, backend: kek.Backend, deployment: str) -> N
         for kind in (STATE_MAC, INTAKE_SIGNING, AUDIT_LOG):
             if kind in have:
                 continue
-            secret, public, key_id = _fresh(kind)
+            secret, key_id = _fresh(kind)
             data_key = await backend.generate_data_key(kek.SYSTEM)
             with data_key.plaintext as clear:
                 sealed = encrypt(clear.reveal(), secret, _context(deployment, kind, key_id))
-            await connection.execute(_INSERT, (kind, key_id, data_key.wrapped, sealed, public))
+            await connection.execute(_INSERT, (kind, key_id, data_key.wrapped, sealed))
 
 
 async def load(database: Database, backend: kek.Backend, deployment: str) -> SystemKeys:
     """Open the newest key of each kind."""
-    found: dict[str, tuple[str, bytes]] = {}
-    for kind, key_id, wrapped, sealed, _ in await database.all(_ALL):
-        with await backend.unwrap(kek.SYSTEM, wrapped) as data_key:
-            opened = decrypt(data_key.reveal(), sealed, _context(deployment, kind, key_id))
-        found[kind] = (key_id, bytes(opened))
+    found = {
+        kind: (key_id, raw) for kind, key_id, raw in await _open(database, backend, deployment)
+    }
     return SystemKeys(
         state_mac=found[STATE_MAC][1],
         intake_signing=_signing(*found[INTAKE_SIGNING]),
@@ -79,21 +77,36 @@ async def load(database: Database, backend: kek.Backend, deployment: str) -> Sys
     )
 
 
-async def public_keys(database: Database) -> Mapping[str, dict[str, bytes]]:
-    """Return the public keys that clients pin, by kind and id."""
+async def public_keys(
+    database: Database, backend: kek.Backend, deployment: str
+) -> Mapping[str, dict[str, bytes]]:
+    """Return the public keys that clients pin, by kind and id; from the private ones, so that
+    nobody can put another there by SQL."""
     found: dict[str, dict[str, bytes]] = {INTAKE_SIGNING: {}, AUDIT_LOG: {}}
-    for kind, key_id, _, _, public in await database.all(_ALL):
+    for kind, key_id, raw in await _open(database, backend, deployment):
         if kind in found:
-            found[kind][key_id] = public
+            private = Ed25519PrivateKey.from_private_bytes(raw)
+            found[kind][key_id] = private.public_key().public_bytes_raw()
     return found
 
 
-def _fresh(kind: str) -> tuple[bytes, bytes, str]:
+async def _open(
+    database: Database, backend: kek.Backend, deployment: str
+) -> list[tuple[str, str, bytes]]:
+    opened = []
+    for kind, key_id, wrapped, sealed in await database.all(_ALL):
+        with await backend.unwrap(kek.SYSTEM, wrapped) as data_key:
+            raw = decrypt(data_key.reveal(), sealed, _context(deployment, kind, key_id))
+        opened.append((kind, key_id, bytes(raw)))
+    return opened
+
+
+def _fresh(kind: str) -> tuple[bytes, str]:
     if kind == STATE_MAC:
-        return os.urandom(32), b"", "1"
+        return os.urandom(32), "1"
     private = Ed25519PrivateKey.generate()
     public = private.public_key().public_bytes_raw()
-    return private.private_bytes_raw(), public, public_key_id(_PREFIX[kind], public)
+    return private.private_bytes_raw(), public_key_id(_PREFIX[kind], public)
 
 
 def _signing(key_id: str, raw: bytes) -> SigningKey:

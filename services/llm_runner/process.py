@@ -18,6 +18,8 @@ _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 # Few are ever open, and a low limit keeps the closing of all others cheap.
 _MAX_FDS = 256
+# A diff or an answer that is made to grow ends its own child, and not the machine's memory.
+_MAX_CHILD_BYTES = 1 << 30
 
 # Looked up before any fork: between fork and the child's own code nothing may take a lock.
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -39,7 +41,8 @@ def become_child(parent: int, channel: int) -> None:
     """Turn a fresh fork into a child that dies with its parent and has one open descriptor.
 
     `parent` is the id of the process that forked; `channel` is moved to CHANNEL_FD, standard
-    input, output and error stay. Raises OSError where the parent is already gone.
+    input, output and error stay. Its memory is limited. Raises OSError where the parent is
+    already gone.
     """
     _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -49,6 +52,7 @@ def become_child(parent: int, channel: int) -> None:
     if channel != CHANNEL_FD:
         os.dup2(channel, CHANNEL_FD, inheritable=False)
     os.closerange(CHANNEL_FD + 1, _MAX_FDS)
+    resource.setrlimit(resource.RLIMIT_AS, (_MAX_CHILD_BYTES, _MAX_CHILD_BYTES))
     _control(_PR_SET_DUMPABLE, 0)
 
 

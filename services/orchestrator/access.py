@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextvars
+import hashlib
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from byokeep.common.v1 import options_pb2
@@ -17,6 +19,8 @@ from services.orchestrator.domain import PLANS, Entitlements, plan_lacks
 from services.orchestrator.store_tenants import TenantRow, TenantStore
 
 _TENANT = re.compile(r"tenants/([a-z0-9][a-z0-9-]{0,62})(?:/.*)?")
+# What keyvault's audit takes.
+_ACTOR_CHARS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,16 @@ class Rights:
         return PLANS[self.tenant.plan]
 
     def actor(self, user: str = "") -> str:
-        """Return who acts, for audit: the caller, and the user that it says it acts for."""
-        return (f"{self.spiffe_id}#{user}" if user else self.spiffe_id)[:256]
+        """Return who acts, for audit: the caller, and the user that it says it acts for.
+
+        A long SPIFFE ID is cut and ends in `~` and 128 bits of its SHA-256; the user is kept whole.
+        """
+        tail = f"#{user}" if user else ""
+        room = _ACTOR_CHARS - len(tail)
+        if len(self.spiffe_id) <= room:
+            return self.spiffe_id + tail
+        digest = hashlib.sha256(self.spiffe_id.encode()).hexdigest()[:32]
+        return f"{self.spiffe_id[: room - len(digest) - 1]}~{digest}{tail}"
 
     def require_active(self) -> None:
         """Refuse what is new for a tenant out of service. Raises TENANT_NOT_ACTIVE."""
@@ -58,17 +70,39 @@ class Rights:
         if user and not self.plan.user_keys:
             raise plan_lacks("user-keys", "the tenant's plan has no keys of single users")
 
+    @property
+    def may_read_users(self) -> bool:
+        """Whether the caller may see what belongs to the tenant's users."""
+        return self.may_assert_users or options_pb2.TENANT_ROLE_AUDITOR in self.roles
+
     def may_read(self, owner: str) -> bool:
-        """Whether the caller may see what belongs to an owner."""
-        return not owner or self.may_assert_users or options_pb2.TENANT_ROLE_AUDITOR in self.roles
+        """Whether the caller may see what belongs to an owner; the tenant's own has none."""
+        return not owner or self.may_read_users
+
+    def require_reader(self, owner: str, field: str) -> None:
+        """Refuse what the caller may not see. Raises USER_ASSERTION_NOT_ALLOWED."""
+        if not self.may_read(owner):
+            self.require_user(owner, field)
 
 
 _current: contextvars.ContextVar[Rights] = contextvars.ContextVar("byokeep_rights")
+_question: contextvars.ContextVar[Callable[[], Awaitable[None]]] = contextvars.ContextVar(
+    "byokeep_question"
+)
 
 
 def current() -> Rights:
     """Return the rights of the caller of the RPC that is being handled."""
     return _current.get()
+
+
+async def again() -> Rights:
+    """Return the caller's rights as they are now: a stream outlives those that it began with.
+
+    Raises ByokeepError, as `Authority.authorize` does.
+    """
+    await _question.get()()
+    return current()
 
 
 def not_active(tenant: str) -> ByokeepError:
@@ -98,6 +132,7 @@ class Authority:
         Raises:
             ByokeepError: TENANT_NOT_ALLOWED, NOT_FOUND, INVALID_FIELD.
         """
+        _question.set(lambda: self.authorize(caller, access, request))
         tenant = tenant_of(request)
         found = await self._store.rights(tenant, caller.spiffe_id)
         operator = options_pb2.CALLER_CLASS_OPERATOR in caller.classes

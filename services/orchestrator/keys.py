@@ -81,9 +81,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
                 actor=rights.actor(request.user),
             )
         )
-        return key_pb2.AddKeyResponse(
-            key=await self._validated(rights, staged, request.user, destroy_previous=False)
-        )
+        return key_pb2.AddKeyResponse(key=await self._validated(rights, staged, request.user))
 
     async def RotateKey(
         self, request: key_pb2.RotateKeyRequest, context: object
@@ -103,13 +101,11 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
                 operation=custody_pb2.INTAKE_OPERATION_ROTATE,
                 sealed_key=request.sealed_key,
                 request_id=request.request_id,
-                actor=rights.actor(key.owner),
+                actor=rights.actor(),
             )
         )
         return key_pb2.RotateKeyResponse(
-            key=await self._validated(
-                rights, staged, key.owner, destroy_previous=request.destroy_previous
-            )
+            key=await self._validated(rights, staged, destroy_previous=request.destroy_previous)
         )
 
     async def WatchKey(
@@ -128,6 +124,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
                     return
                 last = key
                 await changes.wait(_WATCH_SECONDS)
+                rights = await access.again()
 
     async def GetKey(
         self, request: key_pb2.GetKeyRequest, context: object
@@ -145,7 +142,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             custody_pb2.ListKeysRequest(
                 parent=request.parent,
                 page_size=paging.size(request.page_size),
-                page_token=request.page_token,
+                page_token=paging.after(request.page_token),
                 show_destroyed=request.show_destroyed,
             )
         )
@@ -159,8 +156,8 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
     ) -> key_pb2.RevokeKeyResponse:
         """Revoke a key."""
         rights = access.current()
-        key = await self._changeable(rights, request)
-        key = await self._keyvault.revoke(request.name, request.request_id, rights.actor(key.owner))
+        await self._changeable(rights, request)
+        key = await self._keyvault.revoke(request.name, request.request_id, rights.actor())
         return key_pb2.RevokeKeyResponse(key=await self._changed(key))
 
     async def DestroyKey(
@@ -168,10 +165,8 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
     ) -> key_pb2.DestroyKeyResponse:
         """Destroy a key."""
         rights = access.current()
-        key = await self._changeable(rights, request)
-        key = await self._keyvault.destroy(
-            request.name, request.request_id, rights.actor(key.owner)
-        )
+        await self._changeable(rights, request)
+        key = await self._keyvault.destroy(request.name, request.request_id, rights.actor())
         return key_pb2.DestroyKeyResponse(key=await self._changed(key))
 
     async def RollBackKey(
@@ -180,10 +175,8 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         """Make the version before ACTIVE again."""
         rights = access.current()
         rights.require_active()
-        key = await self._changeable(rights, request)
-        key = await self._keyvault.roll_back(
-            request.name, request.request_id, rights.actor(key.owner)
-        )
+        await self._changeable(rights, request)
+        key = await self._keyvault.roll_back(request.name, request.request_id, rights.actor())
         return key_pb2.RollBackKeyResponse(key=await self._changed(key))
 
     async def ListKeyUses(
@@ -241,8 +234,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 
     async def _readable(self, rights: access.Rights, name: str) -> custody_pb2.ProviderKey:
         key = await self._keyvault.get(name)
-        if not rights.may_read(key.owner):
-            rights.require_user(key.owner, "name")
+        rights.require_reader(key.owner, "name")
         return key
 
     async def _changeable(self, rights: access.Rights, request: Changes) -> custody_pb2.ProviderKey:
@@ -257,9 +249,9 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         self,
         rights: access.Rights,
         staged: custody_pb2.StageKeyResponse,
-        user: str,
+        user: str = "",
         *,
-        destroy_previous: bool,
+        destroy_previous: bool = False,
     ) -> key_pb2.Key:
         version = next(one for one in staged.key.versions if one.version == staged.version)
         if version.state == custody_pb2.KEY_VERSION_STATE_PENDING:
@@ -278,7 +270,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 
     async def _messages(self, keys: Sequence[custody_pb2.ProviderKey]) -> list[key_pb2.Key]:
         versions = [(names.last_of(key.name), _newest(key).version) for key in keys]
-        known = await self._store.validations(versions)
+        known = await self._store.validations(access.current().tenant.id, versions)
         return [
             key_pb2.Key(provider_key=key, validation=_validation_message(known.get(version)))
             for key, version in zip(keys, versions, strict=True)

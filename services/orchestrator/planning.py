@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +16,9 @@ from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
 
 _THREAD_FROM_BYTES: Final = 64 * 1024
+# A parsed diff takes up to 20 MB. A caller that goes away does not end the thread that works for
+# it, so that the threads are what must be few.
+_THREADS: Final = 2
 # The runner's prompt around the diff, rounded up: never fewer calls are planned than it makes.
 _FRAME_TOKENS: Final = 3_000
 
@@ -27,12 +31,22 @@ class Plan:
     skipped_files: Sequence[str]
 
 
-async def plan(request: review_pb2.ReviewInput, model: ModelRef, catalog: Catalog) -> Plan:
-    """Divide a review's diff for a model. Raises ByokeepError: DIFF_*, INVALID_FIELD."""
-    if len(request.diff) > _THREAD_FROM_BYTES:
-        # Parsing 2 MiB takes a fifth of a second: others must not wait for it.
-        return await asyncio.to_thread(_plan, request, model, catalog)
-    return _plan(request, model, catalog)
+class Planner:
+    """Plans reviews; few large ones at once."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        """Use the models that are known."""
+        self._catalog = catalog
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="planning")
+
+    async def plan(self, request: review_pb2.ReviewInput, model: ModelRef) -> Plan:
+        """Divide a review's diff for a model. Raises ByokeepError: DIFF_*, INVALID_FIELD."""
+        if len(request.diff) > _THREAD_FROM_BYTES:
+            # Parsing 2 MiB takes a fifth of a second: others must not wait for it.
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, _plan, request, model, self._catalog
+            )
+        return _plan(request, model, self._catalog)
 
 
 def require_size(request: review_pb2.ReviewInput, max_diff_bytes: int) -> None:
@@ -71,8 +85,12 @@ def _plan(request: review_pb2.ReviewInput, model: ModelRef, catalog: Catalog) ->
         parsed = diff.parse(request.diff)
     except diff.DiffError as error:
         refused = ByokeepError(
-            grpc.StatusCode.INVALID_ARGUMENT, error.reason, str(error), field="input.diff"
+            grpc.StatusCode.INVALID_ARGUMENT,
+            error.reason,
+            str(error),
+            field="input.diff",
         )
+        refused.metadata |= {name: str(value) for name, value in error.figures.items()}
     else:
         budget = _budget(request, model, catalog)
         return Plan(

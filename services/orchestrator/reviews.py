@@ -63,6 +63,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self._tenants = tenants
         self._keyvault = keyvault
         self._catalog = catalog
+        self._planner = planning.Planner(catalog)
         self._events = events
 
     async def SubmitReview(
@@ -92,6 +93,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     ) -> review_pb2.DryRunReviewResponse:
         """Say what a review would do."""
         rights = access.current()
+        rights.require_active()
         self._require_sender(rights, request.input)
         prepared = await self._prepare(rights, request.input)
         return review_pb2.DryRunReviewResponse(
@@ -117,13 +119,15 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     async def ListReviews(
         self, request: review_pb2.ListReviewsRequest, context: object
     ) -> review_pb2.ListReviewsResponse:
-        """List reviews, newest first."""
+        """List the reviews that the caller may see, newest first."""
+        rights = access.current()
         limit = paging.size(request.page_size)
         rows = await self._reviews.page(
-            access.current().tenant.id,
+            rights.tenant.id,
             paging.after(request.page_token),
             limit + 1,
             request.repository,
+            of_users=rights.may_read_users,
         )
         page, token = paging.cut(rows, limit, lambda row: row.id)
         return review_pb2.ListReviewsResponse(
@@ -134,11 +138,11 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self, request: review_pb2.WatchReviewRequest, context: object
     ) -> AsyncIterator[review_pb2.WatchReviewResponse]:
         """Stream a review as it changes, until it has ended."""
-        tenant, review_id = access.current().tenant.id, names.last_of(request.name)
+        rights, review_id = access.current(), names.last_of(request.name)
         seen = 0
         with self._events.subscribe(REVIEW, review_id) as changes:
             while True:
-                row = await self._reviews.get(tenant, review_id)
+                row = await self._readable(rights, review_id)
                 if row.version != seen:
                     yield review_pb2.WatchReviewResponse(review=await self._with_findings(row))
                 if row.state in TERMINAL:
@@ -146,13 +150,16 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 seen = row.version
                 waiting = row.state == "QUEUED"
                 await changes.wait(_QUEUED_SECONDS if waiting else _WATCH_SECONDS)
+                rights = await access.again()
 
     async def CancelReview(
         self, request: review_pb2.CancelReviewRequest, context: object
     ) -> review_pb2.CancelReviewResponse:
         """Cancel a review; one that is cancelled already stays so."""
-        tenant, review_id = access.current().tenant.id, names.last_of(request.name)
+        rights, review_id = access.current(), names.last_of(request.name)
+        tenant = rights.tenant.id
         row = await self._reviews.get(tenant, review_id)
+        rights.require_user(row.owner, "name")
         if row.state not in TERMINAL:
             await self._attempts.cancel_review(tenant, review_id)
             row = await self._reviews.get(tenant, review_id)
@@ -246,7 +253,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         return _Prepared(
             model,
             key,
-            await planning.plan(wanted, model, self._catalog),
+            await self._planner.plan(wanted, model),
             self._max_calls(rights),
         )
 
@@ -259,8 +266,13 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         return rights.tenant.max_calls_per_review or self._settings.max_calls_per_review
 
     async def _whole(self, name: str) -> review_pb2.Review:
-        row = await self._reviews.get(access.current().tenant.id, names.last_of(name))
+        row = await self._readable(access.current(), names.last_of(name))
         return await self._with_findings(row)
+
+    async def _readable(self, rights: access.Rights, review_id: str) -> ReviewRow:
+        row = await self._reviews.get(rights.tenant.id, review_id)
+        rights.require_reader(row.owner, "name")
+        return row
 
     async def _with_findings(self, row: ReviewRow) -> review_pb2.Review:
         if not row.finding_count:

@@ -122,9 +122,10 @@ rate_bucket = Table(
 key_validation = Table(
     "key_validation",
     metadata,
+    # A client chooses its keys' ids: another tenant may have the same.
+    _tenant_key(),
     Column("key_id", Text, primary_key=True),
     Column("version", Integer, primary_key=True),
-    _tenant(),
     _text("provider", default=None),
     _text("owner"),
     _text("actor", default=None),
@@ -139,7 +140,6 @@ key_validation = Table(
     _time("retry_time"),
     _created(),
 )
-Index(None, key_validation.c.tenant)
 Index(
     "key_validation_action_idx",
     key_validation.c.check_time,
@@ -231,7 +231,7 @@ attempt = Table(
     _time("end_time"),
 )
 Index(None, attempt.c.review_id)
-Index(None, attempt.c.key_id, attempt.c.id)
+Index(None, attempt.c.tenant, attempt.c.key_id, attempt.c.id)
 Index(
     "attempt_open_idx",
     attempt.c.tenant,

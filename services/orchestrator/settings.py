@@ -92,7 +92,8 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             for model in models:
                 usable.setdefault(model, []).append(key_id)
         limit = paging.size(request.page_size, _MODELS_A_PAGE)
-        rows = sorted(model for model in usable if model > paging.after(request.page_token))
+        after = paging.after(request.page_token)
+        rows = sorted(model for model in usable if model > after)
         page, token = paging.cut(rows, limit, str)
         return settings_pb2.ListModelsResponse(
             models=[
@@ -116,7 +117,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             if domain.usable(key) and rights.may_read(key.owner)
         ]
         known = await self._key_store.models(
-            [(names.last_of(key.name), key.active_version) for key in keys]
+            tenant, [(names.last_of(key.name), key.active_version) for key in keys]
         )
         found = {}
         for key in keys:

@@ -89,7 +89,8 @@ CLAIM: Final = text("""
     FROM a LEFT JOIN r ON true
         LEFT JOIN review_content c ON c.review_id = r.id
         LEFT JOIN key_validation v
-            ON a.kind = 'VALIDATION' AND v.key_id = a.key_id AND v.version = a.key_version
+            ON a.kind = 'VALIDATION' AND v.tenant = a.tenant AND v.key_id = a.key_id
+                AND v.version = a.key_version
     """)
 
 CALL_STARTED: Final = text("""
@@ -191,7 +192,8 @@ END_VALIDATION: Final = text(
             retry_time = CASE WHEN :successors = 1
                 THEN now() + make_interval(secs => :delay) END,
             fence = key_validation.fence + :successors
-        FROM a WHERE key_validation.key_id = a.key_id AND version = a.key_version
+        FROM a WHERE key_validation.tenant = a.tenant AND key_validation.key_id = a.key_id
+            AND version = a.key_version
         RETURNING key_validation.key_id, key_validation.fence),
     n AS (
         INSERT INTO attempt (id, kind, tenant, key_id, key_version, fence, tries, admitted,

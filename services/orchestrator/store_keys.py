@@ -120,21 +120,24 @@ class KeyStore:
             await self._queue.enqueue(await raw(connection), attempt_id)
 
     async def validations(
-        self, versions: Sequence[tuple[str, int]]
+        self, tenant: str, versions: Sequence[tuple[str, int]]
     ) -> dict[tuple[str, int], Validation]:
-        """Return what is known of (key id, version) pairs."""
+        """Return what is known of a tenant's (key id, version) pairs."""
         if not versions:
             return {}
         query = select(*_VALIDATION).where(
-            tuple_(key_validation.c.key_id, key_validation.c.version).in_(versions)
+            key_validation.c.tenant == tenant,
+            tuple_(key_validation.c.key_id, key_validation.c.version).in_(versions),
         )
         async with self._database.statement() as connection:
             rows = [_validation(row) for row in await connection.execute(query)]
         return {(row.key_id, row.version): row for row in rows}
 
-    async def models(self, versions: Sequence[tuple[str, int]]) -> dict[str, list[str]]:
-        """Return the models that versions can use, by key id, where they are known."""
-        found = await self.validations(versions)
+    async def models(
+        self, tenant: str, versions: Sequence[tuple[str, int]]
+    ) -> dict[str, list[str]]:
+        """Return the models that a tenant's versions can use, by key id, where they are known."""
+        found = await self.validations(tenant, versions)
         return {key_id: list(row.models) for (key_id, _), row in found.items()}
 
     async def unapplied(self) -> list[Validation]:
@@ -143,12 +146,16 @@ class KeyStore:
         async with self._database.statement() as connection:
             return [_validation(row) for row in await connection.execute(query)]
 
-    async def applied(self, key_id: str, version: int) -> None:
+    async def applied(self, tenant: str, key_id: str, version: int) -> None:
         """Note that keyvault was told of a verdict, and wake who watches the key."""
         async with self._database.transaction() as connection:
             await connection.execute(
                 update(key_validation)
-                .where(key_validation.c.key_id == key_id, key_validation.c.version == version)
+                .where(
+                    key_validation.c.tenant == tenant,
+                    key_validation.c.key_id == key_id,
+                    key_validation.c.version == version,
+                )
                 .values(action="")
             )
             await connection.execute(sql.NOTIFY_KEY, {"key_id": key_id})

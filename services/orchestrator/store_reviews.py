@@ -155,10 +155,15 @@ class ReviewStore:
             ]
 
     async def page(
-        self, tenant: str, before: str, limit: int, repository: str
+        self, tenant: str, before: str, limit: int, repository: str, *, of_users: bool
     ) -> Sequence[ReviewRow]:
-        """Return reviews, newest first; `before` and `repository` may be empty."""
+        """Return reviews, newest first; `before` and `repository` may be empty.
+
+        Without `of_users`, only those that run on keys of the tenant itself.
+        """
         query = _ONE.where(review_table.c.tenant == tenant)
+        if not of_users:
+            query = query.where(review_table.c.owner == "")
         if before:
             query = query.where(review_table.c.id < before)
         if repository:

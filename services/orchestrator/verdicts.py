@@ -55,7 +55,7 @@ class Verdicts:
             )
             if error.reason not in _SETTLED:
                 return
-        await self._store.applied(key_id, version)
+        await self._store.applied(tenant, key_id, version)
 
     async def apply_all(self) -> None:
         """Tell keyvault of every verdict that it does not know of."""

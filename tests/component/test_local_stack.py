@@ -91,6 +91,17 @@ def test_lock_has_one_holder_and_cannot_be_stale(state) -> None:
     assert state.holder() is None
 
 
+def test_logs_are_closed_to_others(tmp_path) -> None:
+    """Shown to fail where the log is opened plainly: it is 0644 then, or stays so."""
+    old = tmp_path / "old.log"
+    old.touch(mode=0o644)
+    for log in (old, tmp_path / "new.log"):
+        process = Process("true", ["/bin/true"], environment={}, log=log)
+        process.start()
+        process.stop()
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
 def test_status_and_down_of_nothing(tmp_path, capsys) -> None:
     assert main(["status", f"--state={tmp_path / 'none'}"]) == 3
     assert main(["down", f"--state={tmp_path / 'none'}"]) == 0

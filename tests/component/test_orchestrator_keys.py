@@ -63,6 +63,48 @@ async def test_valid_key_is_promoted_and_its_models_are_known(stack: Stack) -> N
     ]
 
 
+async def test_two_tenants_may_choose_the_same_key_id(stack: Stack) -> None:
+    """Was shown to fail without the tenant in the key of key_validation."""
+    await stack.tenant("bolt")
+    stack.runner.scripts = [
+        verdict(key_pb2.VALIDATION_VERDICT_VALID, "gpt-6-luna"),
+        verdict(key_pb2.VALIDATION_VERDICT_RESTRICTED),
+    ]
+    own = await stack.validated(await stack.add_key())
+    key_id = names.last_of(own.provider_key.name)
+    same = await stack.add_key("bolt", key_id=key_id, display_name="same")
+    assert not same.HasField("validation") or not same.validation.attempts
+    same = await stack.validated(same)
+    own = (
+        await stack.client("acme").keys.GetKey(key_pb2.GetKeyRequest(name=own.provider_key.name))
+    ).key
+    assert own.validation.verdict == key_pb2.VALIDATION_VERDICT_VALID
+    assert same.validation.verdict == key_pb2.VALIDATION_VERDICT_RESTRICTED
+    grants = [grant_pb2.Grant.FromString(one.proceed.grant.payload) for one in stack.runner.talks]
+    assert [one.tenant for one in grants] == ["acme", "bolt"]
+    models = {}
+    for tenant in ("acme", "bolt"):
+        response = await stack.client(tenant).settings.ListModels(
+            settings_pb2.ListModelsRequest(parent=f"tenants/{tenant}")
+        )
+        models[tenant] = [one.model for one in response.models]
+    assert models == {"acme": ["openai/gpt-6-luna"], "bolt": ["openai/gpt-6.1-terra"]}
+    assert await stack.sql("SELECT action FROM key_validation") == [("",), ("",)]
+
+
+@pytest.mark.parametrize("method", ["ListKeys", "ListModels"])
+async def test_token_of_no_page_is_refused(stack: Stack, method: str) -> None:
+    """Keyvault must not see it, and a tenant without models must not take it."""
+    client = stack.client("acme")
+    stub, module = {
+        "ListKeys": (client.keys.ListKeys, key_pb2),
+        "ListModels": (client.settings.ListModels, settings_pb2),
+    }[method]
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub(getattr(module, f"{method}Request")(parent="tenants/acme", page_token="a\0"))
+    assert reason_of(refused) == "INVALID_FIELD"
+
+
 async def test_validation_takes_a_grant_for_validation_alone(stack: Stack) -> None:
     key = await stack.validated(await stack.add_key())
     talk = stack.runner.talks[-1]
@@ -293,6 +335,20 @@ async def test_user_key_is_for_its_user_and_seen_by_who_speaks_for_users(stack: 
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stack.submit("duo")  # the tenant has none of its own
     assert reason_of(refused) == "NO_ACTIVE_KEY"
+
+
+async def test_who_names_no_user_acts_for_none(stack: Stack) -> None:
+    """Was shown to fail with the key's owner given to Rights.actor."""
+    key = await stack.validated(await stack.add_key(user="ann"))
+    client, name = stack.client("acme").keys, key.provider_key.name
+    rotated = await client.RotateKey(rotate_request(name))
+    await stack.validated(rotated.key)
+    for call in ("RollBack", "Revoke", "Destroy"):
+        request = getattr(key_pb2, f"{call}KeyRequest")(name=name, request_id=request_id())
+        await getattr(client, f"{call}Key")(request)
+    actors = [one.actor for one in stack.keyvault.calls if hasattr(one, "actor")]
+    user = f"{spiffe('acme')}#ann"
+    assert actors == [user, user, *[spiffe("acme")] * 5]
 
 
 async def test_uses_tell_who_held_the_key(stack: Stack) -> None:

@@ -16,7 +16,7 @@ from services.common.config import ConfigError
 from services.orchestrator.database import Database
 from services.orchestrator.migrate import migrate
 from services.orchestrator.schema import metadata
-from tests.harness.orchestrator import Conversation, Stack, request_id, running, spiffe
+from tests.harness.orchestrator import DIFF, Conversation, Stack, request_id, running, spiffe
 
 
 @pytest.fixture
@@ -91,6 +91,14 @@ async def test_suspended_tenant_takes_nothing_new_and_shows_the_old(stack: Stack
     )
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stack.submit()
+    assert reason_of(refused) == "TENANT_NOT_ACTIVE"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("acme").reviews.DryRunReview(
+            review_pb2.DryRunReviewRequest(
+                parent="tenants/acme",
+                input=review_pb2.ReviewInput(repository="acme/shop", diff=DIFF),
+            )
+        )
     assert reason_of(refused) == "TENANT_NOT_ACTIVE"
     shown = await stack.client("acme").reviews.GetReview(
         review_pb2.GetReviewRequest(name=review.name)

@@ -3,10 +3,13 @@ speak for → denied."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import grpc
 import pytest
+from byokeep import names
 from byokeep.common.v1 import options_pb2
 from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2
@@ -20,6 +23,7 @@ from google.protobuf.message import Message
 
 from tests.harness.orchestrator import (
     DIFF,
+    Conversation,
     Stack,
     add_key_request,
     request_id,
@@ -215,6 +219,87 @@ async def test_user_is_asserted_only_by_who_may(stack: Stack) -> None:
         assert error_info(refused.value).reason == "USER_ASSERTION_NOT_ALLOWED"
     assert stack.keyvault.asked(custody_pb2.StageKeyRequest) == []
     assert stack.keyvault.asked(custody_pb2.RevokeKeyRequest) == []
+
+
+async def test_review_of_a_user_is_for_who_speaks_for_users(stack: Stack) -> None:
+    """Shown by empty bodies of Rights.require_reader and Rights.require_user, and by
+    `of_users=True` in ListReviews."""
+    await stack.tenant(
+        "duo", rights={"duo": ([1, 2], True), "plain": ([1, 2], False), "audit": ([3], False)}
+    )
+    stack.keyvault.add("duo", owner="ann")
+    stack.keyvault.add("duo")
+    shared = await stack.ended(await stack.submit("duo"))
+    private = await stack.ended(await stack.submit("duo", user="ann"))
+
+    async def seen(client: str) -> list[str]:
+        listed = await stack.client(client).reviews.ListReviews(
+            review_pb2.ListReviewsRequest(parent="tenants/duo")
+        )
+        return [one.name for one in listed.reviews]
+
+    async def reads(client: str, name: str) -> list[str]:
+        reviews = stack.client(client).reviews
+        watched = reviews.WatchReview(review_pb2.WatchReviewRequest(name=name), timeout=10)
+        return [
+            await refusal(reviews.GetReview(review_pb2.GetReviewRequest(name=name))),
+            await refusal(
+                reviews.ExportReview(review_pb2.ExportReviewRequest(name=name, format=1))
+            ),
+            await refusal(watched.read()),
+        ]
+
+    assert await seen("duo") == await seen("audit") == [private.name, shared.name]
+    assert await seen("plain") == [shared.name]
+    for client, name in (("duo", private.name), ("audit", private.name), ("plain", shared.name)):
+        assert await reads(client, name) == [""] * 3
+    assert await reads("plain", private.name) == ["USER_ASSERTION_NOT_ALLOWED"] * 3
+    await stack.sql("UPDATE review SET state = 'RUNNING'")
+    plain = stack.client("plain").reviews
+    for name, reason in ((private.name, "USER_ASSERTION_NOT_ALLOWED"), (shared.name, "")):
+        request = review_pb2.CancelReviewRequest(name=name, request_id=request_id())
+        assert await refusal(plain.CancelReview(request)) == reason
+
+
+async def refusal(call: Awaitable[Any]) -> str:
+    """The reason that a call is refused for, or an empty text."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error_info(error).reason
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["review", "key"])
+async def test_watch_ends_with_the_right_to_it(stack: Stack, kind: str) -> None:
+    """Shown by `access.again` returning `current()`: the stream goes on."""
+    held = asyncio.Event()
+
+    async def hold(talk: Conversation) -> None:
+        await held.wait()
+
+    stack.runner.default = hold
+    client = stack.client("acme")
+    watched: Any
+    if kind == "review":
+        stack.keyvault.add("acme")
+        review = await stack.submit()
+        await stack.until("SELECT 1 FROM attempt WHERE state = 'RUNNING'")
+        watched = client.reviews.WatchReview(review_pb2.WatchReviewRequest(name=review.name))
+        name = review.name
+    else:
+        name = (await stack.add_key()).provider_key.name
+        watched = client.keys.WatchKey(key_pb2.WatchKeyRequest(name=name))
+    await watched.read()
+    await stack.client("operator").callers.DenyCaller(
+        tenant_pb2.DenyCallerRequest(
+            parent="tenants/acme", spiffe_id=spiffe("acme"), request_id=request_id()
+        )
+    )
+    await stack.sql("SELECT pg_notify(%s, %s)", f"byokeep_{kind}", names.last_of(name))
+    async with asyncio.timeout(4):
+        assert await refusal(watched.read()) == "TENANT_NOT_ALLOWED"
+    held.set()
 
 
 async def test_name_of_another_tenants_thing_finds_nothing(stack: Stack) -> None:

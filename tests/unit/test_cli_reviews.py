@@ -52,11 +52,12 @@ def sent(edge):
 
 
 def git(*arguments):
-    subprocess.run(
+    return subprocess.run(
         [shutil.which("git"), "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
         check=True,
         capture_output=True,
-    )
+        text=True,
+    ).stdout.strip()
 
 
 @pytest.fixture
@@ -221,6 +222,57 @@ def test_git_settings_do_not_change_the_diff(edge, byokeep, checkout):
     edge.states = [COMPLETED]
     byokeep("review")
     assert sent(edge).input.diff.startswith(b"diff --git a/app.py b/app.py")
+
+
+def _fsmonitor(checkout, program):
+    git("config", "core.fsmonitor", str(program))
+
+
+def _hook(checkout, program):
+    hook = checkout / ".git" / "hooks" / "post-index-change"
+    hook.parent.mkdir(exist_ok=True)
+    shutil.copy(program, hook)
+
+
+def _filter(checkout, program):
+    # With a name that `git -c` would cut in two.
+    git("config", "filter.a=b.clean", str(program))
+    git("config", "filter.a=b.required", "true")
+    (checkout / ".gitattributes").write_text("*.py filter=a=b\n")
+
+
+def _included_process(checkout, program):
+    (checkout / "more").write_text(f'[filter "x"]\nprocess = {program}\n')
+    git("config", "include.path", str(checkout / "more"))
+    (checkout / ".gitattributes").write_text("*.py filter=x\n")
+
+
+def _lazy_fetch(checkout, program):
+    for name, value in {
+        "core.repositoryFormatVersion": "1",
+        "extensions.partialClone": "origin",
+        "remote.origin.promisor": "true",
+        "remote.origin.url": str(checkout),
+        "remote.origin.uploadpack": str(program),
+    }.items():
+        git("config", name, value)
+    blob = git("rev-parse", "HEAD:app.py")
+    (checkout / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+
+
+@pytest.mark.parametrize("configure", [_fsmonitor, _hook, _filter, _included_process, _lazy_fetch])
+def test_a_repositorys_configuration_runs_no_program(edge, byokeep, checkout, configure):
+    """Shown to fail, case by case: without core.fsmonitor, core.hooksPath, `_own_filters` and
+    GIT_ALLOW_PROTOCOL the program of the repository's choice runs."""
+    ran, program = checkout / "ran", checkout / "program"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\ncat\n")
+    program.chmod(0o755)
+    configure(checkout, program)
+    (checkout / "app.py").write_text("a = 2\n")
+    ran.unlink(missing_ok=True)
+    edge.states = [COMPLETED]
+    byokeep("review")
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 
 import pytest
 
@@ -110,6 +111,7 @@ def test_doctor_names_what_is_wrong_and_what_to_do(edge, byokeep, breakage, what
 def test_doctor_without_a_configuration(byokeep, monkeypatch, tmp_path):
     monkeypatch.delenv("BYOKEEP_CONFIG", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
     ran = byokeep("doctor")
     assert ran.code == 5
     assert "there is no configuration" in ran.out

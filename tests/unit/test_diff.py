@@ -53,6 +53,25 @@ def repo(tmp_path: Path) -> Repo:
     return Repo(tmp_path)
 
 
+@pytest.mark.parametrize("line", ["", "+", " x"])
+def test_many_lines_are_refused_before_they_are_parsed(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte of empty lines took 200 MB. Was shown to fail without the check in _decode."""
+    monkeypatch.setattr(diffs, "_Parser", None)
+    count = diffs.MAX_LINES
+    with pytest.raises(DiffError) as refused:
+        parse(f"{HEAD}@@ -0,0 +1,{count} @@\n" + f"{line}\n" * count)
+    assert refused.value.reason == "DIFF_TOO_LARGE"
+    assert refused.value.figures == {"lines": count + 4, "max_lines": count}
+
+
+def test_many_lines_are_taken() -> None:
+    count = diffs.MAX_LINES - 4
+    (hunk,) = only(f"{HEAD}@@ -0,0 +1,{count} @@\n" + "+x\n" * count).hunks
+    assert len(hunk.lines) == count
+
+
 def only(diff: str | bytes) -> FileDiff:
     (file,) = parse(diff).files
     return file

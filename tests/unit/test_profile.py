@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,24 +124,95 @@ def test_a_key_that_others_can_read_is_refused(config, mode):
     assert caught.value.hint.startswith("chmod 600")
 
 
-def test_where_the_config_is_looked_for(tmp_path):
-    home, deep = tmp_path / "home", tmp_path / "work" / "a" / "b"
-    deep.mkdir(parents=True)
-    environ = {"HOME": str(home)}
-    assert find_config(environ, deep) is None
-    in_home = home / ".config" / "byokeep" / "config.toml"
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with its own config file; what find_config is told of it."""
+    root = tmp_path / "checkout"
+    config = root / ".byokeep" / "config.toml"
+    config.parent.mkdir(parents=True, mode=0o700)
+    config.touch(mode=0o600)
+    package = root / "clients" / "python" / "src" / "byokeep"
+    package.mkdir(parents=True)
+    return config, {"prefix": root / ".venv", "package": package}
+
+
+def test_where_the_config_is_looked_for(tmp_path, checkout):
+    config, place = checkout
+    environ = {"HOME": str(tmp_path / "home")}
+    in_home = tmp_path / "home" / ".config" / "byokeep" / "config.toml"
+    elsewhere = {"prefix": tmp_path / "other" / ".venv", "package": place["package"]}
+    assert find_config(environ, **elsewhere) is None
     in_home.parent.mkdir(parents=True)
     in_home.touch()
-    assert find_config(environ, deep) == in_home
-    above = tmp_path / "work" / ".byokeep" / "config.toml"
-    above.parent.mkdir()
-    above.touch()
-    assert find_config(environ, deep) == above
-    assert find_config(environ | {"BYOKEEP_CONFIG": "named"}, deep) == Path("named")
+    assert find_config(environ, **elsewhere) == in_home
+    assert find_config(environ, **place) == config
+    assert find_config(environ | {"BYOKEEP_CONFIG": "named"}, **place) == Path("named")
+
+
+def test_the_working_directory_brings_no_config(checkout, monkeypatch, tmp_path):
+    """Shown to fail with the search in the working directory: a cloned repository names the
+    endpoint, the CA and the intake keys, and so gets the customer's key sealed to itself."""
+    config, _ = checkout
+    inside = config.parents[1] / "src"
+    inside.mkdir()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    for directory in (inside, config.parents[1]):
+        monkeypatch.chdir(directory)
+        assert find_config({"HOME": str(tmp_path)}) is None
+
+
+def test_a_virtual_environment_in_a_foreign_repository_brings_no_config(checkout, tmp_path):
+    """Shown to fail without the comparison of `package`."""
+    _, place = checkout
+    installed = place["prefix"] / "lib" / "python3.11" / "site-packages" / "byokeep"
+    environ = {"HOME": str(tmp_path)}
+    assert find_config(environ, prefix=place["prefix"], package=installed) is None
+
+
+def test_this_environment_looks_in_its_checkout(tmp_path, checkout):
+    """A copy of the package, run by an interpreter of the checkout, from another directory."""
+    config, place = checkout
+    import byokeep
+
+    shutil.copytree(Path(byokeep.__file__).parent, place["package"], dirs_exist_ok=True)
+    (place["prefix"] / "bin").mkdir(parents=True)
+    code = "import sys; sys.prefix = sys.argv[1]\n"
+    code += "from byokeep.profile import find_config; print(find_config())"
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(place["prefix"])],
+        env={"HOME": str(tmp_path), "PYTHONPATH": str(place["package"].parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.stdout.strip() == str(config), found.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "mode"), [("file", 0o620), ("file", 0o602), ("folder", 0o770), ("folder", 0o707)]
+)
+def test_a_checkouts_config_that_others_can_write_is_refused(checkout, what, mode):
+    """Shown to fail without `_check_owned`."""
+    config, place = checkout
+    (config if what == "file" else config.parent).chmod(mode)
+    with pytest.raises(ProfileError, match="writable by others"):
+        find_config({}, **place)
+
+
+def test_a_checkouts_config_of_another_user_is_refused(checkout, monkeypatch):
+    """Shown to fail without `_check_owned`."""
+    config, place = checkout
+    if os.geteuid() == 0:
+        os.chown(config, 4321, 4321)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    with pytest.raises(ProfileError, match="another user"):
+        find_config({}, **place)
 
 
 def test_no_config_says_how_to_get_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("BYOKEEP_CONFIG", raising=False)
     with pytest.raises(ProfileError) as caught:
@@ -178,8 +253,5 @@ def test_a_tenant_has_to_be_chosen(config):
 
 
 def test_the_package_itself_loads_no_grpc():
-    import subprocess
-    import sys
-
     code = "import sys, byokeep, byokeep.sealing; sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -109,7 +109,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             shred=self._backend.shred,
             leases_allowed=refusal is None,
             refusal_reason=refusal.reason if refusal else "",
-            frozen_keys=await self._reconcile.frozen(),
+            frozen_keys=self._reconcile.frozen(),
             live_leases=await lease_store.live_count(self._database),
             tenants=tenants[0] if tenants else 0,
         )

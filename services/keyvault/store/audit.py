@@ -28,6 +28,11 @@ _ADD_LEAF = """
 INSERT INTO log_leaf (index, chain, sequence, blind, leaf_hash) VALUES (%s, %s, %s, %s, %s)
 """
 _LOGGED = "UPDATE chain SET logged_sequence = %s WHERE chain = %s"
+_LEAF_HEADS = """
+SELECT l.index, l.chain, l.sequence, l.blind, l.leaf_hash, e.hash
+FROM log_leaf l LEFT JOIN audit_event e ON e.chain = l.chain AND e.sequence = l.sequence
+WHERE l.index >= %s ORDER BY l.index LIMIT %s
+"""
 _BATCH = 1000
 
 
@@ -58,6 +63,11 @@ async def head(database: Database, chain: str) -> tuple[int, bytes] | None:
 async def chains(database: Database) -> list[Row]:
     """Return (chain, sequence, hash) of every chain."""
     return await database.all(_CHAINS)
+
+
+async def leaf_heads(database: Database, start: int) -> list[Row]:
+    """Return (index, chain, sequence, blind, leaf hash, hash of that event or None) of leaves."""
+    return await database.all(_LEAF_HEADS, (start, _BATCH))
 
 
 async def lock_log(connection: Connection) -> None:

@@ -21,15 +21,23 @@ VALUES (%s, %s, %s, %s, %s, %s, %s)
 """
 _CLOSED = "SELECT key_id FROM intake_key WHERE not_after + interval '5 minutes' < now()"
 _DELETE = "DELETE FROM intake_key WHERE key_id = %s"
+# Counted before it is opened, and again where it comes again without an answer.
 _BEGIN = """
-INSERT INTO intake_request (tenant, request_id, digest, actor, key_id)
-VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
+INSERT INTO intake_request AS r (tenant, request_id, digest, actor, key_id)
+VALUES (%(tenant)s, %(request_id)s, %(digest)s, %(actor)s, %(key_id)s)
+ON CONFLICT (tenant, request_id) DO UPDATE SET openings = r.openings
+    + CASE WHEN r.digest = %(digest)s AND r.version IS NULL AND r.refusal IS NULL
+      THEN 1 ELSE 0 END
+RETURNING digest, version, refusal
 """
-_REQUEST = "SELECT digest, version FROM intake_request WHERE tenant = %s AND request_id = %s"
+_REQUEST = """
+SELECT digest, version, refusal FROM intake_request WHERE tenant = %s AND request_id = %s
+"""
 _RECENT = """
-SELECT count(*) FROM intake_request
-WHERE tenant = %s AND actor = %s AND create_time > now() - interval '1 hour'
+SELECT coalesce(sum(openings) FILTER (WHERE actor = %s), 0), coalesce(sum(openings), 0)
+FROM intake_request WHERE tenant = %s AND create_time > now() - interval '1 hour'
 """
+_REFUSED = "UPDATE intake_request SET refusal = %s WHERE tenant = %s AND request_id = %s"
 _DONE = "UPDATE intake_request SET version = %s WHERE tenant = %s AND request_id = %s"
 _FORGET = "DELETE FROM intake_request WHERE create_time < now() - interval '7 days'"
 
@@ -49,10 +57,11 @@ class IntakeKey:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A sealed key that came in: digest of what was sent, and the version it became."""
+    """A sealed key that came in: digest of what was sent, and what became of it."""
 
     digest: bytes
     version: int | None
+    refusal: str | None
 
 
 async def newest(database: Database, suite: int, remaining: datetime.timedelta) -> IntakeKey | None:
@@ -98,20 +107,37 @@ async def delete(database: Database, key_id: str) -> None:
 
 async def begin(
     database: Database, tenant: str, request_id: str, digest: bytes, actor: str, key_id: str
-) -> Request | None:
-    """Count a request before it is opened; return the earlier one with the same id, if any."""
+) -> Request:
+    """Count a request before it is opened; return it, or the earlier one with the same id."""
+    parameters = {
+        "tenant": tenant,
+        "request_id": request_id,
+        "digest": digest,
+        "actor": actor,
+        "key_id": key_id,
+    }
     async with database.transaction() as connection:
-        cursor = await connection.execute(_BEGIN, (tenant, request_id, digest, actor, key_id))
-        if cursor.rowcount == 1:
-            return None
-        row = await (await connection.execute(_REQUEST, (tenant, request_id))).fetchone()
-        return Request(*row) if row else None
+        row = await (await connection.execute(_BEGIN, parameters)).fetchone()
+    assert row is not None  # noqa: S101 RETURNING of an upsert
+    return Request(*row)
 
 
-async def recent(database: Database, tenant: str, actor: str) -> int:
-    """Return how many keys an actor sent in for a tenant in the last hour."""
-    row = await database.one(_RECENT, (tenant, actor))
-    return int(row[0]) if row else 0
+async def request(database: Database, tenant: str, request_id: str) -> Request | None:
+    """Return a request."""
+    row = await database.one(_REQUEST, (tenant, request_id))
+    return Request(*row) if row else None
+
+
+async def recent(database: Database, tenant: str, actor: str) -> tuple[int, int]:
+    """Return how many seals were opened in the last hour: of the actor, and of the tenant."""
+    row = await database.one(_RECENT, (actor, tenant))
+    return (int(row[0]), int(row[1])) if row else (0, 0)
+
+
+async def refused(database: Database, tenant: str, request_id: str, rule: str) -> None:
+    """Note that a request is refused for good."""
+    async with database.transaction() as connection:
+        await connection.execute(_REFUSED, (rule, tenant, request_id))
 
 
 async def done(connection: Connection, tenant: str, request_id: str, version: int) -> None:

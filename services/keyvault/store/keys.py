@@ -9,8 +9,9 @@ import psycopg
 import psycopg.errors
 
 from services.keyvault.database import Connection, Database, Row
-from services.keyvault.domain import Key, State, Version
+from services.keyvault.domain import Key, State, Version, tampered
 
+_STATES = frozenset(int(state) for state in State)
 _COLUMNS = """
 SELECT k.tenant, k.key_id, k.provider, k.owner, k.display_name, k.revision, k.create_time,
        v.version, v.state, v.state_sequence, v.state_mac, v.hint, v.kek_backend, v.kek_version,
@@ -175,5 +176,11 @@ def key_of(row: Row, versions: Sequence[Row]) -> Key:
         display_name,
         revision,
         create_time,
-        tuple(Version(one[0], State(one[1]), *one[2:]) for one in versions),
+        tuple(Version(one[0], _state(one[1], key_id), *one[2:]) for one in versions),
     )
+
+
+def _state(number: int, key_id: str) -> State:
+    if number not in _STATES:
+        raise tampered(key_id)
+    return State(number)

@@ -19,7 +19,7 @@ _LOCK = """
 SELECT c.sequence, c.hash, clock_timestamp(),
        k.tenant, k.key_id, k.provider, k.owner, k.display_name, k.revision, k.create_time,
        v.version, v.state, v.state_sequence, v.state_mac, v.hint, v.kek_backend, v.kek_version,
-       v.create_time, v.state_time, v.wrapped_dek, v.envelope, v.frozen
+       v.create_time, v.state_time, v.wrapped_dek, v.envelope
 FROM chain c
 JOIN provider_key k ON k.tenant = %(tenant)s AND k.key_id = %(key_id)s
 JOIN key_version v
@@ -129,7 +129,6 @@ class Locked:
     key: Key
     wrapped_dek: bytes
     envelope: bytes
-    frozen: str | None
 
 
 async def lock(connection: Connection, grant: grant_pb2.Grant) -> Locked | None:
@@ -148,7 +147,7 @@ async def lock(connection: Connection, grant: grant_pb2.Grant) -> Locked | None:
     if row is None:
         return None
     head = chain.Head(name, row[0], row[1], row[2])
-    return Locked(head, key_of(row[3:10], [row[10:19]]), row[19], row[20], row[21])
+    return Locked(head, key_of(row[3:10], [row[10:19]]), row[19], row[20])
 
 
 async def redeem(

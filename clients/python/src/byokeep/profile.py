@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import os
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+# The package's source in a checkout.
+_PACKAGE = Path("clients", "python", "src", "byokeep")
 _ENDPOINTS = ("orchestrator", "keyvault")
 _KEYS = {
     *_ENDPOINTS,
@@ -91,18 +94,35 @@ class Profile:
 
 
 def find_config(
-    environ: Mapping[str, str] | None = None, directory: Path | None = None
+    environ: Mapping[str, str] | None = None,
+    *,
+    prefix: Path | None = None,
+    package: Path | None = None,
 ) -> Path | None:
-    """Return the config file: `BYOKEEP_CONFIG`, else `.byokeep/config.toml` in the
-    working directory or a parent, else `~/.config/byokeep/config.toml`; else None."""
+    """Return the config file: `BYOKEEP_CONFIG`, else that of the byokeep checkout which this
+    code runs from, else `~/.config/byokeep/config.toml`; else None.
+
+    The checkout's is `.byokeep/config.toml` beside the virtual environment `prefix` (default:
+    the running one), where `package` (default: this one) is the checkout's own source. The
+    working directory is never searched: a config file chooses where keys are sent and whom
+    they are sealed to, and a cloned repository could bring one.
+
+    Raises:
+        ProfileError: others could have written the checkout's config file.
+    """
     environ = os.environ if environ is None else environ
     if named := environ.get("BYOKEEP_CONFIG"):
         return Path(named)
-    start = (directory or Path.cwd()).resolve()
-    home = Path(environ.get("HOME") or Path.home())
-    candidates = [folder / ".byokeep" / "config.toml" for folder in (start, *start.parents)]
-    candidates.append(home / ".config" / "byokeep" / "config.toml")
-    return next((path for path in candidates if path.is_file()), None)
+    checkout = Path(sys.prefix if prefix is None else prefix).parent.resolve()
+    source = (package or Path(__file__).parent).resolve()
+    own = checkout / ".byokeep" / "config.toml"
+    # A virtual environment inside somebody else's repository has no say, whatever lies beside
+    # it; one that runs this checkout's source already trusts the checkout.
+    if source == checkout / _PACKAGE and own.is_file():
+        _check_owned(own)
+        return own
+    home = Path(environ.get("HOME") or Path.home()) / ".config" / "byokeep" / "config.toml"
+    return home if home.is_file() else None
 
 
 def load_profile(name: str | None = None, config: Path | None = None) -> Profile:
@@ -114,9 +134,10 @@ def load_profile(name: str | None = None, config: Path | None = None) -> Profile
     path = config or find_config()
     if path is None:
         raise ProfileError(
-            "there is no configuration: no BYOKEEP_CONFIG, no .byokeep/config.toml here or above,"
+            "there is no configuration: no --config, no BYOKEEP_CONFIG,"
             " no ~/.config/byokeep/config.toml",
-            "`make up` in a byokeep checkout starts a local stack and writes one",
+            "`make up` in a byokeep checkout starts a local stack, and writes one that the"
+            " checkout's .venv/bin/byokeep finds",
         )
     return _profile(path, name, _profiles(path))
 
@@ -140,6 +161,17 @@ def load_trust(path: Path) -> TrustBundle:
         intake_signing_keys=_public_keys(path, data, "intake_signing_keys"),
         audit_log_keys=_public_keys(path, data, "audit_log_keys"),
     )
+
+
+def _check_owned(path: Path) -> None:
+    if os.name != "posix":
+        return
+    for each in (path.parent, path):
+        status = each.stat()
+        if status.st_uid not in (0, os.geteuid()):
+            raise ProfileError(f"{each} belongs to another user", "name a file with --config")
+        if status.st_mode & 0o022:
+            raise ProfileError(f"{each} is writable by others", f"chmod go-w {each}")
 
 
 def _profiles(path: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Channels and servers' credentials: mutual TLS 1.3, one place for its options.
+"""Channels and servers' credentials: mutual TLS, one place for its options.
 
 gRPC in Python checks a server's DNS name, not its SPIFFE ID, so every channel
 names the DNS name that the server's certificate must have, whatever address is
-dialled.
+dialled. Both ends of byokeep negotiate TLS 1.3; gRPC in Python has no option that
+refuses a peer which offers no more than 1.2.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _RETRY = {
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
-        }
+        },
     ],
     "loadBalancingConfig": [{"round_robin": {}}],
 }

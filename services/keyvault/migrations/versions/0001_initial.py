@@ -54,6 +54,8 @@ def upgrade() -> None:
         sa.Column("digest", sa.LargeBinary(), nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("key_id", sa.Text(), nullable=False),
+        sa.Column("openings", sa.Integer(), server_default=sa.text("1"), nullable=False),
+        sa.Column("refusal", sa.Text(), nullable=True),
         sa.Column("version", sa.Integer(), nullable=True),
         sa.Column(
             "create_time",
@@ -158,7 +160,6 @@ def upgrade() -> None:
         sa.Column("key_id", sa.Text(), nullable=False),
         sa.Column("wrapped_dek", sa.LargeBinary(), nullable=False),
         sa.Column("envelope", sa.LargeBinary(), nullable=False),
-        sa.Column("public", sa.LargeBinary(), nullable=False),
         sa.Column(
             "create_time",
             sa.DateTime(timezone=True),
@@ -186,7 +187,6 @@ def upgrade() -> None:
         sa.Column("kek_version", sa.Integer(), nullable=False),
         sa.Column("wrapped_dek", sa.LargeBinary(), nullable=True),
         sa.Column("envelope", sa.LargeBinary(), nullable=True),
-        sa.Column("frozen", sa.Text(), nullable=True),
         sa.Column(
             "create_time",
             sa.DateTime(timezone=True),

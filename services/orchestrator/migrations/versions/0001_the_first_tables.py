@@ -77,9 +77,9 @@ def upgrade() -> None:
     op.create_index(op.f("caller_spiffe_id_idx"), "caller", ["spiffe_id"], unique=False)
     op.create_table(
         "key_validation",
+        sa.Column("tenant", sa.Text(), nullable=False),
         sa.Column("key_id", sa.Text(), nullable=False),
         sa.Column("version", sa.Integer(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
         sa.Column("provider", sa.Text(), nullable=False),
         sa.Column("owner", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
@@ -102,7 +102,7 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.ForeignKeyConstraint(["tenant"], ["tenant.id"], name=op.f("key_validation_tenant_fkey")),
-        sa.PrimaryKeyConstraint("key_id", "version", name=op.f("key_validation_pkey")),
+        sa.PrimaryKeyConstraint("tenant", "key_id", "version", name=op.f("key_validation_pkey")),
     )
     op.create_index(
         "key_validation_action_idx",
@@ -111,7 +111,6 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("action != ''"),
     )
-    op.create_index(op.f("key_validation_tenant_idx"), "key_validation", ["tenant"], unique=False)
     op.create_table(
         "model_override",
         sa.Column("tenant", sa.Text(), nullable=False),
@@ -192,7 +191,9 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["tenant"], ["tenant.id"], name=op.f("attempt_tenant_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("attempt_pkey")),
     )
-    op.create_index(op.f("attempt_key_id_id_idx"), "attempt", ["key_id", "id"], unique=False)
+    op.create_index(
+        op.f("attempt_tenant_key_id_id_idx"), "attempt", ["tenant", "key_id", "id"], unique=False
+    )
     op.create_index(
         "attempt_open_idx",
         "attempt",

@@ -48,7 +48,11 @@ def export(
         typer.Option("--output", "-o", metavar="FILE", help="Default: standard output."),
     ] = None,
 ) -> None:
-    """Write a chain as JSON Lines: each event with its hash, then the signed head."""
+    """Write a chain as JSON Lines: each event with its hash, then the signed head.
+
+    A role on the operator's side, not a tenant's: keyvault's caller class auditor reads the
+    chains of every tenant.
+    """
     from byokeep.keyvault.v1 import audit_pb2
 
     connection = session.connection

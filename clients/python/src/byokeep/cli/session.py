@@ -125,8 +125,9 @@ _COMMON = {
         Annotated[
             Path | None,
             typer.Option(
-                help="Config file; default: BYOKEEP_CONFIG, .byokeep/config.toml here or above,"
-                " ~/.config/byokeep/config.toml.",
+                help="Config file; default: BYOKEEP_CONFIG, then .byokeep/config.toml of the"
+                " byokeep checkout that this command runs from, then"
+                " ~/.config/byokeep/config.toml. Never one of the working directory.",
                 metavar="FILE",
                 rich_help_panel=_PANEL,
             ),
