@@ -6,6 +6,8 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Many tests wait for processes: more workers than cores.
+WORKERS ?= 3
 export BENCH_SECONDS
 
 BIN := .venv/bin
@@ -18,7 +20,7 @@ LOCKED := keyvault orchestrator llm_runner
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run up down status clean test lint bench protos lock setup
+.PHONY: help run up down status clean test mutants lint bench protos lock setup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,7 +51,10 @@ clean: ## stop the stack; erase its data, .venv, build and generated stubs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 test: $(VENV) $(STUBS) ## unit, component and security tests, on a real PostgreSQL and real processes
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fail (half an hour)
+	$(BIN)/python -m tests.mutants
 
 lint: $(VENV) $(STUBS) build/image.binpb ## ruff, mypy --strict, import-linter, buf
 	$(BIN)/ruff check $(LINTED)

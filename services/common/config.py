@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import stat
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -54,12 +55,27 @@ class ServiceSettings:
         return TlsFiles(self.tls_cert, self.tls_key, self.tls_ca)
 
 
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Refuse to start where gRPC would print payloads before TLS, or under a tracer.
+
+    Raises:
+        ConfigError: names what to unset.
+    """
+    if environ.get("GRPC_TRACE"):
+        raise ConfigError("GRPC_TRACE is set: gRPC would print payloads; unset it")
+    if environ.get("GRPC_VERBOSITY", "").upper() == "DEBUG":
+        raise ConfigError("GRPC_VERBOSITY is DEBUG: gRPC would print payloads; unset it")
+    if sys.gettrace() is not None:
+        raise ConfigError("a debugger or tracer is attached; start without it")
+
+
 def load(cls: type[T], environ: Mapping[str, str]) -> T:
     """Build settings from `BYOKEEP_<NAME>` variables.
 
     Raises:
         ConfigError: names every setting that is missing or wrong, and what is allowed.
     """
+    check_environment(environ)
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     problems: list[str] = []

@@ -5,25 +5,8 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Mapping
-
-from services.common.config import ConfigError
 
 _PR_SET_DUMPABLE = 4
-
-
-def check_environment(environ: Mapping[str, str]) -> None:
-    """Refuse to start where gRPC would print payloads before TLS, or under a tracer.
-
-    Raises:
-        ConfigError: names what to unset.
-    """
-    if environ.get("GRPC_TRACE"):
-        raise ConfigError("GRPC_TRACE is set: gRPC would print payloads; unset it")
-    if environ.get("GRPC_VERBOSITY", "").upper() == "DEBUG":
-        raise ConfigError("GRPC_VERBOSITY is DEBUG: gRPC would print payloads; unset it")
-    if sys.gettrace() is not None:
-        raise ConfigError("a debugger or tracer is attached; start without it")
 
 
 def close_the_door() -> None:

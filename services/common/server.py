@@ -68,7 +68,6 @@ class _Registrar:
 def main(name: str, settings: ServiceSettings, app: App) -> None:
     """Serve until SIGTERM. Exits with EX_CONFIG where it can't start as configured."""
     try:
-        hardening.check_environment(os.environ)
         hardening.close_the_door()
         logs.setup(name, settings.log_level)
         uvloop.run(_serve(name, settings, app))

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 
-from services.common import hardening
 from services.common.config import ConfigError, load, read_secret_file
 from services.keyvault.config import Settings
 
@@ -46,7 +45,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
         sys.stdout.write(new_keyring() + "\n")
         return
-    hardening.check_environment(os.environ)
     settings = load(Settings, os.environ)
     if arguments.command == "migrate":
         from services.keyvault import migrate

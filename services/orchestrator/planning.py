@@ -16,7 +16,7 @@ from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
 
 _THREAD_FROM_BYTES: Final = 64 * 1024
-# A parsed diff takes up to 20 MB. A caller that goes away does not end the thread that works for
+# A parsed diff takes up to 30 MB. A caller that goes away does not end the thread that works for
 # it, so that the threads are what must be few.
 _THREADS: Final = 2
 # The runner's prompt around the diff, rounded up: never fewer calls are planned than it makes.

@@ -87,6 +87,17 @@ async def test_a_rejected_key_needs_rekey_until_a_new_version_is_promoted(keyvau
     assert child.open(request, answer) == "sk-proj-" + "z" * 40
 
 
+async def test_a_validation_does_not_unseat_the_active_version(keyvault):
+    key = await keyvault.add_active()
+    _, _, answer = await lease(keyvault, key, purpose=grant_pb2.LEASE_PURPOSE_VALIDATION)
+    await keyvault.leases().ReleaseLease(
+        lease_pb2.ReleaseLeaseRequest(
+            lease_id=answer.lease_id, outcome=lease_pb2.LEASE_OUTCOME_KEY_REJECTED
+        )
+    )
+    await lease(keyvault, key)
+
+
 async def test_rotation_serves_the_old_version_until_promotion_and_rolls_back(keyvault):
     key = await keyvault.add_active()
     staged = await keyvault.stage(

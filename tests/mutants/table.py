@@ -83,7 +83,8 @@ MUTANTS = (
     Mutant(
         "reconcile freezes nothing",
         _KV + "reconcile.py",
-        "            await self._freeze(tenant, key_id, version)",
+        "            followed.frozen.add((key_id, version))\n"
+        "            await self._record(tenant, key_id, version)",
         "            pass",
         (_SEC + "test_rows.py::test_rollback_row_restored_whole",),
     ),
@@ -255,8 +256,8 @@ MUTANTS = (
     Mutant(
         "intake is not counted",
         _KV + "custody.py",
-        "                raise _limit(self._intake_per_hour)",
-        "                pass",
+        "            raise _limit(self._intake_per_hour)",
+        "            pass",
         (_SEC + "test_intake.py::test_intake_oracle",),
     ),
     Mutant(
@@ -275,7 +276,7 @@ MUTANTS = (
     ),
     Mutant(
         "starts with gRPC tracing",
-        "services/common/hardening.py",
+        "services/common/config.py",
         '    if environ.get("GRPC_TRACE"):',
         "    if False:",
         (_SEC + "test_leaks.py::test_env_guard",),
@@ -414,5 +415,62 @@ MUTANTS = (
         'sa.Column("lease_id"',
         'sa.Column("prompt_tokens", sa.Integer()), sa.Column("lease_id"',
         (_SEC + "test_no_usage_schema.py",),
+    ),
+    Mutant(
+        "a configuration at every handshake",
+        "services/common/tls.py",
+        "                if stamp == self._seen:\n                    return None\n",
+        "",
+        (_SEC + "test_connection_flood.py",),
+    ),
+    Mutant(
+        "any public key in the intake table is signed",
+        _KV + "intake.py",
+        "        if key in self._verified:\n            return\n",
+        "        return\n",
+        (_SEC + "test_intake.py::test_intake_key_from_sql_is_not_signed",),
+    ),
+    Mutant(
+        "the tenant's own intake cap",
+        _KV + "custody.py",
+        " or of_tenant > TENANT_FACTOR * self._intake_per_hour:",
+        ":",
+        (_SEC + "test_intake.py::test_intake_oracle_repeats_count",),
+    ),
+    Mutant(
+        "chains are not held against the log",
+        _KV + "reconcile.py",
+        "        await self._check_log()\n",
+        "",
+        (_SEC + "test_rows.py::test_rollback_row_with_its_chain",),
+    ),
+    Mutant(
+        "one bad row ends the pass",
+        _KV + "background.py",
+        "            await act(item)\n        except Exception as error:\n            failed = error",
+        "            await act(item)\n        except KeyError as error:\n            failed = error",
+        (_SEC + "test_rows.py::test_one_bad_row_stops_no_watcher",),
+    ),
+    Mutant(
+        "an old anchor check will do",
+        _KV + "anchor.py",
+        "        if time.monotonic() - self._held > STALE_SECONDS:",
+        "        if False:",
+        (_SEC + "test_rows.py::test_a_check_that_no_longer_runs_stops_leases",),
+    ),
+    Mutant(
+        "the intake child inherits the environment",
+        _KV + "intake.py",
+        '        env={"PYTHONPATH"',
+        '        env={**os.environ, "PYTHONPATH"',
+        (_SEC + "test_intake.py::test_the_intake_child_gets_no_environment",),
+    ),
+    Mutant(
+        "the key in the outcome's log",
+        "services/llm_runner/child.py",
+        "        key = private.open(leased.sealed_key, lease_info(proceed.grant.payload, leased.lease_id))",
+        "        key = private.open(leased.sealed_key, lease_info(proceed.grant.payload, leased.lease_id))"
+        '\n        __import__("os").write(2, key)',
+        (_SEC + "test_canary.py",),
     ),
 )

@@ -121,9 +121,7 @@ def test_authz_matrix_undeclared_stops_the_start():
 async def test_authz_matrix_server_does_not_start(deployment, monkeypatch):
     """20. And it is the server that refuses, before it listens."""
     async with kv.running(deployment) as keyvault:
-        monkeypatch.setattr(
-            authz, "methods_of", lambda name: ["/grpc.health.v1.Health/Check"]
-        )
+        monkeypatch.setattr(authz, "methods_of", lambda name: ["/grpc.health.v1.Health/Check"])
         with pytest.raises(ConfigError, match="declares no callers"):
             await server.build(deployment.settings(), keyvault.app)
 
@@ -206,7 +204,6 @@ async def _ask(channel) -> str:
 def test_a_wrong_caller_setting_stops_the_start(callers):
     with pytest.raises(ConfigError, match="BYOKEEP_CALLERS"):
         authz.CallerClasses(callers, kv.TRUST_DOMAIN)
-
 
 
 @pytest.mark.parametrize(

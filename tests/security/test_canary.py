@@ -69,9 +69,7 @@ def add_key(connection, provider: str, key: str, name: str) -> str:
 def review(connection, provider: str) -> review_pb2.Review:
     model = next(
         one.model
-        for one in connection.settings.ListModels(
-            parent_of("demo"), timeout=10
-        ).models
+        for one in connection.settings.ListModels(parent_of("demo"), timeout=10).models
         if one.model.startswith(provider) and one.provider_default
     )
     answer = connection.reviews.SubmitReview(

@@ -166,7 +166,7 @@ def _block(key: bytes, block: bytes) -> int:
 
 
 def _collide(one: bytes, two: bytes, nonce: bytes, data: bytes) -> bytes:
-    """Return ciphertext and tag that AES-GCM accepts under both keys: two blocks, the last solved."""
+    """Return two blocks, the last solved for, and a tag, which AES-GCM accepts under both keys."""
     padded = data + bytes(-len(data) % 16)
     blocks = [padded[i : i + 16] for i in range(0, len(padded), 16)] + [os.urandom(16)]
     lengths = (len(data) * 8).to_bytes(8, "big") + (32 * 8).to_bytes(8, "big")

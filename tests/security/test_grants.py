@@ -238,4 +238,3 @@ async def test_a_revocation_that_commits_first_wins(keyvault):
         await connection.execute("UPDATE chain SET sequence = sequence WHERE chain <> 'system'")
         await connection.execute("UPDATE key_version SET state = 5, state_mac = %s", (mac,))
     assert await waiting == "WRONG_STATE"
-

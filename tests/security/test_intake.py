@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime
 
@@ -11,6 +12,7 @@ from byokeep import hpke, sealing
 from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2
 
+from services.keyvault import intake
 from services.keyvault.store import intake as intake_store
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import refusal
@@ -130,6 +132,72 @@ async def test_intake_oracle(deployment):
         assert await refusal(keyvault.custody.StageKey(request)) == ""
 
 
+async def test_intake_oracle_repeats_count(deployment):
+    """48. Naming new actors, and repeating a request, does not get around the caps.
+
+    Shown to fail: with the tenant's cap left out; with the cap asked for new requests only.
+    """
+    async with kv.running(deployment, intake_per_hour=2) as keyvault:
+        await keyvault.create_tenant()
+        refused = await keyvault.stage_request("short", seal=seal_unchecked)
+        before = await intake_store.recent(keyvault.app._database, "acme", refused.actor)
+        reasons = [await refusal(keyvault.custody.StageKey(refused)) for _ in range(4)]
+        assert reasons == ["KEY_LENGTH"] * 4
+        after = await intake_store.recent(keyvault.app._database, "acme", refused.actor)
+        assert (before, after) == ((0, 0), (1, 1))
+        reasons = []
+        for number in range(12):
+            actor = f"spiffe://byokeep.test/client/{number}"
+            request = await keyvault.stage_request(actor=actor, name=f"n{number}")
+            reasons.append(await refusal(keyvault.custody.StageKey(request)))
+        assert reasons == [""] * 9 + ["INTAKE_LIMIT"] * 3
+        assert await refusal(keyvault.custody.StageKey(request)) == "INTAKE_LIMIT"
+
+
+@pytest.mark.parametrize(
+    "change", ["public = %s", "not_after = not_after + interval '1 minute'", "suite = 1"]
+)
+async def test_intake_key_from_sql_is_not_signed(keyvault, deployment, change):
+    """47. keyvault signs an intake key only if the row is what it wrote: whoever can write
+    SQL can't have clients seal to a key of his own.
+
+    Shown to fail: with IntakeKeys._verify returning early.
+    """
+    await keyvault.statement()
+    mine = hpke.PrivateKey.generate(hpke.HYBRID_V1)
+    values = (mine.public_bytes,) if "%s" in change else ()
+    await keyvault.sql(f"UPDATE intake_key SET {change}", *values)
+    suite = 1 if change == "suite = 1" else hpke.HYBRID_V1
+    answer = keyvault.custody.GetIntakeKey(custody_pb2.GetIntakeKeyRequest(suite=suite))
+    assert await refusal(answer) == "ROW_TAMPERED"
+
+
+async def test_the_same_request_at_once_is_one_key(keyvault):
+    """A client that retries while its first try still runs gets the first one's answer."""
+    request = await keyvault.stage_request()
+    answers = await asyncio.gather(*(keyvault.custody.StageKey(request) for _ in range(4)))
+    assert {answer.version for answer in answers} == {1}
+    assert await keyvault.sql("SELECT count(*) FROM key_version") == [(1,)]
+
+
+def test_the_intake_child_gets_no_environment(monkeypatch):
+    """What is in keyvault's environment, such as a keyring, is not in its child's.
+
+    Shown to fail: without `env` in intake._run_child.
+    """
+    seen = {}
+
+    def popen(*arguments, **options):
+        seen.update(options["env"])
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setenv("BYOKEEP_KEYRING", CANARY)
+    monkeypatch.setattr(intake.subprocess, "Popen", popen)
+    with pytest.raises(RuntimeError):
+        intake._run_child(bytearray())
+    assert sorted(seen) == ["LC_ALL", "PYTHONPATH"]
+
+
 CANARY = "CANARYcanary0123"
 BAD_KEYS = {
     "newline": (f"sk-{CANARY}\nabcdefgh", "KEY_CHARSET"),
@@ -178,7 +246,8 @@ async def test_no_ciphertext_of_intake_is_kept(keyvault):
     await keyvault.custody.StageKey(request)
     stored = await keyvault.sql("SELECT to_jsonb(r)::text FROM intake_request r")
     assert request.sealed_key.ciphertext.hex()[:64] not in stored[0][0]
-    assert await intake_store.recent(keyvault.app._database, "acme", request.actor) == 1
+    recent = await intake_store.recent(keyvault.app._database, "acme", request.actor)
+    assert recent == (1, 1)
 
 
 def test_the_client_checks_the_same(capfd):
@@ -191,4 +260,3 @@ def test_the_client_checks_the_same(capfd):
             error.value.rule
         ] == expected
         assert CANARY[:8] not in str(error.value)
-

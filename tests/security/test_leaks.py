@@ -12,7 +12,7 @@ from byokeep.errors import error_info
 from byokeep.keyvault.v1 import audit_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from services.common import hardening, logs
+from services.common import config, logs
 from services.common.config import ConfigError
 from services.common.secret import Secret
 from services.keyvault import chain
@@ -33,7 +33,7 @@ def test_env_guard(environ):
     Shown to fail: with check_environment returning early.
     """
     with pytest.raises(ConfigError, match=next(iter(environ))):
-        hardening.check_environment(environ)
+        config.check_environment(environ)
 
 
 @pytest.mark.parametrize("zone", ["keyvault", "orchestrator", "llm_runner"])
@@ -68,9 +68,7 @@ async def test_error_text(keyvault, capfd, monkeypatch):
 
     monkeypatch.setattr(keyvault.app._custody, "page", broken)
     with pytest.raises(grpc.RpcError) as error:
-        await keyvault.custody.ListKeys(
-            kv.custody_pb2.ListKeysRequest(parent="tenants/acme")
-        )
+        await keyvault.custody.ListKeys(kv.custody_pb2.ListKeysRequest(parent="tenants/acme"))
     info = error_info(error.value)
     assert (info.code, info.message) == (
         grpc.StatusCode.INTERNAL,

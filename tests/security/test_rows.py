@@ -31,9 +31,7 @@ async def _two_providers(keyvault):
 
 async def _two_versions(keyvault):
     key = await keyvault.add_active()
-    await keyvault.stage(
-        "sk-proj-" + "n" * 40, key_id=key.name.split("/")[3], operation="rotate"
-    )
+    await keyvault.stage("sk-proj-" + "n" * 40, key_id=key.name.split("/")[3], operation="rotate")
     return (key,)
 
 
@@ -107,6 +105,69 @@ async def test_rollback_row_whole_database(keyvault, deployment):
         assert kinds[-1] == audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED
 
 
+async def test_rollback_row_with_its_chain(keyvault, deployment):
+    """2. A tenant's rows and the end of its chain, put back together, are caught by the log.
+
+    Shown to fail: with Reconcile._check_log returning early.
+    """
+    key = await keyvault.add_active()
+    columns = "state, state_sequence, state_mac"
+    before = (await keyvault.sql(f"SELECT {columns} FROM key_version"))[0]
+    head = (await keyvault.sql("SELECT sequence, hash FROM chain WHERE chain <> 'system'"))[0]
+    await keyvault.change("RevokeKey", key.name)
+    await keyvault.app._anchor.tick()
+    await keyvault.sql("DELETE FROM audit_event WHERE sequence > %s AND chain <> 'system'", head[0])
+    await keyvault.sql(
+        "UPDATE chain SET (sequence, hash) = (%s, %s) WHERE chain <> 'system'", *head
+    )
+    await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *before)
+    async with kv.running(deployment) as restarted:
+        assert await try_lease(restarted, key) == "DATABASE_ROLLED_BACK"
+        await restarted.admin.ResumeLeases(kv.admin_pb2.ResumeLeasesRequest(reason="a drill"))
+        await restarted.app._reconcile.once()
+        assert await try_lease(restarted, key) == ""
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE audit_event SET body = '\\xff', hash = sha256('byokeep/audit/v1\n'::bytea"
+        " || previous_hash || '\\xff'::bytea) WHERE chain = 'tenants/evil' AND sequence = 1",
+        "UPDATE key_version SET state = 99 WHERE tenant = 'evil'",
+    ],
+)
+async def test_one_bad_row_stops_no_watcher(keyvault, damage):
+    """A row that can't be read freezes its own tenant's keys; the pass goes on for the others.
+
+    Shown to fail: with background.each and forever letting exceptions through.
+    """
+    await keyvault.create_tenant("evil")
+    evil, good = await keyvault.add_active(tenant="evil"), await keyvault.add_active()
+    keyvault.app._reconcile._followed.clear()
+    await keyvault.sql(damage)
+    await keyvault.sql("UPDATE key_version SET state = 5 WHERE tenant = 'acme'")
+    await keyvault.app._reconcile.once()
+    assert keyvault.app._reconcile.frozen() == 2
+    assert await try_lease(keyvault, evil) != ""
+    assert await try_lease(keyvault, good) == "RECONCILE_MISMATCH"
+    assert not any(task.done() for task in keyvault.app._tasks)
+
+
+async def test_a_check_that_no_longer_runs_stops_leases(keyvault, deployment):
+    """An anchor that can't be read, or a pass that does not end: after a minute, no lease.
+
+    Shown to fail: without the ages in Anchor.refusal and Reconcile.refusal.
+    """
+    key = await keyvault.add_active()
+    assert await try_lease(keyvault, key) == ""
+    deployment.folder.joinpath("anchor.json").write_text("{}")
+    keyvault.app._anchor._held -= 61
+    assert await try_lease(keyvault, key) == "AUDIT_UNAVAILABLE"
+    keyvault.app._anchor._held += 3600
+    keyvault.app._reconcile._passed -= 61
+    assert await try_lease(keyvault, key) == "AUDIT_UNAVAILABLE"
+
+
 async def test_a_lost_anchor_is_not_forgotten(keyvault, deployment):
     """2. Deleting the anchor does not make an old database acceptable."""
     key = await keyvault.add_active()
@@ -147,8 +208,6 @@ async def test_list_without_vault(keyvault):
 
     keyvault.app._custody._backend = Untouchable()
     keyvault.app._intake._backend = Untouchable()
-    page = await keyvault.custody.ListKeys(
-        kv.custody_pb2.ListKeysRequest(parent="tenants/acme")
-    )
+    page = await keyvault.custody.ListKeys(kv.custody_pb2.ListKeysRequest(parent="tenants/acme"))
     shown = await keyvault.custody.GetKey(kv.custody_pb2.GetKeyRequest(name=key.name))
     assert [one.name for one in page.keys] == [shown.key.name]

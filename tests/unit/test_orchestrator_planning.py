@@ -19,7 +19,7 @@ LARGE = b"diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -0,0 +1,%d @@\n" % diff.MAX_L
 async def test_too_many_lines_are_refused_with_figures() -> None:
     large = ReviewInput(diff=LARGE + b"\n" * diff.MAX_LINES)
     with pytest.raises(ByokeepError) as refused:
-        await planning.Planner(models.load()).plan(large, MODEL)
+        await planning.Planner(models.load(None)).plan(large, MODEL)
     assert refused.value.reason == "DIFF_TOO_LARGE"
     assert refused.value.metadata == {
         "field": "input.diff",
@@ -38,7 +38,7 @@ async def test_callers_that_leave_make_no_room_for_more(monkeypatch: pytest.Monk
         go.wait(10)
 
     monkeypatch.setattr(planning, "_plan", slow)
-    planner = planning.Planner(models.load())
+    planner = planning.Planner(models.load(None))
     large = ReviewInput(diff=b"x" * 100_000)
     try:
         for _ in range(3):
