@@ -449,7 +449,7 @@ MUTANTS = (
         _KV + "background.py",
         "            await act(item)\n        except Exception as error:\n            failed = error",
         "            await act(item)\n        except KeyError as error:\n            failed = error",
-        (_SEC + "test_rows.py::test_one_bad_row_stops_no_watcher",),
+        ("tests/unit/test_background.py",),
     ),
     Mutant(
         "an old anchor check will do",

@@ -139,7 +139,7 @@ async def test_rollback_row_with_its_chain(keyvault, deployment):
 async def test_one_bad_row_stops_no_watcher(keyvault, damage):
     """A row that can't be read freezes its own tenant's keys; the pass goes on for the others.
 
-    Shown to fail: with background.each and forever letting exceptions through.
+    Shown to fail: with _Followed.take letting DecodeError through.
     """
     await keyvault.create_tenant("evil")
     evil, good = await keyvault.add_active(tenant="evil"), await keyvault.add_active()

@@ -18,7 +18,11 @@ def _loaded(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import byokeep", "from byokeep import hpke, sealing, dsse", "import services.llm_runner.child"],
+    [
+        "import byokeep",
+        "from byokeep import hpke, sealing, dsse",
+        "import services.llm_runner.child",
+    ],
 )
 def test_grpc_is_loaded_only_where_it_is_used(statement):
     assert not {"grpc", "byokeep.client"} & _loaded(statement)
