@@ -146,10 +146,15 @@ def test_server_dies_with_a_killed_parent(directory) -> None:
     assert wait_for(lambda: not alive(pid), 10)
 
 
-def test_unreachable_directory_is_named(tmp_path) -> None:
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A folder with mode 0700 and a short path: a socket's path has a limit."""
+    with tempfile.TemporaryDirectory(prefix="byokeep-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_unreachable_directory_is_named(closed) -> None:
     """Nothing above the directory is opened up for the server's system user."""
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o700)
     server = EmbeddedPostgres(closed / "data")
     if os.geteuid() == 0:
         with pytest.raises(StackError, match="can't reach"):

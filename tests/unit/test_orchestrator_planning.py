@@ -29,7 +29,7 @@ async def test_too_many_lines_are_refused_with_figures() -> None:
 
 
 async def test_callers_that_leave_make_no_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Was shown to fail with a semaphore around asyncio.to_thread: whoever left gave it back."""
+    """Whoever leaves would give a semaphore back. Was shown to fail with 32 threads."""
     begun: list[int] = []
     go = threading.Event()
 
