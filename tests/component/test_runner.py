@@ -46,7 +46,7 @@ def released(bench):
 def big_diff(files, lines):
     parts = []
     for number in range(files):
-        body = "".join(f"+value_{line} = compute({line})  # {number}\n" for line in range(lines))
+        body = "".join(f"+value_{line} = compute({line})  # of the big file {number:02}\n" for line in range(lines))
         parts.append(
             f"diff --git a/f{number}.py b/f{number}.py\n--- a/f{number}.py\n+++ b/f{number}.py\n"
             f"@@ -0,0 +1,{lines} @@\n{body}"
@@ -241,7 +241,9 @@ def test_a_large_diff_is_reviewed_in_chunks_and_done_ones_are_skipped(bench):
 
 
 def test_a_diff_of_4_mib_reaches_the_child(bench):
-    attempt = bench.review(diff=big_diff(files=20, lines=5500))
+    diff = big_diff(files=20, lines=4900)
+    assert len(diff) > 4 * 1024 * 1024
+    attempt = bench.review(diff=diff)
 
     assert attempt.next("accepted").accepted.chunks
     attempt.send(cancel=runner_pb2.Cancel())

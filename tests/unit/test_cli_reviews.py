@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 
@@ -229,6 +230,10 @@ def _fsmonitor(checkout, program):
 
 
 def _hook(checkout, program):
+    (checkout / "same.py").touch()
+    git("add", "same.py")
+    git("commit", "-m", "same")
+    os.utime(checkout / "same.py", (1, 1))  # git diff then refreshes the index
     hook = checkout / ".git" / "hooks" / "post-index-change"
     hook.parent.mkdir(exist_ok=True)
     shutil.copy(program, hook)
