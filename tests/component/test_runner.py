@@ -46,7 +46,10 @@ def released(bench):
 def big_diff(files, lines):
     parts = []
     for number in range(files):
-        body = "".join(f"+value_{line} = compute({line})  # of the big file {number:02}\n" for line in range(lines))
+        body = "".join(
+            f"+value_{line} = compute({line})  # of the big file {number:02}\n"
+            for line in range(lines)
+        )
         parts.append(
             f"diff --git a/f{number}.py b/f{number}.py\n--- a/f{number}.py\n+++ b/f{number}.py\n"
             f"@@ -0,0 +1,{lines} @@\n{body}"
