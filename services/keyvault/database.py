@@ -18,6 +18,7 @@ from services.common.errors import ByokeepError
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 Row = tuple[Any, ...]
+Cursor = psycopg.AsyncCursor[Row]
 Parameters = Sequence[Any] | Mapping[str, Any]
 _WAIT_SECONDS = 5.0
 
@@ -52,6 +53,19 @@ class Database:
             async with self._pool.connection() as connection, connection.transaction():
                 yield connection
 
+    @asynccontextmanager
+    async def pipelined(self) -> AsyncIterator[Connection]:
+        """As `transaction`, with the statements sent without waiting for each other: BEGIN goes
+        with the first, COMMIT with the last. Only what is fetched inside is waited for; what the
+        last one returns is fetched after the block, when it is committed."""
+        with _seam():
+            async with (
+                self._pool.connection() as connection,
+                connection.pipeline(),
+                connection.transaction(),
+            ):
+                yield connection
+
     async def one(self, sql: LiteralString, parameters: Parameters = ()) -> Row | None:
         """Return the first row of a statement."""
         with _seam():
@@ -75,15 +89,18 @@ class Database:
 @contextmanager
 def _seam() -> Iterator[None]:
     # The driver's text may hold parameters: the caller is told only that it failed.
-    failed = False
+    failed = ""
     try:
         yield
     except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout):
-        failed = True
+        failed = "DEPENDENCY_UNAVAILABLE"
+    except psycopg.Error:
+        failed = "AUDIT_UNAVAILABLE"
     if failed:
         raise ByokeepError(
             grpc.StatusCode.UNAVAILABLE,
-            "DEPENDENCY_UNAVAILABLE",
-            "keyvault's database does not answer; try again",
+            failed,
+            "keyvault's database does not answer, or does not take what must be written;"
+            " nothing was released; try again",
             dependency="database",
         )

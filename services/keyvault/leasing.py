@@ -91,7 +91,7 @@ class Leasing:
         raise refused()
 
     async def _redeem(self, grant: grant_pb2.Grant, holder: str) -> tuple[Lease, store.Locked]:
-        async with self._database.transaction() as connection:
+        async with self._database.pipelined() as connection:
             locked = await store.lock(connection, grant)
             if locked is None:
                 raise GrantRefusedError("no such key version")
@@ -122,10 +122,11 @@ class Leasing:
                 actor=grant.actor,
             )
             head, (link,) = chain.link(head, self._deployment, [event])
-            if not await store.redeem(connection, lease, head, link, self._in_flight):
-                if await store.grant_used(connection, grant.grant_id):
-                    raise GrantRefusedError("redeemed before")
-                raise _cap(self._in_flight)
+            answer = await store.redeem(connection, lease, head, link, self._in_flight)
+        if await answer.fetchone() != (1,):
+            if await store.grant_used(self._database, grant.grant_id):
+                raise GrantRefusedError("redeemed before")
+            raise _cap(self._in_flight)
         return lease, locked
 
     def _check_key(self, grant: grant_pb2.Grant, key: Key) -> None:
@@ -239,7 +240,7 @@ class Leasing:
         report: lease_pb2.PlaintextReport | None,
         holder: str | None,
     ) -> None:
-        async with self._database.transaction() as connection:
+        async with self._database.pipelined() as connection:
             locked = await store.lock_lease(connection, lease_id)
             if locked is None or (holder is not None and locked.lease.holder != holder):
                 raise domain.not_found("lease")

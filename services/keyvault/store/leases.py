@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from byokeep.keyvault.v1 import grant_pb2
 
 from services.keyvault import chain
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Cursor, Database, Row
 from services.keyvault.domain import Key, State
 from services.keyvault.store.keys import key_of
 
@@ -152,9 +152,12 @@ async def lock(connection: Connection, grant: grant_pb2.Grant) -> Locked | None:
 
 async def redeem(
     connection: Connection, lease: Lease, head: chain.Head, link: chain.Link, cap: int
-) -> bool:
-    """Store a redemption with its event; False where the grant is used up or the cap reached."""
-    cursor = await connection.execute(
+) -> Cursor:
+    """Store a redemption with its event; nothing where the grant is used up or the cap reached.
+
+    The count of redemptions, 0 or 1, is in the cursor once the transaction is over.
+    """
+    return await connection.execute(
         _REDEEM,
         {
             "lease_id": lease.lease_id,
@@ -171,13 +174,11 @@ async def redeem(
             **_event_parameters(head, link),
         },
     )
-    row = await cursor.fetchone()
-    return row is not None and row[0] == 1
 
 
-async def grant_used(connection: Connection, grant_id: str) -> bool:
+async def grant_used(database: Database, grant_id: str) -> bool:
     """Say whether a grant was redeemed before."""
-    return await (await connection.execute(_GRANT_USED, (grant_id,))).fetchone() is not None
+    return await database.one(_GRANT_USED, (grant_id,)) is not None
 
 
 @dataclass(frozen=True, slots=True)
