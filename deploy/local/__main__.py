@@ -11,7 +11,7 @@ from types import FrameType
 
 from deploy.local import background, demo
 from deploy.local.processes import StackError
-from deploy.local.state import default_root
+from deploy.local.state import State, default_root
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -35,8 +35,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--config",
             type=Path,
-            default=background.CHECKOUT_CONFIG,
-            help="the profile to write or erase (default: where .venv/bin/byokeep finds it)",
+            default=None,
+            help="the profile to write or erase (default: where .venv/bin/byokeep finds it, or in"
+            " the stack's folder where that is chosen)",
         )
     for command in (up, run):
         command.add_argument(
@@ -53,21 +54,29 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _config(arguments: argparse.Namespace, root: Path) -> Path:
+    if arguments.config:
+        return Path(arguments.config).absolute()
+    # A second stack leaves the profile of the checkout's own alone.
+    chosen = arguments.state or os.environ.get("BYOKEEP_STATE")
+    return State(root).config if chosen else background.CHECKOUT_CONFIG
+
+
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "run":
         return demo.run(arguments.diff, provider=arguments.provider, live=arguments.live)
     root = arguments.state.absolute() if arguments.state else default_root()
     match arguments.command:
         case "up" if arguments.foreground:
-            return background.serve(root, arguments.config.absolute(), live=arguments.live)
+            return background.serve(root, _config(arguments, root), live=arguments.live)
         case "up":
-            return background.up(root, arguments.config.absolute(), live=arguments.live)
+            return background.up(root, _config(arguments, root), live=arguments.live)
         case "down":
             return background.down(root)
         case "status":
             return background.status(root)
         case _:
-            return background.clean(root, arguments.config)
+            return background.clean(root, _config(arguments, root))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,9 +30,16 @@ def show(name: str, what: str, seconds: float) -> None:
 def up(root: Path, config: Path, *, live: bool) -> int:
     """Start a stack in the background; return once it serves. Raises StackError."""
     state = open_state(root)
-    if state.holder() is not None:
+    holder = state.holder()
+    if holder is not None:
+        description = _description(state)
+        if description is None or description["pid"] != holder:
+            raise StackError(f"a stack is starting in {root}: try again")
         print(f"already up in {root}")
-        _print_usage(config)
+        ports = description["ports"]
+        addresses = (f"127.0.0.1:{ports[name]}" for name in ("orchestrator", "keyvault"))
+        material.write_profiles(config, state, *addresses)
+        _print_usage(config, live=description["live"])
         return 0
     command = [sys.executable, "-m", "deploy.local", "up", "--foreground"]
     command += [f"--state={root}", f"--config={config}"]
@@ -55,7 +62,7 @@ def up(root: Path, config: Path, *, live: bool) -> int:
         raise
     if not wait_for(lambda: _describes(state, supervisor.pid), 1.0):
         return supervisor.wait(_STOP_SECONDS) or 1
-    _print_usage(config)
+    _print_usage(config, live=live)
     return 0
 
 
@@ -159,12 +166,22 @@ def _health(name: str, pid: int, ports: dict[str, int]) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-def _print_usage(config: Path) -> None:
-    command = Path(sys.prefix) / "bin" / "byokeep"
-    print(f"\ntenant `{material.TENANT}` is ready; this checkout's command finds it by itself:")
-    print(f"  {_shortest(command)} key add openai")
-    print("any other needs to be told:")
-    print(f"  export BYOKEEP_CONFIG={config}")
+def _print_usage(config: Path, *, live: bool) -> None:
+    command = _shortest(Path(sys.prefix) / "bin" / "byokeep")
+    found = "; this checkout's command finds it by itself" if config == CHECKOUT_CONFIG else ""
+    print(f"\ntenant `{material.TENANT}` is ready{found}:")
+    if not found:
+        print(f"  export BYOKEEP_CONFIG={config}")
+    print(f"  {command} key add openai")
+    if live:
+        print("calls go to the real providers: keys are real and cost money")
+    else:
+        print("an emulator plays the providers, and takes any made-up key of the right form:")
+        print("  for openai, `sk-proj-` and 40 letters")
+    print("it has every role; --profile submitter, key-admin, auditor or operator has only its own")
+    if found:
+        print("any other command needs to be told:")
+        print(f"  export BYOKEEP_CONFIG={config}")
 
 
 def _shortest(path: Path) -> Path:

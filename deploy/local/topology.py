@@ -33,7 +33,9 @@ _CALLERS = {
         f" auditor={_ID}/client/auditor auditor={_ID}/client/developer"
         f" operator={_ID}/client/operator operator={_ID}/client/developer"
     ),
-    "orchestrator": f"client={_ID}/client/* operator={_ID}/client/operator",
+    "orchestrator": (
+        f"client={_ID}/client/* operator={_ID}/client/operator operator={_ID}/client/developer"
+    ),
     "runner": f"orchestrator={_ID}/orchestrator",
 }
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_CERT_FILE")

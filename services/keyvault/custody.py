@@ -339,8 +339,9 @@ def _exists(key_id: str) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.ALREADY_EXISTS,
         "KEY_EXISTS",
-        f"a key of that provider, owner and name exists ({key_id});"
-        f" to replace its value: byokeep key rotate {key_id}",
+        f"a key of that provider, owner and name exists ({key_id}); to replace its value:"
+        f" byokeep key rotate {key_id}; if it is revoked, byokeep key destroy {key_id} frees"
+        " its name",
         key=key_id,
         rotate=f"byokeep key rotate {key_id}",
     )

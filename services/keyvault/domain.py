@@ -69,9 +69,10 @@ class Key:
     versions: tuple[Version, ...]
 
     def current(self) -> Version:
-        """Return the version that counts: the active one, else the newest."""
+        """Return the version that counts: the active one, else the newest that is not destroyed."""
         active = [one for one in self.versions if one.state is State.ACTIVE]
-        return active[0] if active else self.versions[-1]
+        kept = [one for one in self.versions if one.state is not State.DESTROYED]
+        return (active or kept or list(self.versions))[-1]
 
     def version(self, number: int) -> Version:
         """Return one version. Raises ByokeepError: NOT_FOUND."""
@@ -191,7 +192,10 @@ def destroy_version(key: Key, number: int) -> list[Change]:
 def stage_over(key: Key) -> list[Change]:
     """Decide what a new version does to the ones before: an older PENDING one is destroyed."""
     if key.current().state in (State.REVOKED, State.DESTROYED):
-        raise wrong_state(key.current().state, "the key is gone for good; add a new one")
+        raise wrong_state(
+            key.current().state,
+            f"it is gone for good; byokeep key destroy {key.key_id} frees its name for a new one",
+        )
     return [
         Change(one.version, audit_pb2.AUDIT_EVENT_TYPE_DESTROYED)
         for one in key.versions

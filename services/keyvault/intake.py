@@ -41,6 +41,7 @@ _REFUSALS = {
     "seal": ("SEAL_INVALID", "the sealed key does not open for this tenant, key and request"),
     "charset": ("KEY_CHARSET", "a provider key has printable ASCII characters only"),
     "length": ("KEY_LENGTH", "a provider key has 16 to 512 characters"),
+    "provider": ("KEY_OF_OTHER_PROVIDER", "this looks like a key of another provider"),
     "admin": ("KEY_IS_ADMIN", "an administrator's key is refused; use an ordinary API key"),
 }
 
@@ -96,7 +97,8 @@ class IntakeKeys:
         """Open a seal in a one-shot process, and encrypt it there under a data key.
 
         Raises:
-            ByokeepError: INTAKE_KEY_EXPIRED, SEAL_INVALID, KEY_CHARSET, KEY_LENGTH, KEY_IS_ADMIN.
+            ByokeepError: INTAKE_KEY_EXPIRED, SEAL_INVALID, KEY_CHARSET, KEY_LENGTH, KEY_IS_ADMIN,
+                KEY_OF_OTHER_PROVIDER.
         """
         key = await store.get(self._database, sealed.intake_key_id)
         if key is None or key.suite != sealed.suite:

@@ -47,7 +47,8 @@ def _warm() -> Row:
 def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement")
+    seconds = float(os.environ.get("BENCH_SECONDS") or 15)
+    parser.add_argument("--seconds", type=float, default=seconds, help="of each measurement")
     parser.add_argument("--out", type=Path, default=Path("build/bench/results.json"))
     arguments = parser.parse_args()
     rows: list[Row] = []

@@ -132,6 +132,14 @@ async def test_a_key_that_is_gone_gives_no_lease(keyvault, method, state):
     assert (await keyvault.change(method, key.name)).state == state
 
 
+async def test_a_revoked_key_is_not_said_to_be_destroyed(keyvault):
+    key = await keyvault.add_active()
+    staged = await keyvault.stage(key_id=key.name.split("/")[3], operation="rotate")
+    await keyvault.change("DestroyKeyVersion", key.name, version=staged.versions[-1].version)
+    gone = await keyvault.change("RevokeKey", key.name)
+    assert gone.state == custody_pb2.KEY_VERSION_STATE_REVOKED
+
+
 async def test_destroying_deletes_the_ciphertext_and_frees_the_name(keyvault):
     key = await keyvault.add_active()
     await keyvault.change("DestroyKey", key.name)

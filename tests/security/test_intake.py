@@ -209,6 +209,8 @@ BAD_KEYS = {
     "short": (CANARY[:15], "KEY_LENGTH"),
     "long": (CANARY * 33, "KEY_LENGTH"),
     "admin": (f"sk-admin-{CANARY}", "KEY_IS_ADMIN"),
+    "other's admin": (f"sk-ant-admin01-{CANARY}", "KEY_IS_ADMIN"),
+    "other provider's": (f"sk-ant-api03-{CANARY}", "KEY_OF_OTHER_PROVIDER"),
 }
 
 
@@ -256,7 +258,13 @@ def test_the_client_checks_the_same(capfd):
         text = key if isinstance(key, str) else key.decode("latin-1")
         with pytest.raises(sealing.KeyFormatError) as error:
             sealing.check_key("openai", text)
-        assert {"charset": "KEY_CHARSET", "length": "KEY_LENGTH", "admin": "KEY_IS_ADMIN"}[
-            error.value.rule
-        ] == expected
+        assert (
+            expected
+            == {
+                "charset": "KEY_CHARSET",
+                "length": "KEY_LENGTH",
+                "admin": "KEY_IS_ADMIN",
+                "provider": "KEY_OF_OTHER_PROVIDER",
+            }[error.value.rule]
+        )
         assert CANARY[:8] not in str(error.value)

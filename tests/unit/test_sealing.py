@@ -176,7 +176,7 @@ def test_lengths_that_are_taken(length):
         ("openai", "sk-admin-" + "a" * 30, True),
         ("anthropic", "sk-ant-admin01-" + "a" * 30, True),
         ("openai", "sk-proj-" + "a" * 30, False),
-        ("gemini", "sk-admin-" + "a" * 30, False),
+        ("gemini", "sk-admin-" + "a" * 30, True),
     ],
 )
 def test_administrators_keys(provider, key, refused):

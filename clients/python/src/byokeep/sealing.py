@@ -25,7 +25,14 @@ KEY_MIN, KEY_MAX = 16, 512
 SUITE = hpke.HYBRID_V1
 
 _SKEW = datetime.timedelta(minutes=2)
-_ADMIN_PREFIXES = {"openai": "sk-admin-", "anthropic": "sk-ant-admin"}
+_ADMIN_PREFIXES = ("sk-admin-", "sk-ant-admin")
+# Shapes that are one provider's for certain; others change, so they are not judged.
+_OWN_PREFIXES = {
+    "sk-ant-": "anthropic",
+    "sk-proj-": "openai",
+    "sk-svcacct-": "openai",
+    "AIza": "gemini",
+}
 
 
 class UntrustedIntakeKeyError(Exception):
@@ -33,7 +40,7 @@ class UntrustedIntakeKeyError(Exception):
 
 
 class KeyFormatError(ValueError):
-    """The text can't be a provider key. `rule` is charset, length or admin; no value is shown."""
+    """The text can't be a provider key. `rule` is charset, length, admin or provider."""
 
     def __init__(self, rule: str, message: str) -> None:
         """Keep the rule that was broken beside the sentence."""
@@ -79,12 +86,18 @@ def check_key(provider: str, key: str) -> None:
             "a provider key has printable ASCII characters only:"
             " no blank, line break or accented letter",
         )
-    prefix = _ADMIN_PREFIXES.get(provider)
-    if prefix and key.startswith(prefix):
+    if key.startswith(_ADMIN_PREFIXES):
         raise KeyFormatError(
             "admin",
             "this is an administrator's key, which can make and delete keys;"
             " create an ordinary API key for reviews",
+        )
+
+    owner = next((who for shape, who in _OWN_PREFIXES.items() if key.startswith(shape)), provider)
+    if owner != provider:
+        # Asking the wrong provider would disclose it to a stranger.
+        raise KeyFormatError(
+            "provider", f"this looks like a key of {owner}, not of {provider}; nothing was sent"
         )
 
 

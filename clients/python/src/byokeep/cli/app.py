@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from byokeep.cli import admin, audit, keys, models, reviews, status, tenants
+from byokeep.cli import admin, audit, interrupt, keys, models, reviews, status, tenants
 from byokeep.cli.errors import CliError, Exit, from_rpc
 from byokeep.cli.output import print_error
 from byokeep.cli.refusal import refuse_keys
@@ -101,6 +101,8 @@ def _run(arguments: Sequence[str]) -> int | CliError:
     except ReaderGone:
         raise
     except Exception as error:
+        if interrupt.seen():
+            return Exit.INTERRUPTED
         if os.environ.get("BYOKEEP_DEBUG"):
             raise
         return _explain(error)
@@ -138,7 +140,12 @@ def _explain(error: Exception) -> CliError:
     )
 
 
-_RULES = {"charset": "CHARSET", "length": "LENGTH", "admin": "IS_ADMIN"}
+_RULES = {
+    "charset": "CHARSET",
+    "length": "LENGTH",
+    "admin": "IS_ADMIN",
+    "provider": "OF_OTHER_PROVIDER",
+}
 
 
 def from_untrusted(error: Exception) -> CliError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from byokeep.cli import checked
 from byokeep.cli.errors import CliError, Exit
 from byokeep.cli.output import when
 from byokeep.cli.session import Session, command, examples, group
@@ -55,6 +56,8 @@ def export(
     """
     from byokeep.keyvault.v1 import audit_pb2
 
+    if chain is not None:
+        checked.chain(chain)
     connection = session.connection
     request = audit_pb2.ExportEventsRequest(parent=chain or connection.parent)
     stream = connection.audit.ExportEvents(request, timeout=_EXPORT_SECONDS)
@@ -90,7 +93,7 @@ def verify(
 ) -> None:
     """Verify an export offline: no link altered, removed or cut off; name the first broken one.
 
-    Exits 6 where it does not hold. Without --against, the newest events could be missing
+    Exits 6 where it does not hold, 2 where FILE is no export at all. Without --against, the newest events could be missing
     together with the head that counted them: keep old exports, or their last lines.
     """
     from byokeep import auditlog

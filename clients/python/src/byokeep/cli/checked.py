@@ -12,6 +12,7 @@ _SPIFFE = re.compile(r"spiffe://[a-z0-9.-]{1,255}/[A-Za-z0-9._/-]{1,512}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9._/-]{1,200}")
 _PATTERN = re.compile(r"[A-Za-z0-9._/*?-]{1,200}")
 _USER = re.compile(r"[A-Za-z0-9._@+-]{0,128}")
+_CHAIN = re.compile(rf"system|tenants/{_TENANT.pattern}")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -22,7 +23,9 @@ def tenant(text: str) -> str:
 
 def model(text: str) -> str:
     """Return PROVIDER/MODEL. Raises CliError."""
-    what = "a model is PROVIDER/MODEL, such as openai/gpt-5; providers: openai, anthropic, gemini"
+    what = (
+        "a model is PROVIDER/MODEL, such as openai/gpt-6-sol; providers: openai, anthropic, gemini"
+    )
     return _check(_MODEL, text, what, "byokeep model list")
 
 
@@ -44,6 +47,11 @@ def pattern(text: str) -> str:
 def user(text: str) -> str:
     """Return a user's name; empty: the tenant. Raises CliError."""
     return _check(_USER, text, "--user takes at most 128 letters, digits and . _ @ + -")
+
+
+def chain(text: str) -> str:
+    """Return the name of an audit chain. Raises CliError."""
+    return _check(_CHAIN, text, "--chain takes tenants/NAME or system")
 
 
 def key_name(text: str) -> str:

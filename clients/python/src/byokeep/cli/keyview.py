@@ -8,7 +8,7 @@ from byokeep.cli.keyref import key_id, key_state, provider_of
 from byokeep.cli.output import message_dict, short, state_text, when
 from byokeep.cli.session import Session
 from byokeep.cli.text import clean
-from byokeep.cli.verdict import verdict_of
+from byokeep.cli.verdict import serving_verdict, verdict_of
 from byokeep.keyvault.v1 import custody_pb2
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def print_key(session: Session, key: Key) -> None:
     out.print(f"{key_id(key)}  {provider_of(key)}  {clean(kept.display_name)}", style="bold")
     out.print(f"owner     {clean(kept.owner) or 'the tenant'}")
     out.print(f"added     {when(kept.create_time)}")
-    out.print(f"verdict   {verdict_of(key) or 'none yet'}")
+    out.print(f"verdict   {_verdict(key)}")
     if key.validation.models:
         models = [clean(model) for model in key.validation.models]
         more = f" and {len(models) - 8} more" if len(models) > 8 else ""
@@ -46,6 +46,16 @@ def print_key(session: Session, key: Key) -> None:
     )
 
 
+def _verdict(key: Key) -> str:
+    newest = verdict_of(key)
+    if not newest or serving_verdict(key):
+        return newest or "none yet"
+    version = f"v{key.validation.version}"
+    if newest == "INVALID":
+        return f"{version} was rejected by the provider"
+    return f"{newest} ({version})"
+
+
 def key_row(key: Key) -> list[Text | str]:
     """Return the cells of a key in a list."""
     kept = key.provider_key
@@ -56,7 +66,7 @@ def key_row(key: Key) -> list[Text | str]:
         clean(kept.owner) or "-",
         state_text(key_state(key)),
         clean(kept.hint) or "-",
-        verdict_of(key) or "-",
+        serving_verdict(key) or "-",
     ]
 
 

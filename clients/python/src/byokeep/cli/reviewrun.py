@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from byokeep import names
+from byokeep.cli import interrupt
 from byokeep.cli.errors import CliError, Exit, failure_exit, failure_hint
 from byokeep.cli.output import message_dict, short
 from byokeep.cli.reviewoutput import (
@@ -40,26 +41,32 @@ def follow(session: Session, submitted: Review) -> Review:
         CliError: the stream ended before the review did.
         KeyboardInterrupt: after saying how to follow or stop it.
     """
-    request = review_pb2.WatchReviewRequest(name=submitted.name)
-    latest = submitted
     try:
-        with session.out.progress(progress_line(latest)) as progress:
-            for answer in until_done(
-                lambda left: session.connection.reviews.WatchReview(request, timeout=left),
-                _WATCH_SECONDS,
-            ):
-                latest = answer.review
-                progress(progress_line(latest))
-                if session.out.as_json:
-                    session.out.json_line(message_dict(latest))
-                if latest.state in TERMINAL:
-                    return latest
-    except KeyboardInterrupt:
+        return _watch(session, submitted)
+    except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt) and not interrupt.seen():
+            raise
         identifier = review_id(submitted)
         session.out.note(f"review {identifier} goes on", style="")
         session.out.note(f"  follow it: byokeep review show {identifier} --watch", style="cyan")
         session.out.note(f"  stop it:   byokeep review cancel {identifier}", style="cyan")
-        raise
+        raise KeyboardInterrupt from None
+
+
+def _watch(session: Session, submitted: Review) -> Review:
+    request = review_pb2.WatchReviewRequest(name=submitted.name)
+    latest = submitted
+    with session.out.progress(progress_line(latest)) as progress:
+        for answer in until_done(
+            lambda left: session.connection.reviews.WatchReview(request, timeout=left),
+            _WATCH_SECONDS,
+        ):
+            latest = answer.review
+            progress(progress_line(latest))
+            if session.out.as_json:
+                session.out.json_line(message_dict(latest))
+            if latest.state in TERMINAL:
+                return latest
     raise CliError(
         "the stream ended before the review did",
         f"byokeep review show {review_id(submitted)} --watch",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,11 @@ from byokeep.cli.text import clean
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import admin_pb2
 from byokeep.orchestrator.v1 import tenant_pb2
+
+if TYPE_CHECKING:
+    import grpc
+
+    from byokeep.client import Connection
 
 app = typer.Typer(no_args_is_help=True)
 callers = typer.Typer(no_args_is_help=True)
@@ -41,7 +46,10 @@ class RoleName(StrEnum):
 Name = Annotated[
     str, typer.Argument(metavar="TENANT", show_default=False, help="The tenant's name.")
 ]
-PlanArgument = Annotated[PlanName, typer.Argument(show_default=False, help="The plan.")]
+PlanArgument = Annotated[
+    PlanName,
+    typer.Argument(metavar="PLAN", show_default=False, help="starter, team or enterprise."),
+]
 SpiffeId = Annotated[
     str,
     typer.Argument(
@@ -65,17 +73,22 @@ def create(
 ) -> None:
     """Create a tenant, and its key-encryption key in keyvault."""
     connection, resource = session.connection, names.tenant_name(checked.tenant(name))
-    # First the part that may be repeated: a tenant without a KEK could store no key.
-    connection.admin.CreateTenantKey(
+    # An endpoint that is missing must not leave half of it done.
+    admin = connection.admin
+    # No KEK before the orchestrator, which knows who may create a tenant, has agreed.
+    created, refused = _create(connection, resource, plan)
+    key = admin.CreateTenantKey(
         admin_pb2.CreateTenantKeyRequest(tenant=resource, request_id=request_id())
     )
-    created = connection.tenants.CreateTenant(
-        tenant_pb2.CreateTenantRequest(name=resource, plan=_plan(plan), request_id=request_id())
-    ).tenant
+    if refused is not None and not key.created:
+        raise refused
     if session.out.as_json:
         session.out.json(message_dict(created))
         return
-    session.out.print(f"tenant {name} is created, plan {plan}, with its own key-encryption key")
+    if refused is None:
+        session.out.print(f"tenant {name} is created, plan {plan}, with its own key-encryption key")
+    else:
+        session.out.print(f"tenant {name} was there before; its key-encryption key is created")
     session.out.note(f"allow a service: byokeep caller allow SPIFFE_ID --role ROLE --tenant {name}")
 
 
@@ -232,6 +245,31 @@ def list_callers(session: Session) -> None:
         return
     rows = [(clean(entry.spiffe_id), _roles(entry)) for entry in found]
     session.out.table(("SPIFFE ID", "ROLES"), rows)
+
+
+def _create(
+    connection: Connection, resource: str, plan: PlanName
+) -> tuple[tenant_pb2.Tenant, grpc.RpcError | None]:
+    """Return the tenant, and how the call was refused where it was there before: one that
+    broke off before the KEK may have left it. Raises the refusal where it is deleted."""
+    import grpc
+
+    from byokeep.errors import error_info
+
+    request = tenant_pb2.CreateTenantRequest(
+        name=resource, plan=_plan(plan), request_id=request_id()
+    )
+    try:
+        return connection.tenants.CreateTenant(request).tenant, None
+    except grpc.RpcError as error:
+        if error_info(error).reason != "ERROR_REASON_TENANT_EXISTS":
+            raise
+        listed = pages(connection.tenants.ListTenants, tenant_pb2.ListTenantsRequest(), "tenants")
+        found = next((entry for entry in listed if entry.name == resource), None)
+        # A tenant that was deleted keeps its name, and must not get a KEK again.
+        if found is None or found.state == tenant_pb2.TENANT_STATE_DELETED:
+            raise
+        return found, error
 
 
 def _plan(plan: PlanName) -> tenant_pb2.Plan.ValueType:

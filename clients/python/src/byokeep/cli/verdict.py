@@ -28,6 +28,13 @@ def verdict_of(key: Key) -> str:
     return short(key_pb2.ValidationVerdict, key.validation.verdict)
 
 
+def serving_verdict(key: Key) -> str:
+    """Return the verdict on the version that serves; empty where only another one has been
+    asked for. Without an ACTIVE version, the verdict on the newest."""
+    active = key.provider_key.active_version
+    return "" if active and active != key.validation.version else verdict_of(key)
+
+
 def follow(session: Session, key: Key, wait: float) -> None:
     """Show a key's validation as it goes on, and end as its verdict says.
 
