@@ -29,6 +29,7 @@ help: ## this list
 	@echo "  LIVE=1            make run, make up: real provider hosts, with your own key"
 	@echo "  BYOKEEP_STATE=DIR make up, down, status, clean: where the stack lives"
 	@echo "  PYTEST_ARGS=...   make test: arguments for pytest"
+	@echo "  WORKERS=N         make test: processes that run tests (3)"
 	@echo "  BENCH_SECONDS=N   make bench: seconds per measurement"
 	@echo "  PYTHON=python3.x  the Python >= 3.11 that .venv is made with"
 

@@ -178,7 +178,7 @@ def _print_usage(config: Path, *, live: bool) -> None:
     else:
         print("an emulator plays the providers, and takes any made-up key of the right form:")
         print("  for openai, `sk-proj-` and 40 letters")
-    print("it has every role; --profile submitter, key-admin, auditor or operator has only its own")
+    print("profile demo has every role; --profile submitter, key-admin, auditor or operator, one")
     if found:
         print("any other command needs to be told:")
         print(f"  export BYOKEEP_CONFIG={config}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from byokeep.profile import load_profile
 
-from deploy.local import demo, material
+from deploy.local import background, demo, material
 from deploy.local import state as state_module
 from deploy.local.__main__ import main
 from deploy.local.ports import Ports
@@ -80,6 +80,26 @@ def test_clean_erases_a_stack_and_its_profile(state, tmp_path, capsys) -> None:
     assert main(["clean", f"--state={state.root}", f"--config={profile}"]) == 0
     assert not state.root.exists()
     assert not profile.exists()
+
+
+@pytest.mark.parametrize("how", ["option", "environment", "neither"])
+def test_another_stack_leaves_the_checkouts_profile_alone(how, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("BYOKEEP_STATE", raising=False)
+    if how == "environment":
+        monkeypatch.setenv("BYOKEEP_STATE", str(tmp_path))
+    written = []
+    monkeypatch.setattr(background, "up", lambda root, config, live: written.append(config) or 0)
+    assert main(["up", *[f"--state={tmp_path}"] * (how == "option")]) == 0
+    own = how == "neither"
+    assert written == [background.CHECKOUT_CONFIG if own else State(tmp_path).config]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_up_says_who_plays_the_providers(live, tmp_path, capsys) -> None:
+    background._print_usage(tmp_path / "config.toml", live=live)
+    said = capsys.readouterr().out
+    assert f"export BYOKEEP_CONFIG={tmp_path / 'config.toml'}" in said
+    assert ("sk-proj-" in said) is not live
 
 
 def test_lock_has_one_holder_and_cannot_be_stale(state) -> None:

@@ -51,7 +51,11 @@ def test_up_twice_killed_up_again_down(root, stack) -> None:
     """Beside the session's stack: neither minds the other."""
     first = _run(root, "up")
     assert first.returncode == 0, first.stdout + first.stderr
+    profile = root.parent / "config.toml"
+    before = profile.read_text()
+    profile.unlink()
     again = _run(root, "up")
+    assert profile.read_text() == before
     assert (again.returncode, "already up" in again.stdout) == (0, True)
     assert _run(root, "status").returncode == 0
     pids = list(_description(root)["processes"].values())
@@ -93,6 +97,17 @@ def test_every_role_sees_tenant_demo(role, stack) -> None:
     with stack.connect(role) as connection:
         tenants = connection.tenants.ListTenants(tenant_pb2.ListTenantsRequest()).tenants
     assert "tenants/demo" in [tenant.name for tenant in tenants]
+
+
+def test_developer_is_an_operator_of_the_orchestrator(stack) -> None:
+    """As profile demo, so that `byokeep tenant create` and the like can be tried."""
+    name = "tenants/made-by-developer"
+    with stack.connect("developer") as connection:
+        connection.tenants.CreateTenant(
+            tenant_pb2.CreateTenantRequest(name=name, request_id="made-by-developer")
+        )
+        listed = connection.tenants.ListTenants(tenant_pb2.ListTenantsRequest()).tenants
+    assert name in [tenant.name for tenant in listed]
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -67,6 +67,7 @@ class Edge:
     intake_from: datetime.datetime = NOW - datetime.timedelta(minutes=5)
     intake_suite: int = sealing.SUITE
     chain: Chain = field(default_factory=Chain)
+    has_kek: bool = False
 
     def __post_init__(self) -> None:
         self.pinned_intake = self.intake
@@ -486,7 +487,9 @@ class _Audit(_Fake, audit_pb2_grpc.AuditServiceServicer):
 class _Admin(_Fake, admin_pb2_grpc.AdminServiceServicer):
     def CreateTenantKey(self, request, context):
         self.edge.meet(request, context)
-        return admin_pb2.CreateTenantKeyResponse(backend="local", version=1, created=True)
+        return admin_pb2.CreateTenantKeyResponse(
+            backend="local", version=1, created=not self.edge.has_kek
+        )
 
     def RotateTenantKey(self, request, context):
         self.edge.meet(request, context)

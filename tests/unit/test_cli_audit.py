@@ -75,3 +75,17 @@ def test_a_failed_export_leaves_the_older_file_alone(edge, byokeep, exported):
 def test_an_export_without_a_head_is_an_error(edge, byokeep, monkeypatch):
     monkeypatch.setattr(type(edge.chain), "head", lambda self: None)
     assert byokeep("audit", "export").code == 5
+
+
+@pytest.mark.parametrize("text", ["", "PK\x03\x04", '{"name": "x"}\n', "[]\n"])
+def test_another_file_is_not_taken_for_a_broken_export(byokeep, exported, tmp_path, text):
+    (tmp_path / "other").write_text(text)
+    for arguments in (("other",), ("chain.jsonl", "--against", "other")):
+        ran = byokeep("audit", "verify", *arguments)
+        assert ran.code == 2
+        assert "other is not an audit export" in ran.err
+
+
+def test_an_export_whose_first_line_is_gone_is_broken(byokeep, exported):
+    exported.write_text("garbage\n" + exported.read_text().split("\n", 1)[1])
+    assert byokeep("audit", "verify", "chain.jsonl").code == 6

@@ -197,3 +197,26 @@ def test_prompt_needs_a_terminal(edge, byokeep):
     ran = byokeep("key", "add", "openai")
     assert ran.code == 2
     assert "--stdin" in ran.err
+
+
+def test_a_rejected_version_is_not_the_verdict_of_the_one_that_serves(edge, byokeep):
+    """Shown to fail where the verdict is the newest version's: the key looks INVALID."""
+    edge.add_key()
+    (key,) = edge.keys.values()
+    key.validation.version = 2
+    key.validation.verdict = key_pb2.VALIDATION_VERDICT_INVALID
+    assert "INVALID" not in byokeep("key", "list").out
+    assert "v2 was rejected by the provider" in byokeep("key", "show", "openai").out
+
+
+def test_no_match_names_no_destroyed_key(edge, byokeep):
+    gone = edge.add_key(name="gone", state=custody_pb2.KEY_VERSION_STATE_DESTROYED)
+    kept = edge.add_key(name="kept")
+    said = byokeep("key", "show", "nothing").err
+    assert kept in said
+    assert gone not in said
+
+
+def test_revoke_takes_yes(edge, byokeep):
+    edge.add_key()
+    assert byokeep("key", "revoke", "openai", "--yes").code == 0

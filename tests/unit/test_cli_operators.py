@@ -12,12 +12,38 @@ pytest_plugins = ["tests.harness.cli_fixtures"]
 CI = "spiffe://acme.example/ci"
 
 
-def test_create_makes_the_kek_first(edge, byokeep):
+def test_create_makes_the_kek_once_the_orchestrator_agreed(edge, byokeep):
     ran = byokeep("tenant", "create", "acme", "--plan", "starter")
     assert ran.code == 0
     kinds = [type(request) for request in edge.requests]
-    assert kinds == [admin_pb2.CreateTenantKeyRequest, tenant_pb2.CreateTenantRequest]
-    assert edge.requests[1].plan == tenant_pb2.PLAN_STARTER
+    assert kinds == [tenant_pb2.CreateTenantRequest, admin_pb2.CreateTenantKeyRequest]
+    assert edge.requests[0].plan == tenant_pb2.PLAN_STARTER
+
+
+def test_a_refused_create_makes_no_kek(edge, byokeep):
+    edge.denied.add("CreateTenant")
+    assert byokeep("tenant", "create", "acme").code == 3
+    assert edge.sent(admin_pb2.CreateTenantKeyRequest) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "has_kek", "code"),
+    [("ACTIVE", False, 0), ("ACTIVE", True, 2), ("DELETED", False, 2)],
+)
+def test_a_repeated_create_completes_the_kek(edge, byokeep, state, has_kek, code):
+    edge.fail("CreateTenant", "ALREADY_EXISTS", "TENANT_EXISTS", "the tenant exists")
+    edge.tenants["tenants/demo"].state = tenant_pb2.TenantState.Value(f"TENANT_STATE_{state}")
+    edge.has_kek = has_kek
+    ran = byokeep("tenant", "create", "demo")
+    assert ran.code == code
+    assert ("key is created" in ran.out) is (code == 0)
+    assert ("TENANT_EXISTS" in ran.err) is (code == 2)
+    assert bool(edge.sent(admin_pb2.CreateTenantKeyRequest)) is (state == "ACTIVE")
+
+
+def test_what_takes_an_operator_says_so(edge, byokeep):
+    edge.fail("SuspendTenant", "PERMISSION_DENIED", "TENANT_NOT_ALLOWED", "No.", roles="operator")
+    assert "takes an operator of the deployment" in byokeep("tenant", "suspend", "demo").err
 
 
 def test_tenant_commands_need_no_half_measures(edge, byokeep):
@@ -81,8 +107,9 @@ def test_models(edge, byokeep):
     listed = byokeep("model", "list").out
     assert "provider's default" in listed
     assert "default: openai/gpt-5" in listed
+    edge.models.append(settings_pb2.Model(model="gemini/flash", key_ids=["key_2"]))
     assert "acme/*: gemini/flash" in listed
-    assert byokeep("model", "unset").code == 0
+    assert "none: choose one with byokeep model set" in byokeep("model", "unset").out
     assert byokeep("model", "list", "--json").json["defaultModel"] == ""
 
 
@@ -122,6 +149,7 @@ def test_a_model_that_no_key_can_use_is_warned_of(edge, byokeep):
         ("tenant", "delete", "../demo", "--yes"),
         ("admin", "shred-tenant", "*", "--yes"),
         ("model", "set", "gpt-5"),
+        ("audit", "export", "--chain", "bogus"),
         ("model", "set", "openai/gpt-5", "--repo", "a b"),
         ("key", "list", "--tenant", "tenants/demo"),
         ("review", "--dry-run", "--repo", "a b"),

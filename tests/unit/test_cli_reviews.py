@@ -205,6 +205,14 @@ def test_working_tree_is_reviewed_by_default(edge, byokeep, checkout):
     assert len(given.head_commit) == 40
 
 
+@pytest.mark.parametrize(("more", "head"), [((), ""), (("--head", "abcdef1"), "abcdef1")])
+def test_a_diff_from_a_file_is_not_of_the_commit_here(edge, byokeep, checkout, more, head):
+    (checkout / "x.diff").write_bytes(DIFF)
+    edge.states = [COMPLETED]
+    assert byokeep("review", "--diff", "x.diff", *more).code == 0
+    assert sent(edge).input.head_commit == head
+
+
 def test_base_reviews_the_branch(edge, byokeep, checkout):
     git("checkout", "-b", "topic")
     (checkout / "app.py").write_text("a = 3\n")
@@ -302,7 +310,7 @@ def test_repository_is_read_from_the_remote(edge, byokeep, checkout, url, name):
     ("arguments", "said"),
     [
         ((), "nothing is changed"),
-        (("--base", "main"), "nothing changed"),
+        (("--base", "main"), "nothing changed between main and HEAD"),
         (("--base", "nowhere"), "git refuses"),
         (("--base", "--output=/tmp/x"), "branch, a tag or a commit"),
         (("--diff", "-", "--base", "main"), "exclude each other"),

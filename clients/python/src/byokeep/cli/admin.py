@@ -63,7 +63,7 @@ def create_tenant_key(session: Session, name: Name) -> None:
 @app.command("rotate-kek", epilog=examples("byokeep admin rotate-kek acme"))
 @command()
 def rotate_kek(session: Session, name: Name) -> None:
-    """Make a new version of a tenant's KEK; rewrap then moves the data keys to it."""
+    """Make a new version of a tenant's KEK; rewrap then moves the data keys (not built yet)."""
     answer = session.connection.admin.RotateTenantKey(
         admin_pb2.RotateTenantKeyRequest(tenant=_resource(name), request_id=request_id())
     )
@@ -77,7 +77,10 @@ def rotate_kek(session: Session, name: Name) -> None:
 @app.command(epilog=examples("byokeep admin rewrap acme"))
 @command()
 def rewrap(session: Session, name: Name) -> None:
-    """Wrap a tenant's data keys again under the newest KEK. With --json: a line for each step."""
+    """Wrap a tenant's data keys again under the newest KEK (not built yet).
+
+    With --json: a line for each step.
+    """
     request = admin_pb2.RewrapTenantRequest(tenant=_resource(name))
     latest = admin_pb2.RewrapTenantResponse()
     with session.out.progress(f"rewrapping {name} …") as progress:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
 
 import typer
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 _EXPORT_SECONDS = 600
+_RECORD = re.compile(r'\s*\{\s*"(event|head)"')
+_T = TypeVar("_T")
 
 
 @app.callback()
@@ -93,8 +96,9 @@ def verify(
 ) -> None:
     """Verify an export offline: no link altered, removed or cut off; name the first broken one.
 
-    Exits 6 where it does not hold, 2 where FILE is no export at all. Without --against, the newest events could be missing
-    together with the head that counted them: keep old exports, or their last lines.
+    Exits 6 where it does not hold, 2 where FILE is not an export at all. Without --against,
+    the newest events could be missing together with the head that counted them: keep old
+    exports, or their last lines.
     """
     from byokeep import auditlog
     from byokeep.profile import load_trust
@@ -105,9 +109,14 @@ def verify(
     try:
         older = None
         if against is not None:
-            older = auditlog.read_head(_lines(str(against)), bundle.audit_log_keys)
-        result = auditlog.verify(
-            _lines(file), bundle.audit_log_keys, deployment=bundle.deployment, against=older
+            older = _read(
+                str(against), lambda lines: auditlog.read_head(lines, bundle.audit_log_keys)
+            )
+        result = _read(
+            file,
+            lambda lines: auditlog.verify(
+                lines, bundle.audit_log_keys, deployment=bundle.deployment, against=older
+            ),
         )
     except auditlog.VerificationError as error:
         broken = error
@@ -160,6 +169,36 @@ def _lines(file: str) -> Iterator[str]:
         return
     with Path(file).open(encoding="utf-8", errors="replace") as opened:
         yield from opened
+
+
+class _Export:
+    """Lines of a file, and whether any of them is of an export, whole or not."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._found = False
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self._found = self._found or bool(_RECORD.match(line))
+            yield line
+
+    def recognised(self) -> bool:
+        # One line that is altered must not make an export pass for another file.
+        return self._found or any(map(_RECORD.match, self._lines))
+
+
+def _read(file: str, read: Callable[[Iterable[str]], _T]) -> _T:
+    from byokeep.auditlog import VerificationError
+
+    lines = _Export(_lines(file))
+    try:
+        return read(lines)
+    except VerificationError:
+        if lines.recognised():
+            raise
+    name = "standard input" if file == "-" else file
+    raise CliError(f"{name} is not an audit export", "byokeep audit export -o FILE writes one")
 
 
 def _report(session: Session, result: Verified, bundle: TrustBundle, older: int | None) -> None:

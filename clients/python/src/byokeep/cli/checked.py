@@ -23,9 +23,7 @@ def tenant(text: str) -> str:
 
 def model(text: str) -> str:
     """Return PROVIDER/MODEL. Raises CliError."""
-    what = (
-        "a model is PROVIDER/MODEL, such as openai/gpt-6-sol; providers: openai, anthropic, gemini"
-    )
+    what = "a model is PROVIDER/MODEL, such as openai/gpt-6.1-terra (or anthropic/, gemini/)"
     return _check(_MODEL, text, what, "byokeep model list")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from byokeep.cli.errors import CliError
+from byokeep.cli.text import clean
 
 _SECONDS = 60
 # host:owner/name, or scheme://[user@]host[:port]/owner/name
@@ -67,7 +68,10 @@ def diff(base: str | None) -> bytes:
     if text:
         return text
     if base:
-        raise CliError("nothing changed between --base and HEAD")
+        raise CliError(
+            f"nothing changed between {clean(base)} and HEAD",
+            "byokeep review without --base reviews what is not committed; --diff FILE any diff",
+        )
     raise CliError(
         "nothing is changed in the working tree (new files count once they are in `git add`)",
         "byokeep review --base main reviews the commits of a branch; --diff FILE any diff",

@@ -39,7 +39,9 @@ def find_key(session: Session, reference: str) -> Key:
                 "give the id, or enough of its beginning",
                 reason="KEY_AMBIGUOUS",
             )
-    known = f"; the tenant has: {_candidates(keys)}" if keys else "; the tenant has none"
+    destroyed = custody_pb2.KEY_VERSION_STATE_DESTROYED
+    left = [key for key in keys if key.provider_key.state != destroyed]
+    known = f"; the tenant has: {_candidates(left)}" if left else "; the tenant has none"
     raise CliError(
         f"no key of tenant {connection.tenant} matches{known}", "byokeep key list", reason="NO_KEY"
     )

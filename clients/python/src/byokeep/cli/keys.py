@@ -161,8 +161,18 @@ def show(session: Session, reference: Reference) -> None:
 
 @app.command(epilog=examples("byokeep key revoke openai"))
 @command()
-def revoke(session: Session, reference: Reference) -> None:
-    """Revoke a key: no new lease from now on, running attempts end. Can't be undone."""
+def revoke(
+    session: Session,
+    reference: Reference,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Changes nothing: no question is asked anyway.")
+    ] = False,
+) -> None:
+    """Revoke a key: no new lease from now on, running attempts end. Can't be undone.
+
+    It is for emergencies, so no question is asked.
+    """
+    del yes
     found = find_key(session, reference)
     request = key_pb2.RevokeKeyRequest(
         name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag

@@ -52,14 +52,14 @@ def list_(session: Session) -> None:
         session.out.table(columns, rows)
     else:
         session.out.print("no model is known: none of the tenant's keys has been validated")
-    _print_choice(session, settings)
+    _print_choice(session, settings, models)
 
 
 @app.command(
     "set",
     epilog=examples(
-        "byokeep model set openai/gpt-5",
-        "byokeep model set anthropic/claude-sonnet-4-5 --repo 'acme/*'",
+        "byokeep model set openai/gpt-6.1-terra",
+        "byokeep model set anthropic/claude-sonnet-5-5 --repo 'acme/*'",
     ),
 )
 @command()
@@ -116,12 +116,17 @@ def _change(session: Session, chosen: str, repo: str | None) -> None:
     if session.out.as_json:
         session.out.json(message_dict(settings))
     else:
-        _print_choice(session, settings)
+        _print_choice(session, settings, [] if settings.default_model else _models(session))
 
 
-def _print_choice(session: Session, settings: settings_pb2.Settings) -> None:
-    default = clean(settings.default_model) or "none: that of the only provider with an active key"
-    session.out.print(f"default: {default}")
+def _print_choice(
+    session: Session, settings: settings_pb2.Settings, models: list[settings_pb2.Model]
+) -> None:
+    providers = {entry.model.partition("/")[0] for entry in models}
+    none = "none: that of the only provider with an active key"
+    if len(providers) > 1:
+        none = "none: choose one with byokeep model set"
+    session.out.print(f"default: {clean(settings.default_model) or none}")
     for entry in settings.model_overrides:
         session.out.print(f"{clean(entry.repository_pattern)}: {clean(entry.model)}")
 

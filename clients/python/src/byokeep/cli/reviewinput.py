@@ -51,7 +51,9 @@ def build(given: Given) -> review_pb2.ReviewInput:
         checked.model(given.model)
     checked.user(given.user)
     in_repository = gitinfo.inside_repository()
-    head = given.head or (gitinfo.head_commit() if in_repository else "")
+    # A diff from elsewhere need not be of the commit that is checked out here.
+    here = in_repository and given.diff is None
+    head = given.head or (gitinfo.head_commit() if here else "")
     return review_pb2.ReviewInput(
         repository=given.repo or gitinfo.repository(),
         pull_request=given.pr,

@@ -262,9 +262,10 @@ def _create(
     try:
         return connection.tenants.CreateTenant(request).tenant, None
     except grpc.RpcError as error:
-        if error_info(error).reason != "ERROR_REASON_TENANT_EXISTS":
+        if error_info(error).reason != "TENANT_EXISTS":
             raise
-        listed = pages(connection.tenants.ListTenants, tenant_pb2.ListTenantsRequest(), "tenants")
+        every = tenant_pb2.ListTenantsRequest(page_size=500)
+        listed = pages(connection.tenants.ListTenants, every, "tenants")
         found = next((entry for entry in listed if entry.name == resource), None)
         # A tenant that was deleted keeps its name, and must not get a KEK again.
         if found is None or found.state == tenant_pb2.TENANT_STATE_DELETED:
