@@ -200,7 +200,7 @@ def test_prompt_needs_a_terminal(edge, byokeep):
 
 
 def test_a_rejected_version_is_not_the_verdict_of_the_one_that_serves(edge, byokeep):
-    """Shown to fail where the verdict is the newest version's: the key looks INVALID."""
+    """The key serves reviews: a refused rotation says nothing of it."""
     edge.add_key()
     (key,) = edge.keys.values()
     key.validation.version = 2
