@@ -95,7 +95,7 @@ def test_error_text_of_libraries(capfd):
     Shown to fail: with record.getMessage() in the formatter.
     """
     logs.setup("test", "info")
-    logging.getLogger("httpx").warning("HTTP Request: %s", CANARY)
+    logging.getLogger("a.library").warning("HTTP Request: %s", CANARY)
     written = capfd.readouterr().err
     assert "CANARY" not in written
     # gRPC's own threads may write beside it.
