@@ -473,4 +473,21 @@ MUTANTS = (
         '\n        __import__("os").write(2, key)',
         (_SEC + "test_canary.py",),
     ),
+    Mutant(
+        "a config file in the working directory",
+        "clients/python/src/byokeep/profile.py",
+        "    checkout = Path(sys.prefix if prefix is None else prefix).parent.resolve()\n",
+        "    for folder in (Path.cwd(), *Path.cwd().parents):\n"
+        '        if (folder / ".byokeep" / "config.toml").is_file():\n'
+        '            return folder / ".byokeep" / "config.toml"\n'
+        "    checkout = Path(sys.prefix if prefix is None else prefix).parent.resolve()\n",
+        ("tests/unit/test_profile.py::test_the_working_directory_brings_no_config",),
+    ),
+    Mutant(
+        "logs of the stack that others may read",
+        "deploy/local/processes.py",
+        "    os.fchmod(descriptor, 0o600)",
+        "    os.fchmod(descriptor, 0o644)",
+        ("tests/component/test_local_stack.py::test_logs_are_closed_to_others",),
+    ),
 )
