@@ -79,15 +79,19 @@ async def lock(connection: Connection, chain: str) -> Head:
     """Lock a chain for this transaction. Raises ByokeepError: TENANT_KEY_MISSING."""
     row = await (await connection.execute(_LOCK, (chain,))).fetchone()
     if row is None:
-        tenant = chain.rpartition("/")[2]
-        raise ByokeepError(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            "TENANT_KEY_MISSING",
-            f"tenant {tenant} has no key-encryption key; an operator creates it:"
-            f" byokeep tenant create {tenant}",
-            tenant=tenant,
-        )
+        raise tenant_key_missing(chain.rpartition("/")[2])
     return Head(chain, *row)
+
+
+def tenant_key_missing(tenant: str) -> ByokeepError:
+    """Return the error for a tenant that has no chain, or no key-encryption key, yet."""
+    return ByokeepError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "TENANT_KEY_MISSING",
+        f"tenant {tenant} has no key-encryption key; an operator creates it:"
+        f" byokeep tenant create {tenant}",
+        tenant=tenant,
+    )
 
 
 def link(

@@ -109,7 +109,7 @@ class Custody:
         try:
             data_key = await self._backend.generate_data_key(kek.tenant_kek(order.tenant))
         except kek.KekMissingError:
-            raise _no_kek(order.tenant) from None
+            raise chain.tenant_key_missing(order.tenant) from None
         with data_key.plaintext as clear:
             opened = await self._open(order, clear.reveal(), context)
         secret = store.StoredSecret(
@@ -364,14 +364,4 @@ def _raced() -> ByokeepError:
         "ETAG_MISMATCH",
         "another version was staged at the same time; try again",
         field="name",
-    )
-
-
-def _no_kek(tenant: str) -> ByokeepError:
-    return ByokeepError(
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "TENANT_KEY_MISSING",
-        f"tenant {tenant} has no key-encryption key; an operator creates it:"
-        f" byokeep tenant create {tenant}",
-        tenant=tenant,
     )
