@@ -1,7 +1,7 @@
 """Connections to the orchestrator's database, and the one seam for its errors.
 
 SQL is written out and run through psycopg; SQLAlchemy owns the schema and its migrations
-(docs/decisions/0003-keyvault-sql.md has the measurements).
+(docs/decisions/0003-sql.md has the measurements).
 """
 
 from __future__ import annotations
