@@ -146,6 +146,7 @@ _FINAL: Final = frozenset(
         "REFUSED",
         "AMBIGUOUS",
         "KEY_REVOKED",
+        "DAILY_LIMIT",
     }
 )
 NEWER_VERSION_HELPS: Final = frozenset({"KEY_REJECTED", "KEY_REVOKED", "LEASE_REFUSED"})
@@ -220,6 +221,8 @@ _SENTENCES: Final[Mapping[str, str]] = {
     "RUNNER_UNAVAILABLE": "No runner answered. Run 'byokeep review retry {review}' later.",
     "TIMEOUT": "The attempt took longer than it may. Run 'byokeep review retry {review}', or"
     " review a smaller diff.",
+    "DAILY_LIMIT": "The tenant's ceiling of provider calls in 24 hours is reached; nothing more was"
+    " sent. Run 'byokeep review retry {review}' later, or raise it with 'byokeep limit set'.",
     "INTERNAL": "Something unforeseen happened; the service's log has more.",
 }
 
