@@ -1,6 +1,7 @@
 """The orchestrator's tables. Migrations build them; a test compares the two.
 
-No table has a column for a provider key, token usage or cost. States, plans, verdicts and
+No table has a column for a provider key, token usage or cost; what customers write and models
+answer stands in two columns, encrypted. States, plans, verdicts and
 failures stand as the short names of their proto enums.
 """
 
@@ -182,24 +183,9 @@ review_content = Table(
     "review_content",
     metadata,
     _review_key(),
-    # A serialized ReviewInput: diff, title, description, guidance, context files.
+    # A serialized ReviewInput (diff, title, description, guidance, context files), sealed:
+    # content.py.
     Column("input", LargeBinary, nullable=False),
-)
-
-finding = Table(
-    "finding",
-    metadata,
-    _review_key(),
-    Column("chunk_id", Text, primary_key=True),
-    Column("ordinal", Integer, primary_key=True),
-    _text("path", default=None),
-    _count("start_line"),
-    _count("end_line"),
-    Column("severity", SmallInteger, nullable=False),
-    Column("category", SmallInteger, nullable=False),
-    _text("title", default=None),
-    _text("message", default=None),
-    _text("suggestion"),
 )
 
 attempt = Table(
@@ -256,4 +242,6 @@ chunk_done = Table(
     _review_key(),
     Column("chunk_id", Text, primary_key=True),
     _text("attempt_id", default=None),
+    # A serialized Review with the chunk's findings alone, sealed; NULL where there are none.
+    Column("findings", LargeBinary),
 )

@@ -119,23 +119,12 @@ CHUNK_DONE: Final = text("""
         UPDATE provider_call SET finish_time = now()
         WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
     d AS (
-        INSERT INTO chunk_done (review_id, chunk_id, attempt_id)
-        SELECT review_id, :chunk_id, :id FROM a
-        ON CONFLICT DO NOTHING RETURNING review_id, chunk_id),
-    n AS (
-        INSERT INTO finding (review_id, chunk_id, ordinal, path, start_line, end_line,
-            severity, category, title, message, suggestion)
-        SELECT d.review_id, d.chunk_id, u.ordinal, u.path, u.start_line, u.end_line,
-            u.severity, u.category, u.title, u.message, u.suggestion
-        FROM d, unnest(
-            CAST(:paths AS text[]), CAST(:start_lines AS int[]), CAST(:end_lines AS int[]),
-            CAST(:severities AS smallint[]), CAST(:categories AS smallint[]),
-            CAST(:titles AS text[]), CAST(:messages AS text[]), CAST(:suggestions AS text[])
-        ) WITH ORDINALITY AS u(path, start_line, end_line, severity, category, title,
-            message, suggestion, ordinal)),
+        INSERT INTO chunk_done (review_id, chunk_id, attempt_id, findings)
+        SELECT review_id, :chunk_id, :id, CAST(:findings AS bytea) FROM a
+        ON CONFLICT DO NOTHING RETURNING review_id),
     r AS (
         UPDATE review SET chunks_done = chunks_done + 1, version = version + 1,
-            finding_count = finding_count + cardinality(CAST(:paths AS text[])),
+            finding_count = finding_count + :finding_count,
             dropped_findings = dropped_findings + :dropped
         FROM d WHERE review.id = d.review_id
         RETURNING review.id, chunks_done < chunks_total AS more)
@@ -299,8 +288,10 @@ DROP_CONTENT: Final = text("""
         AND end_time < now() - make_interval(hours => :hours)""")
 
 DROP_FINDINGS: Final = text("""
-    DELETE FROM finding USING review
-    WHERE review.id = finding.review_id AND end_time < now() - make_interval(days => :days)""")
+    DELETE FROM chunk_done USING review
+    WHERE review.id = chunk_done.review_id AND end_time < now() - make_interval(days => :days)
+        -- A review that can be retried still needs to know what is done.
+        AND NOT EXISTS (SELECT FROM review_content c WHERE c.review_id = review.id)""")
 
 DROP_REQUESTS: Final = text("DELETE FROM request WHERE create_time < now() - interval '7 days'")
 

@@ -17,7 +17,8 @@ from byokeep.orchestrator.v1.review_pb2 import Finding
 from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.orchestrator import sql
+from services.common.errors import internal
+from services.orchestrator import content, sql
 from services.orchestrator.database import Database, raw
 from services.orchestrator.domain import PLANS
 from services.orchestrator.queue import Queue
@@ -29,7 +30,10 @@ class Fenced(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A claimed attempt, with all that it takes to run it."""
+    """A claimed attempt, with all that it takes to run it.
+
+    `input` is sealed as it comes from the table; `content_key` is there once it is opened.
+    """
 
     attempt_id: str
     kind: str
@@ -49,6 +53,7 @@ class Work:
     validations: int
     validation_hours: float
     destroy_previous: bool
+    content_key: content.ContentKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +158,8 @@ class AttemptStore:
                 "fence": work.fence,
                 "chunk_id": chunk_id,
                 "dropped": dropped,
-                "paths": [one.path for one in findings],
-                "start_lines": [one.start_line for one in findings],
-                "end_lines": [one.end_line for one in findings],
-                "severities": [int(one.severity) for one in findings],
-                "categories": [int(one.category) for one in findings],
-                "titles": [one.title for one in findings],
-                "messages": [one.message for one in findings],
-                "suggestions": [one.suggestion for one in findings],
+                "finding_count": len(findings),
+                "findings": _sealed(work, chunk_id, findings) if findings else None,
             },
         )
 
@@ -353,6 +352,12 @@ async def _one(
     if row is None:
         raise Fenced
     return row
+
+
+def _sealed(work: Work, chunk_id: str, findings: Sequence[Finding]) -> bytes:
+    if work.content_key is None:
+        raise internal()
+    return content.seal_findings(work.content_key, work.review_id, chunk_id, findings)
 
 
 def _trail(trail: Trail) -> dict[str, Any]:

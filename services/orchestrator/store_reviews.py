@@ -18,7 +18,7 @@ from services.orchestrator import access, sql, store_requests
 from services.orchestrator.database import Database, raw
 from services.orchestrator.domain import PLANS
 from services.orchestrator.queue import Queue
-from services.orchestrator.schema import finding as finding_table
+from services.orchestrator.schema import chunk_done
 from services.orchestrator.schema import review as review_table
 from services.orchestrator.store_attempts import AttemptStore
 
@@ -61,13 +61,16 @@ _ONE: Final = select(*_COLUMNS)
 _GET: Final = _ONE.where(
     review_table.c.id == bindparam("id"), review_table.c.tenant == bindparam("tenant")
 )
-_FINDINGS: Final = select(*[c for c in finding_table.c if c.name != "review_id"])
+_FINDINGS: Final = select(chunk_done.c.chunk_id, chunk_done.c.findings).where(
+    chunk_done.c.review_id == bindparam("review_id"), chunk_done.c.findings.is_not(None)
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A review that is to be stored; `scope` and `digest` make it idempotent."""
+    """A review that is to be stored, its input sealed; `scope` and `digest` make it idempotent."""
 
+    id: str
     tenant: str
     scope: str
     digest: bytes
@@ -108,7 +111,7 @@ class ReviewStore:
         """
         attempt_id = ids.new_id("att")
         parameters = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
-        parameters |= {"id": ids.new_id("rev"), "attempt_id": attempt_id}
+        parameters["attempt_id"] = attempt_id
         async with self._database.transaction() as connection:
             parameters["places"] = await _places(connection, new.tenant)
             row = (await connection.execute(sql.SUBMIT, parameters)).one_or_none()
@@ -134,25 +137,11 @@ class ReviewStore:
             )
         return _review(row)
 
-    async def findings(self, review_id: str) -> list[review_pb2.Finding]:
-        """Return a review's findings by path and line."""
-        query = _FINDINGS.where(finding_table.c.review_id == review_id).order_by(
-            finding_table.c.path, finding_table.c.start_line, finding_table.c.ordinal
-        )
+    async def findings(self, review_id: str) -> dict[str, bytes]:
+        """Return a review's findings by chunk, sealed."""
         async with self._database.statement() as connection:
-            return [
-                review_pb2.Finding(
-                    path=row.path,
-                    start_line=row.start_line,
-                    end_line=row.end_line,
-                    severity=review_pb2.Severity.ValueType(row.severity),
-                    category=review_pb2.Category.ValueType(row.category),
-                    title=row.title,
-                    message=row.message,
-                    suggestion=row.suggestion,
-                )
-                for row in await connection.execute(query)
-            ]
+            found = await connection.execute(_FINDINGS, {"review_id": review_id})
+            return {row.chunk_id: bytes(row.findings) for row in found}
 
     async def page(
         self, tenant: str, before: str, limit: int, repository: str, *, of_users: bool

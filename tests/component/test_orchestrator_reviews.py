@@ -412,10 +412,13 @@ async def test_content_of_a_failed_review_is_kept_for_a_day(stack: Stack) -> Non
 
 
 async def test_findings_are_deleted_after_their_retention(stack: Stack) -> None:
-    await stack.ended(await stack.submit())
+    review = await stack.ended(await stack.submit())
     await stack.sql("UPDATE review SET end_time = now() - interval '91 days'")
     await stack.app.sweeper.retention()
-    assert await stack.sql("SELECT * FROM finding") == []
+    assert await stack.sql("SELECT * FROM chunk_done") == []
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("acme").reviews.GetReview(review_pb2.GetReviewRequest(name=review.name))
+    assert error_info(refused.value).reason == "CONTENT_EXPIRED"
 
 
 async def test_dry_run_stores_and_sends_nothing(stack: Stack) -> None:
@@ -533,7 +536,7 @@ async def test_our_own_defect_ends_the_attempt_at_once(stack: Stack) -> None:
     async def unstorable(talk: Conversation) -> None:
         await talk.accept("c1")
         await talk.call("c1")
-        await talk.result("c1", review_pb2.Finding(path="a\0b"))
+        await talk.result("c1\0", finding())
 
     stack.runner.scripts = [unstorable]
     review = await stack.ended(await stack.submit())
