@@ -58,11 +58,11 @@ class IntakeKeys:
     """Makes, signs, opens and closes intake keys."""
 
     def __init__(
-        self, database: Database, backend: kek.Backend, signing: SigningKey, deployment: str
+        self, database: Database, backends: kek.Backends, signing: SigningKey, deployment: str
     ) -> None:
-        """Keep keys in a database, wrapped under epoch KEKs of a backend."""
+        """Keep keys in a database, wrapped under epoch KEKs."""
         self._database = database
-        self._backend = backend
+        self._backends = backends
         self._signing = signing
         self._deployment = deployment
         self._making = asyncio.Lock()
@@ -134,18 +134,27 @@ class IntakeKeys:
 
     async def close_epochs(self) -> None:
         """Delete intake keys whose window is over, and their KEKs first."""
-        for key_id in await store.closed(self._database):
-            await self._backend.destroy(kek.intake_kek(key_id))
+        for key_id, backend in await store.closed(self._database):
+            await self._backends.named(backend).destroy(kek.intake_kek(key_id))
             await store.delete(self._database, key_id)
 
     async def _make(self, suite: options_pb2.HpkeSuite.ValueType) -> store.IntakeKey:
         key_id = new_id("ink")
         private = hpke.PrivateKey.generate(suite)
-        await self._backend.create(kek.intake_kek(key_id))
-        data_key = await self._backend.generate_data_key(kek.intake_kek(key_id))
+        backend = self._backends.primary
+        await backend.create(kek.intake_kek(key_id))
+        data_key = await backend.generate_data_key(kek.intake_kek(key_id))
         now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
         key = store.IntakeKey(
-            key_id, suite, private.public_bytes, data_key.wrapped, b"", now, now + MAX_WINDOW
+            key_id,
+            suite,
+            private.public_bytes,
+            backend.name,
+            data_key.kek_version,
+            data_key.wrapped,
+            b"",
+            now,
+            now + MAX_WINDOW,
         )
         with data_key.plaintext as clear:
             sealed = encrypt(clear.reveal(), private.reveal(), self._context(key))
@@ -172,7 +181,8 @@ class IntakeKeys:
         self._verified.add(key)
 
     async def _private(self, key: store.IntakeKey) -> bytearray:
-        wrapped = await self._backend.unwrap(kek.intake_kek(key.key_id), key.wrapped_dek)
+        backend = self._backends.named(key.kek_backend)
+        wrapped = await backend.unwrap(kek.intake_kek(key.key_id), key.wrapped_dek)
         with wrapped as data_key:
             return decrypt(data_key.reveal(), key.envelope, self._context(key))
 

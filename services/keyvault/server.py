@@ -32,7 +32,7 @@ from services.keyvault.custody import Custody
 from services.keyvault.database import Database
 from services.keyvault.denials import Denials
 from services.keyvault.intake import IntakeKeys
-from services.keyvault.kek.local import LocalBackend, load_keyring
+from services.keyvault.kek.configured import open_backends
 from services.keyvault.leasing import Leasing
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.revocations import Revocations
@@ -43,12 +43,6 @@ from services.keyvault.service.lease import LeaseService
 
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
-
-
-def open_backend(settings: Settings, database: Database) -> kek.Backend:
-    """Return the configured KEK backend. Raises ConfigError."""
-    keyring = load_keyring(settings.keyring_file)
-    return LocalBackend(database, keyring, settings.deployment)
 
 
 def open_database(settings: Settings) -> Database:
@@ -65,7 +59,7 @@ class App:
         self._settings = settings
         self._role = role
         self._database = open_database(settings)
-        self._backend = open_backend(settings, self._database)
+        self._backends = open_backends(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
         self._anchor = Anchor(self._database, settings.anchor_file, settings.deployment)
         self._reconcile = Reconcile(self._database, self._anchor, settings.deployment)
@@ -77,7 +71,8 @@ class App:
         settings = self._settings
         try:
             await self._database.open()
-            self._keys = await system_keys.load(self._database, self._backend, settings.deployment)
+            await self._backends.start()
+            self._keys = await system_keys.load(self._database, self._backends, settings.deployment)
         except (ByokeepError, KeyError, kek.KekMissingError, kek.UnwrapError) as error:
             raise ConfigError(
                 f"keyvault's database or its own keys can't be opened ({type(error).__name__}):"
@@ -85,11 +80,11 @@ class App:
                 " and is it the same keyring?"
             ) from None
         self._intake = IntakeKeys(
-            self._database, self._backend, self._keys.intake_signing, settings.deployment
+            self._database, self._backends, self._keys.intake_signing, settings.deployment
         )
         self._custody = Custody(
             self._database,
-            self._backend,
+            self._backends,
             self._intake,
             self._keys.state_mac,
             settings.deployment,
@@ -97,7 +92,7 @@ class App:
         )
         self._leasing = Leasing(
             self._database,
-            self._backend,
+            self._backends,
             self._custody,
             grants.load_keys(settings.grant_keys_dir),
             settings.deployment,
@@ -133,7 +128,7 @@ class App:
             admin_pb2_grpc.add_AdminServiceServicer_to_server(
                 AdminService(
                     self._database,
-                    self._backend,
+                    self._backends,
                     self._custody,
                     self._anchor,
                     self._reconcile,
@@ -158,6 +153,7 @@ class App:
             await self._denials.flush(0.0, everything=True)
 
         await background.each("last_write", (count, self._anchor.tick), lambda step: step())
+        await self._backends.close()
         await self._database.close()
 
     def _refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:

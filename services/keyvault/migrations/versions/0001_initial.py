@@ -36,6 +36,8 @@ def upgrade() -> None:
         sa.Column("key_id", sa.Text(), nullable=False),
         sa.Column("suite", sa.SmallInteger(), nullable=False),
         sa.Column("public", sa.LargeBinary(), nullable=False),
+        sa.Column("kek_backend", sa.Text(), nullable=False),
+        sa.Column("kek_version", sa.Integer(), nullable=False),
         sa.Column("wrapped_dek", sa.LargeBinary(), nullable=False),
         sa.Column("envelope", sa.LargeBinary(), nullable=False),
         sa.Column(
@@ -158,6 +160,8 @@ def upgrade() -> None:
         "system_key",
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("key_id", sa.Text(), nullable=False),
+        sa.Column("kek_backend", sa.Text(), nullable=False),
+        sa.Column("kek_version", sa.Integer(), nullable=False),
         sa.Column("wrapped_dek", sa.LargeBinary(), nullable=False),
         sa.Column("envelope", sa.LargeBinary(), nullable=False),
         sa.Column(
