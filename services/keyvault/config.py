@@ -36,6 +36,11 @@ class Settings(config.ServiceSettings):
     tenant_leases_in_flight: int = config.setting(
         "leases of one tenant that live at once", default=64
     )
+    content_retention_days: int = config.setting(
+        "days after its day that a content key is kept; no less than the orchestrator's"
+        " findings_days",
+        default=90,
+    )
     database_connections: int = config.setting("connections to the database", default=8)
 
     def read_backends(self) -> list[str]:
