@@ -79,8 +79,6 @@ class ContentKeys:
             data_key = await backend.generate_data_key(name)
         except kek.KekMissingError:
             raise epochs.missing(name) from None
-        except kek.KekUnavailableError:
-            raise _unavailable() from None
         data_key.plaintext.wipe()
         row = store.ContentRow(backend.name, data_key.kek_version, data_key.wrapped)
         await store.insert_content_key(self._database, tenant, epoch, row)
@@ -94,8 +92,6 @@ class ContentKeys:
             raise _expired(epoch) from None
         except kek.UnwrapError:
             raise _tampered(epoch) from None
-        except kek.KekUnavailableError:
-            raise _unavailable() from None
         with data_key as clear:
             return derive(clear.reveal(), self._deployment, tenant, epoch)
 
@@ -122,13 +118,4 @@ def _tampered(epoch: str) -> ByokeepError:
         "ROW_TAMPERED",
         "the stored content key fails its authentication; it is not given out",
         epoch=epoch,
-    )
-
-
-def _unavailable() -> ByokeepError:
-    return ByokeepError(
-        grpc.StatusCode.UNAVAILABLE,
-        "DEPENDENCY_UNAVAILABLE",
-        "the backend of key-encryption keys does not answer; try again",
-        dependency="kek_backend",
     )
