@@ -116,8 +116,8 @@ CALL_STARTED: Final = """
     a AS (
         UPDATE attempt SET calls_started = calls_started + 1,
             lease_id = %(lease_id)s, process_id = %(process_id)s
-        WHERE id = %(id)s AND fence = %(fence)s AND state = 'RUNNING'
-            AND (kind = 'VALIDATION' OR EXISTS (SELECT FROM day))
+        FROM due
+        WHERE attempt.id = %(id)s AND (due.kind = 'VALIDATION' OR EXISTS (SELECT FROM day))
         RETURNING review_id),
     f AS (
         UPDATE provider_call SET finish_time = now()

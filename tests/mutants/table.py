@@ -322,7 +322,7 @@ MUTANTS = (
         _OR + "sql.py",
         "WHERE attempt.id = %(id)s AND fence = %(fence)s AND attempt.state = 'RUNNING'\n"
         "        FOR UPDATE OF attempt)",
-        "WHERE attempt.id = %(id)s FOR UPDATE OF attempt)",
+        "WHERE attempt.id = %(id)s AND %(fence)s > 0 FOR UPDATE OF attempt)",
         (_FENCE,),
     ),
     Mutant(
