@@ -21,7 +21,7 @@ _SEC = "tests/security/"
 
 _OR = "services/orchestrator/"
 _FENCE = _SEC + "test_fence.py::test_paused_attempt_changes_nothing_after_its_turn"
-_GUARD = "AND fence = :fence AND state = 'RUNNING'"
+_GUARD = "AND fence = %(fence)s AND state = 'RUNNING'"
 
 MUTANTS = (
     Mutant(
@@ -320,23 +320,23 @@ MUTANTS = (
     Mutant(
         "a call of a fenced attempt is stored",
         _OR + "sql.py",
-        "            lease_id = :lease_id, process_id = :process_id\n        WHERE id = :id "
+        "            lease_id = %(lease_id)s, process_id = %(process_id)s\n        WHERE id = %(id)s "
         + _GUARD,
-        "            lease_id = :lease_id, process_id = :process_id\n        WHERE id = :id AND :fence > 0",
+        "            lease_id = %(lease_id)s, process_id = %(process_id)s\n        WHERE id = %(id)s AND %(fence)s > 0",
         (_FENCE,),
     ),
     Mutant(
         "a chunk of a fenced attempt is stored",
         _OR + "sql.py",
-        "WHERE id = :id " + _GUARD + " FOR UPDATE",
-        "WHERE id = :id AND :fence > 0 FOR UPDATE",
+        "WHERE id = %(id)s " + _GUARD + " FOR UPDATE",
+        "WHERE id = %(id)s AND %(fence)s > 0 FOR UPDATE",
         (_FENCE,),
     ),
     Mutant(
         "a fenced attempt ends its review",
         _OR + "sql.py",
-        "WHERE id = :id " + _GUARD + "\n        RETURNING *)",
-        "WHERE id = :id AND :fence > 0\n        RETURNING *)",
+        "WHERE id = %(id)s " + _GUARD + "\n        RETURNING *)",
+        "WHERE id = %(id)s AND %(fence)s > 0\n        RETURNING *)",
         (_FENCE,),
     ),
     Mutant(
@@ -349,8 +349,8 @@ MUTANTS = (
     Mutant(
         "a living worker is fenced off",
         _OR + "sql.py",
-        "AND a.heartbeat_time < now() - make_interval(secs => :seconds)",
-        "AND :seconds > 0",
+        "AND a.heartbeat_time < now() - make_interval(secs => %(seconds)s)",
+        "AND %(seconds)s > 0",
         (_SEC + "test_fence.py::test_worker_that_lives_keeps_its_attempt",),
     ),
     Mutant(
@@ -398,8 +398,8 @@ MUTANTS = (
     Mutant(
         "reviews are found whosever they are",
         _OR + "store_reviews.py",
-        'review_table.c.id == bindparam("id"), review_table.c.tenant == bindparam("tenant")',
-        'review_table.c.id == bindparam("id")',
+        "WHERE id = %(id)s AND tenant = %(tenant)s",
+        "WHERE id = %(id)s AND %(tenant)s <> ''",
         (_SEC + "test_tenant_authz.py::test_name_of_another_tenants_thing_finds_nothing",),
     ),
     Mutant(
@@ -610,5 +610,15 @@ MUTANTS = (
         "INTAKE.end(epoch) + MAX_WINDOW + INTAKE_GRACE",
         "INTAKE.end(epoch) + INTAKE_GRACE",
         (_SEC + "test_content_keys.py::test_no_statement_outlives_its_epoch",),
+    ),
+    Mutant(
+        "an open call is given up with its stream",
+        _OR + "execution.py",
+        "and self._call_open and code in _LOST",
+        "and False",
+        (
+            "tests/component/test_orchestrator_reviews.py"
+            "::test_open_call_is_taken_up_again_where_the_stream_breaks",
+        ),
     ),
 )
