@@ -113,6 +113,9 @@ class App:
         await self._anchor.tick()
         await self._reconcile.once()
         await self._revocations.start()
+        if self._role in ("all", "admin"):
+            # A backend that is away now must not keep the admin role from starting.
+            await background.each("epochs", (self._epochs.tick,), lambda step: step())
         self._run("denials", denials.TICK_SECONDS, self._denials.tick)
         self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
         self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
@@ -120,7 +123,6 @@ class App:
         self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
         self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
         if self._role in ("all", "admin"):
-            await background.each("epochs", (self._epochs.tick,), lambda step: step())
             self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
 
     def register(self, server: grpc.aio.Server) -> None:
