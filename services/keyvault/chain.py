@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -36,6 +37,21 @@ WITH event AS (
     )
 )
 UPDATE chain SET sequence = %(sequence)s, hash = %(hash)s WHERE chain = %(chain)s
+"""
+
+# Events of many chains, whose rows are locked, and those chains' new heads.
+_APPEND_LINKED = """
+WITH item AS (
+    SELECT * FROM json_to_recordset(%s::json) AS item (
+        chain text, sequence bigint, key_id text, body bytea, previous bytea, hash bytea)
+), event AS (
+    INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
+    SELECT chain, sequence, key_id, body, previous, hash FROM item
+)
+UPDATE chain SET sequence = newest.sequence, hash = newest.hash
+FROM (SELECT DISTINCT ON (chain) chain, sequence, hash FROM item
+      ORDER BY chain, sequence DESC) AS newest
+WHERE chain.chain = newest.chain
 """
 
 
@@ -133,3 +149,19 @@ async def append(
     head, links = link(head, deployment, events)
     await connection.execute(_APPEND, append_parameters(head, links))
     return head
+
+
+async def append_linked(connection: Connection, links: Iterable[tuple[str, Link]]) -> None:
+    """Write events that are linked already, as (chain, link), to the ends of locked chains."""
+    items = [
+        {
+            "chain": name,
+            "sequence": one.sequence,
+            "key_id": one.key_id,
+            "body": "\\x" + one.body.hex(),
+            "previous": "\\x" + one.previous_hash.hex(),
+            "hash": "\\x" + one.hash.hex(),
+        }
+        for name, one in links
+    ]
+    await connection.execute(_APPEND_LINKED, (json.dumps(items),))

@@ -12,6 +12,7 @@ from typing import Any, LiteralString
 
 import grpc
 import psycopg
+import psycopg.errors
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from services.common.errors import ByokeepError
@@ -21,6 +22,13 @@ Row = tuple[Any, ...]
 Cursor = psycopg.AsyncCursor[Row]
 Parameters = Sequence[Any] | Mapping[str, Any]
 _WAIT_SECONDS = 5.0
+# What keyvault rests on is not left to a server's or a role's defaults: a commit is on the
+# disk when it is answered, and each statement sees what was committed before it.
+_OPTIONS = r"-c synchronous_commit=on -c default_transaction_isolation=read\ committed"
+
+
+class DuplicateError(Exception):
+    """A row with the same unique value is there."""
 
 
 class Database:
@@ -34,7 +42,12 @@ class Database:
             max_size=connections,
             open=False,
             timeout=_WAIT_SECONDS,
-            kwargs={"autocommit": True, "application_name": "byokeep-keyvault"},
+            kwargs={
+                "autocommit": True,
+                "application_name": "byokeep-keyvault",
+                "options": _OPTIONS,
+                "connect_timeout": 5,
+            },
         )
 
     async def open(self) -> None:
@@ -94,13 +107,22 @@ def _seam() -> Iterator[None]:
         yield
     except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout):
         failed = "DEPENDENCY_UNAVAILABLE"
+    except psycopg.errors.UniqueViolation:
+        failed = "DUPLICATE"
     except psycopg.Error:
         failed = "AUDIT_UNAVAILABLE"
+    if failed == "DUPLICATE":
+        raise DuplicateError
     if failed:
-        raise ByokeepError(
-            grpc.StatusCode.UNAVAILABLE,
-            failed,
-            "keyvault's database does not answer, or does not take what must be written;"
-            " nothing was released; try again",
-            dependency="database",
-        )
+        raise unreachable(failed)
+
+
+def unreachable(reason: str = "DEPENDENCY_UNAVAILABLE") -> ByokeepError:
+    """Return the error for a database that does not answer, or does not take what is written."""
+    return ByokeepError(
+        grpc.StatusCode.UNAVAILABLE,
+        reason,
+        "keyvault's database does not answer, or does not take what must be written;"
+        " nothing was released; try again",
+        dependency="database",
+    )

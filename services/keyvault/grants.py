@@ -22,6 +22,10 @@ from services.common.errors import ByokeepError
 
 MAX_LIFE = datetime.timedelta(seconds=60)
 SKEW = datetime.timedelta(seconds=5)
+_LONGEST = 256
+# What PostgreSQL's bigint and integer hold.
+_LARGEST = 2**63 - 1
+_LARGEST_VERSION = 2**31 - 1
 
 
 class GrantRefusedError(Exception):
@@ -65,7 +69,7 @@ def verify(
         raise GrantRefusedError("deployment")
     if not datetime.timedelta() < life <= MAX_LIFE:
         raise GrantRefusedError("life")
-    if not grant.grant_id or not grant.attempt_id or not grant.tenant:
+    if not _well_formed(grant):
         raise GrantRefusedError("form")
     if grant.purpose not in (
         grant_pb2.LEASE_PURPOSE_VALIDATION,
@@ -73,6 +77,18 @@ def verify(
     ):
         raise GrantRefusedError("purpose")
     return grant
+
+
+def _well_formed(grant: grant_pb2.Grant) -> bool:
+    # Whatever a signer writes is stored with the lease and in the audit log.
+    texts = (grant.owner, grant.actor, grant.key_id, grant.review_id)
+    needed = (grant.grant_id, grant.attempt_id, grant.tenant)
+    return (
+        all(needed)
+        and all(len(text) <= _LONGEST and text.isprintable() for text in needed + texts)
+        and grant.fence <= _LARGEST
+        and grant.key_version <= _LARGEST_VERSION
+    )
 
 
 def check_time(grant: grant_pb2.Grant, now: datetime.datetime) -> None:
