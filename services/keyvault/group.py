@@ -38,6 +38,7 @@ class GroupCommit(Generic[T, R]):
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
         self._locked: set[Hashable] = set()
         self._running: set[asyncio.Task[None]] = set()
+        self._starting = False
 
     async def do(self, item: T) -> R:
         """Do one item with whatever else waits.
@@ -49,10 +50,17 @@ class GroupCommit(Generic[T, R]):
             raise _overloaded()
         done: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, done))
-        self._start()
+        self._start_soon()
         return await done
 
+    def _start_soon(self) -> None:
+        # Not now: whatever else came in with this turn of the loop goes into the same group.
+        if not self._starting:
+            self._starting = True
+            asyncio.get_running_loop().call_soon(self._start)
+
     def _start(self) -> None:
+        self._starting = False
         while len(self._running) < _LANES:
             group: list[tuple[T, asyncio.Future[R]]] = []
             left: list[tuple[T, asyncio.Future[R]]] = []
@@ -77,7 +85,7 @@ class GroupCommit(Generic[T, R]):
     def _ended(self, locks: set[Hashable], task: asyncio.Task[None]) -> None:
         self._locked -= locks
         self._running.discard(task)
-        self._start()
+        self._start_soon()
 
     async def _do(self, group: list[tuple[T, asyncio.Future[R]]]) -> None:
         failure: Exception

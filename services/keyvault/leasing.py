@@ -66,7 +66,9 @@ class Leasing:
             lease_id=redeemed.lease.lease_id,
             sealed_key=await self._open(grant, redeemed, request),
         )
-        answer.expire_time.FromDatetime(redeemed.lease.expire_time)
+        answer.expire_time.seconds, answer.expire_time.nanos = chain.stamp(
+            redeemed.lease.expire_time
+        )
         return answer
 
     async def _redeem(self, grant: grant_pb2.Grant, holder: str) -> Redeemed:
@@ -132,7 +134,7 @@ class Leasing:
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(lease.tenant))
             await chain.append(connection, head, self._deployment, [event])
-            await store.close(connection, {lease.lease_id: lease_pb2.LEASE_OUTCOME_FAILED})
+            await store.close(connection, lease.lease_id, lease_pb2.LEASE_OUTCOME_FAILED)
         return _UNOPENED[reason](lease.key_id)
 
 

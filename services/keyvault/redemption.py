@@ -102,7 +102,6 @@ class Redemption:
             outcomes = [group.outcome(order) for order in orders]
             if group.leases:
                 await store.redeem(connection, group.leases, group.now)
-                await chain.append_linked(connection, group.links)
         return outcomes
 
     def decide(self, order: _Order, one: Locked, tenant: Meter, key: Meter) -> Lease:
@@ -173,8 +172,7 @@ class _Group:
         self._used = used
         self._heads: dict[str, chain.Head] = {}
         self._meters: dict[tuple[str, str], Meter] = {}
-        self.leases: list[Lease] = []
-        self.links: list[tuple[str, chain.Link]] = []
+        self.leases: list[tuple[Lease, chain.Link]] = []
         self.now = max((one.head.now for one in locked.values()), default=datetime.datetime.min)
 
     def outcome(self, order: _Order) -> Redeemed | Exception:
@@ -198,8 +196,7 @@ class _Group:
         self._used.add(grant.grant_id)
         tenant.add()
         key.add()
-        self.leases.append(lease)
-        self.links.append((head.chain, link))
+        self.leases.append((lease, link))
         return Redeemed(lease, one)
 
     def _meter(self, tenant: str, key_id: str, read: Meter) -> Meter:

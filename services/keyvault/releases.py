@@ -89,9 +89,8 @@ class Releases:
 
     async def _close(self, ends: Sequence[_End]) -> list[Exception | None]:
         outcomes: list[Exception | None] = []
-        closed: dict[str, int] = {}
+        closed: dict[str, tuple[store.Lease, int, chain.Link]] = {}
         heads: dict[str, chain.Head] = {}
-        links: list[tuple[str, chain.Link]] = []
         async with self._database.pipelined() as connection:
             found = await store.lock_leases(connection, {end.lease_id for end in ends})
             for end in ends:
@@ -105,11 +104,9 @@ class Releases:
                 name = locked.head.chain
                 head = heads.get(name, locked.head)
                 heads[name], (link,) = chain.link(head, self._deployment, [end.event(locked)])
-                closed[end.lease_id] = end.outcome
-                links.append((name, link))
+                closed[end.lease_id] = locked.lease, end.outcome, link
             if closed:
-                await store.close(connection, closed)
-                await chain.append_linked(connection, links)
+                await store.close_recorded(connection, closed.values())
         return outcomes
 
     async def _reject(self, end: _End) -> None:
@@ -119,7 +116,7 @@ class Releases:
                 raise domain.not_found("lease")
             if locked.released:
                 return
-            await store.close(connection, {end.lease_id: end.outcome})
+            await store.close(connection, end.lease_id, end.outcome)
             event = end.event(locked)
             if locked.lease.purpose == grant_pb2.LEASE_PURPOSE_REVIEW and (
                 locked.state is State.ACTIVE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from services.keyvault import chain
@@ -32,7 +32,60 @@ SELECT c.sequence, c.hash, clock_timestamp(),
        v.create_time, v.state_time, v.wrapped_dek, v.envelope,
        h.held, h.state_sequence, h.state_mac,
        t.in_flight, t.minute, t.minute_count, t.day, t.day_count,
-       m.in_flight, m.minute, m.minute_count, m.day, m.day_count
+       m.in_flight, m.minute, m.minute_count, m.day, m.day_count,
+       ARRAY(SELECT grant_id FROM lease WHERE grant_id = ANY(%s))
+FROM json_to_recordset(%s::json) AS wanted (tenant text, key_id text, version bigint)
+JOIN chain c ON c.chain = 'tenants/' || wanted.tenant
+JOIN provider_key k ON k.tenant = wanted.tenant AND k.key_id = wanted.key_id
+JOIN key_version v
+  ON v.tenant = k.tenant AND v.key_id = k.key_id AND v.version = wanted.version
+LEFT JOIN tenant_hold h ON h.tenant = k.tenant
+LEFT JOIN lease_meter t ON t.tenant = k.tenant AND t.key_id = ''
+LEFT JOIN lease_meter m ON m.tenant = k.tenant AND m.key_id = k.key_id
+"""
+_REDEEMED = """
+WITH item AS (
+    SELECT * FROM json_to_recordset(%s::json) AS item (
+        lease_id text, grant_id text, tenant text, version integer, holder text,
+        attempt_id text, review_id text, fence bigint, purpose smallint, expire_time timestamptz,
+        minute bigint, day bigint,
+"""
+# In one order of grants everywhere: the unique index makes two transactions wait for each other.
+_COUNTED = """
+)), redeemed AS (
+    INSERT INTO lease (lease_id, grant_id, tenant, key_id, version, holder, attempt_id,
+                       review_id, fence, purpose, expire_time)
+    SELECT lease_id, grant_id, tenant, key_id, version, holder, attempt_id,
+           review_id, fence, purpose, expire_time FROM item ORDER BY grant_id
+), counted AS (
+    INSERT INTO lease_meter AS m (tenant, key_id, in_flight, minute, minute_count, day, day_count)
+    SELECT tenant, coalesce(key_id, ''), count(*), max(minute), count(*), max(day), count(*)
+    FROM item GROUP BY GROUPING SETS ((tenant), (tenant, key_id))
+    ON CONFLICT (tenant, key_id) DO UPDATE SET
+        in_flight = m.in_flight + excluded.in_flight,
+        minute = greatest(m.minute, excluded.minute),
+        minute_count = excluded.minute_count
+            + CASE WHEN m.minute >= excluded.minute THEN m.minute_count ELSE 0 END,
+        day = greatest(m.day, excluded.day),
+        day_count = excluded.day_count
+            + CASE WHEN m.day >= excluded.day THEN m.day_count ELSE 0 END
+)
+"""
+# Leases, their counts, their events and the heads of the chains: one statement.
+_REDEEM = _REDEEMED + chain.ITEM + _COUNTED + chain.RECORD
+_OF_LEASES = """
+SELECT FROM chain WHERE chain IN (SELECT 'tenants/' || tenant FROM lease WHERE lease_id = ANY(%s))
+ORDER BY chain FOR UPDATE
+"""
+_VERSIONS = """
+SELECT c.sequence, c.hash, clock_timestamp(),
+       k.tenant, k.key_id, k.provider, k.owner, k.display_name, k.revision, k.create_time,
+       v.version, v.state, v.state_sequence, v.state_mac, v.hint, v.kek_backend, v.kek_version,
+       v.create_time, v.state_time, v.wrapped_dek, v.envelope,
+       h.held, h.state_sequence, h.state_mac,
+       t.in_flight, t.minute, t.minute_count, t.day, t.day_count,
+       m.in_flight, m.minute, m.minute_count, m.day, m.day_count,
+       ARRAY(SELECT grant_id FROM lease WHERE grant_id = ANY(%s))
 FROM json_to_recordset(%s::json) AS wanted (tenant text, key_id text, version bigint)
 JOIN chain c ON c.chain = 'tenants/' || wanted.tenant
 JOIN provider_key k ON k.tenant = wanted.tenant AND k.key_id = wanted.key_id
@@ -85,18 +138,27 @@ FROM (SELECT tenant, coalesce(key_id, '') AS key_id, count(*) AS number
       FROM ended GROUP BY GROUPING SETS ((tenant), (tenant, key_id))) AS gone
 WHERE m.tenant = gone.tenant AND m.key_id = gone.key_id
 """
-_CLOSE_ENDED = """
-WITH item AS (
-    SELECT * FROM json_to_recordset(%s::json) AS item (lease_id text, outcome smallint)
-), ended AS (
-    SELECT tenant, key_id FROM lease JOIN item USING (lease_id) WHERE end_time IS NULL
+_CLOSED = """
+, ended AS (
+    SELECT lease.tenant, lease.key_id FROM lease JOIN item USING (lease_id) WHERE end_time IS NULL
 ), closed AS (
     UPDATE lease
     SET end_time = coalesce(end_time, now()), release_time = now(), outcome = item.outcome
     FROM item WHERE lease.lease_id = item.lease_id AND release_time IS NULL
 )
 """
-_CLOSE = _CLOSE_ENDED + _UNCOUNT
+_TO_CLOSE = """
+WITH item AS (
+    SELECT * FROM json_to_recordset(%s::json) AS item (lease_id text, outcome smallint)
+)
+"""
+_TO_CLOSE_RECORDED = """
+WITH item AS (
+    SELECT * FROM json_to_recordset(%s::json) AS item (lease_id text, outcome smallint,
+"""
+_CLOSE = _TO_CLOSE + _CLOSED + _UNCOUNT
+_UNCOUNTED = ", uncounted AS (" + _UNCOUNT + ")"
+_CLOSE_RECORDED = _TO_CLOSE_RECORDED + chain.ITEM + "))" + _CLOSED + _UNCOUNTED + chain.RECORD
 # Numbers must become visible in their order, or a watcher would miss one.
 _REVOCATION_ORDER = "SELECT pg_advisory_xact_lock(hashtext('byokeep_revocation'))"
 _REVOKE_ENDED = """
@@ -109,10 +171,10 @@ WITH ended AS (
     RETURNING lease_id, tenant, key_id, holder
 ), told AS (
     INSERT INTO revocation (lease_id, holder) SELECT lease_id, holder FROM ended
-), uncounted AS (
+)
 """
-_NUMBER_ENDED = ") SELECT count(*) FROM ended"
-_REVOKE = _REVOKE_ENDED + _UNCOUNT + _NUMBER_ENDED
+_NUMBER_ENDED = " SELECT count(*) FROM ended"
+_REVOKE = _REVOKE_ENDED + _UNCOUNTED + _NUMBER_ENDED
 _NEWS = "SELECT sequence, lease_id, holder FROM revocation WHERE sequence > %s ORDER BY sequence"
 _NEWEST = "SELECT coalesce(max(sequence), 0) FROM revocation"
 _LIVE = """
@@ -176,13 +238,16 @@ class LockedLease:
 async def lock(
     connection: Connection, versions: Collection[VersionName], grants: Collection[str]
 ) -> tuple[dict[VersionName, Locked], set[str]]:
-    """Lock tenants' chains; return the versions by name, and which grants are used up."""
+    """Lock tenants' chains; return the versions that exist, and which grants are used up.
+
+    Where no version exists, nothing is said of grants.
+    """
     await connection.execute(_LOCK, (sorted({chain.tenant_chain(one[0]) for one in versions}),))
     wanted = json.dumps([{"tenant": t, "key_id": k, "version": v} for t, k, v in versions])
-    rows = await connection.execute(_VERSIONS, (wanted,), binary=True)
-    used = await connection.execute(_USED, (list(grants),))
-    found = {(row[3], row[4], row[10]): _locked(row) for row in await rows.fetchall()}
-    return found, {row[0] for row in await used.fetchall()}
+    cursor = await connection.execute(_VERSIONS, (list(grants), wanted), binary=True)
+    rows = await cursor.fetchall()
+    found = {(row[3], row[4], row[10]): _locked(row) for row in rows}
+    return found, set(rows[0][34]) if rows else set()
 
 
 def _locked(row: Row) -> Locked:
@@ -192,15 +257,19 @@ def _locked(row: Row) -> Locked:
     return Locked(head, key_of(row[3:10], [row[10:19]]), row[19], row[20], hold, *meters)
 
 
-async def redeem(connection: Connection, leases: Iterable[Lease], now: datetime.datetime) -> None:
-    """Store redemptions and count them at the database's time; their chains are locked."""
+async def redeem(
+    connection: Connection, leases: Iterable[tuple[Lease, chain.Link]], now: datetime.datetime
+) -> None:
+    """Store redemptions with their events, and count them; their chains are locked.
+
+    `now` is the database's time. Links are in the order of their chains.
+    """
     minute, day = windows(now)
     items = [
         {
             "lease_id": one.lease_id,
             "grant_id": one.grant_id,
             "tenant": one.tenant,
-            "key_id": one.key_id,
             "version": one.version,
             "holder": one.holder,
             "attempt_id": one.attempt_id,
@@ -210,8 +279,9 @@ async def redeem(connection: Connection, leases: Iterable[Lease], now: datetime.
             "expire_time": one.expire_time.isoformat(),
             "minute": minute,
             "day": day,
+            **link.item(chain.tenant_chain(one.tenant)),
         }
-        for one in leases
+        for one, link in leases
     ]
     await connection.execute(_REDEEM, (json.dumps(items),))
 
@@ -230,13 +300,21 @@ def _locked_lease(row: Row) -> LockedLease:
     return LockedLease(head, row[3], row[4], State(row[5]), row[6], lease)
 
 
-async def close(connection: Connection, outcomes: Mapping[str, int]) -> None:
-    """Close leases, by id, with an outcome each, and end them where they live.
+async def close(connection: Connection, lease_id: str, outcome: int) -> None:
+    """Close a lease and end it where it lives; its chain is locked."""
+    await connection.execute(_CLOSE, (json.dumps([{"lease_id": lease_id, "outcome": outcome}]),))
 
-    Their chains are locked.
-    """
-    items = [{"lease_id": one, "outcome": outcome} for one, outcome in outcomes.items()]
-    await connection.execute(_CLOSE, (json.dumps(items),))
+
+async def close_recorded(
+    connection: Connection, closed: Iterable[tuple[Lease, int, chain.Link]]
+) -> None:
+    """Close leases with an outcome and an event each; their chains are locked."""
+    items = [
+        {"lease_id": lease.lease_id, "outcome": outcome}
+        | link.item(chain.tenant_chain(lease.tenant))
+        for lease, outcome, link in closed
+    ]
+    await connection.execute(_CLOSE_RECORDED, (json.dumps(items),))
 
 
 async def revoke(
