@@ -74,53 +74,6 @@ _COUNTED = """
 # Leases, their counts, their events and the heads of the chains: one statement.
 _REDEEM = _REDEEMED + chain.ITEM + _COUNTED + chain.RECORD
 _OF_LEASES = """
-SELECT FROM chain WHERE chain IN (SELECT 'tenants/' || tenant FROM lease WHERE lease_id = ANY(%s))
-ORDER BY chain FOR UPDATE
-"""
-_VERSIONS = """
-SELECT c.sequence, c.hash, clock_timestamp(),
-       k.tenant, k.key_id, k.provider, k.owner, k.display_name, k.revision, k.create_time,
-       v.version, v.state, v.state_sequence, v.state_mac, v.hint, v.kek_backend, v.kek_version,
-       v.create_time, v.state_time, v.wrapped_dek, v.envelope,
-       h.held, h.state_sequence, h.state_mac,
-       t.in_flight, t.minute, t.minute_count, t.day, t.day_count,
-       m.in_flight, m.minute, m.minute_count, m.day, m.day_count,
-       ARRAY(SELECT grant_id FROM lease WHERE grant_id = ANY(%s))
-FROM json_to_recordset(%s::json) AS wanted (tenant text, key_id text, version bigint)
-JOIN chain c ON c.chain = 'tenants/' || wanted.tenant
-JOIN provider_key k ON k.tenant = wanted.tenant AND k.key_id = wanted.key_id
-JOIN key_version v
-  ON v.tenant = k.tenant AND v.key_id = k.key_id AND v.version = wanted.version
-LEFT JOIN tenant_hold h ON h.tenant = k.tenant
-LEFT JOIN lease_meter t ON t.tenant = k.tenant AND t.key_id = ''
-LEFT JOIN lease_meter m ON m.tenant = k.tenant AND m.key_id = k.key_id
-"""
-_USED = "SELECT grant_id FROM lease WHERE grant_id = ANY(%s)"
-# In one order of grants everywhere: the unique index makes two transactions wait for each other.
-_REDEEM = """
-WITH item AS (
-    SELECT * FROM json_to_recordset(%s::json) AS item (
-        lease_id text, grant_id text, tenant text, key_id text, version integer, holder text,
-        attempt_id text, review_id text, fence bigint, purpose smallint, expire_time timestamptz,
-        minute bigint, day bigint)
-), redeemed AS (
-    INSERT INTO lease (lease_id, grant_id, tenant, key_id, version, holder, attempt_id,
-                       review_id, fence, purpose, expire_time)
-    SELECT lease_id, grant_id, tenant, key_id, version, holder, attempt_id,
-           review_id, fence, purpose, expire_time FROM item ORDER BY grant_id
-)
-INSERT INTO lease_meter AS m (tenant, key_id, in_flight, minute, minute_count, day, day_count)
-SELECT tenant, coalesce(key_id, ''), count(*), max(minute), count(*), max(day), count(*)
-FROM item GROUP BY GROUPING SETS ((tenant), (tenant, key_id))
-ON CONFLICT (tenant, key_id) DO UPDATE SET
-    in_flight = m.in_flight + excluded.in_flight,
-    minute = greatest(m.minute, excluded.minute),
-    minute_count = excluded.minute_count
-        + CASE WHEN m.minute >= excluded.minute THEN m.minute_count ELSE 0 END,
-    day = greatest(m.day, excluded.day),
-    day_count = excluded.day_count + CASE WHEN m.day >= excluded.day THEN m.day_count ELSE 0 END
-"""
-_OF_LEASES = """
 SELECT c.sequence, c.hash, clock_timestamp(),
        k.provider, k.owner, v.state, l.release_time IS NOT NULL,
        l.lease_id, l.grant_id, l.tenant, l.key_id, l.version, l.holder, l.attempt_id, l.review_id,
