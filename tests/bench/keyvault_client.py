@@ -13,6 +13,8 @@ import psutil
 from byokeep import dsse, hpke, sealing, transport
 from byokeep.ids import new_id, public_key_id
 from byokeep.keyvault.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
     custody_pb2,
     custody_pb2_grpc,
     grant_pb2,
@@ -94,9 +96,10 @@ class Meter:
 class Tenant:
     """A tenant with an active key, prepared through keyvault's own API."""
 
-    def __init__(self, stack: Stack) -> None:
-        """Use a running stack's keyvault, as its orchestrator and its runner would."""
+    def __init__(self, stack: Stack, address: str = "") -> None:
+        """Use a stack's keyvault, or one elsewhere, as its orchestrator and runner would."""
         self.stack = stack
+        self.address = address or stack.address("keyvault")
         pem = (stack.root / "secrets" / "grant-signing.pem").read_bytes()
         private = serialization.load_pem_private_key(pem, None)
         assert isinstance(private, Ed25519PrivateKey)
@@ -111,8 +114,13 @@ class Tenant:
         """Return a channel to keyvault with a role's certificate."""
         pki = self.stack.root / "pki"
         files = transport.TlsFiles(pki / f"{role}.pem", pki / f"{role}.key", pki / "ca.pem")
-        return transport.aio_channel(
-            self.stack.address("keyvault"), "keyvault.byokeep.internal", files
+        return transport.aio_channel(self.address, "keyvault.byokeep.internal", files)
+
+    async def create(self) -> None:
+        """Create the tenant's key-encryption key, where it is not there."""
+        stub = admin_pb2_grpc.AdminServiceStub(self.channel("operator"))
+        await stub.CreateTenantKey(
+            admin_pb2.CreateTenantKeyRequest(tenant="tenants/demo", request_id=new_id("req"))
         )
 
     async def add_key(self) -> None:
@@ -127,7 +135,7 @@ class Tenant:
             custody_pb2.StageKeyRequest(
                 name=name,
                 provider=provider_value("openai"),
-                display_name="bench",
+                display_name=f"bench-{self.key_id}",
                 operation=custody_pb2.INTAKE_OPERATION_ADD,
                 sealed_key=sealing.seal_key("sk-proj-" + "b" * 40, context, statement),
                 request_id=request_id,
