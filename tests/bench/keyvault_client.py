@@ -113,7 +113,8 @@ class Tenant:
     def channel(self, role: str) -> grpc.aio.Channel:
         """Return a channel to keyvault with a role's certificate."""
         pki = self.stack.root / "pki"
-        files = transport.TlsFiles(pki / f"{role}.pem", pki / f"{role}.key", pki / "ca.pem")
+        folder = pki if (pki / f"{role}.pem").exists() else self.stack.config.parent
+        files = transport.TlsFiles(folder / f"{role}.pem", folder / f"{role}.key", pki / "ca.pem")
         return transport.aio_channel(self.address, "keyvault.byokeep.internal", files)
 
     async def create(self) -> None:
