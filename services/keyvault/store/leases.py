@@ -128,12 +128,6 @@ WITH ended AS (
 """
 _NUMBER_ENDED = " SELECT count(*) FROM ended"
 _REVOKE = _REVOKE_ENDED + _UNCOUNTED + _NUMBER_ENDED
-_NEWS = "SELECT sequence, lease_id, holder FROM revocation WHERE sequence > %s ORDER BY sequence"
-_NEWEST = "SELECT coalesce(max(sequence), 0) FROM revocation"
-_LIVE = """
-SELECT lease_id FROM lease
-WHERE holder = %s AND end_time IS NULL AND expire_time > now()
-"""
 _LIVE_COUNT = "SELECT count(*) FROM lease WHERE end_time IS NULL AND expire_time > now()"
 _OVERDUE = """
 SELECT lease_id FROM lease
@@ -295,22 +289,6 @@ async def revoke(
     )
     row = await cursor.fetchone()
     return int(row[0]) if row else 0
-
-
-async def news(database: Database, since: int) -> list[Row]:
-    """Return (sequence, lease id, holder) of revocations above a number."""
-    return await database.all(_NEWS, (since,))
-
-
-async def newest(database: Database) -> int:
-    """Return the number of the newest revocation; 0 where there is none."""
-    row = await database.one(_NEWEST)
-    return int(row[0]) if row else 0
-
-
-async def live(database: Database, holder: str) -> list[str]:
-    """Return the ids of a holder's live leases."""
-    return [row[0] for row in await database.all(_LIVE, (holder,))]
 
 
 async def live_count(database: Database) -> int:
