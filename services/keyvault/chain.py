@@ -23,6 +23,7 @@ from services.keyvault.database import Connection
 
 GENESIS = bytes(32)
 SYSTEM = "system"
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _PREFIX = b"byokeep/audit/v1\n"
 
 _CREATE = "INSERT INTO chain (chain, hash) VALUES (%s, %s) ON CONFLICT DO NOTHING"
@@ -36,6 +37,20 @@ WITH event AS (
     )
 )
 UPDATE chain SET sequence = %(sequence)s, hash = %(hash)s WHERE chain = %(chain)s
+"""
+
+#: The end of a statement that writes events of many locked chains, and those chains' new
+#: heads: its common table `item` has the fields of `Link.item`, as ITEM declares them.
+ITEM = "chain text, sequence bigint, key_id text, body bytea, previous bytea, hash bytea"
+RECORD = """
+, event AS (
+    INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
+    SELECT chain, sequence, key_id, body, previous, hash FROM item
+)
+UPDATE chain SET sequence = newest.sequence, hash = newest.hash
+FROM (SELECT DISTINCT ON (chain) chain, sequence, hash FROM item
+      ORDER BY chain, sequence DESC) AS newest
+WHERE chain.chain = newest.chain
 """
 
 
@@ -58,6 +73,17 @@ class Link:
     body: bytes
     previous_hash: bytes
     hash: bytes
+
+    def item(self, chain: str) -> dict[str, object]:
+        """Return the fields of a row of `item` (see RECORD), for JSON."""
+        return {
+            "chain": chain,
+            "sequence": self.sequence,
+            "key_id": self.key_id,
+            "body": "\\x" + self.body.hex(),
+            "previous": "\\x" + self.previous_hash.hex(),
+            "hash": "\\x" + self.hash.hex(),
+        }
 
 
 def tenant_chain(tenant: str) -> str:
@@ -94,15 +120,23 @@ def tenant_key_missing(tenant: str) -> ByokeepError:
     )
 
 
+def stamp(time: datetime.datetime) -> tuple[int, int]:
+    """Return seconds since 1970 and nanoseconds: the fields of a protobuf Timestamp."""
+    # Timestamp.FromDatetime does the same, ten times as slowly.
+    since = time - _EPOCH
+    return since.days * 86_400 + since.seconds, since.microseconds * 1_000
+
+
 def link(
     head: Head, deployment: str, events: Sequence[audit_pb2.AuditEvent]
 ) -> tuple[Head, list[Link]]:
     """Number, stamp and chain events; return the new head and the links to store."""
     sequence, previous, links = head.sequence, head.hash, []
+    seconds, nanos = stamp(head.now)
     for event in events:
         sequence += 1
         event.deployment, event.chain, event.sequence = deployment, head.chain, sequence
-        event.event_time.FromDatetime(head.now)
+        event.event_time.seconds, event.event_time.nanos = seconds, nanos
         body = event.SerializeToString(deterministic=True)
         digest = link_hash(previous, body)
         links.append(Link(sequence, event.key_id, body, previous, digest))

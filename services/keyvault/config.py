@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.common import config
+from services.keyvault.limits import Caps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,22 @@ class Settings(config.ServiceSettings):
         "keys that one caller may send in for one tenant, per hour", default=20
     )
     tenant_leases_in_flight: int = config.setting(
-        "leases of one tenant that live at once", default=64
+        "leases of one tenant that live at once; 0: no cap", default=64
+    )
+    tenant_leases_per_minute: int = config.setting(
+        "leases of one tenant in a minute; 0: no cap", default=1_200
+    )
+    tenant_leases_per_day: int = config.setting(
+        "leases of one tenant in a UTC day; 0: no cap", default=200_000
+    )
+    key_leases_in_flight: int = config.setting(
+        "leases of one key that live at once; 0: no cap", default=64
+    )
+    key_leases_per_minute: int = config.setting(
+        "leases of one key in a minute; 0: no cap", default=600
+    )
+    key_leases_per_day: int = config.setting(
+        "leases of one key in a UTC day; 0: no cap", default=120_000
     )
     content_retention_days: int = config.setting(
         "days after its day that a content key is kept; no less than the orchestrator's"
@@ -46,6 +62,18 @@ class Settings(config.ServiceSettings):
     def read_backends(self) -> list[str]:
         """Return the names of the other backends."""
         return [name.strip() for name in self.kek_backends_read.split(",") if name.strip()]
+
+    @property
+    def tenant_caps(self) -> Caps:
+        """Lease caps of each tenant."""
+        return Caps(
+            self.tenant_leases_in_flight, self.tenant_leases_per_minute, self.tenant_leases_per_day
+        )
+
+    @property
+    def key_caps(self) -> Caps:
+        """Lease caps of each key."""
+        return Caps(self.key_leases_in_flight, self.key_leases_per_minute, self.key_leases_per_day)
 
     def check(self) -> None:
         """Refuse what must be said on purpose. Raises ConfigError."""

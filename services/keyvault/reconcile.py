@@ -34,6 +34,11 @@ INTERVAL_SECONDS = 20.0
 _MISMATCH = "RECONCILE_MISMATCH"
 
 _ROWS = "SELECT key_id, version, state, state_sequence FROM key_version WHERE tenant = %s"
+_HOLD = "SELECT held, state_sequence FROM tenant_hold WHERE tenant = %s"
+_HOLDS = {
+    audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED: True,
+    audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED: False,
+}
 _TENANTS = "SELECT DISTINCT tenant FROM key_version"
 
 _Version = tuple[str, int]
@@ -48,6 +53,9 @@ class _Followed:
     broken: bool = False
     states: dict[_Version, tuple[State, int]] = field(default_factory=dict)
     frozen: set[_Version] = field(default_factory=set)
+    #: Whether an operator held the tenant's leases back, and by which event.
+    hold: tuple[bool, int] | None = None
+    hold_differs: bool = False
 
     def agrees(self, key_id: str, version: int, state: int, sequence: int) -> bool:
         """Say whether the chain gives a version that state, by that event."""
@@ -69,6 +77,8 @@ class _Followed:
         version = (event.key_id, event.key_version)
         if event.type in STATE_AFTER:
             self.states[version] = (STATE_AFTER[event.type], sequence)
+        if event.type in _HOLDS:
+            self.hold = (_HOLDS[event.type], sequence)
         # What was frozen stays so in the chain: no column that SQL could clear.
         if event.reason == _MISMATCH:
             self.frozen.add(version)
@@ -92,6 +102,14 @@ class Reconcile:
     def refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
         """Return why this version may not be leased now."""
         followed = self._followed.get(chain.tenant_chain(tenant))
+        if followed is not None and followed.hold_differs:
+            return ByokeepError(
+                grpc.StatusCode.DATA_LOSS,
+                _MISMATCH,
+                "whether this tenant may have leases is stored otherwise than its audit chain"
+                f" says; none is given: byokeep admin revoke-tenant {tenant}, then resume-tenant",
+                tenant=tenant,
+            )
         if followed is not None and (key_id, version) in followed.frozen:
             return ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
@@ -129,7 +147,13 @@ class Reconcile:
     async def _tenant(self, tenant: str) -> None:
         # The rows first, so that the chain is never older than they are.
         rows = await self._database.all(_ROWS, (tenant,))
+        hold = await self._database.one(_HOLD, (tenant,))
         followed = await self._follow(chain.tenant_chain(tenant))
+        if hold != followed.hold:
+            # As below: it may have changed meanwhile, so both are read again.
+            hold = await self._database.one(_HOLD, (tenant,))
+            await self._follow(chain.tenant_chain(tenant))
+        followed.hold_differs = hold != followed.hold
         for row in rows:
             await self._compare(tenant, followed, row)
 

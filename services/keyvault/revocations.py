@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from byokeep.keyvault.v1 import lease_pb2
 
 from services.keyvault.database import Database
-from services.keyvault.store import leases as store
+from services.keyvault.store import revocations as store
 
 HEARTBEAT_SECONDS = 0.25
 _REMEMBERED = 10_000

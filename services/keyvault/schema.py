@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     ForeignKeyConstraint,
@@ -203,6 +204,31 @@ lease = Table(
     Column("outcome", SmallInteger),
     UniqueConstraint("grant_id", name="lease_grant_once"),
     Index("lease_live", "tenant", "key_id", postgresql_where=text("end_time IS NULL")),
+    Index("lease_unreleased", "expire_time", postgresql_where=text("release_time IS NULL")),
+)
+
+#: What a tenant (key_id "") or a key has used of its lease caps; windows as in `limits`.
+lease_meter = Table(
+    "lease_meter",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("in_flight", BigInteger, nullable=False),
+    Column("minute", BigInteger, nullable=False),
+    Column("minute_count", BigInteger, nullable=False),
+    Column("day", BigInteger, nullable=False),
+    Column("day_count", BigInteger, nullable=False),
+)
+
+#: Tenants whose leases are, or were, held back; the MAC is over this and the event that set it.
+tenant_hold = Table(
+    "tenant_hold",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("held", Boolean, nullable=False),
+    Column("state_sequence", BigInteger, nullable=False),
+    Column("state_mac", LargeBinary, nullable=False),
+    _time("state_time"),
 )
 
 #: Leases that ended by revocation, in the order that watchers are told.

@@ -36,10 +36,13 @@ from services.keyvault.custody import Custody
 from services.keyvault.database import Database
 from services.keyvault.denials import Denials
 from services.keyvault.epochs import Epochs
+from services.keyvault.holds import Holds
 from services.keyvault.intake import IntakeKeys
 from services.keyvault.kek.configured import open_backends
 from services.keyvault.leasing import Leasing
 from services.keyvault.reconcile import Reconcile
+from services.keyvault.redemption import Redemption
+from services.keyvault.releases import Releases
 from services.keyvault.revocations import Revocations
 from services.keyvault.service.admin import AdminService
 from services.keyvault.service.audit import AuditService
@@ -99,14 +102,21 @@ class App:
             settings.deployment,
             settings.intake_per_hour,
         )
+        self._holds = Holds(self._database, self._keys.state_mac, settings.deployment)
+        self._releases = Releases(self._database, self._custody, settings.deployment)
         self._leasing = Leasing(
             self._database,
             self._backends,
-            self._custody,
+            Redemption(
+                self._database,
+                self._custody,
+                self._holds,
+                settings.deployment,
+                (settings.tenant_caps, settings.key_caps),
+                self._refusal,
+            ),
             grants.load_keys(settings.grant_keys_dir),
             settings.deployment,
-            settings.tenant_leases_in_flight,
-            self._refusal,
             self._denials.note,
         )
         # All have passed once before anything is served.
@@ -120,7 +130,7 @@ class App:
         self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
         self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
-        self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
+        self._run("sweep", _SWEEP_SECONDS, self._releases.expire, self._custody.sweep)
         self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
         if self._role in ("all", "admin"):
             self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
@@ -135,7 +145,7 @@ class App:
                 ContentKeyService(self._content), server
             )
             lease_pb2_grpc.add_LeaseServiceServicer_to_server(
-                LeaseService(self._leasing, self._revocations), server
+                LeaseService(self._leasing, self._releases, self._revocations), server
             )
         if self._role in ("all", "admin"):
             audit_pb2_grpc.add_AuditServiceServicer_to_server(
@@ -149,6 +159,7 @@ class App:
                     self._custody,
                     self._anchor,
                     self._reconcile,
+                    self._holds,
                     self._settings.deployment,
                 ),
                 server,

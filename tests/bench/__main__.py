@@ -12,13 +12,17 @@ from pathlib import Path
 
 from byokeep.testing import Stack
 
-from tests.bench import idle, leases, reviews
+from tests.bench import idle, leases, reviews, scale
 from tests.bench.results import Row, show, write
 
 # Caps are what is being measured around, not what is measured.
 _UNCAPPED = {
     "keyvault": {
-        "BYOKEEP_TENANT_LEASES_IN_FLIGHT": "1000000",
+        **{
+            f"BYOKEEP_{whose}_LEASES_{what}": "0"
+            for whose in ("TENANT", "KEY")
+            for what in ("IN_FLIGHT", "PER_MINUTE", "PER_DAY")
+        },
         "BYOKEEP_INTAKE_PER_HOUR": "1000",
     },
     "orchestrator": {
@@ -60,6 +64,7 @@ def main() -> None:
         key = f"sk-proj-{secrets.token_hex(20)}"
         _byokeep(stack, "key", "add", "openai", "--from-env", "BENCH_KEY", BENCH_KEY=key)
         rows += reviews.run(stack, arguments.seconds)
+        rows += scale.run(stack, arguments.seconds)
     rows.append(_warm())
     rows.append(Row("load_before", load_before, "load", {"cores": os.cpu_count()}))
     write(rows, arguments.out)

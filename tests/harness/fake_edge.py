@@ -504,6 +504,18 @@ class _Admin(_Fake, admin_pb2_grpc.AdminServiceServicer):
         self.edge.meet(request, context)
         return admin_pb2.ShredTenantResponse(destroyed_versions=4, shred="immediate")
 
+    def RevokeLease(self, request, context):
+        self.edge.meet(request, context)
+        return admin_pb2.RevokeLeaseResponse(ended=len(self.edge.sent(type(request))) == 1)
+
+    def RevokeTenant(self, request, context):
+        self.edge.meet(request, context)
+        return admin_pb2.RevokeTenantResponse(ended_leases=3)
+
+    def ResumeTenant(self, request, context):
+        self.edge.meet(request, context)
+        return admin_pb2.ResumeTenantResponse()
+
     def ResumeLeases(self, request, context):
         self.edge.meet(request, context)
         return admin_pb2.ResumeLeasesResponse()

@@ -136,9 +136,12 @@ class Keyvault:
     def channel(self, name: str) -> grpc.aio.Channel:
         if name not in self._channels:
             self._channels[name] = transport.aio_channel(
-                f"127.0.0.1:{self.port}", NAME, self.deployment.files(name)
+                self.target(), NAME, self.deployment.files(name)
             )
         return self._channels[name]
+
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
     async def close_channels(self) -> None:
         for channel in self._channels.values():
@@ -247,6 +250,16 @@ class Child:
     def open(self, request: lease_pb2.LeaseKeyRequest, lease: lease_pb2.LeaseKeyResponse) -> str:
         info = lease_info(request.grant.payload, lease.lease_id)
         return self.private.open(lease.sealed_key, info).decode()
+
+
+async def released(
+    keyvault: Keyvault, lease_id: str, outcome: int = lease_pb2.LEASE_OUTCOME_COMPLETED
+) -> str:
+    """Release a lease as its runner would; return "" or the reason of the refusal."""
+    request = lease_pb2.ReleaseLeaseRequest(
+        lease_id=lease_id, outcome=lease_pb2.LeaseOutcome.ValueType(outcome)
+    )
+    return await refusal(keyvault.leases().ReleaseLease(request))
 
 
 def grant_for(key: custody_pb2.ProviderKey, child: Child, **changes) -> grant_pb2.Grant:

@@ -57,7 +57,7 @@ async def test_grant_mutation_signed(keyvault, field):
     """25. A correctly signed grant with one wrong field gets the one uniform answer.
 
     Shown to fail: per field, by removing its check in grants.verify, grants.check_holder
-    or Leasing._check_key.
+    or Redemption._check_key.
     """
     await keyvault.create_tenant("evil")
     key = await keyvault.add_active()
@@ -86,7 +86,7 @@ async def test_grant_mutation_unsigned(keyvault, field):
 async def test_grant_mutation_times(keyvault, times):
     """25. Life of at most 60 s, by the database's clock, with 5 s of skew.
 
-    Shown to fail: with MAX_LIFE of an hour, and without check_time.
+    Shown to fail: with MAX_LIFE_SECONDS of an hour, and without check_time.
     """
     key = await keyvault.add_active()
     child = Child()
@@ -133,7 +133,8 @@ async def test_grant_mutation_is_on_the_record(keyvault):
 async def test_grant_race(keyvault):
     """26. 50 redemptions of one grant at once: exactly one succeeds.
 
-    Shown to fail: without the unique constraint (ON CONFLICT) on lease.grant_id.
+    Shown to fail: with a fresh grant id stored with each lease; neither the look at used grants
+    nor the unique constraint is missed while the other is there.
     """
     key = await keyvault.add_active()
     child = Child()
@@ -204,10 +205,8 @@ async def test_confused_deputy_sibling_can_not_open(keyvault):
 
 
 async def test_rogue_orchestrator_in_flight_cap(deployment):
-    """28, in part. Valid grants above the tenant's cap are refused by keyvault itself.
-
-    Shown to fail: without the WHERE of the redemption statement.
-    """
+    """28, in part (see test_rogue_orchestrator.py). Valid grants above the tenant's cap are
+    refused by keyvault itself."""
     async with kv.running(deployment, tenant_leases_in_flight=3) as keyvault:
         await keyvault.create_tenant()
         key = await keyvault.add_active()
@@ -218,8 +217,8 @@ async def test_rogue_orchestrator_in_flight_cap(deployment):
 async def test_a_revocation_that_commits_first_wins(keyvault):
     """A lease that waits for the tenant's lock sees what the revocation did meanwhile.
 
-    Shown to fail: with FOR UPDATE OF c alone in the lease statement: PostgreSQL then
-    returns the version as it was before the wait.
+    Shown to fail: without FOR UPDATE in _LOCK, and with _VERSIONS read by the same statement
+    that waits: PostgreSQL then returns the version as it was before the wait.
     """
     key = await keyvault.add_active()
     child = Child()

@@ -125,6 +125,24 @@ def test_admin(edge, byokeep):
     assert byokeep("admin", "resume-leases").code == 2
 
 
+def test_admin_ends_leases(edge, byokeep):
+    lease = "lea_" + "0" * 26
+    why = ("--reason", "incident 7")
+    assert "is revoked" in byokeep("admin", "revoke-lease", lease, *why).out
+    assert "had ended before" in byokeep("admin", "revoke-lease", lease, *why).out
+    assert edge.sent(admin_pb2.RevokeLeaseRequest)[0].lease_id == lease
+    assert byokeep("admin", "revoke-tenant", "acme", *why).code == 2
+    assert edge.sent(admin_pb2.RevokeTenantRequest) == []
+    ran = byokeep("admin", "revoke-tenant", "acme", *why, "--yes")
+    assert "this ended 3" in ran.out
+    assert "resume-tenant acme" in ran.err
+    assert "may have leases again" in byokeep("admin", "resume-tenant", "acme", *why).out
+    assert edge.sent(admin_pb2.ResumeTenantRequest)[0].reason == "incident 7"
+    assert byokeep("admin", "resume-tenant", "acme", *why, "--json").json == {}
+    for command in ("revoke-lease", "revoke-tenant", "resume-tenant"):
+        assert byokeep("admin", command, lease).code == 2
+
+
 def test_what_is_not_built_yet_says_so(edge, byokeep):
     edge.fail("RotateTenantKey", "UNIMPLEMENTED", "NOT_BUILT_YET", "RotateTenantKey comes later")
     ran = byokeep("admin", "rotate-kek", "acme")
@@ -148,6 +166,7 @@ def test_a_model_that_no_key_can_use_is_warned_of(edge, byokeep):
         ("tenant", "create", "Acme Inc"),
         ("tenant", "delete", "../demo", "--yes"),
         ("admin", "shred-tenant", "*", "--yes"),
+        ("admin", "revoke-lease", "lea_1", "--reason", "x"),
         ("model", "set", "gpt-5"),
         ("audit", "export", "--chain", "bogus"),
         ("model", "set", "openai/gpt-5", "--repo", "a b"),

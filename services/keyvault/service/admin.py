@@ -15,6 +15,7 @@ from services.keyvault.anchor import Anchor
 from services.keyvault.custody import Custody, Origin
 from services.keyvault.database import Database
 from services.keyvault.domain import State, destroy
+from services.keyvault.holds import Holds, Word
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.service.audit import not_built
 from services.keyvault.store import epochs as epoch_store
@@ -34,6 +35,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         custody: Custody,
         anchor: Anchor,
         reconcile: Reconcile,
+        holds: Holds,
         deployment: str,
     ) -> None:
         """Administer KEKs and keyvault's own state."""
@@ -42,6 +44,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self._custody = custody
         self._anchor = anchor
         self._reconcile = reconcile
+        self._holds = holds
         self._deployment = deployment
 
     async def CreateTenantKey(
@@ -103,6 +106,29 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         """Resume leases after a rollback was noticed."""
         await self._anchor.resume(authz.current().spiffe_id, request.reason)
         return pb.ResumeLeasesResponse()
+
+    async def RevokeTenant(
+        self, request: pb.RevokeTenantRequest, context: Any
+    ) -> pb.RevokeTenantResponse:
+        """End a tenant's leases, and hold back new ones."""
+        word = Word(authz.current().spiffe_id, request.reason)
+        ended = await self._holds.revoke_tenant(tenant_of(request.tenant), word)
+        return pb.RevokeTenantResponse(ended_leases=ended)
+
+    async def ResumeTenant(
+        self, request: pb.ResumeTenantRequest, context: Any
+    ) -> pb.ResumeTenantResponse:
+        """Give leases to a tenant again."""
+        word = Word(authz.current().spiffe_id, request.reason)
+        await self._holds.resume_tenant(tenant_of(request.tenant), word)
+        return pb.ResumeTenantResponse()
+
+    async def RevokeLease(
+        self, request: pb.RevokeLeaseRequest, context: Any
+    ) -> pb.RevokeLeaseResponse:
+        """End one lease."""
+        word = Word(authz.current().spiffe_id, request.reason)
+        return pb.RevokeLeaseResponse(ended=await self._holds.revoke_lease(request.lease_id, word))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         """Say how keyvault is."""

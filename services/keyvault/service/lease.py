@@ -10,15 +10,17 @@ from byokeep.keyvault.v1 import lease_pb2_grpc
 
 from services.common import authz
 from services.keyvault.leasing import Leasing
+from services.keyvault.releases import Releases
 from services.keyvault.revocations import Revocations
 
 
 class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
     """Serves runners."""
 
-    def __init__(self, leasing: Leasing, revocations: Revocations) -> None:
+    def __init__(self, leasing: Leasing, releases: Releases, revocations: Revocations) -> None:
         """Serve leases and their revocations."""
         self._leasing = leasing
+        self._releases = releases
         self._revocations = revocations
 
     async def LeaseKey(self, request: pb.LeaseKeyRequest, context: Any) -> pb.LeaseKeyResponse:
@@ -29,7 +31,7 @@ class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
         self, request: pb.ReleaseLeaseRequest, context: Any
     ) -> pb.ReleaseLeaseResponse:
         """End a lease."""
-        await self._leasing.release(
+        await self._releases.release(
             request.lease_id, request.outcome, request.report, authz.current().spiffe_id
         )
         return pb.ReleaseLeaseResponse()

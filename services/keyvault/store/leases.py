@@ -1,56 +1,79 @@
-"""Leases: redemption, release, revocation."""
+"""Leases: redemption and closing, many in one transaction; what lives, what is overdue.
+
+A group's rows travel as one JSON parameter: an array parameter for each column would
+cost keyvault more than all the rest of its transaction.
+"""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from byokeep.keyvault.v1 import grant_pb2
-
 from services.keyvault import chain
-from services.keyvault.database import Connection, Cursor, Database, Row
+from services.keyvault.database import Connection, Database, Row
 from services.keyvault.domain import Key, State
+from services.keyvault.limits import Meter, windows
 from services.keyvault.store.keys import key_of
 
-# One statement locks the tenant's chain and the version: PostgreSQL re-reads locked
-# rows after it waited, so a revocation that committed meanwhile is seen.
-_LOCK = """
+# First the chains are locked, always in this order; what is read by the statements after
+# it is therefore what the last holder of the lock left behind: every change of a key, a
+# lease, a meter or a hold is made under the lock of its tenant's chain.
+_LOCK = "SELECT FROM chain WHERE chain = ANY(%s) ORDER BY chain FOR UPDATE"
+_LOCK_OF_LEASES = """
+SELECT FROM chain WHERE chain IN (SELECT 'tenants/' || tenant FROM lease WHERE lease_id = ANY(%s))
+ORDER BY chain FOR UPDATE
+"""
+_VERSIONS = """
 SELECT c.sequence, c.hash, clock_timestamp(),
        k.tenant, k.key_id, k.provider, k.owner, k.display_name, k.revision, k.create_time,
        v.version, v.state, v.state_sequence, v.state_mac, v.hint, v.kek_backend, v.kek_version,
-       v.create_time, v.state_time, v.wrapped_dek, v.envelope
-FROM chain c
-JOIN provider_key k ON k.tenant = %(tenant)s AND k.key_id = %(key_id)s
+       v.create_time, v.state_time, v.wrapped_dek, v.envelope,
+       h.held, h.state_sequence, h.state_mac,
+       t.in_flight, t.minute, t.minute_count, t.day, t.day_count,
+       m.in_flight, m.minute, m.minute_count, m.day, m.day_count,
+       ARRAY(SELECT grant_id FROM lease WHERE grant_id = ANY(%s))
+FROM json_to_recordset(%s::json) AS wanted (tenant text, key_id text, version bigint)
+JOIN chain c ON c.chain = 'tenants/' || wanted.tenant
+JOIN provider_key k ON k.tenant = wanted.tenant AND k.key_id = wanted.key_id
 JOIN key_version v
-  ON v.tenant = k.tenant AND v.key_id = k.key_id AND v.version = %(version)s
-WHERE c.chain = %(chain)s
-FOR UPDATE OF c, v
+  ON v.tenant = k.tenant AND v.key_id = k.key_id AND v.version = wanted.version
+LEFT JOIN tenant_hold h ON h.tenant = k.tenant
+LEFT JOIN lease_meter t ON t.tenant = k.tenant AND t.key_id = ''
+LEFT JOIN lease_meter m ON m.tenant = k.tenant AND m.key_id = k.key_id
 """
-# Lease, event and chain head in one statement; nothing of it where the grant was
-# redeemed before or the cap is reached.
-_REDEEM = """
-WITH redeemed AS (
+_REDEEMED = """
+WITH item AS (
+    SELECT * FROM json_to_recordset(%s::json) AS item (
+        lease_id text, grant_id text, tenant text, version integer, holder text,
+        attempt_id text, review_id text, fence bigint, purpose smallint, expire_time timestamptz,
+        minute bigint, day bigint,
+"""
+# In one order of grants everywhere: the unique index makes two transactions wait for each other.
+_COUNTED = """
+)), redeemed AS (
     INSERT INTO lease (lease_id, grant_id, tenant, key_id, version, holder, attempt_id,
                        review_id, fence, purpose, expire_time)
-    SELECT %(lease_id)s, %(grant_id)s, %(tenant)s, %(key_id)s, %(version)s, %(holder)s,
-           %(attempt_id)s, %(review_id)s, %(fence)s, %(purpose)s, %(expire_time)s
-    WHERE (SELECT count(*) FROM lease
-           WHERE tenant = %(tenant)s AND end_time IS NULL AND expire_time > now()) < %(cap)s
-    ON CONFLICT (grant_id) DO NOTHING
-    RETURNING 1
-), event AS (
-    INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
-    SELECT %(chain)s, %(sequence)s, %(key_id)s, %(body)s, %(previous)s, %(hash)s FROM redeemed
-), head AS (
-    UPDATE chain SET sequence = %(sequence)s, hash = %(hash)s
-    WHERE chain = %(chain)s AND EXISTS (SELECT 1 FROM redeemed)
+    SELECT lease_id, grant_id, tenant, key_id, version, holder, attempt_id,
+           review_id, fence, purpose, expire_time FROM item ORDER BY grant_id
+), counted AS (
+    INSERT INTO lease_meter AS m (tenant, key_id, in_flight, minute, minute_count, day, day_count)
+    SELECT tenant, coalesce(key_id, ''), count(*), max(minute), count(*), max(day), count(*)
+    FROM item GROUP BY GROUPING SETS ((tenant), (tenant, key_id))
+    ON CONFLICT (tenant, key_id) DO UPDATE SET
+        in_flight = m.in_flight + excluded.in_flight,
+        minute = greatest(m.minute, excluded.minute),
+        minute_count = excluded.minute_count
+            + CASE WHEN m.minute >= excluded.minute THEN m.minute_count ELSE 0 END,
+        day = greatest(m.day, excluded.day),
+        day_count = excluded.day_count
+            + CASE WHEN m.day >= excluded.day THEN m.day_count ELSE 0 END
 )
-SELECT count(*) FROM redeemed
 """
-_GRANT_USED = "SELECT 1 FROM lease WHERE grant_id = %s"
-# As _LOCK, from a lease; its row is locked too, so that it is closed once.
-_LOCK_LEASE = """
+# Leases, their counts, their events and the heads of the chains: one statement.
+_REDEEM = _REDEEMED + chain.ITEM + _COUNTED + chain.RECORD
+_OF_LEASES = """
 SELECT c.sequence, c.hash, clock_timestamp(),
        k.provider, k.owner, v.state, l.release_time IS NOT NULL,
        l.lease_id, l.grant_id, l.tenant, l.key_id, l.version, l.holder, l.attempt_id, l.review_id,
@@ -59,49 +82,61 @@ FROM lease l
 JOIN chain c ON c.chain = 'tenants/' || l.tenant
 JOIN provider_key k ON k.tenant = l.tenant AND k.key_id = l.key_id
 JOIN key_version v ON v.tenant = l.tenant AND v.key_id = l.key_id AND v.version = l.version
-WHERE l.lease_id = %s
-FOR UPDATE OF c, l, v
+WHERE l.lease_id = ANY(%s)
 """
-_CLOSE = """
-UPDATE lease SET end_time = coalesce(end_time, now()), release_time = now(), outcome = %s
-WHERE lease_id = %s AND release_time IS NULL
-RETURNING 1
+# Whoever ends leases counts them down, by the rows that did end.
+_UNCOUNT = """
+UPDATE lease_meter AS m SET in_flight = m.in_flight - gone.number
+FROM (SELECT tenant, coalesce(key_id, '') AS key_id, count(*) AS number
+      FROM ended GROUP BY GROUPING SETS ((tenant), (tenant, key_id))) AS gone
+WHERE m.tenant = gone.tenant AND m.key_id = gone.key_id
 """
-# With its event, in one statement, under the lock of _LOCK_LEASE.
-_CLOSE_RECORDED = """
-WITH closed AS (
+_CLOSED = """
+, ended AS (
+    SELECT lease.tenant, lease.key_id FROM lease JOIN item USING (lease_id) WHERE end_time IS NULL
+), closed AS (
     UPDATE lease
-    SET end_time = coalesce(end_time, now()), release_time = now(), outcome = %(outcome)s
-    WHERE lease_id = %(lease_id)s
-), event AS (
-    INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
-    VALUES (%(chain)s, %(sequence)s, %(key_id)s, %(body)s, %(previous)s, %(hash)s)
+    SET end_time = coalesce(end_time, now()), release_time = now(), outcome = item.outcome
+    FROM item WHERE lease.lease_id = item.lease_id AND release_time IS NULL
 )
-UPDATE chain SET sequence = %(sequence)s, hash = %(hash)s WHERE chain = %(chain)s
 """
+_TO_CLOSE = """
+WITH item AS (
+    SELECT * FROM json_to_recordset(%s::json) AS item (lease_id text, outcome smallint)
+)
+"""
+_TO_CLOSE_RECORDED = """
+WITH item AS (
+    SELECT * FROM json_to_recordset(%s::json) AS item (lease_id text, outcome smallint,
+"""
+_CLOSE = _TO_CLOSE + _CLOSED + _UNCOUNT
+_UNCOUNTED = ", uncounted AS (" + _UNCOUNT + ")"
+_CLOSE_RECORDED = _TO_CLOSE_RECORDED + chain.ITEM + "))" + _CLOSED + _UNCOUNTED + chain.RECORD
 # Numbers must become visible in their order, or a watcher would miss one.
 _REVOCATION_ORDER = "SELECT pg_advisory_xact_lock(hashtext('byokeep_revocation'))"
-_REVOKE = """
+_REVOKE_ENDED = """
 WITH ended AS (
     UPDATE lease SET end_time = now(), outcome = %(outcome)s
-    WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND end_time IS NULL
-      AND version = ANY(%(versions)s)
-    RETURNING lease_id, holder
+    WHERE tenant = %(tenant)s AND end_time IS NULL
+      AND (%(key_id)s::text IS NULL OR key_id = %(key_id)s)
+      AND (%(versions)s::integer[] IS NULL OR version = ANY(%(versions)s))
+      AND (%(lease_id)s::text IS NULL OR lease_id = %(lease_id)s)
+    RETURNING lease_id, tenant, key_id, holder
+), told AS (
+    INSERT INTO revocation (lease_id, holder) SELECT lease_id, holder FROM ended
 )
-INSERT INTO revocation (lease_id, holder) SELECT lease_id, holder FROM ended
 """
-_NEWS = "SELECT sequence, lease_id, holder FROM revocation WHERE sequence > %s ORDER BY sequence"
-_NEWEST = "SELECT coalesce(max(sequence), 0) FROM revocation"
-_LIVE = """
-SELECT lease_id FROM lease
-WHERE holder = %s AND end_time IS NULL AND expire_time > now()
-"""
+_NUMBER_ENDED = " SELECT count(*) FROM ended"
+_REVOKE = _REVOKE_ENDED + _UNCOUNTED + _NUMBER_ENDED
 _LIVE_COUNT = "SELECT count(*) FROM lease WHERE end_time IS NULL AND expire_time > now()"
 _OVERDUE = """
 SELECT lease_id FROM lease
 WHERE release_time IS NULL AND expire_time < now() - interval '5 seconds'
-ORDER BY expire_time LIMIT 500
+ORDER BY expire_time LIMIT %s
 """
+
+#: Tenant, key id, version.
+VersionName = tuple[str, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,67 +158,21 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Locked:
-    """A key version whose row and chain are locked: `key` has this version alone."""
+    """A key version under its chain's lock: `key` has this version alone."""
 
     head: chain.Head
     key: Key
     wrapped_dek: bytes
     envelope: bytes
-
-
-async def lock(connection: Connection, grant: grant_pb2.Grant) -> Locked | None:
-    """Lock and return the chain head, key and version that a grant names."""
-    name = chain.tenant_chain(grant.tenant)
-    cursor = await connection.execute(
-        _LOCK,
-        {
-            "tenant": grant.tenant,
-            "key_id": grant.key_id,
-            "version": grant.key_version,
-            "chain": name,
-        },
-    )
-    row = await cursor.fetchone()
-    if row is None:
-        return None
-    head = chain.Head(name, row[0], row[1], row[2])
-    return Locked(head, key_of(row[3:10], [row[10:19]]), row[19], row[20])
-
-
-async def redeem(
-    connection: Connection, lease: Lease, head: chain.Head, link: chain.Link, cap: int
-) -> Cursor:
-    """Store a redemption with its event; nothing where the grant is used up or the cap reached.
-
-    The count of redemptions, 0 or 1, is in the cursor once the transaction is over.
-    """
-    return await connection.execute(
-        _REDEEM,
-        {
-            "lease_id": lease.lease_id,
-            "grant_id": lease.grant_id,
-            "tenant": lease.tenant,
-            "version": lease.version,
-            "holder": lease.holder,
-            "attempt_id": lease.attempt_id,
-            "review_id": lease.review_id,
-            "fence": lease.fence,
-            "purpose": lease.purpose,
-            "expire_time": lease.expire_time,
-            "cap": cap,
-            **_event_parameters(head, link),
-        },
-    )
-
-
-async def grant_used(database: Database, grant_id: str) -> bool:
-    """Say whether a grant was redeemed before."""
-    return await database.one(_GRANT_USED, (grant_id,)) is not None
+    #: Whether the tenant's leases are held back, by which event, and its MAC; or nothing.
+    hold: tuple[bool, int, bytes] | None
+    tenant_meter: Meter
+    key_meter: Meter
 
 
 @dataclass(frozen=True, slots=True)
 class LockedLease:
-    """A lease whose row, chain and key version are locked."""
+    """A lease under its chain's lock."""
 
     head: chain.Head
     provider: str
@@ -193,67 +182,113 @@ class LockedLease:
     lease: Lease
 
 
-async def lock_lease(connection: Connection, lease_id: str) -> LockedLease | None:
-    """Lock and return a lease."""
-    row = await (await connection.execute(_LOCK_LEASE, (lease_id,))).fetchone()
-    if row is None:
-        return None
+async def lock(
+    connection: Connection, versions: Collection[VersionName], grants: Collection[str]
+) -> tuple[dict[VersionName, Locked], set[str]]:
+    """Lock tenants' chains; return the versions that exist, and which grants are used up.
+
+    Where no version exists, nothing is said of grants.
+    """
+    await connection.execute(_LOCK, (sorted({chain.tenant_chain(one[0]) for one in versions}),))
+    wanted = json.dumps([{"tenant": t, "key_id": k, "version": v} for t, k, v in versions])
+    cursor = await connection.execute(_VERSIONS, (list(grants), wanted), binary=True)
+    rows = await cursor.fetchall()
+    found = {(row[3], row[4], row[10]): _locked(row) for row in rows}
+    return found, set(rows[0][34]) if rows else set()
+
+
+def _locked(row: Row) -> Locked:
+    head = chain.Head(chain.tenant_chain(row[3]), row[0], row[1], row[2])
+    hold = None if row[21] is None else (row[21], row[22], row[23])
+    meters = [Meter(*own) if own[0] is not None else Meter() for own in (row[24:29], row[29:34])]
+    return Locked(head, key_of(row[3:10], [row[10:19]]), row[19], row[20], hold, *meters)
+
+
+async def redeem(
+    connection: Connection, leases: Iterable[tuple[Lease, chain.Link]], now: datetime.datetime
+) -> None:
+    """Store redemptions with their events, and count them; their chains are locked.
+
+    `now` is the database's time. Links are in the order of their chains.
+    """
+    minute, day = windows(now)
+    items = [
+        {
+            "lease_id": one.lease_id,
+            "grant_id": one.grant_id,
+            "tenant": one.tenant,
+            "version": one.version,
+            "holder": one.holder,
+            "attempt_id": one.attempt_id,
+            "review_id": one.review_id,
+            "fence": one.fence,
+            "purpose": one.purpose,
+            "expire_time": one.expire_time.isoformat(),
+            "minute": minute,
+            "day": day,
+            **link.item(chain.tenant_chain(one.tenant)),
+        }
+        for one, link in leases
+    ]
+    await connection.execute(_REDEEM, (json.dumps(items),))
+
+
+async def lock_leases(connection: Connection, lease_ids: Collection[str]) -> dict[str, LockedLease]:
+    """Lock the chains of leases; return those that exist."""
+    ids = list(lease_ids)
+    await connection.execute(_LOCK_OF_LEASES, (ids,))
+    rows = await (await connection.execute(_OF_LEASES, (ids,), binary=True)).fetchall()
+    return {row[7]: _locked_lease(row) for row in rows}
+
+
+def _locked_lease(row: Row) -> LockedLease:
     lease = Lease(*row[7:])
     head = chain.Head(chain.tenant_chain(lease.tenant), row[0], row[1], row[2])
     return LockedLease(head, row[3], row[4], State(row[5]), row[6], lease)
 
 
+async def close(connection: Connection, lease_id: str, outcome: int) -> None:
+    """Close a lease and end it where it lives; its chain is locked."""
+    await connection.execute(_CLOSE, (json.dumps([{"lease_id": lease_id, "outcome": outcome}]),))
+
+
 async def close_recorded(
-    connection: Connection, lease: Lease, outcome: int, head: chain.Head, link: chain.Link
+    connection: Connection, closed: Iterable[tuple[Lease, int, chain.Link]]
 ) -> None:
-    """Close a locked lease, with its event."""
-    await connection.execute(
-        _CLOSE_RECORDED,
-        {"lease_id": lease.lease_id, "outcome": outcome, **_event_parameters(head, link)},
-    )
-
-
-def _event_parameters(head: chain.Head, link: chain.Link) -> dict[str, object]:
-    return {
-        "chain": head.chain,
-        "sequence": link.sequence,
-        "key_id": link.key_id,
-        "body": link.body,
-        "previous": link.previous_hash,
-        "hash": link.hash,
-    }
-
-
-async def close(connection: Connection, lease_id: str, outcome: int) -> bool:
-    """Close a lease, and end it where it lives; False where it was closed before."""
-    return await (await connection.execute(_CLOSE, (outcome, lease_id))).fetchone() is not None
+    """Close leases with an outcome and an event each; their chains are locked."""
+    items = [
+        {"lease_id": lease.lease_id, "outcome": outcome}
+        | link.item(chain.tenant_chain(lease.tenant))
+        for lease, outcome, link in closed
+    ]
+    await connection.execute(_CLOSE_RECORDED, (json.dumps(items),))
 
 
 async def revoke(
-    connection: Connection, tenant: str, key_id: str, versions: Sequence[int], outcome: int
-) -> None:
-    """End every live lease of some versions, and number them for watchers."""
+    connection: Connection,
+    tenant: str,
+    key_id: str | None,
+    versions: Collection[int] | None,
+    outcome: int,
+    lease_id: str | None = None,
+) -> int:
+    """End a tenant's live leases, or those of versions of a key, or one; number them for watchers.
+
+    The tenant's chain is locked. Returns how many ended.
+    """
     await connection.execute(_REVOCATION_ORDER)
-    await connection.execute(
+    cursor = await connection.execute(
         _REVOKE,
-        {"tenant": tenant, "key_id": key_id, "versions": list(versions), "outcome": outcome},
+        {
+            "tenant": tenant,
+            "key_id": key_id,
+            "versions": None if versions is None else list(versions),
+            "lease_id": lease_id,
+            "outcome": outcome,
+        },
     )
-
-
-async def news(database: Database, since: int) -> list[Row]:
-    """Return (sequence, lease id, holder) of revocations above a number."""
-    return await database.all(_NEWS, (since,))
-
-
-async def newest(database: Database) -> int:
-    """Return the number of the newest revocation; 0 where there is none."""
-    row = await database.one(_NEWEST)
+    row = await cursor.fetchone()
     return int(row[0]) if row else 0
-
-
-async def live(database: Database, holder: str) -> list[str]:
-    """Return the ids of a holder's live leases."""
-    return [row[0] for row in await database.all(_LIVE, (holder,))]
 
 
 async def live_count(database: Database) -> int:
@@ -262,6 +297,6 @@ async def live_count(database: Database) -> int:
     return int(row[0]) if row else 0
 
 
-async def overdue(database: Database) -> list[str]:
+async def overdue(database: Database, limit: int) -> list[str]:
     """Return ids of leases that were never released."""
-    return [row[0] for row in await database.all(_OVERDUE)]
+    return [row[0] for row in await database.all(_OVERDUE, (limit,))]

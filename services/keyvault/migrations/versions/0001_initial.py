@@ -130,6 +130,24 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("end_time IS NULL"),
     )
+    op.create_index(
+        "lease_unreleased",
+        "lease",
+        ["expire_time"],
+        unique=False,
+        postgresql_where=sa.text("release_time IS NULL"),
+    )
+    op.create_table(
+        "lease_meter",
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("key_id", sa.Text(), nullable=False),
+        sa.Column("in_flight", sa.BigInteger(), nullable=False),
+        sa.Column("minute", sa.BigInteger(), nullable=False),
+        sa.Column("minute_count", sa.BigInteger(), nullable=False),
+        sa.Column("day", sa.BigInteger(), nullable=False),
+        sa.Column("day_count", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "key_id"),
+    )
     op.create_table(
         "local_kek",
         sa.Column("name", sa.Text(), nullable=False),
@@ -199,6 +217,20 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.PrimaryKeyConstraint("kind", "key_id"),
+    )
+    op.create_table(
+        "tenant_hold",
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("held", sa.Boolean(), nullable=False),
+        sa.Column("state_sequence", sa.BigInteger(), nullable=False),
+        sa.Column("state_mac", sa.LargeBinary(), nullable=False),
+        sa.Column(
+            "state_time",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("tenant"),
     )
     op.create_table(
         "key_version",

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from byokeep import names
-from byokeep.cli import checked
+from byokeep.cli import admin_leases, checked
 from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.errors import CliError, Exit
 from byokeep.cli.output import message_dict, when
@@ -17,6 +17,7 @@ from byokeep.cli.text import clean
 from byokeep.keyvault.v1 import admin_pb2
 
 app = typer.Typer(no_args_is_help=True)
+admin_leases.register(app)
 
 _REWRAP_SECONDS = 3600
 

@@ -13,6 +13,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9._/-]{1,200}")
 _PATTERN = re.compile(r"[A-Za-z0-9._/*?-]{1,200}")
 _USER = re.compile(r"[A-Za-z0-9._@+-]{0,128}")
 _CHAIN = re.compile(rf"system|tenants/{_TENANT.pattern}")
+_LEASE = re.compile(r"lea_[0-9a-z]{26}")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -50,6 +51,13 @@ def user(text: str) -> str:
 def chain(text: str) -> str:
     """Return the name of an audit chain. Raises CliError."""
     return _check(_CHAIN, text, "--chain takes tenants/NAME or system")
+
+
+def lease(text: str) -> str:
+    """Return the id of a lease. Raises CliError."""
+    return _check(
+        _LEASE, text, "a lease's id is lea_ and 26 letters and digits", "byokeep key trail KEY"
+    )
 
 
 def key_name(text: str) -> str:

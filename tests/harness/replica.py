@@ -1,0 +1,128 @@
+"""keyvaults in processes of their own, on one database: replicas that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from services.keyvault import migrate
+from services.keyvault.config import Settings
+from tests.harness import keyvault as kv
+
+ROOT = Path(__file__).resolve().parents[2]
+_SECONDS = 90
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The environment that says the same as some settings."""
+    said = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        if value is not None:
+            said[f"BYOKEEP_{field.name.upper()}"] = str(value)
+    return said
+
+
+class Process:
+    """A keyvault process; it can be killed and started again."""
+
+    def __init__(self, environ: Mapping[str, str], folder: Path, name: str) -> None:
+        self._ready = folder / f"{name}.ready"
+        self._address = folder / f"{name}.sock"
+        self._log = folder / f"{name}.log"
+        kept = {key: os.environ[key] for key in ("PATH", "PYTHONPATH") if key in os.environ}
+        self._environ = {
+            **environ,
+            **kept,
+            "BYOKEEP_LISTEN": self.address,
+            "BYOKEEP_HEALTH_LISTEN": f"unix:{folder}/{name}.health",
+            "BYOKEEP_READY_FILE": str(self._ready),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self._address}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        self._ready.unlink(missing_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "services.keyvault", "serve"],
+                cwd=ROOT,
+                env=self._environ,
+                stderr=log,
+            )
+
+    def wait(self) -> None:
+        """Wait until it serves."""
+        assert self._process is not None
+        end = time.monotonic() + _SECONDS
+        while not _written(self._ready):
+            assert self._process.poll() is None, self._log.read_text()
+            assert time.monotonic() < end, "keyvault does not start"
+            time.sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait(30)
+
+
+def _written(ready: Path) -> bool:
+    try:
+        return bool(json.loads(ready.read_text())["pid"])
+    except (OSError, ValueError):
+        return False
+
+
+class Replica(kv.Keyvault):
+    """Channels to a keyvault that is a process."""
+
+    def __init__(self, deployment: kv.Deployment, process: Process, trust: dict) -> None:
+        super().__init__(deployment, None, 0, trust)
+        self.process = process
+
+    def target(self) -> str:
+        return self.process.address
+
+
+@asynccontextmanager
+async def replicas(deployment: kv.Deployment, number: int, **changes):
+    """So many keyvaults on one database, killed when the block ends."""
+    settings = deployment.settings(**changes)
+    await asyncio.to_thread(migrate.upgrade, deployment.database_url)
+    trust = await migrate.bootstrap(settings)
+    started = []
+    try:
+        for index in range(number):
+            process = Process(environment(settings), deployment.folder, f"replica{index}")
+            started.append(Replica(deployment, process, trust))
+            process.start()
+        for one in started:
+            await asyncio.to_thread(one.process.wait)
+        yield started
+    finally:
+        for one in started:
+            await one.close_channels()
+            one.process.kill()

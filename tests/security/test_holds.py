@@ -1,0 +1,118 @@
+"""Revocation by tenant and by lease: an operator's word, reversible, and not SQL's to undo."""
+
+from __future__ import annotations
+
+import asyncio
+
+from byokeep.keyvault.v1 import admin_pb2, audit_pb2, lease_pb2
+
+from tests.harness.keyvault import Child, grant_for, lease_request, refusal, try_lease
+
+ACME = {"tenant": "tenants/acme", "reason": "incident 7"}
+
+
+async def _lease(keyvault, key) -> str:
+    child = Child()
+    request = lease_request(keyvault.deployment, grant_for(key, child), child)
+    return (await keyvault.leases().LeaseKey(request)).lease_id
+
+
+async def _revoke(keyvault) -> int:
+    return (await keyvault.admin.RevokeTenant(admin_pb2.RevokeTenantRequest(**ACME))).ended_leases
+
+
+async def _resume(keyvault) -> None:
+    await keyvault.admin.ResumeTenant(admin_pb2.ResumeTenantRequest(**ACME))
+
+
+async def _told(stream, number: int) -> set[str]:
+    told: set[str] = set()
+    async with asyncio.timeout(30):
+        while len(told) < number:
+            told |= set((await stream.read()).revocation.lease_ids)
+    return told
+
+
+async def test_revoke_tenant_ends_leases_and_gives_none_until_it_is_resumed(keyvault):
+    """Every lease of the tenant ends, its watchers are told, others' go on; it is undone whole.
+
+    Shown to fail: without Holds.check in Redemption.decide; without revoke in revoke_tenant.
+    """
+    await keyvault.create_tenant("other")
+    key, second = await keyvault.add_active(), await keyvault.add_active(name="second")
+    theirs = await keyvault.add_active(tenant="other")
+    leases = {await _lease(keyvault, one) for one in (key, key, second)}
+    await _lease(keyvault, theirs)
+    stream = keyvault.leases().WatchRevocations(lease_pb2.WatchRevocationsRequest())
+    assert leases < set((await stream.read()).resync.live_lease_ids)
+    assert await _revoke(keyvault) == 3
+    assert await _told(stream, 3) == leases
+    stream.cancel()
+    reasons = [await try_lease(keyvault, one) for one in (key, second, theirs)]
+    assert reasons == ["TENANT_NOT_ACTIVE", "TENANT_NOT_ACTIVE", ""]
+    assert await _revoke(keyvault) == 0
+    await _resume(keyvault)
+    await _resume(keyvault)
+    assert await try_lease(keyvault, key) == ""
+    said = [
+        (one.type, one.count, one.detail, one.caller)
+        for one in await keyvault.events()
+        if one.type >= audit_pb2.AUDIT_EVENT_TYPE_LEASE_REVOKED
+    ]
+    operator = "spiffe://byokeep.test/client/operator"
+    assert said == [
+        (audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED, 3, "incident 7", operator),
+        (audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED, 0, "incident 7", operator),
+    ]
+
+
+async def test_revoke_lease_ends_one(keyvault):
+    """One lease ends, on the record, once; the key is leased on."""
+    key = await keyvault.add_active()
+    lease, kept = await _lease(keyvault, key), await _lease(keyvault, key)
+    stream = keyvault.leases().WatchRevocations(lease_pb2.WatchRevocationsRequest())
+    assert set((await stream.read()).resync.live_lease_ids) == {lease, kept}
+    request = admin_pb2.RevokeLeaseRequest(lease_id=lease, reason="incident 7")
+    assert (await keyvault.admin.RevokeLease(request)).ended
+    assert await _told(stream, 1) == {lease}
+    stream.cancel()
+    assert not (await keyvault.admin.RevokeLease(request)).ended
+    assert await try_lease(keyvault, key) == ""
+    last = [one.lease_id for one in await keyvault.events() if one.detail == "incident 7"]
+    assert last == [lease]
+    request.lease_id = "lea_" + "0" * 26
+    assert await refusal(keyvault.admin.RevokeLease(request)) == "NOT_FOUND"
+
+
+async def test_a_tenant_nobody_knows_is_not_held(keyvault):
+    request = admin_pb2.RevokeTenantRequest(tenant="tenants/nobody", reason="incident 7")
+    assert await refusal(keyvault.admin.RevokeTenant(request)) == "TENANT_KEY_MISSING"
+
+
+async def test_a_hold_that_sql_lifts_stays(keyvault):
+    """2, for holds: the MAC refuses a changed row at once, the pass an old or missing one.
+
+    Shown to fail: without the MAC's comparison in Holds.check; without hold_differs in
+    Reconcile.refusal.
+    """
+    key = await keyvault.add_active()
+    await _revoke(keyvault)
+    await _resume(keyvault)
+    resumed = await keyvault.sql("SELECT held, state_sequence, state_mac FROM tenant_hold")
+    await _revoke(keyvault)
+    held = await keyvault.sql("SELECT held, state_sequence, state_mac FROM tenant_hold")
+    await keyvault.sql("UPDATE tenant_hold SET held = false")
+    assert await try_lease(keyvault, key) == "STATE_TAMPERED"
+    put = "UPDATE tenant_hold SET held = %s, state_sequence = %s, state_mac = %s"
+    await keyvault.sql(put, *resumed[0])
+    await keyvault.app._reconcile.once()
+    assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
+    await keyvault.sql("DELETE FROM tenant_hold")
+    await keyvault.app._reconcile.once()
+    assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
+    await keyvault.sql("INSERT INTO tenant_hold VALUES ('acme', %s, %s, %s)", *held[0])
+    await keyvault.app._reconcile.once()
+    assert await try_lease(keyvault, key) == "TENANT_NOT_ACTIVE"
+    await _resume(keyvault)
+    await keyvault.app._reconcile.once()
+    assert await try_lease(keyvault, key) == ""
