@@ -5,6 +5,11 @@ from __future__ import annotations
 from types import TracebackType
 
 
+def wipe(buffer: bytearray) -> None:
+    """Overwrite a buffer with zeros."""
+    buffer[:] = bytes(len(buffer))
+
+
 class Secret:
     """Bytes that are wiped when their block ends and that no report can show.
 
@@ -24,7 +29,7 @@ class Secret:
 
     def wipe(self) -> None:
         """Overwrite the buffer with zeros."""
-        self._buffer[:] = bytes(len(self._buffer))
+        wipe(self._buffer)
 
     def __enter__(self) -> Secret:
         """Use as a block."""

@@ -16,12 +16,14 @@ from byokeep.keyvault.v1 import grant_pb2
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common.config import ConfigError
 from services.common.errors import ByokeepError
 
 MAX_LIFE = datetime.timedelta(seconds=60)
 SKEW = datetime.timedelta(seconds=5)
+_YEAR_9000 = 221_845_392_000
 
 
 class GrantRefusedError(Exception):
@@ -90,5 +92,9 @@ def check_holder(grant: grant_pb2.Grant, spiffe_id: str, recipient_public_key: b
         raise GrantRefusedError("recipient key")
 
 
-def _time(stamp: object) -> datetime.datetime:
-    return stamp.ToDatetime(datetime.UTC)  # type: ignore[attr-defined, no-any-return]
+def _time(stamp: Timestamp) -> datetime.datetime:
+    # Signed is not the same as sane: a Timestamp holds more than a datetime, and the years at
+    # either end leave no room for the skew.
+    if not (0 <= stamp.seconds < _YEAR_9000 and 0 <= stamp.nanos < 1_000_000_000):
+        raise GrantRefusedError("time")
+    return stamp.ToDatetime(datetime.UTC)

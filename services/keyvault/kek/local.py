@@ -146,20 +146,21 @@ class LocalBackend:
             raise UnwrapError
         version = int.from_bytes(wrapped[:4], "big")
         cipher = await self._cipher(kek, version)
-        buffer = bytearray(32)
+        key = Secret(bytearray(32))
         opened = True
         try:
             cipher.decrypt_into(
                 wrapped[4 : 4 + _NONCE],
                 wrapped[4 + _NONCE :],
                 self._dek_binding(kek, version),
-                buffer,
+                key.reveal(),
             )
         except InvalidTag:
             opened = False
         if not opened:
+            key.wipe()  # what was decrypted before the tag was looked at
             raise UnwrapError
-        return Secret(buffer)
+        return key
 
     async def destroy(self, kek: str) -> None:
         """Delete a KEK's rows; `shred` says what that is worth."""
