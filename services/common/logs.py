@@ -53,7 +53,8 @@ def setup(service: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("services").setLevel(level.upper())
+    for ours in ("services", "byokeep"):
+        logging.getLogger(ours).setLevel(level.upper())
     logging.captureWarnings(capture=True)
 
 
