@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 
 
@@ -22,6 +23,19 @@ class Secret:
     def __init__(self, value: bytes | bytearray) -> None:
         """Take over a bytearray as it is; copy immutable bytes."""
         self._buffer = value if isinstance(value, bytearray) else bytearray(value)
+
+    @classmethod
+    def random(cls, size: int) -> Secret:
+        """Return so many random bytes, drawn into the buffer itself.
+
+        os.urandom returns immutable bytes, which nobody could wipe.
+        """
+        os.urandom(1)  # waits until the system's generator is seeded; /dev/urandom does not
+        buffer = bytearray(size)
+        with open("/dev/urandom", "rb", buffering=0) as source:
+            if source.readinto(buffer) != size:
+                raise OSError("/dev/urandom gave too little")
+        return cls(buffer)
 
     def reveal(self) -> bytearray:
         """Return the buffer itself. It is wiped when the block ends: keep no reference."""

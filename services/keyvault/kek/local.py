@@ -120,7 +120,7 @@ class LocalBackend:
         """Create a KEK; False where it exists."""
         nonce = os.urandom(_NONCE)
         root = self._keyring.primary
-        with Secret(bytearray(os.urandom(32))) as key:
+        with Secret.random(32) as key:
             wrapped = nonce + self._keyring.keys[root].encrypt(
                 nonce, key.reveal(), self._kek_binding(kek, 1)
             )
@@ -135,7 +135,7 @@ class LocalBackend:
             raise KekMissingError(kek)
         version = int(row[0])
         cipher = self._open(kek, version, row[1], row[2])
-        key = Secret(bytearray(os.urandom(32)))
+        key = Secret.random(32)
         nonce = os.urandom(_NONCE)
         sealed = cipher.encrypt(nonce, key.reveal(), self._dek_binding(kek, version))
         return DataKey(key, version.to_bytes(4, "big") + nonce + sealed, version)
