@@ -72,6 +72,7 @@ def main(name: str, settings: ServiceSettings, make: Callable[[], App]) -> None:
     try:
         close_the_door()
         logs.setup(name, settings.log_level)
+        logs.catch_all()
         uvloop.run(_serve(name, settings, make()))
     except (ConfigError, IdentityError) as error:
         sys.exit(_refuse(name, error))

@@ -21,6 +21,7 @@ from services.common import hardening, logs
 from services.keyvault import envelope
 hardening.close_the_door()
 logs.setup("keyvault", "debug")
+logs.catch_all()
 
 def broken(cipher, *arguments):
     key = sys.stdin.readline().strip() if not KEY else KEY[0]
@@ -72,7 +73,10 @@ import uvloop
 uvloop.run(main()) if {loop!r} == "uvloop" else asyncio.run(main())
 opened()
 """
-REPORTS = ("caught", "said with", "it broke", "task_failed", "thread_failed", "unraisable")
+
+
+REPORTS = ("caught", "said with %s", "it broke: %r", "unhandled", "warning")
+REPORTS += ("thread_died", "unraisable", "died")
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
@@ -96,16 +100,69 @@ def test_no_locals(loop, debug):
     assert done.returncode == 1
     assert found_in(said, forms(kv.PROVIDER_KEY, "sk-proj-")) == [], said.decode()
     # It was reported all the same: what broke, and where.
-    for report in ("caught", "said with", "it broke", "died", "thread_died", "unraisable"):
-        assert f'"event": "{report}'.encode() in said, (report, said.decode())
+    for report in (
+        "caught",
+        "said with %s",
+        "it broke: %r",
+        "unhandled",
+        "thread_died",
+        "unraisable",
+        "died",
+    ):
+        assert f'"event": "{report}"'.encode() in said, (report, said.decode())
     assert said.count(b"RuntimeError") >= 7, said.decode()
 
 
-@pytest.mark.parametrize("program", ["byokeep.cli.app"])
-def test_no_locals_in_the_commands_tracebacks(program):
-    """The command's own tracebacks, which rich would decorate with locals.
+_WIRED = """
+import sys, threading
+sys.path[:0] = {path!r}
+from services.common import hardening, server
+def make():
+    print(sys.excepthook is sys.__excepthook__, threading.excepthook is threading.__excepthook__)
+    raise server.ConfigError("stop here")
+class Settings:
+    log_level = "info"
+server.main("keyvault", Settings(), make)
+"""
 
-    Shown to fail: with pretty_exceptions_show_locals left to typer.
+
+def test_no_locals_is_set_up_by_every_service():
+    """`server.main` does as the program above does, before the app is made."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WIRED.format(path=[os.getcwd(), *sys.path])],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "False False\n", done.stderr
+
+
+def test_no_locals_in_the_one_shot_process_of_intake():
+    """An order that breaks it: what it says goes to keyvault's log.
+
+    Shown to fail: without catch_all in intake_child.main.
     """
-    module = __import__(program, fromlist=["app"])
-    assert module.app.pretty_exceptions_show_locals is False
+    done = subprocess.run(
+        [sys.executable, "-m", "services.keyvault.intake_child"],
+        input=f'{{"{kv.PROVIDER_KEY}": 1}}\n{kv.PROVIDER_KEY}'.encode(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert b'"event": "died", "error": "builtins.KeyError"' in done.stderr.replace(
+        b'"service": "keyvault.intake", ', b""
+    )
+    assert b"Traceback" not in done.stderr
+    assert found_in(done.stdout + done.stderr, forms(kv.PROVIDER_KEY, "sk-proj-")) == []
+
+
+def test_no_locals_in_the_commands_tracebacks():
+    """The command's tracebacks: typer would let rich print every frame's locals.
+
+    Shown to fail: without pretty_exceptions_enable=False.
+    """
+    from byokeep.cli.app import app
+
+    assert app.pretty_exceptions_enable is False
