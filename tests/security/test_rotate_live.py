@@ -305,6 +305,24 @@ async def test_conn_age(deployment, capfd):
             await other.close()
 
 
+@pytest.mark.timeout(300)
+def test_conn_age_spares_a_review(aging):
+    """A review that takes longer than every age and keyvault's grace: the orchestrator's stream
+    to the runner has its own grace, the runner's stream of revocations is cut and taken up again,
+    and the review is completed at its first attempt.
+
+    Shown to fail: with a grace of 2 s at the runner too.
+    """
+    with aging.connect() as connection:
+        add_key(connection, "openai", fresh_key("openai"), "slow")
+        before = aging.log("runner").count("revocations_heard")
+        aging.emulator.latency(3.0 * (AGE + GRACE))
+        done = review(connection, "openai")
+        aging.emulator.latency(0)
+    assert (done.state, done.attempts) == (review_pb2.REVIEW_STATE_COMPLETED, 1), done
+    assert aging.log("runner").count("revocations_heard") >= before + 2
+
+
 def test_the_defaults_are_bounded():
     """The ages that a deployment has which sets none: minutes for keyvault."""
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
