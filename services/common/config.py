@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from byokeep.transport import TlsFiles
+from byokeep.identity import TlsFiles
 
 T = TypeVar("T")
 
@@ -47,6 +47,12 @@ class ServiceSettings:
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "debug, info, warning or error", default="info"
     )
+    connection_age_seconds: int = setting(
+        "a caller's connection is closed to new calls after this long", default=10 * 60
+    )
+    connection_grace_seconds: int = setting(
+        "and is cut, with the calls that still run, after this long again", default=65 * 60
+    )
     ready_file: Path | None = setting("file to write once the service serves", default=None)
 
     @property
@@ -55,18 +61,42 @@ class ServiceSettings:
         return TlsFiles(self.tls_cert, self.tls_key, self.tls_ca)
 
 
+# What would write or show what a process keeps to itself, and what that is.
+_LEAKS = {
+    "GRPC_TRACE": "gRPC would print payloads",
+    "SSLKEYLOGFILE": "the session keys of TLS connections would be written there",
+    "LD_PRELOAD": "foreign code would be loaded into this process",
+    "LD_AUDIT": "foreign code would be loaded into this process",
+    "PYTHONINSPECT": "an interactive prompt would open on this process's memory",
+    "PYTHONASYNCIODEBUG": "asyncio would report the arguments of slow calls",
+    "PYTHONDEVMODE": "asyncio would report the arguments of slow calls",
+}
+
+
 def check_environment(environ: Mapping[str, str]) -> None:
-    """Refuse to start where gRPC would print payloads before TLS, or under a tracer.
+    """Refuse to start where a library would print or write secrets, or under a tracer.
 
     Raises:
         ConfigError: names what to unset.
     """
-    if environ.get("GRPC_TRACE"):
-        raise ConfigError("GRPC_TRACE is set: gRPC would print payloads; unset it")
+    for name, what in _LEAKS.items():
+        if environ.get(name):
+            raise ConfigError(f"{name} is set: {what}; unset it")
     if environ.get("GRPC_VERBOSITY", "").upper() == "DEBUG":
         raise ConfigError("GRPC_VERBOSITY is DEBUG: gRPC would print payloads; unset it")
-    if sys.gettrace() is not None:
+    if sys.flags.dev_mode or sys.flags.inspect:
+        raise ConfigError("python runs with -X dev or -i; start it without")
+    if sys.gettrace() is not None or sys.getprofile() is not None or _traced():
         raise ConfigError("a debugger or tracer is attached; start without it")
+
+
+def _traced(status: Path = Path("/proc/self/status")) -> bool:
+    """Whether another process traces this one: proc(5), TracerPid."""
+    try:
+        lines = status.read_text().splitlines()
+    except OSError:
+        return False  # not Linux
+    return any(line.split()[1:] not in ([], ["0"]) for line in lines if line[:10] == "TracerPid:")
 
 
 def load(cls: type[T], environ: Mapping[str, str]) -> T:
@@ -131,10 +161,14 @@ def read_secret_file(path: Path) -> str:
         ConfigError: missing, or readable by others than its owner.
     """
     try:
-        mode = path.stat().st_mode
+        check_private(path)
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(f"{path}: readable by others than its owner; chmod 600 it")
     return text.rstrip("\n")
+
+
+def check_private(path: Path) -> None:
+    """Refuse a file that others than its owner may touch. Raises ConfigError, OSError."""
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"{path}: readable by others than its owner; chmod 600 it")

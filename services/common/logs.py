@@ -9,8 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 import traceback
+import warnings
+from typing import TextIO
+
+log = logging.getLogger(__name__)
 
 
 class _Formatter(logging.Formatter):
@@ -25,8 +30,7 @@ class _Formatter(logging.Formatter):
             + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "service": self._service,
-            # A library's message is its template: its arguments are not ours to show.
-            "event": record.msg if isinstance(record.msg, str) else type(record.msg).__name__,
+            "event": _event(record),
         }
         if ours is None:
             line["logger"] = record.name
@@ -35,6 +39,14 @@ class _Formatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             line.update(describe(record.exc_info[1]))
         return json.dumps(line, default=str)
+
+
+def _event(record: logging.LogRecord) -> str:
+    # A library's message is its template: its arguments are not ours to show. asyncio's reports
+    # of what nobody caught are no templates: they have exceptions' texts and calls' arguments.
+    if not isinstance(record.msg, str) or (record.name == "asyncio" and not record.args):
+        return "unhandled" if record.exc_info else type(record.msg).__name__
+    return record.msg
 
 
 def describe(error: BaseException) -> dict[str, object]:
@@ -53,8 +65,45 @@ def setup(service: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("services").setLevel(level.upper())
-    logging.captureWarnings(capture=True)
+    for ours in ("services", "byokeep"):
+        logging.getLogger(ours).setLevel(level.upper())
+    warnings.showwarning = _warned
+
+
+def _warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    event(
+        log,
+        "warning",
+        level=logging.WARNING,
+        category=category.__name__,
+        at=f"{filename.rsplit('/', 2)[-1]}:{lineno}",
+    )
+
+
+def catch_all() -> None:
+    """Report what nobody caught as everything else is: Python's own hooks print its text."""
+
+    def died(kind: type[BaseException], error: BaseException, trace: object) -> None:
+        failure(log, "died", error)
+
+    def thread_died(report: threading.ExceptHookArgs) -> None:
+        if report.exc_value is not None:
+            failure(log, "thread_died", report.exc_value)
+
+    def unraisable(report: sys.UnraisableHookArgs) -> None:
+        if report.exc_value is not None:
+            failure(log, "unraisable", report.exc_value)
+
+    sys.excepthook = died
+    threading.excepthook = thread_died
+    sys.unraisablehook = unraisable
 
 
 def event(

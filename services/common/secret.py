@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
+
+
+def wipe(buffer: bytearray) -> None:
+    """Overwrite a buffer with zeros."""
+    buffer[:] = bytes(len(buffer))
 
 
 class Secret:
@@ -18,13 +24,26 @@ class Secret:
         """Take over a bytearray as it is; copy immutable bytes."""
         self._buffer = value if isinstance(value, bytearray) else bytearray(value)
 
+    @classmethod
+    def random(cls, size: int) -> Secret:
+        """Return so many random bytes, drawn into the buffer itself.
+
+        os.urandom returns immutable bytes, which nobody could wipe.
+        """
+        os.urandom(1)  # waits until the system's generator is seeded; /dev/urandom does not
+        buffer = bytearray(size)
+        with open("/dev/urandom", "rb", buffering=0) as source:
+            if source.readinto(buffer) != size:
+                raise OSError("/dev/urandom gave too little")
+        return cls(buffer)
+
     def reveal(self) -> bytearray:
         """Return the buffer itself. It is wiped when the block ends: keep no reference."""
         return self._buffer
 
     def wipe(self) -> None:
         """Overwrite the buffer with zeros."""
-        self._buffer[:] = bytes(len(self._buffer))
+        wipe(self._buffer)
 
     def __enter__(self) -> Secret:
         """Use as a block."""

@@ -8,10 +8,12 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
 import uvloop
+from byokeep.identity import IdentityError
 from byokeep.transport import MAX_MESSAGE_BYTES
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
@@ -25,12 +27,9 @@ log = logging.getLogger(__name__)
 DRAIN_SECONDS = 10.0
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 
-_OPTIONS = [
+_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Identities are checked at the handshake: a connection must not outlive them for long.
-    ("grpc.max_connection_age_ms", 10 * 60_000),
-    ("grpc.max_connection_age_grace_ms", 65 * 60_000),
     ("grpc.max_concurrent_streams", 256),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -65,17 +64,32 @@ class _Registrar:
         self._server.add_registered_method_handlers(service, handlers)
 
 
-def main(name: str, settings: ServiceSettings, app: App) -> None:
-    """Serve until SIGTERM. Exits with EX_CONFIG where it can't start as configured."""
+def main(name: str, settings: ServiceSettings, make: Callable[[], App]) -> None:
+    """Serve until SIGTERM. Exits with EX_CONFIG where it can't start as configured.
+
+    `make` builds the app, and may read secret files: the door is closed before it is called.
+    """
     try:
-        hardening.close_the_door()
+        close_the_door()
         logs.setup(name, settings.log_level)
-        uvloop.run(_serve(name, settings, app))
-    except ConfigError as error:
+        logs.catch_all()
+        uvloop.run(_serve(name, settings, make()))
+    except (ConfigError, IdentityError) as error:
         sys.exit(_refuse(name, error))
 
 
-def _refuse(name: str, error: ConfigError) -> int:
+def close_the_door() -> None:
+    """See `hardening`. Raises ConfigError where the kernel refused."""
+    try:
+        hardening.close_the_door()
+    except OSError as error:
+        raise ConfigError(
+            f"this process can't be closed to others of its user ({error}):"
+            " allow prctl(2) and setrlimit(2) in its sandbox"
+        ) from None
+
+
+def _refuse(name: str, error: ConfigError | IdentityError) -> int:
     print(f"{name} does not start:\n{error}", file=sys.stderr)  # noqa: T201 for a person
     return EXIT_CONFIG
 
@@ -87,7 +101,12 @@ async def build(settings: ServiceSettings, app: App) -> tuple[grpc.aio.Server, i
         getattr(app, "authorize", None),
         getattr(app, "denied", None),
     )
-    server = grpc.aio.server(interceptors=[gate], options=_OPTIONS)
+    # Identities are checked at the handshake: a connection must not outlive them for long.
+    age = [
+        ("grpc.max_connection_age_ms", settings.connection_age_seconds * 1000),
+        ("grpc.max_connection_age_grace_ms", settings.connection_grace_seconds * 1000),
+    ]
+    server = grpc.aio.server(interceptors=[gate], options=_OPTIONS + age)
     registrar = _Registrar(server)
     app.register(registrar)  # type: ignore[arg-type]
     for service in registrar.services:

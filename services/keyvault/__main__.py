@@ -46,16 +46,18 @@ def _run(arguments: argparse.Namespace) -> None:
         sys.stdout.write(new_keyring() + "\n")
         return
     settings = load(Settings, os.environ)
+    from services.common import server
+
     if arguments.command == "migrate":
         from services.keyvault import migrate
 
+        server.close_the_door()
         migrate.upgrade(read_secret_file(settings.database_url_file))
         sys.stdout.write(json.dumps(asyncio.run(migrate.bootstrap(settings))) + "\n")
         return
-    from services.common import server
     from services.keyvault.server import App
 
-    server.main("keyvault", settings, App(settings, arguments.role))
+    server.main("keyvault", settings, lambda: App(settings, arguments.role))
 
 
 if __name__ == "__main__":

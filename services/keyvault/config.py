@@ -58,6 +58,11 @@ class Settings(config.ServiceSettings):
         default=90,
     )
     database_connections: int = config.setting("connections to the database", default=8)
+    # Its one endless stream, of revocations, is taken up again at once; an export takes minutes.
+    connection_grace_seconds: int = config.setting(
+        "a caller's connection is cut, with the calls that still run, so long after its age",
+        default=5 * 60,
+    )
 
     def read_backends(self) -> list[str]:
         """Return the names of the other backends."""

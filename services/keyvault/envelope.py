@@ -24,6 +24,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from services.common.secret import wipe
+
 MAGIC = b"BYK1"
 _LABEL = b"byokeep/envelope/v1"
 _COMMITMENT, _NONCE, _TAG = 32, 12, 16
@@ -91,10 +93,18 @@ def decrypt(data_key: bytearray, envelope: bytes, context: Context) -> bytearray
     except InvalidTag:
         opened = False
     if not opened:
+        # It holds what was decrypted before the tag was looked at: one flipped bit of a row
+        # leaves all but one of the key's.
+        wipe(buffer)
         raise EnvelopeError("the envelope does not open")
     return buffer
 
 
 def _derive(data_key: bytearray) -> tuple[AESGCM, bytes]:
-    material = HKDF(SHA256(), 64, salt=None, info=_LABEL).derive(data_key)
-    return AESGCM(material[:32]), material[32:]
+    material = bytearray(64)
+    HKDF(SHA256(), 64, salt=None, info=_LABEL).derive_into(data_key, material)
+    with memoryview(material) as view:
+        cipher = AESGCM(view[:32])
+    commitment = bytes(material[32:])
+    wipe(material)
+    return cipher, commitment

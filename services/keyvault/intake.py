@@ -126,9 +126,11 @@ class IntakeKeys:
                 target.version,
             ],
         }
-        message = bytearray(json.dumps(order).encode() + b"\n")
-        message += private
-        message += data_key
+        head = json.dumps(order).encode() + b"\n"
+        # Made whole at once: one that grows is moved, and leaves what it held behind.
+        message = bytearray(head + bytes(len(private) + len(data_key)))
+        message[len(head) : len(head) + len(private)] = private
+        message[len(head) + len(private) :] = data_key
         try:
             async with self._children:
                 return await _one_shot(message)

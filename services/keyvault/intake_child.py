@@ -14,7 +14,7 @@ from typing import Any
 from byokeep import hpke
 from byokeep.sealing import KeyFormatError, check_key
 
-from services.common import hardening
+from services.common import hardening, logs
 from services.keyvault.envelope import Context, encrypt
 from services.keyvault.hint import hint
 
@@ -43,6 +43,9 @@ def answer(order: dict[str, Any], private: bytes, data_key: bytearray) -> dict[s
 def main() -> None:
     """Read one order, its private key and data key; write one answer."""
     hardening.close_the_door()
+    # Standard error is keyvault's: what breaks here is reported like everything there.
+    logs.setup("keyvault.intake", "info")
+    logs.catch_all()
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
     order = json.loads(sys.stdin.buffer.readline())

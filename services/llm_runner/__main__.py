@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"llm_runner does not start:\n{error}", file=sys.stderr)  # noqa: T201 for a person
         return server.EXIT_CONFIG
     app = App(settings, spawner)
-    server.main("llm_runner", settings, app)
+    server.main("llm_runner", settings, lambda: app)
     return 1 if app.zygote_lost else 0
 
 

@@ -133,6 +133,7 @@ def main() -> int:
     process.harden()
     try:
         logs.setup("llm_runner.child", os.environ.get("BYOKEEP_LOG_LEVEL", "info"))
+        logs.catch_all()
         tools = child.prepare(os.environ)
         rehearse(tools)
     except (OSError, ValueError) as error:

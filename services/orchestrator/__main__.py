@@ -26,11 +26,10 @@ def main(arguments: list[str]) -> int:
             migrate(database_url(_url_file()))
             return 0
         settings = config.load(Settings, os.environ)
-        app = App(settings)
     except config.ConfigError as error:
         print(f"orchestrator does not start:\n{error}", file=sys.stderr)  # noqa: T201
         return server.EXIT_CONFIG
-    server.main("orchestrator", settings, app)
+    server.main("orchestrator", settings, lambda: App(settings))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The envelope, attacked offline."""
+"""The envelope, attacked offline; `test_fuzz.py` has the rest of 6."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from services.keyvault import envelope
 from services.keyvault.envelope import Context, EnvelopeError, decrypt, encrypt
@@ -54,6 +52,31 @@ def test_fields_can_not_slide_into_each_other():
         decrypt(data_key, sealed, dataclasses.replace(CONTEXT, tenant="a", owner="bc"))
 
 
+@pytest.mark.parametrize("damage", [-1, 48])
+def test_what_does_not_open_leaves_nothing(damage, monkeypatch):
+    """AES-GCM decrypts before it looks at the tag: what it refuses, it leaves in the buffer.
+
+    Shown to fail: without the wipe before EnvelopeError in envelope.decrypt.
+    """
+    buffers = []
+
+    class Watched:
+        def __init__(self, key):
+            self._cipher = AESGCM(key)
+
+        def decrypt_into(self, nonce, data, associated_data, buffer):
+            buffers.append(buffer)
+            return self._cipher.decrypt_into(nonce, data, associated_data, buffer)
+
+    data_key = bytearray(os.urandom(32))
+    damaged = bytearray(encrypt(data_key, KEY, CONTEXT))
+    damaged[damage] ^= 1
+    monkeypatch.setattr(envelope, "AESGCM", Watched)
+    with pytest.raises(EnvelopeError):
+        decrypt(data_key, bytes(damaged), CONTEXT)
+    assert buffers == [bytearray(len(KEY))]
+
+
 def test_salamander():
     """4. A ciphertext that is valid under two GCM keys opens under neither data key but its own.
 
@@ -84,14 +107,6 @@ def test_vectors_golden_envelopes(vector):
     assert opened.hex() == vector["plaintext"]
 
 
-@settings(max_examples=2_000, deadline=None)
-@given(st.binary(max_size=700))
-def test_fuzz_envelope_random(data):
-    """6. Random input has one error type."""
-    with pytest.raises(EnvelopeError):
-        decrypt(bytearray(32), data, CONTEXT)
-
-
 _DATA_KEY = bytearray(range(32))
 _SEALED = encrypt(_DATA_KEY, KEY, CONTEXT)
 
@@ -110,27 +125,6 @@ def test_fuzz_envelope_every_truncation(length):
     """6. No prefix opens."""
     with pytest.raises(EnvelopeError):
         decrypt(_DATA_KEY, _SEALED[:length], CONTEXT)
-
-
-async def test_fuzz_envelope_no_kek_call_before_the_header(keyvault):
-    """6. An envelope whose header is wrong costs no call to the KEK backend.
-
-    Shown to fail: without check_header in Leasing._open.
-    """
-    from tests.harness.keyvault import try_lease
-
-    key = await keyvault.add_active()
-    await keyvault.sql("UPDATE key_version SET envelope = 'BYK9' || envelope")
-    calls = []
-
-    class Counting:
-        def __getattr__(self, name):
-            calls.append(name)
-            raise AssertionError
-
-    keyvault.app._leasing._backend = Counting()
-    assert await try_lease(keyvault, key) == "ROW_TAMPERED"
-    assert calls == []
 
 
 def _material(data_key: bytearray) -> tuple[bytes, bytes]:

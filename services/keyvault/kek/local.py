@@ -159,7 +159,7 @@ class LocalBackend:
     async def generate_data_key(self, kek: str) -> DataKey:
         """Return a fresh data key under the KEK's newest version."""
         version, cipher = await self._newest_cipher(kek)
-        key = Secret(bytearray(os.urandom(32)))
+        key = Secret.random(32)
         return DataKey(key, self._wrap(kek, version, cipher, key), version)
 
     async def unwrap(self, kek: str, wrapped: bytes) -> Secret:
@@ -168,20 +168,21 @@ class LocalBackend:
             raise UnwrapError
         version = _version_of(wrapped)
         cipher = await self._cipher(kek, version)
-        buffer = bytearray(32)
+        key = Secret(bytearray(32))
         opened = True
         try:
             cipher.decrypt_into(
                 wrapped[_VERSION_BYTES : _VERSION_BYTES + _NONCE],
                 wrapped[_VERSION_BYTES + _NONCE :],
                 self._dek_binding(kek, version),
-                buffer,
+                key.reveal(),
             )
         except InvalidTag:
             opened = False
         if not opened:
+            key.wipe()  # what was decrypted before the tag was looked at
             raise UnwrapError
-        return Secret(buffer)
+        return key
 
     async def rewrap(self, kek: str, wrapped: Sequence[bytes]) -> list[Rewrapped | RewrapFailed]:
         """Wrap data keys again under the KEK's newest version."""
@@ -231,7 +232,7 @@ class LocalBackend:
     def _fresh(self, kek: str, version: int) -> tuple[str, int, str, bytes]:
         nonce = os.urandom(_NONCE)
         root = self._keyring.primary
-        with Secret(bytearray(os.urandom(32))) as key:
+        with Secret.random(32) as key:
             wrapped = nonce + self._keyring.keys[root].encrypt(
                 nonce, key.reveal(), self._kek_binding(kek, version)
             )

@@ -3,7 +3,8 @@
     with byokeep.connect() as connection:
         connection.keys.ListKeys(ListKeysRequest(parent=connection.parent))
 
-Channels open when they are first used. UNAVAILABLE is retried by the channel with
+Channels open when they are first used, and follow the files of the certificate and its key; the
+trust bundle is read once. UNAVAILABLE is retried by the channel with
 identical bytes; every mutation carries a request id (`new_request_id`), so that a
 repetition changes nothing more.
 """
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import grpc
 
 from byokeep import names, sealing
+from byokeep.identity import Followed, IdentityError, Pem, TlsFiles, checked
 from byokeep.keyvault.v1 import admin_pb2_grpc, audit_pb2_grpc, custody_pb2
 from byokeep.orchestrator.v1 import (
     key_pb2,
@@ -30,7 +32,7 @@ from byokeep.orchestrator.v1 import (
     tenant_pb2_grpc,
 )
 from byokeep.profile import Endpoint, Profile, ProfileError, TrustBundle, load_profile, load_trust
-from byokeep.transport import TlsFiles, sync_channel
+from byokeep.transport import following_channel
 
 DEADLINE_SECONDS = 20.0
 """Deadline of a unary call that is made without one."""
@@ -220,12 +222,16 @@ class Connection:
         return self._open(self.profile.keyvault)
 
     def _open(self, endpoint: Endpoint) -> grpc.Channel:
-        certificate, key = self.profile.read_identity()
-        channel = sync_channel(
-            endpoint.address, endpoint.server_name, certificate, key, self.trust.ca
-        )
+        identity = Followed((self.profile.certificate, self.profile.key), self._identity)
+        channel = following_channel(endpoint.address, endpoint.server_name, identity)
         self._channels.append(channel)
         return grpc.intercept_channel(channel, _Deadline())
+
+    def _identity(self) -> Pem:
+        try:
+            return checked(Pem(*self.profile.read_identity(), ca=self.trust.ca))
+        except IdentityError as error:
+            raise ProfileError(f"the profile's certificate and key: {error}") from None
 
 
 class _Deadline(grpc.UnaryUnaryClientInterceptor):

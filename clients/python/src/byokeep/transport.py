@@ -1,18 +1,21 @@
-"""Channels and servers' credentials: mutual TLS, one place for its options.
+"""Channels: mutual TLS, one place for its options.
 
 gRPC in Python checks a server's DNS name, not its SPIFFE ID, so every channel
 names the DNS name that the server's certificate must have, whatever address is
-dialled. Both ends of byokeep negotiate TLS 1.3; gRPC in Python has no option that
-refuses a peer which offers no more than 1.2.
+dialled. byokeep's servers take no TLS below 1.3 (`services.common`). A channel follows
+the files of its identity.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
+
+from byokeep.following import AioChannel, SyncChannel
+from byokeep.identity import Followed, Pem, TlsFiles
+
+__all__ = ["MAX_MESSAGE_BYTES", "TlsFiles", "aio_channel", "following_channel", "sync_channel"]
 
 # Above the largest diff (4 MiB) with its context files, below what hurts.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -38,19 +41,6 @@ _RETRY = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files of one identity."""
-
-    certificate: Path
-    key: Path
-    ca: Path
-
-    def read(self) -> tuple[bytes, bytes, bytes]:
-        """Return the contents: certificate chain, private key, CA certificates."""
-        return self.certificate.read_bytes(), self.key.read_bytes(), self.ca.read_bytes()
-
-
 def channel_credentials(certificate: bytes, key: bytes, ca: bytes) -> grpc.ChannelCredentials:
     """Return credentials that present an identity and trust one CA alone."""
     return grpc.ssl_channel_credentials(ca, key, certificate)
@@ -72,17 +62,35 @@ def channel_options(server_name: str) -> list[tuple[str, str | int]]:
 
 
 def aio_channel(address: str, server_name: str, files: TlsFiles) -> grpc.aio.Channel:
-    """Open an asyncio channel. The retry policy repeats UNAVAILABLE only: every
-    method that changes something carries a request id or a one-time grant."""
-    return grpc.aio.secure_channel(
-        address, channel_credentials(*files.read()), options=channel_options(server_name)
+    """Open an asyncio channel that follows its files. The retry policy repeats UNAVAILABLE
+    only: every method that changes something carries a request id or a one-time grant.
+
+    Raises:
+        IdentityError: the files are no usable identity.
+    """
+    options = channel_options(server_name)
+    return AioChannel(
+        Followed(files.paths, files.load),
+        lambda pem: grpc.aio.secure_channel(address, _credentials(pem), options=options),
+    )
+
+
+def following_channel(address: str, server_name: str, identity: Followed[Pem]) -> grpc.Channel:
+    """Open a blocking channel that follows an identity's files."""
+    options = channel_options(server_name)
+    return SyncChannel(
+        identity, lambda pem: grpc.secure_channel(address, _credentials(pem), options=options)
     )
 
 
 def sync_channel(
     address: str, server_name: str, certificate: bytes, key: bytes, ca: bytes
 ) -> grpc.Channel:
-    """Open a blocking channel."""
+    """Open a blocking channel with this identity and no other."""
     return grpc.secure_channel(
         address, channel_credentials(certificate, key, ca), options=channel_options(server_name)
     )
+
+
+def _credentials(pem: Pem) -> grpc.ChannelCredentials:
+    return channel_credentials(pem.certificate, pem.key, pem.ca)
