@@ -46,7 +46,7 @@ down: $(VENV) $(STUBS) ## stop it; its data stays
 status: $(VENV) $(STUBS) ## say which of its processes run and serve
 	@$(BIN)/python -m deploy.local status
 
-prove: $(VENV) $(STUBS) ## attack a throwaway stack, show what stops each attack; fail if one gets through
+prove: $(VENV) $(STUBS) ## attack a throwaway stack, show how each attack is stopped; fail if one gets through
 	@$(BIN)/python -m deploy.local prove $(if $(filter list,$(ONLY)),--list,$(if $(ONLY),--only "$(ONLY)"))
 
 clean: ## stop the stack; erase its data, .venv, build and generated stubs

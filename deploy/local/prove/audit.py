@@ -49,7 +49,7 @@ def audit_tail_cut(attacker: Attacker) -> str:
     older, newer = attacker.loot("older.jsonl"), attacker.loot("newer.jsonl")
     status, said = _export(attacker, chain, older)
     if status or _verify(attacker, older)[0]:
-        raise NotShownError(f"the untouched export does not verify: {said.strip()}")
+        raise NotShownError(f"the untouched export does not verify: {_short(said)}")
     ((sequence, digest),) = attacker.sql(_HEAD, chain)
     tail = attacker.sql(_ROWS, chain, sequence - 1)
     ((previous,),) = attacker.sql(
@@ -96,10 +96,14 @@ def _verify(attacker: Attacker, path: Path, *more: str) -> tuple[int, str]:
     return attacker.byokeep("audit", "verify", str(path), *more, "--profile", "auditor", "--json")
 
 
+def _short(said: str) -> str:
+    return " ".join(said.split())[:300]
+
+
 def _broken(status: int, said: str, sequence: int) -> str:
     """Return how verify refused; it has to name the first link that is not as it was."""
     if status != _INTEGRITY:
-        raise GotThroughError(f"byokeep audit verify ends with {status}: {said.strip()}")
+        raise GotThroughError(f"byokeep audit verify ends with {status}: {_short(said)}")
     error = json.loads(said)["error"]
     named = error["metadata"].get("sequence")
     if named != str(sequence):

@@ -70,7 +70,7 @@ def key_as_an_argument(attacker: Attacker) -> str:
     if key in said:
         raise GotThroughError("the command shows the key that it was given")
     if done.returncode != 2 or "KEY_IN_ARGUMENTS" not in said:
-        raise GotThroughError(f"the command took it: exit code {done.returncode}")
+        raise GotThroughError(f"not refused as a key; the command ends with {done.returncode}")
     return "exit code 2, KEY_IN_ARGUMENTS, nothing of it shown"
 
 

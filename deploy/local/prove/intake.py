@@ -18,8 +18,9 @@ from byokeep.profile import Endpoint, load_profile
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from deploy.local.material import DEPLOYMENT, SERVER_NAMES
+from deploy.local.prove.access import SECONDS
 from deploy.local.prove.attack import GotThroughError, Group, refused
-from deploy.local.prove.attacker import SECONDS, Attacker, fresh_key
+from deploy.local.prove.attacker import Attacker, fresh_key
 
 GROUP = Group("The way in: seals and intake keys")
 _RELAY = "a customer's sealed key, and the orchestrator's certificate"

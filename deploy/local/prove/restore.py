@@ -5,8 +5,9 @@ from __future__ import annotations
 from byokeep.keyvault.v1 import admin_pb2
 
 from deploy.local.processes import wait_for
+from deploy.local.prove.access import SECONDS
 from deploy.local.prove.attack import Group, NotShownError, refused
-from deploy.local.prove.attacker import SECONDS, Attacker
+from deploy.local.prove.attacker import Attacker
 
 GROUP = Group("The whole database, from a backup")
 _HOLDS = "PostgreSQL's superuser, a backup of an hour ago, the grant signing key"

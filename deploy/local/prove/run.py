@@ -50,7 +50,7 @@ def listing() -> int:
     for group in GROUPS:
         console.print(Text(group.title, style="bold"))
         for attack in group.attacks:
-            console.print(f"  {attack.name:<32}{attack.what}")
+            console.print(f"  {attack.name:<32}{attack.what}", soft_wrap=True)
     return 0
 
 
@@ -113,7 +113,8 @@ class _Round:
             self._group(group)
         self._wait()
         count = self._stopped + len(self._through)
-        text = f"{count} attacks, {self._stopped} stopped, in {time.monotonic() - started:.0f} s"
+        attacks = "1 attack" if count == 1 else f"{count} attacks"
+        text = f"{attacks}, {self._stopped} stopped, in {time.monotonic() - started:.0f} s"
         self._console.print()
         if self._through:
             names = ", ".join(attack.name for attack in self._through)

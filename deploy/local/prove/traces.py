@@ -15,7 +15,7 @@ from deploy.local.prove.attacker import Attacker
 from deploy.local.topology import SERVICES
 
 GROUP = Group("Looking for a key after a review has used it")
-_ROOT = "root: every process's memory and every file"
+_ROOT = "the rights of whoever runs this; as root, every process's memory and every file"
 _CHUNK = 16 * 1024 * 1024
 _OVERLAP = 4096
 _REGION = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r")
