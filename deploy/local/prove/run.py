@@ -150,20 +150,24 @@ class _Round:
         while self._waiting:
             attack, waiting, deadline = self._waiting.pop(0)
             self._console.print()
-            with self._console.status("") as status:
-                try:
-                    while (stopped := waiting.look()) is None:
-                        left = deadline - time.monotonic()
-                        if left < 0:
-                            raise GotThroughError(
-                                f"{waiting.what} did not stop it within {waiting.seconds:.0f} s"
-                            )
-                        status.update(f"{attack.what}: {waiting.what} has {left:.0f} s left")
-                        time.sleep(_POLL_SECONDS)
-                except Exception as error:
-                    self._failed(attack, error)
-                else:
-                    self._passed(attack, stopped)
+            try:
+                stopped = self._until(attack, waiting, deadline)
+            except Exception as error:
+                self._failed(attack, error)
+            else:
+                self._passed(attack, stopped)
+
+    def _until(self, attack: Attack, waiting: Waiting, deadline: float) -> str:
+        with self._console.status("") as status:
+            while (stopped := waiting.look()) is None:
+                left = deadline - time.monotonic()
+                if left < 0:
+                    raise GotThroughError(
+                        f"{waiting.what} did not stop it within {waiting.seconds:.0f} s"
+                    )
+                status.update(f"{attack.what}: {waiting.what} has {left:.0f} s left")
+                time.sleep(_POLL_SECONDS)
+        return stopped
 
     def _passed(self, attack: Attack, how: str) -> None:
         self._stopped += 1
