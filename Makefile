@@ -20,13 +20,14 @@ LOCKED := keyvault orchestrator llm_runner
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run up down status clean test mutants lint bench protos lock setup
+.PHONY: help run prove up down status clean test mutants lint bench protos lock setup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  DIFF=FILE         make run: review this git diff instead of the one shipped"
 	@echo "  LIVE=1            make run, make up: real provider hosts, with your own key"
+	@echo "  ONLY=NAME         make prove: this attack alone; ONLY=list names them"
 	@echo "  BYOKEEP_STATE=DIR make up, down, status, clean: where the stack lives"
 	@echo "  PYTEST_ARGS=...   make test: arguments for pytest"
 	@echo "  WORKERS=N         make test: processes that run tests (3)"
@@ -44,6 +45,9 @@ down: $(VENV) $(STUBS) ## stop it; its data stays
 
 status: $(VENV) $(STUBS) ## say which of its processes run and serve
 	@$(BIN)/python -m deploy.local status
+
+prove: $(VENV) $(STUBS) ## attack a throwaway stack, show how each attack is stopped; fail if one gets through
+	@$(BIN)/python -m deploy.local prove $(if $(filter list,$(ONLY)),--list,$(if $(ONLY),--only "$(ONLY)"))
 
 clean: ## stop the stack; erase its data, .venv, build and generated stubs
 	@if [ -e $(STUBS) ] && [ -e $(VENV) ]; then $(BIN)/python -m deploy.local clean; fi

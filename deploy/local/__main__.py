@@ -27,6 +27,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     run = commands.add_parser("run", help="show byokeep on a throwaway stack, and stop it")
     run.add_argument("--diff", type=Path, help="review this diff instead of the one shipped")
     run.add_argument("--provider", default="openai", choices=["openai", "anthropic", "gemini"])
+    prove = commands.add_parser(
+        "prove", help="attack a throwaway stack; exit 1 if one gets through"
+    )
+    prove.add_argument("--only", action="append", default=[], metavar="NAME", help="this attack")
+    prove.add_argument("--list", action="store_true", help="say what attacks there are")
     for command in (up, down, status, clean):
         command.add_argument(
             "--state", type=Path, default=None, help="its folder (default: BYOKEEP_STATE)"
@@ -65,6 +70,8 @@ def _config(arguments: argparse.Namespace, root: Path) -> Path:
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "run":
         return demo.run(arguments.diff, provider=arguments.provider, live=arguments.live)
+    if arguments.command == "prove":
+        return _prove(arguments)
     root = arguments.state.absolute() if arguments.state else default_root()
     match arguments.command:
         case "up" if arguments.foreground:
@@ -77,6 +84,13 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             return background.status(root)
         case _:
             return background.clean(root, _config(arguments, root))
+
+
+def _prove(arguments: argparse.Namespace) -> int:
+    # Loaded here: it needs gRPC and every client, which the other commands don't.
+    from deploy.local.prove import run as prove
+
+    return prove.listing() if arguments.list else prove.run(arguments.only)
 
 
 def main(argv: list[str] | None = None) -> int:

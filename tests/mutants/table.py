@@ -661,6 +661,24 @@ MUTANTS = (
         ("tests/unit/test_profile.py::test_the_working_directory_brings_no_config",),
     ),
     Mutant(
+        "make prove takes an answered call for a refusal",
+        "deploy/local/prove/attack.py",
+        '        raise GotThroughError(f"the call was answered with a {type(answer).__name__}")',
+        '        return f"{type(answer).__name__}"',
+        ("tests/component/test_prove.py::test_an_attack_that_gets_through_fails_the_round",),
+    ),
+    Mutant(
+        "make prove: an attack whose time is over counts as stopped",
+        "deploy/local/prove/run.py",
+        """                    raise GotThroughError(
+                        f"{waiting.what} did not stop it within {waiting.seconds:.0f} s"
+                    )
+""",
+        """                    return ""
+""",
+        ("tests/component/test_prove.py::test_what_shows_nothing_fails_the_round_too",),
+    ),
+    Mutant(
         "logs of the stack that others may read",
         "deploy/local/processes.py",
         "    os.fchmod(descriptor, 0o600)",

@@ -10,8 +10,7 @@ from byokeep.ids import new_id
 from byokeep.keyvault.v1 import audit_pb2
 from byokeep.names import key_name, last_of
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
-
-from tests.harness.canary import files_with, forms, found_in
+from byokeep.testing.canary import files_with, forms, found_in
 
 DIFF = b"""diff --git a/app.py b/app.py
 --- a/app.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import urllib.parse
 from collections.abc import Iterator
@@ -51,6 +52,6 @@ def files_with(root: Path, wanted: dict[str, bytes]) -> Iterator[tuple[Path, lis
     for path in sorted(root.rglob("*")):
         if not path.is_file() or path.is_symlink():
             continue
-        names = found_in(path.read_bytes(), wanted)
-        if names:
-            yield path, names
+        with contextlib.suppress(FileNotFoundError):  # a running database removes files
+            if names := found_in(path.read_bytes(), wanted):
+                yield path, names
