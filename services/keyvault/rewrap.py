@@ -46,7 +46,9 @@ class Rewrap:
         self._database = database
         self._backends = backends
         self._deployment = deployment
-        self._rows_per_second = rows_per_second
+        self._rows_per_second = max(1, rows_per_second)
+        # Small enough that the pace is held within every quarter of a second.
+        self._limit = min(_BATCH, max(1, self._rows_per_second // 4))
 
     async def tick(self) -> None:
         """Work off what is due. Raises KekUnavailableError: the job stays as it is."""
@@ -81,7 +83,7 @@ class Rewrap:
 
     async def _work(self, connection: Connection, job: Job) -> tuple[list[Row], list[Failure]]:
         total = await store.left(connection, job, to_do=False) if job.total is None else 0
-        rows = await store.batch(connection, job, _BATCH)
+        rows = await store.batch(connection, job, self._limit)
         if not rows:
             await self._end_pass(connection, job)
             return [], []
