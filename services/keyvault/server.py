@@ -47,6 +47,7 @@ from services.keyvault.service.lease import LeaseService
 
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
+_KEYS_SECONDS = 2.0
 
 
 def open_database(settings: Settings) -> Database:
@@ -68,6 +69,7 @@ class App:
         self._anchor = Anchor(self._database, settings.anchor_file, settings.deployment)
         self._reconcile = Reconcile(self._database, self._anchor, settings.deployment)
         self._revocations = Revocations(self._database)
+        self._grant_keys = grants.GrantKeys(settings.grant_keys_dir)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -84,7 +86,10 @@ class App:
                 " and is it the same keyring?"
             ) from None
         self._intake = IntakeKeys(
-            self._database, self._backends, self._keys.intake_signing, settings.deployment
+            self._database,
+            self._backends,
+            lambda: self._keys.intake_signing,
+            settings.deployment,
         )
         self._custody = Custody(
             self._database,
@@ -106,7 +111,7 @@ class App:
             self._database,
             self._backends,
             self._custody,
-            grants.load_keys(settings.grant_keys_dir),
+            self._grant_keys.trusted,
             settings.deployment,
             settings.tenant_leases_in_flight,
             self._refusal,
@@ -121,6 +126,7 @@ class App:
         self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
         self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
+        self._run("keys", _KEYS_SECONDS, self._follow_keys, self._grant_keys.follow)
         if self._role in ("all", "data"):
             self._run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
         if self._role in ("all", "admin"):
@@ -138,7 +144,9 @@ class App:
             )
         if self._role in ("all", "admin"):
             audit_pb2_grpc.add_AuditServiceServicer_to_server(
-                AuditService(self._database, self._keys.audit_log, self._settings.deployment),
+                AuditService(
+                    self._database, lambda: self._keys.audit_log, self._settings.deployment
+                ),
                 server,
             )
             admin_pb2_grpc.add_AdminServiceServicer_to_server(
@@ -175,6 +183,11 @@ class App:
 
     def _refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
         return self._anchor.refusal() or self._reconcile.refusal(tenant, key_id, version)
+
+    async def _follow_keys(self) -> None:
+        await system_keys.refresh(
+            self._keys, self._database, self._backends, self._settings.deployment
+        )
 
     def _run(self, name: str, seconds: float, *steps: Callable[[], Awaitable[None]]) -> None:
         self._tasks.append(asyncio.create_task(background.forever(name, seconds, *steps)))

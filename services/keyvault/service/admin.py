@@ -15,7 +15,7 @@ from byokeep.names import tenant_name, tenant_of
 
 from services.common import authz
 from services.common.errors import ByokeepError
-from services.keyvault import chain, kek
+from services.keyvault import chain, kek, system_keys
 from services.keyvault.anchor import Anchor
 from services.keyvault.custody import Custody, Origin
 from services.keyvault.database import Database
@@ -27,6 +27,10 @@ from services.keyvault.store import keys as key_store
 from services.keyvault.store import leases as lease_store
 from services.keyvault.store.jobs import Job, Order
 
+_KINDS = {
+    pb.SYSTEM_KEY_KIND_INTAKE_SIGNING: system_keys.INTAKE_SIGNING,
+    pb.SYSTEM_KEY_KIND_AUDIT_LOG: system_keys.AUDIT_LOG,
+}
 _ROTATE = Order(rotate=True, rewrap=False, trim=False)
 _PROGRESS_SECONDS = 0.3
 # Named in an answer; all of them are in the job's table, and in the log.
@@ -123,6 +127,32 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         if len(answer.tenant_keys) == size:
             answer.next_page_token = rows[-1][0]
         return answer
+
+    async def PrepareSystemKey(
+        self, request: pb.PrepareSystemKeyRequest, context: Any
+    ) -> pb.PrepareSystemKeyResponse:
+        """Make a signing key that does not sign yet, and give its public part out."""
+        key_id, public = await system_keys.prepare(
+            self._database,
+            self._backends,
+            self._deployment,
+            _KINDS[request.kind],
+            authz.current().spiffe_id,
+        )
+        return pb.PrepareSystemKeyResponse(key_id=key_id, public_key=public)
+
+    async def ActivateSystemKey(
+        self, request: pb.ActivateSystemKeyRequest, context: Any
+    ) -> pb.ActivateSystemKeyResponse:
+        """Let a prepared key sign."""
+        await system_keys.activate(
+            self._database,
+            self._deployment,
+            _KINDS[request.kind],
+            request.key_id,
+            authz.current().spiffe_id,
+        )
+        return pb.ActivateSystemKeyResponse()
 
     async def ShredTenant(
         self, request: pb.ShredTenantRequest, context: Any
