@@ -104,7 +104,6 @@ class Rewrap:
         self, connection: Connection, job: Job, swaps: list[Swap], failures: list[Failure]
     ) -> int:
         done = await store.swap(connection, job, swaps) if swaps else 0
-        await store.opened(connection, job.tenant, swaps)
         if failures:
             await store.unopened(connection, job.tenant, failures, job.job_id)
         return done

@@ -142,6 +142,7 @@ class Rotation:
                 # Stored under an older version while the last pass ended.
                 await store.next_pass(connection, locked)
                 return
+            await store.opened(connection, locked)
             event = _event(
                 locked,
                 audit_pb2.AUDIT_EVENT_TYPE_REWRAPPED,

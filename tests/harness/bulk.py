@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import audit_pb2
 from byokeep.names import provider_value
 
+from services.common.secret import Secret
 from services.keyvault import chain, domain, kek
 from services.keyvault.database import Database
 from services.keyvault.domain import Key, State, Version
 from services.keyvault.envelope import Context, encrypt
+from services.keyvault.kek.local import LocalBackend
 
 _KEYS = """
 INSERT INTO provider_key (tenant, key_id, provider, owner, display_name)
@@ -26,7 +30,7 @@ FROM unnest(%s::text[], %s::bigint[], %s::bytea[], %s::int[], %s::bytea[], %s::b
 
 async def add_active_keys(
     database: Database,
-    backend: kek.Backend,
+    backend: LocalBackend,
     mac_key: bytes,
     deployment: str,
     tenant: str,
@@ -34,9 +38,11 @@ async def add_active_keys(
 ) -> dict[str, str]:
     """Store active keys of a tenant that has a KEK; return their values by key id."""
     values = {new_id("key"): f"sk-proj-{number:040d}" for number in range(count)}
+    # The newest version is asked for once, not ten thousand times.
+    newest = await backend._newest_cipher(kek.tenant_kek(tenant))
     rows: dict[str, list] = {"wrapped": [], "kek_version": [], "envelope": []}
     for key_id, value in values.items():
-        data_key = await backend.generate_data_key(kek.tenant_kek(tenant))
+        data_key = _data_key(backend, newest, kek.tenant_kek(tenant))
         with data_key.plaintext as clear:
             context = Context(deployment, tenant, "", "openai", key_id, 1)
             rows["envelope"].append(encrypt(clear.reveal(), value.encode(), context))
@@ -78,6 +84,12 @@ async def add_active_keys(
             ),
         )
     return values
+
+
+def _data_key(backend: LocalBackend, newest, name: str) -> kek.DataKey:
+    version, cipher = newest
+    key = Secret(bytearray(os.urandom(32)))
+    return kek.DataKey(key, backend._wrap(name, version, cipher, key), version)
 
 
 async def fill(keyvault, count: int, tenant: str = "acme") -> dict[str, str]:

@@ -144,8 +144,10 @@ SET reason = excluded.reason, update_time = now(),
     job_id = coalesce(excluded.job_id, unopened_version.job_id)
 """
 _OPENED = """
-DELETE FROM unopened_version u USING unnest(%s::text[], %s::int[]) AS i (key_id, version)
-WHERE u.tenant = %s AND u.key_id = i.key_id AND u.version = i.version
+DELETE FROM unopened_version u USING key_version v
+WHERE u.tenant = %(tenant)s AND v.tenant = u.tenant AND v.key_id = u.key_id
+  AND v.version = u.version AND v.kek_backend = %(backend)s AND v.kek_version >= %(target)s
+  AND u.job_id IS NOT NULL
 """
 _FAILURES = """
 SELECT key_id, version, reason FROM unopened_version WHERE job_id = %s
@@ -397,10 +399,9 @@ async def unopened(
     await connection.execute(_UNOPENED, (tenant, job_id, keys, versions, reasons))
 
 
-async def opened(connection: Connection, tenant: str, swaps: Sequence[Swap]) -> None:
-    """Forget what was noted of versions that do open."""
-    keys, versions = [one.key_id for one in swaps], [one.version for one in swaps]
-    await connection.execute(_OPENED, (keys, versions, tenant))
+async def opened(connection: Connection, job: Job) -> None:
+    """Forget what an earlier job could not wrap again and this one could."""
+    await connection.execute(_OPENED, _parameters(job))
 
 
 async def failures(database: Database, job_id: str, limit: int) -> list[Failure]:

@@ -219,5 +219,5 @@ def _span(oldest: int, newest: int) -> str:
     return f"v{newest}" if oldest == newest else f"v{oldest} to v{newest}"
 
 
-def _kind(kind: SystemKey) -> admin_pb2.SystemKeyKind:
+def _kind(kind: SystemKey) -> admin_pb2.SystemKeyKind.ValueType:
     return admin_pb2.SystemKeyKind.Value(f"SYSTEM_KEY_KIND_{kind.name}")
