@@ -108,7 +108,7 @@ async def test_migrated_envelope_stays_bound(deployment, moved):
     """A row that was swapped before the migration is not authenticated by it: it fails, and
     stays where it is.
 
-    Shown to fail: with decrypt given the context that the row's envelope was made for.
+    Shown to fail: with envelopes that are bound to nothing.
     """
     values = await _filled(deployment, 6)
     first, second, *_ = sorted(values)
@@ -134,7 +134,10 @@ async def test_migrated_envelope_stays_bound(deployment, moved):
 
 
 async def test_a_lost_kek_is_not_replaced(deployment, moved):
-    """Only a KEK that is held elsewhere is made anew in the primary backend."""
+    """Only a KEK that is held elsewhere is made anew in the primary backend.
+
+    Shown to fail: without `_elsewhere` in Rotation._target.
+    """
     async with kv.running(deployment) as keyvault:
         await keyvault.create_tenant()
         await keyvault.app._backends.primary.destroy("tenant/acme")

@@ -158,7 +158,10 @@ async def test_a_version_that_is_gone_is_counted_and_never_retried_for_ever(keyv
 
 
 async def test_an_envelope_of_another_version_is_said_as_such(keyvault):
-    """Not damaged: written by a newer keyvault; the tenant can re-key, and it is counted."""
+    """Not damaged: written by a newer keyvault; the tenant can re-key, and it is counted.
+
+    Shown to fail: with UnknownEnvelopeError an EnvelopeError like any other.
+    """
     key = await keyvault.add_active()
     await keyvault.sql("UPDATE key_version SET envelope = set_byte(envelope, 3, ascii('9'))")
     assert await kv.try_lease(keyvault, key) == "UNDECRYPTABLE"

@@ -107,9 +107,6 @@ async def test_rewrap_kill9(deployment):
     """8. keyvault is killed again and again while it rewraps; each time it goes on where it
     was. While a row is old its version is there; at the end every key leases, and only then
     the old version is gone.
-
-    Shown to fail: with the swap and the progress in two transactions, and with _settle that
-    trims without counting what is left.
     """
     random.seed()
     async with kv.running(deployment) as keyvault:

@@ -85,7 +85,10 @@ async def test_only_a_prepared_key_is_activated(keyvault):
 
 async def test_grant_keys_are_followed(keyvault, deployment):
     """A new replica's key counts once its file is there, the old one until it is gone; both
-    side by side in between."""
+    side by side in between.
+
+    Shown to fail: without `trusted.clear()` in GrantKeys.follow.
+    """
     key = await keyvault.add_active()
     new = Ed25519PrivateKey.generate()
 
