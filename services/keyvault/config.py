@@ -30,6 +30,9 @@ class Settings(config.ServiceSettings):
         "yes: allow backend local in production mode", default=False
     )
     keyring_file: Path | None = config.setting("0600 file: keyring of backend local", default=None)
+    kms_deletion_days: int = config.setting(
+        "backend aws_kms: days until a destroyed KMS key is gone, 7 to 30", default=7
+    )
     intake_per_hour: int = config.setting(
         "keys that one caller may send in for one tenant, per hour", default=20
     )

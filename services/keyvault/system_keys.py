@@ -30,7 +30,7 @@ _PREFIX = {INTAKE_SIGNING: "isk", AUDIT_LOG: "alk"}
 
 _ALL = """
 SELECT kind, key_id, kek_backend, wrapped_dek, envelope, activate_time IS NOT NULL
-FROM system_key ORDER BY activate_time NULLS FIRST, create_time
+FROM system_key ORDER BY activate_time, create_time
 """
 # The newest that is activated, of each kind.
 _CURRENT = """
