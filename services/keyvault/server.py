@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
@@ -10,6 +11,7 @@ import grpc
 from byokeep.keyvault.v1 import (
     admin_pb2_grpc,
     audit_pb2_grpc,
+    content_pb2_grpc,
     custody_pb2_grpc,
     lease_pb2_grpc,
 )
@@ -20,6 +22,7 @@ from services.keyvault import (
     anchor,
     background,
     denials,
+    epochs,
     grants,
     kek,
     reconcile,
@@ -30,9 +33,11 @@ from services.keyvault import (
 )
 from services.keyvault.anchor import Anchor
 from services.keyvault.config import Settings
+from services.keyvault.content import ContentKeys
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database
 from services.keyvault.denials import Denials
+from services.keyvault.epochs import Epochs
 from services.keyvault.intake import IntakeKeys
 from services.keyvault.kek.configured import open_backends
 from services.keyvault.leasing import Leasing
@@ -42,6 +47,7 @@ from services.keyvault.rewrap import Rewrap
 from services.keyvault.rotation import Rotation
 from services.keyvault.service.admin import AdminService
 from services.keyvault.service.audit import AuditService
+from services.keyvault.service.content import ContentKeyService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
 
@@ -91,6 +97,9 @@ class App:
             lambda: self._keys.intake_signing,
             settings.deployment,
         )
+        retention = datetime.timedelta(days=settings.content_retention_days)
+        self._content = ContentKeys(self._database, self._backends, settings.deployment, retention)
+        self._epochs = Epochs(self._database, self._backends, settings.deployment, retention)
         self._custody = Custody(
             self._database,
             self._backends,
@@ -117,10 +126,13 @@ class App:
             self._refusal,
             self._denials.note,
         )
-        # Both have passed once before anything is served.
+        # All have passed once before anything is served.
         await self._anchor.tick()
         await self._reconcile.once()
         await self._revocations.start()
+        if self._role in ("all", "admin"):
+            # A backend that is away now must not keep the admin role from starting.
+            await background.each("epochs", (self._epochs.tick,), lambda step: step())
         self._run("denials", denials.TICK_SECONDS, self._denials.tick)
         self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
         self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
@@ -129,15 +141,19 @@ class App:
         self._run("keys", _KEYS_SECONDS, self._follow_keys, self._grant_keys.follow)
         if self._role in ("all", "data"):
             self._run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
+        self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
         if self._role in ("all", "admin"):
+            self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
             self._run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
-        self._run("epochs", _SWEEP_SECONDS, self._intake.close_epochs)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers of the role."""
         if self._role in ("all", "data"):
             custody_pb2_grpc.add_CustodyServiceServicer_to_server(
                 CustodyService(self._custody, self._intake), server
+            )
+            content_pb2_grpc.add_ContentKeyServiceServicer_to_server(
+                ContentKeyService(self._content), server
             )
             lease_pb2_grpc.add_LeaseServiceServicer_to_server(
                 LeaseService(self._leasing, self._revocations), server
