@@ -16,7 +16,7 @@ PACKAGE := clients/python/src/byokeep
 STUBS := $(PACKAGE)/common/v1/options_pb2.py
 PROTOS := $(shell find protos -name '*.proto') protos/generate.py
 LINTED := services deploy tests clients/python/src/byokeep protos
-LOCKED := keyvault orchestrator llm_runner
+LOCKED := keyvault aws_kms orchestrator llm_runner
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 

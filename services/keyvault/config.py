@@ -31,6 +31,9 @@ class Settings(config.ServiceSettings):
         "yes: allow backend local in production mode", default=False
     )
     keyring_file: Path | None = config.setting("0600 file: keyring of backend local", default=None)
+    kms_deletion_days: int = config.setting(
+        "backend aws_kms: days until a destroyed KMS key is gone, 7 to 30", default=7
+    )
     intake_per_hour: int = config.setting(
         "keys that one caller may send in for one tenant, per hour", default=20
     )
@@ -51,6 +54,12 @@ class Settings(config.ServiceSettings):
     )
     key_leases_per_day: int = config.setting(
         "leases of one key in a UTC day; 0: no cap", default=120_000
+    )
+    rewrap_rows_per_second: int = config.setting(
+        "data keys that a rewrap wraps again, per second, at most", default=20_000
+    )
+    shred_after_seconds: int = config.setting(
+        "a destroyed key's shred sweep waits so long for others to share it", default=30
     )
     content_retention_days: int = config.setting(
         "days after its day that a content key is kept; no less than the orchestrator's"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import hmac
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,9 +20,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.common import logs
 from services.common.config import ConfigError
 from services.common.errors import ByokeepError
 
+log = logging.getLogger(__name__)
 MAX_LIFE_SECONDS = 60
 #: How far an orchestrator's clock may be from the database's.
 SKEW_SECONDS = 5
@@ -52,6 +56,42 @@ def load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
     if not keys:
         raise ConfigError(f"BYOKEEP_GRANT_KEYS_DIR: no *.pem in {folder}; no lease could be given")
     return keys
+
+
+class GrantKeys:
+    """The public keys of a folder, followed while files come and go: a replica's new key is
+    trusted once its file is there, and the old one until its file is taken away."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load the folder. Raises ConfigError."""
+        self._folder = folder
+        self._seen = _snapshot(folder)
+        #: The keys by id: always the same dict, so that whoever holds it sees changes.
+        self.trusted = load_keys(folder)
+
+    async def follow(self) -> None:
+        """Take up changes; a folder that can't be loaded raises an alarm and changes nothing."""
+        seen = _snapshot(self._folder)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            found = load_keys(self._folder)
+        except (ConfigError, ValueError, OSError):
+            logs.event(log, "grant_keys_broken", level=logging.CRITICAL, folder=str(self._folder))
+            return
+        self.trusted.clear()
+        self.trusted.update(found)
+        logs.event(log, "grant_keys_changed", keys=" ".join(sorted(found)))
+
+
+def _snapshot(folder: Path) -> set[tuple[str, int, int, int]]:
+    found = set()
+    for path in folder.glob("*.pem"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            found.add((path.name, status.st_ino, status.st_mtime_ns, status.st_size))
+    return found
 
 
 def verify(

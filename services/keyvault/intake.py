@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import grpc
@@ -62,7 +63,11 @@ class IntakeKeys:
     """Makes, signs, opens and closes intake keys."""
 
     def __init__(
-        self, database: Database, backends: kek.Backends, signing: SigningKey, deployment: str
+        self,
+        database: Database,
+        backends: kek.Backends,
+        signing: Callable[[], SigningKey],
+        deployment: str,
     ) -> None:
         """Keep keys in a database, wrapped under epoch KEKs."""
         self._database = database
@@ -89,7 +94,8 @@ class IntakeKeys:
         body.not_before.FromDatetime(key.not_before)
         body.not_after.FromDatetime(key.not_after)
         payload = body.SerializeToString(deterministic=True)
-        return dsse.sign(dsse.INTAKE_KEY, payload, self._signing.key_id, self._signing.private)
+        signing = self._signing()
+        return dsse.sign(dsse.INTAKE_KEY, payload, signing.key_id, signing.private)
 
     async def open(
         self,

@@ -19,12 +19,21 @@ from services.common.errors import ByokeepError
 from services.common.secret import Secret
 from services.keyvault import chain, kek
 from services.keyvault.database import Database
-from services.keyvault.envelope import Context, EnvelopeError, check_header, decrypt
+from services.keyvault.envelope import (
+    Context,
+    EnvelopeError,
+    UnknownEnvelopeError,
+    check_header,
+    decrypt,
+)
 from services.keyvault.grants import GrantRefusedError, check_holder, refused, verify
 from services.keyvault.redemption import Redeemed, Redemption, lease_event
+from services.keyvault.store import jobs as job_store
 from services.keyvault.store import leases as store
 
 _METHOD = "/byokeep.keyvault.v1.LeaseService/LeaseKey"
+#: Reasons that lie in what is stored, not in the request or in a backend that is away.
+_BROKEN = ("ROW_TAMPERED", "UNDECRYPTABLE")
 
 
 class Leasing:
@@ -112,6 +121,8 @@ class Leasing:
                     key.reveal(),
                     lease_info(request.grant.payload, lease.lease_id),
                 )
+        except UnknownEnvelopeError:
+            reason = "UNDECRYPTABLE"
         except (EnvelopeError, kek.UnwrapError):
             pass
         except hpke.SealError:
@@ -134,6 +145,9 @@ class Leasing:
             head = await chain.lock(connection, chain.tenant_chain(lease.tenant))
             await chain.append(connection, head, self._deployment, [event])
             await store.close(connection, lease.lease_id, lease_pb2.LEASE_OUTCOME_FAILED)
+            if reason in _BROKEN:
+                failure = job_store.Failure(lease.key_id, lease.version, reason)
+                await job_store.unopened(connection, lease.tenant, [failure], None)
         return _UNOPENED[reason](lease.key_id)
 
 
@@ -150,7 +164,8 @@ def _undecryptable(key_id: str) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "UNDECRYPTABLE",
-        f"the key-encryption key is gone: undecryptable; re-key: byokeep key rotate {key_id}",
+        f"the key-encryption key is gone, or the envelope is of another version: undecryptable;"
+        f" re-key: byokeep key rotate {key_id}",
         key=key_id,
         rotate=f"byokeep key rotate {key_id}",
     )

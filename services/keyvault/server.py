@@ -27,6 +27,8 @@ from services.keyvault import (
     kek,
     reconcile,
     revocations,
+    rewrap,
+    rotation,
     system_keys,
 )
 from services.keyvault.anchor import Anchor
@@ -44,6 +46,8 @@ from services.keyvault.reconcile import Reconcile
 from services.keyvault.redemption import Redemption
 from services.keyvault.releases import Releases
 from services.keyvault.revocations import Revocations
+from services.keyvault.rewrap import Rewrap
+from services.keyvault.rotation import Rotation
 from services.keyvault.service.admin import AdminService
 from services.keyvault.service.audit import AuditService
 from services.keyvault.service.content import ContentKeyService
@@ -52,6 +56,7 @@ from services.keyvault.service.lease import LeaseService
 
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
+_KEYS_SECONDS = 2.0
 
 
 def open_database(settings: Settings) -> Database:
@@ -73,6 +78,7 @@ class App:
         self._anchor = Anchor(self._database, settings.anchor_file, settings.deployment)
         self._reconcile = Reconcile(self._database, self._anchor, settings.deployment)
         self._revocations = Revocations(self._database)
+        self._grant_keys = grants.GrantKeys(settings.grant_keys_dir)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -89,7 +95,10 @@ class App:
                 " and is it the same keyring?"
             ) from None
         self._intake = IntakeKeys(
-            self._database, self._backends, self._keys.intake_signing, settings.deployment
+            self._database,
+            self._backends,
+            lambda: self._keys.intake_signing,
+            settings.deployment,
         )
         retention = datetime.timedelta(days=settings.content_retention_days)
         self._content = ContentKeys(self._database, self._backends, settings.deployment, retention)
@@ -101,6 +110,14 @@ class App:
             self._keys.state_mac,
             settings.deployment,
             settings.intake_per_hour,
+            settings.shred_after_seconds,
+        )
+        self._rotation = Rotation(self._database, self._backends, settings.deployment)
+        self._rewrap = Rewrap(
+            self._database,
+            self._backends,
+            settings.deployment,
+            settings.rewrap_rows_per_second,
         )
         self._holds = Holds(self._database, self._keys.state_mac, settings.deployment)
         self._releases = Releases(self._database, self._custody, settings.deployment)
@@ -115,7 +132,7 @@ class App:
                 (settings.tenant_caps, settings.key_caps),
                 self._refusal,
             ),
-            grants.load_keys(settings.grant_keys_dir),
+            self._grant_keys.trusted,
             settings.deployment,
             self._denials.note,
         )
@@ -131,9 +148,13 @@ class App:
         self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
         self._run("sweep", _SWEEP_SECONDS, self._releases.expire, self._custody.sweep)
+        self._run("keys", _KEYS_SECONDS, self._follow_keys, self._grant_keys.follow)
+        if self._role in ("all", "data"):
+            self._run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
         self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
         if self._role in ("all", "admin"):
             self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
+            self._run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers of the role."""
@@ -149,7 +170,9 @@ class App:
             )
         if self._role in ("all", "admin"):
             audit_pb2_grpc.add_AuditServiceServicer_to_server(
-                AuditService(self._database, self._keys.audit_log, self._settings.deployment),
+                AuditService(
+                    self._database, lambda: self._keys.audit_log, self._settings.deployment
+                ),
                 server,
             )
             admin_pb2_grpc.add_AdminServiceServicer_to_server(
@@ -157,6 +180,7 @@ class App:
                     self._database,
                     self._backends,
                     self._custody,
+                    self._rotation,
                     self._anchor,
                     self._reconcile,
                     self._holds,
@@ -186,6 +210,11 @@ class App:
 
     def _refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
         return self._anchor.refusal() or self._reconcile.refusal(tenant, key_id, version)
+
+    async def _follow_keys(self) -> None:
+        await system_keys.refresh(
+            self._keys, self._database, self._backends, self._settings.deployment
+        )
 
     def _run(self, name: str, seconds: float, *steps: Callable[[], Awaitable[None]]) -> None:
         self._tasks.append(asyncio.create_task(background.forever(name, seconds, *steps)))

@@ -1,5 +1,10 @@
 """Keys of keyvault itself: state MAC, intake signing, audit log.
 
+A signing key is rotated in two steps, for clients pin it: `prepare` makes one and gives
+its public part out, to be added to trust bundles; `activate` lets it sign. The ones before
+stay, so that what they signed can still be verified. The state MAC is not rotated: every
+row has one.
+
 Each is stored in an envelope under a data key that the KEK `system` wraps, and
 held in memory while keyvault runs: none of them can open a provider key.
 """
@@ -11,21 +16,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from byokeep.ids import public_key_id
+from byokeep.keyvault.v1 import audit_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from services.common.secret import Secret
 from services.keyvault import chain, kek
-from services.keyvault.database import Database
+from services.keyvault.database import Connection, Database
+from services.keyvault.domain import not_found
 from services.keyvault.envelope import Context, decrypt, encrypt
 
 STATE_MAC, INTAKE_SIGNING, AUDIT_LOG = "state_mac", "intake_signing", "audit_log"
 _PREFIX = {INTAKE_SIGNING: "isk", AUDIT_LOG: "alk"}
 
 _ALL = """
-SELECT kind, key_id, kek_backend, wrapped_dek, envelope FROM system_key ORDER BY create_time
+SELECT kind, key_id, kek_backend, wrapped_dek, envelope, activate_time IS NOT NULL
+FROM system_key ORDER BY activate_time, create_time
 """
+# The newest that is activated, of each kind.
+_CURRENT = """
+SELECT DISTINCT ON (kind) kind, key_id FROM system_key WHERE activate_time IS NOT NULL
+ORDER BY kind, activate_time DESC, create_time DESC
+"""
+_PREPARED = "SELECT key_id FROM system_key WHERE kind = %s AND activate_time IS NULL"
+_ACTIVATE = """
+UPDATE system_key SET activate_time = clock_timestamp()
+WHERE kind = %s AND key_id = %s AND activate_time IS NULL
+"""
+_IS_ACTIVE = "SELECT activate_time IS NOT NULL FROM system_key WHERE kind = %s AND key_id = %s"
 _INSERT = """
-INSERT INTO system_key (kind, key_id, kek_backend, kek_version, wrapped_dek, envelope)
-VALUES (%s, %s, %s, %s, %s, %s)
+INSERT INTO system_key (kind, key_id, kek_backend, kek_version, wrapped_dek, envelope,
+                        activate_time)
+VALUES (%s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)
+"""
+_MOVE = """
+UPDATE system_key SET kek_backend = %s, kek_version = %s, wrapped_dek = %s, envelope = %s
+WHERE kind = %s AND key_id = %s AND wrapped_dek = %s
 """
 
 
@@ -37,9 +62,9 @@ class SigningKey:
     private: Ed25519PrivateKey
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SystemKeys:
-    """The newest key of each kind."""
+    """The newest activated key of each kind; `refresh` takes up one that is newer."""
 
     state_mac: bytes
     intake_signing: SigningKey
@@ -62,20 +87,104 @@ async def create(database: Database, backends: kek.Backends, deployment: str) ->
         for kind in (STATE_MAC, INTAKE_SIGNING, AUDIT_LOG):
             if kind in have:
                 continue
-            secret, key_id = _fresh(kind)
-            data_key = await backend.generate_data_key(kek.SYSTEM)
-            with data_key.plaintext as clear:
-                sealed = encrypt(clear.reveal(), secret, _context(deployment, kind, key_id))
+            await _add(connection, backend, deployment, kind, activated=True)
+
+
+async def _add(
+    connection: Connection, backend: kek.Backend, deployment: str, kind: str, *, activated: bool
+) -> None:
+    secret, key_id = _fresh(kind)
+    data_key = await backend.generate_data_key(kek.SYSTEM)
+    with data_key.plaintext as clear:
+        sealed = encrypt(clear.reveal(), secret, _context(deployment, kind, key_id))
+    await connection.execute(
+        _INSERT,
+        (
+            kind,
+            key_id,
+            backend.name,
+            data_key.kek_version,
+            data_key.wrapped,
+            sealed,
+            activated,
+        ),
+    )
+
+
+async def prepare(
+    database: Database, backends: kek.Backends, deployment: str, kind: str, caller: str
+) -> tuple[str, bytes]:
+    """Make a signing key that does not sign yet, or return the one that waits: id, public key."""
+    async with database.transaction() as connection:
+        # The chain's row is the lock, as in `create`.
+        head = await chain.lock(connection, chain.SYSTEM)
+        if await (await connection.execute(_PREPARED, (kind,))).fetchone() is None:
+            await _add(connection, backends.primary, deployment, kind, activated=False)
+            event = _event(audit_pb2.AUDIT_EVENT_TYPE_SYSTEM_KEY_PREPARED, kind, "", caller)
+            await chain.append(connection, head, deployment, [event])
+    row = await database.one(_PREPARED, (kind,))
+    public = (await public_keys(database, backends, deployment))[kind]
+    if row is None:
+        raise not_found("prepared key")
+    return row[0], public[row[0]]
+
+
+async def activate(
+    database: Database, deployment: str, kind: str, key_id: str, caller: str
+) -> None:
+    """Let a prepared key sign; every replica takes it up within seconds.
+
+    Raises:
+        ByokeepError: NOT_FOUND.
+    """
+    async with database.transaction() as connection:
+        head = await chain.lock(connection, chain.SYSTEM)
+        done = await connection.execute(_ACTIVATE, (kind, key_id))
+        if done.rowcount == 1:
+            event = _event(audit_pb2.AUDIT_EVENT_TYPE_SYSTEM_KEY_ACTIVATED, kind, key_id, caller)
+            await chain.append(connection, head, deployment, [event])
+            return
+    if await database.one(_IS_ACTIVE, (kind, key_id)) != (True,):
+        raise not_found("prepared key")
+
+
+async def refresh(
+    keys: SystemKeys, database: Database, backends: kek.Backends, deployment: str
+) -> None:
+    """Take up signing keys that were activated since."""
+    current = {kind: key_id for kind, key_id in await database.all(_CURRENT)}
+    held = {INTAKE_SIGNING: keys.intake_signing.key_id, AUDIT_LOG: keys.audit_log.key_id}
+    if any(current.get(kind) != key_id for kind, key_id in held.items()):
+        newest = await load(database, backends, deployment)
+        keys.intake_signing, keys.audit_log = newest.intake_signing, newest.audit_log
+
+
+async def move(database: Database, backends: kek.Backends, deployment: str) -> None:
+    """Move keys that another backend holds to the primary one, each with a fresh data key."""
+    backend = backends.primary
+    for kind, key_id, holder, wrapped, sealed, _ in await database.all(_ALL):
+        if holder == backend.name:
+            continue
+        context = _context(deployment, kind, key_id)
+        with await backends.named(holder).unwrap(kek.SYSTEM, wrapped) as old:
+            secret = Secret(decrypt(old.reveal(), sealed, context))
+        with secret:
+            fresh = await backend.generate_data_key(kek.SYSTEM)
+            with fresh.plaintext as clear:
+                moved = encrypt(clear.reveal(), secret.reveal(), context)
+        async with database.transaction() as connection:
             await connection.execute(
-                _INSERT,
-                (kind, key_id, backend.name, data_key.kek_version, data_key.wrapped, sealed),
+                _MOVE,
+                (backend.name, fresh.kek_version, fresh.wrapped, moved, kind, key_id, wrapped),
             )
 
 
 async def load(database: Database, backends: kek.Backends, deployment: str) -> SystemKeys:
-    """Open the newest key of each kind."""
+    """Open the newest activated key of each kind."""
     found = {
-        kind: (key_id, raw) for kind, key_id, raw in await _open(database, backends, deployment)
+        kind: (key_id, raw)
+        for kind, key_id, raw, activated in await _open(database, backends, deployment)
+        if activated
     }
     return SystemKeys(
         state_mac=found[STATE_MAC][1],
@@ -90,7 +199,7 @@ async def public_keys(
     """Return the public keys that clients pin, by kind and id; from the private ones, so that
     nobody can put another there by SQL."""
     found: dict[str, dict[str, bytes]] = {INTAKE_SIGNING: {}, AUDIT_LOG: {}}
-    for kind, key_id, raw in await _open(database, backends, deployment):
+    for kind, key_id, raw, _ in await _open(database, backends, deployment):
         if kind in found:
             private = Ed25519PrivateKey.from_private_bytes(raw)
             found[kind][key_id] = private.public_key().public_bytes_raw()
@@ -99,12 +208,12 @@ async def public_keys(
 
 async def _open(
     database: Database, backends: kek.Backends, deployment: str
-) -> list[tuple[str, str, bytes]]:
+) -> list[tuple[str, str, bytes, bool]]:
     opened = []
-    for kind, key_id, backend, wrapped, sealed in await database.all(_ALL):
+    for kind, key_id, backend, wrapped, sealed, activated in await database.all(_ALL):
         with await backends.named(backend).unwrap(kek.SYSTEM, wrapped) as data_key:
             raw = decrypt(data_key.reveal(), sealed, _context(deployment, kind, key_id))
-        opened.append((kind, key_id, bytes(raw)))
+        opened.append((kind, key_id, bytes(raw), activated))
     return opened
 
 
@@ -114,6 +223,12 @@ def _fresh(kind: str) -> tuple[bytes, str]:
     private = Ed25519PrivateKey.generate()
     public = private.public_key().public_bytes_raw()
     return private.private_bytes_raw(), public_key_id(_PREFIX[kind], public)
+
+
+def _event(
+    event: audit_pb2.AuditEventType.ValueType, kind: str, key_id: str, caller: str
+) -> audit_pb2.AuditEvent:
+    return audit_pb2.AuditEvent(type=event, caller=caller, detail=f"{kind} {key_id}".strip())
 
 
 def _signing(key_id: str, raw: bytes) -> SigningKey:

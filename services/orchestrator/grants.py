@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.common import logs
 from services.common.config import ConfigError, read_secret_file
 
+log = logging.getLogger(__name__)
 GRANT_SECONDS: Final = 60
+_LOOK_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +42,34 @@ class Subject:
 
 
 class GrantSigner:
-    """Signs grants with this replica's own key."""
+    """Signs grants with this replica's own key, and takes up a new one when its file changes."""
 
     def __init__(self, key_file: Path, deployment: str, runner_class: str) -> None:
         """Read the key. Raises ConfigError: missing, readable by others, or not Ed25519."""
-        pem = read_secret_file(key_file).encode()
-        try:
-            key = load_pem_private_key(pem, None)
-        except (ValueError, TypeError):
-            key = None
-        if not isinstance(key, Ed25519PrivateKey):
-            raise ConfigError(f"{key_file}: must be PEM of an Ed25519 private key (PKCS 8)")
-        self._key = key
-        self.key_id = ids.public_key_id("gsk", key.public_key().public_bytes_raw())
+        self._file = key_file
+        self._seen = _snapshot(key_file)
+        self._key = _load(key_file)
+        self.key_id = _key_id(self._key)
         self._deployment = deployment
         self._runner_class = runner_class
+
+    async def follow(self) -> None:
+        """Look at the file again and again; one that can't be read raises an alarm, and the key
+        before it goes on signing. keyvault must trust the new key before: its public part goes
+        into BYOKEEP_GRANT_KEYS_DIR first."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            seen = _snapshot(self._file)
+            if seen == self._seen:
+                continue
+            self._seen = seen
+            try:
+                key = _load(self._file)
+            except ConfigError:
+                logs.event(log, "grant_signing_key_broken", level=logging.CRITICAL)
+                continue
+            self._key, self.key_id = key, _key_id(key)
+            logs.event(log, "grant_signing_key_changed", key=self.key_id)
 
     def sign(self, subject: Subject, recipient_public_key: bytes) -> SignedEnvelope:
         """Return a signed grant that only the holder of the recipient's key can make use of."""
@@ -78,3 +96,26 @@ class GrantSigner:
             expire_time=expires,
         )
         return dsse.sign(dsse.GRANT, grant.SerializeToString(), self.key_id, self._key)
+
+
+def _load(file: Path) -> Ed25519PrivateKey:
+    pem = read_secret_file(file).encode()
+    try:
+        key = load_pem_private_key(pem, None)
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{file}: must be PEM of an Ed25519 private key (PKCS 8)")
+    return key
+
+
+def _key_id(key: Ed25519PrivateKey) -> str:
+    return ids.public_key_id("gsk", key.public_key().public_bytes_raw())
+
+
+def _snapshot(file: Path) -> tuple[int, int, int]:
+    try:
+        status = file.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (status.st_ino, status.st_mtime_ns, status.st_size)

@@ -110,6 +110,7 @@ class App:
         self._chores = [
             asyncio.create_task(self.dispatcher.beat(), name="heartbeat"),
             asyncio.create_task(self.sweeper.run(), name="sweeper"),
+            asyncio.create_task(self._signer.follow(), name="grant-key"),
         ]
 
     def register(self, server: grpc.aio.Server) -> None:

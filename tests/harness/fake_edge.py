@@ -68,6 +68,7 @@ class Edge:
     intake_suite: int = sealing.SUITE
     chain: Chain = field(default_factory=Chain)
     has_kek: bool = False
+    rewrap_ends: str = "DONE"
 
     def __post_init__(self) -> None:
         self.pinned_intake = self.intake
@@ -497,8 +498,34 @@ class _Admin(_Fake, admin_pb2_grpc.AdminServiceServicer):
 
     def RewrapTenant(self, request, context) -> Iterator[admin_pb2.RewrapTenantResponse]:
         self.edge.meet(request, context)
-        for done in (1, 2):
-            yield admin_pb2.RewrapTenantResponse(done=done, total=2)
+        for done, phase in ((1, "REWRAP"), (2, self.edge.rewrap_ends)):
+            yield admin_pb2.RewrapTenantResponse(
+                done=done,
+                total=2,
+                backend="local",
+                version=2,
+                phase=admin_pb2.KekJobPhase.Value(f"KEK_JOB_PHASE_{phase}"),
+            )
+
+    def ListTenantKeys(self, request, context):
+        self.edge.meet(request, context)
+        holding = admin_pb2.KekHolding(backend="local", oldest_version=1, newest_version=3, rows=7)
+        return admin_pb2.ListTenantKeysResponse(
+            tenant_keys=[
+                admin_pb2.TenantKey(tenant="tenants/demo", holdings=[holding]),
+                admin_pb2.TenantKey(tenant="tenants/empty"),
+            ]
+        )
+
+    def PrepareSystemKey(self, request, context):
+        self.edge.meet(request, context)
+        return admin_pb2.PrepareSystemKeyResponse(
+            key_id="isk_0123456789abcdef", public_key=bytes(32)
+        )
+
+    def ActivateSystemKey(self, request, context):
+        self.edge.meet(request, context)
+        return admin_pb2.ActivateSystemKeyResponse()
 
     def ShredTenant(self, request, context):
         self.edge.meet(request, context)

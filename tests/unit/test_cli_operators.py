@@ -119,6 +119,10 @@ def test_admin(edge, byokeep):
     assert "v2" in byokeep("admin", "rotate-kek", "acme").out
     assert "rewrapped 2 of 2" in byokeep("admin", "rewrap", "acme").out
     assert len(byokeep("admin", "rewrap", "acme", "--json").lines) == 2
+    assert edge.sent(admin_pb2.RewrapTenantRequest)[-1].trim is False
+    both = byokeep("admin", "rotate-kek", "acme", "--rewrap", "--trim")
+    assert "all are under local v2" in both.out
+    assert edge.sent(admin_pb2.RewrapTenantRequest)[-1].trim is True
     assert byokeep("admin", "shred-tenant", "acme").code == 2
     assert "immediate" in byokeep("admin", "shred-tenant", "acme", "--yes").out
     assert byokeep("admin", "resume-leases", "--reason", "restored on purpose").code == 0
@@ -141,6 +145,49 @@ def test_admin_ends_leases(edge, byokeep):
     assert byokeep("admin", "resume-tenant", "acme", *why, "--json").json == {}
     for command in ("revoke-lease", "revoke-tenant", "resume-tenant"):
         assert byokeep("admin", command, lease).code == 2
+
+
+def test_a_rewrap_that_left_something_is_an_error(edge, byokeep):
+    edge.rewrap_ends = "PARTIAL"
+    ran = byokeep("admin", "rewrap", "acme")
+    assert ran.code == 6
+    assert "nothing was trimmed (PARTIAL)" in " ".join(ran.err.split())
+    assert byokeep("admin", "migrate-kek", "--all").code == 6
+
+
+def test_migrate_takes_one_tenant_or_all(edge, byokeep):
+    assert byokeep("admin", "migrate-kek").code == 2
+    assert byokeep("admin", "migrate-kek", "acme", "--all").code == 2
+    assert edge.requests == []
+    assert byokeep("admin", "migrate-kek", "acme", "--to", "vault").code == 0
+    assert edge.requests[-1].target_backend == "vault"
+    # A tenant without data keys has nothing to move.
+    assert byokeep("admin", "migrate-kek", "--all", "--trim").code == 0
+    assert [one.tenant for one in edge.sent(admin_pb2.RewrapTenantRequest)] == [
+        "tenants/acme",
+        "tenants/demo",
+    ]
+
+
+def test_where_data_keys_are(edge, byokeep):
+    listed = byokeep("admin", "list-keks").out
+    assert "v1 to v3" in listed
+    assert "empty" in listed
+    assert byokeep("admin", "list-keks", "--json").json["tenantKeys"][0]["tenant"] == "tenants/demo"
+
+
+def test_a_signing_key_is_prepared_then_activated(edge, byokeep):
+    ran = byokeep("admin", "rotate-system-key", "intake-signing", "--json")
+    assert list(ran.json["intake_signing_keys"]) == ["isk_0123456789abcdef"]
+    assert edge.sent(admin_pb2.ActivateSystemKeyRequest) == []
+    told = byokeep("admin", "rotate-system-key", "intake-signing").out
+    assert "intake_signing_keys" in told
+    ran = byokeep(
+        "admin", "rotate-system-key", "intake-signing", "--activate", "isk_0123456789abcdef"
+    )
+    assert ran.code == 0
+    (sent,) = edge.sent(admin_pb2.ActivateSystemKeyRequest)
+    assert sent.key_id == "isk_0123456789abcdef"
 
 
 def test_what_is_not_built_yet_says_so(edge, byokeep):

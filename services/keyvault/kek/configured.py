@@ -22,4 +22,17 @@ def _open(name: str, settings: Settings, database: Database) -> Backend:
     if name == LocalBackend.name:
         keyring = load_keyring(settings.keyring_file)
         return LocalBackend(database, keyring, settings.deployment)
+    if name == "aws_kms":
+        return _kms(settings)
     raise ConfigError(f"there is no KEK backend {name}")
+
+
+def _kms(settings: Settings) -> Backend:
+    try:
+        # Late: boto3 is in an extra of its own.
+        from services.keyvault.kek.aws_kms import KmsBackend
+    except ImportError:
+        KmsBackend = None  # type: ignore[assignment, misc]
+    if KmsBackend is None:
+        raise ConfigError("backend aws_kms needs boto3: install the extra aws_kms")
+    return KmsBackend(settings.deployment, settings.kms_deletion_days)

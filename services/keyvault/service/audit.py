@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -23,7 +23,9 @@ _DEFAULT_PAGE = 200
 class AuditService(audit_pb2_grpc.AuditServiceServicer):
     """Serves auditors."""
 
-    def __init__(self, database: Database, signing: SigningKey, deployment: str) -> None:
+    def __init__(
+        self, database: Database, signing: Callable[[], SigningKey], deployment: str
+    ) -> None:
         """Serve the chains of a database; heads are signed."""
         self._database = database
         self._signing = signing
@@ -59,12 +61,13 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
             deployment=self._deployment, chain=request.parent, sequence=head[0], hash=head[1]
         )
         statement.sign_time.FromDatetime(datetime.datetime.now(datetime.UTC))
+        signing = self._signing()
         yield pb.ExportEventsResponse(
             head=dsse.sign(
                 dsse.CHAIN_HEAD,
                 statement.SerializeToString(deterministic=True),
-                self._signing.key_id,
-                self._signing.private,
+                signing.key_id,
+                signing.private,
             )
         )
 

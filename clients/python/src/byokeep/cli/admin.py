@@ -9,7 +9,6 @@ import typer
 from byokeep import names
 from byokeep.cli import admin_leases, checked
 from byokeep.cli.confirm import confirm_by_name
-from byokeep.cli.errors import CliError, Exit
 from byokeep.cli.output import message_dict, when
 from byokeep.cli.session import Session, command, examples, group, request_id
 from byokeep.cli.tenants import Name
@@ -18,8 +17,6 @@ from byokeep.keyvault.v1 import admin_pb2
 
 app = typer.Typer(no_args_is_help=True)
 admin_leases.register(app)
-
-_REWRAP_SECONDS = 3600
 
 
 @app.callback()
@@ -41,10 +38,16 @@ def status(session: Session) -> None:
     reconcile = when(answer.reconcile_time) if answer.HasField("reconcile_time") else "not yet"
     out = session.out
     out.print(f"deployment   {clean(answer.deployment)}")
-    out.print(f"KEK backend  {clean(answer.kek_backend)}, {healthy}; shred: {clean(answer.shred)}")
+    state = f" ({clean(answer.kek_backend_detail)})" if answer.kek_backend_detail else ""
+    out.print(
+        f"KEK backend  {clean(answer.kek_backend)}, {healthy}{state}; shred: {clean(answer.shred)}"
+    )
     out.print(f"leases       {leases}; live now: {answer.live_leases}")
     out.print(f"tenants      {answer.tenants}")
     out.print(f"reconcile    {reconcile}; frozen keys: {answer.frozen_keys}")
+    out.print(
+        f"rewrap jobs  {answer.open_kek_jobs} open; undecryptable keys: {answer.undecryptable_keys}"
+    )
 
 
 @app.command("create-tenant-key", epilog=examples("byokeep admin create-tenant-key acme"))
@@ -52,52 +55,13 @@ def status(session: Session) -> None:
 def create_tenant_key(session: Session, name: Name) -> None:
     """Create a tenant's KEK; nothing changes where it exists."""
     answer = session.connection.admin.CreateTenantKey(
-        admin_pb2.CreateTenantKeyRequest(tenant=_resource(name), request_id=request_id())
+        admin_pb2.CreateTenantKeyRequest(tenant=resource(name), request_id=request_id())
     )
     if session.out.as_json:
         session.out.json(message_dict(answer))
         return
     what = "is created" if answer.created else "was there before"
     session.out.print(f"KEK of tenant {name} {what}: {clean(answer.backend)} v{answer.version}")
-
-
-@app.command("rotate-kek", epilog=examples("byokeep admin rotate-kek acme"))
-@command()
-def rotate_kek(session: Session, name: Name) -> None:
-    """Make a new version of a tenant's KEK; rewrap then moves the data keys (not built yet)."""
-    answer = session.connection.admin.RotateTenantKey(
-        admin_pb2.RotateTenantKeyRequest(tenant=_resource(name), request_id=request_id())
-    )
-    if session.out.as_json:
-        session.out.json(message_dict(answer))
-    else:
-        session.out.print(f"KEK of tenant {name} is at v{answer.version}")
-        session.out.note(f"next: byokeep admin rewrap {name}")
-
-
-@app.command(epilog=examples("byokeep admin rewrap acme"))
-@command()
-def rewrap(session: Session, name: Name) -> None:
-    """Wrap a tenant's data keys again under the newest KEK (not built yet).
-
-    With --json: a line for each step.
-    """
-    request = admin_pb2.RewrapTenantRequest(tenant=_resource(name))
-    latest = admin_pb2.RewrapTenantResponse()
-    with session.out.progress(f"rewrapping {name} …") as progress:
-        for latest in session.connection.admin.RewrapTenant(request, timeout=_REWRAP_SECONDS):
-            progress(f"rewrapping {name}: {latest.done} of {latest.total}")
-            if session.out.as_json:
-                session.out.json_line(message_dict(latest))
-    if not session.out.as_json:
-        session.out.print(f"rewrapped {latest.done} of {latest.total} data keys")
-    if latest.failed:
-        raise CliError(
-            f"{latest.failed} data keys could not be wrapped again",
-            "byokeep admin status; keyvault's log names them",
-            Exit.INTEGRITY,
-            "REWRAP_FAILED",
-        )
 
 
 @app.command("shred-tenant", epilog=examples("byokeep admin shred-tenant acme"))
@@ -110,7 +74,7 @@ def shred_tenant(
     """Destroy a tenant's KEK, and with it every key of the tenant. Can't be undone."""
     confirm_by_name(name, f"destroy every key of tenant {name}", yes=yes)
     answer = session.connection.admin.ShredTenant(
-        admin_pb2.ShredTenantRequest(tenant=_resource(name), request_id=request_id())
+        admin_pb2.ShredTenantRequest(tenant=resource(name), request_id=request_id())
     )
     if session.out.as_json:
         session.out.json(message_dict(answer))
@@ -137,5 +101,6 @@ def resume_leases(
         session.out.print("leases are given again; the audit log has the reason")
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """Return a tenant's resource name. Raises CliError."""
     return names.tenant_name(checked.tenant(name))

@@ -52,6 +52,13 @@ class Progress(Protocol):
         """Replace the text that is shown."""
 
 
+class Bar(Protocol):
+    """Where a command says how far it has come."""
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        """Replace what is shown; a total of 0: not known yet."""
+
+
 class Output:
     """Standard output and standard error of one run."""
 
@@ -123,6 +130,38 @@ class Output:
                 if text != shown:
                     self._err.print(text)
                     shown = text
+
+            yield update
+
+    @contextmanager
+    def bar(self, text: str) -> Iterator[Bar]:
+        """Show a bar on a terminal; elsewhere a line of stderr for each tenth of the way."""
+        if self.as_json:
+            yield lambda done, total, text: None
+        elif self._err.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            with RichProgress(*columns, console=self._err, transient=True) as progress:
+                task = progress.add_task(text, total=None)
+                yield lambda done, total, text: progress.update(
+                    task, completed=done, total=total or None, description=text
+                )
+        else:
+            shown = ""
+
+            def update(done: int, total: int, text: str) -> None:
+                nonlocal shown
+                line = f"{text} {10 * done // total * 10 if total else 0} %"
+                if line != shown:
+                    self._err.print(line)
+                    shown = line
 
             yield update
 
