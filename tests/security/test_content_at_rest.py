@@ -13,6 +13,7 @@ import pytest
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import admin_pb2, content_pb2, content_pb2_grpc
 from byokeep.orchestrator.v1 import review_pb2
+from byokeep.testing.canary import files_with, forms, found_in
 
 from deploy.local import binaries
 from services.common.errors import ByokeepError
@@ -20,7 +21,6 @@ from services.keyvault import content as content_keys
 from services.keyvault import epochs, kek
 from services.orchestrator import content
 from services.orchestrator.keyvault_client import Keyvault
-from tests.harness.canary import files_with, forms, found_in
 from tests.harness.orchestrator import Conversation, running
 from tests.security.test_canary import add_key, fresh_key
 
