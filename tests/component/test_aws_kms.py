@@ -13,6 +13,7 @@ from services.keyvault.kek import (
     RewrapFailed,
     Rewrapped,
     UnwrapError,
+    aws_kms,
 )
 from services.keyvault.kek.aws_kms import KmsBackend
 from tests.harness import keyvault as kv
@@ -39,6 +40,9 @@ def environment(server, monkeypatch):
         "AWS_SECRET_ACCESS_KEY": "testing",
     }.items():
         monkeypatch.setenv(name, value)
+    # moto loads its KMS at the first call, on a machine that may be busy.
+    monkeypatch.setattr(aws_kms, "_CALL_SECONDS", 40)
+    monkeypatch.setattr(aws_kms, "_DEADLINE_SECONDS", 80.0)
     return monkeypatch
 
 

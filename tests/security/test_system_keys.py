@@ -55,6 +55,8 @@ async def test_a_signing_key_is_given_out_before_it_signs(keyvault, deployment, 
         pinned = trust["intake_signing_keys" if kind == INTAKE else "audit_log_keys"]
         assert set(pinned) == {before, prepared.key_id}
         assert base64.b64decode(pinned[prepared.key_id]) == prepared.public_key
+        async with kv.running(deployment, anchor_file=deployment.folder / "third.json") as late:
+            assert await signer(late) == before
         await asyncio.sleep(2.5)
         assert (await signer(keyvault), await signer(replica)) == (before, before)
         for _ in range(2):
