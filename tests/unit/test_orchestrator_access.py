@@ -9,7 +9,7 @@ import pytest
 from services.orchestrator.access import Rights
 from services.orchestrator.store_tenants import TenantRow
 
-TENANT = TenantRow("acme", "ACTIVE", "TEAM", "", 0, 0, 0, 0, datetime.now(UTC))
+TENANT = TenantRow("acme", "ACTIVE", "TEAM", "", 0, 0, 0, 0, 0, datetime.now(UTC))
 
 
 def actor(spiffe_id: str, user: str = "") -> str:
