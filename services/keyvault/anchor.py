@@ -14,7 +14,6 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 from byokeep.encoding import fields
@@ -24,6 +23,7 @@ from services.common import logs
 from services.common.config import ConfigError
 from services.common.errors import ByokeepError
 from services.keyvault import chain, merkle
+from services.keyvault.anchor_store import AnchorStore, Stored
 from services.keyvault.database import Connection, Database
 from services.keyvault.store import audit as store
 
@@ -56,10 +56,10 @@ class Position:
 class Anchor:
     """Extends the log, anchors it, and notices when the database went back."""
 
-    def __init__(self, database: Database, file: Path, deployment: str) -> None:
-        """Anchor a database's log in a file."""
+    def __init__(self, database: Database, anchored: AnchorStore, deployment: str) -> None:
+        """Anchor a database's log in a store outside of it."""
         self._database = database
-        self._file = file
+        self._store = anchored
         self._deployment = deployment
         self._frontier = merkle.Frontier()
         self._ticking = asyncio.Lock()
@@ -91,34 +91,37 @@ class Anchor:
         """Compare the database with the anchor; where it holds, extend both."""
         if self.rolled_back:
             return
-        async with self._ticking, self._database.transaction() as connection:
-            await store.lock_log(connection)
-            if not await self._holds(connection):
-                self.rolled_back = True
-            else:
-                await self._extend(connection)
+        async with self._ticking:
+            async with self._database.transaction() as connection:
+                await store.lock_log(connection)
+                before = await self._store.read()
+                if not await self._holds(connection, before):
+                    self.rolled_back = True
+                else:
+                    await self._extend(connection)
+            # After the commit: an anchor must never be ahead of its database.
+            if not self.rolled_back and await self._write(before):
+                self._held = time.monotonic()
         if self.rolled_back:
             logs.event(log, "database_rolled_back", level=logging.CRITICAL)
             await self._note(audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED, "", "")
-        else:
-            # After the commit: an anchor must never be ahead of its database.
-            self._write()
-            self._held = time.monotonic()
 
     async def resume(self, caller: str, reason: str) -> None:
         """Take the database as it is for the truth again, on an operator's word."""
         await self._note(audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED, caller, reason)
         async with self._ticking, self._database.transaction() as connection:
             await store.lock_log(connection)
+            before = await self._store.read()
             self._frontier = merkle.Frontier()
             await self._follow(connection)
             self.accepted = self._frontier.size
-            self._write()
+            if not await self._write(before):
+                raise _moved()
         self.rolled_back = False
         self._held = time.monotonic()
 
-    async def _holds(self, connection: Connection) -> bool:
-        anchored = self._read()
+    async def _holds(self, connection: Connection, before: Stored) -> bool:
+        anchored = self._position(before)
         size = await store.log_size(connection)
         if anchored is None:
             # A first start has neither; a database with a log must have had an anchor.
@@ -155,20 +158,19 @@ class Anchor:
             head = await chain.lock(connection, chain.SYSTEM)
             await chain.append(connection, head, self._deployment, [event])
 
-    def _read(self) -> Position | None:
-        if not self._file.exists():
+    def _position(self, stored: Stored) -> Position | None:
+        if stored.text is None:
             return None
         try:
-            data = json.loads(self._file.read_text())
+            data = json.loads(stored.text)
             if data["deployment"] != self._deployment:
                 raise ValueError
             return Position(int(data["size"]), bytes.fromhex(data["root"]), int(data["accepted"]))
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"BYOKEEP_ANCHOR_FILE: {self._file} is not an anchor of this deployment"
-            ) from None
+            raise ConfigError("the anchor's text is not an anchor of this deployment") from None
 
-    def _write(self) -> None:
+    async def _write(self, before: Stored) -> bool:
+        """Anchor the frontier; False where another replica was faster."""
         text = json.dumps(
             {
                 "deployment": self._deployment,
@@ -177,11 +179,13 @@ class Anchor:
                 "accepted": self.accepted,
             }
         )
-        # Whole or not at all, and on the disk before anyone relies on it.
-        temporary = self._file.with_suffix(".new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self._file)
+        return text == before.text or await self._store.write(text, before)
+
+
+def _moved() -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.ABORTED,
+        "ETAG_MISMATCH",
+        "another keyvault wrote the anchor at the same time; try again",
+        field="anchor",
+    )

@@ -27,6 +27,7 @@ from services.keyvault import (
     system_keys,
 )
 from services.keyvault.anchor import Anchor
+from services.keyvault.anchor_store import AnchorStore, FileAnchor
 from services.keyvault.config import Settings
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database
@@ -40,6 +41,7 @@ from services.keyvault.service.admin import AdminService
 from services.keyvault.service.audit import AuditService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
+from services.keyvault.signer import WrappedKeySigner
 
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
@@ -56,6 +58,11 @@ def open_database(settings: Settings) -> Database:
     return Database(read_secret_file(settings.database_url_file), settings.database_connections)
 
 
+def open_anchor(settings: Settings) -> AnchorStore:
+    """Return where the configured anchor is kept."""
+    return FileAnchor(settings.anchor_file)
+
+
 class App:
     """keyvault, in one of its roles."""
 
@@ -67,7 +74,7 @@ class App:
         self._database = open_database(settings)
         self._backend = open_backend(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
-        self._anchor = Anchor(self._database, settings.anchor_file, settings.deployment)
+        self._anchor = Anchor(self._database, open_anchor(settings), settings.deployment)
         self._reconcile = Reconcile(self._database, self._anchor, settings.deployment)
         self._revocations = Revocations(self._database)
         self._tasks: list[asyncio.Task[None]] = []
@@ -127,7 +134,11 @@ class App:
             )
         if self._role in ("all", "admin"):
             audit_pb2_grpc.add_AuditServiceServicer_to_server(
-                AuditService(self._database, self._keys.audit_log, self._settings.deployment),
+                AuditService(
+                    self._database,
+                    WrappedKeySigner(self._keys.audit_log),
+                    self._settings.deployment,
+                ),
                 server,
             )
             admin_pb2_grpc.add_AdminServiceServicer_to_server(

@@ -14,8 +14,8 @@ from byokeep.keyvault.v1 import audit_pb2_grpc
 from services.common.errors import ByokeepError
 from services.keyvault.database import Database
 from services.keyvault.domain import not_found
+from services.keyvault.signer import Signer, sign_statement
 from services.keyvault.store import audit as store
-from services.keyvault.system_keys import SigningKey
 
 _DEFAULT_PAGE = 200
 
@@ -23,10 +23,10 @@ _DEFAULT_PAGE = 200
 class AuditService(audit_pb2_grpc.AuditServiceServicer):
     """Serves auditors."""
 
-    def __init__(self, database: Database, signing: SigningKey, deployment: str) -> None:
+    def __init__(self, database: Database, signer: Signer, deployment: str) -> None:
         """Serve the chains of a database; heads are signed."""
         self._database = database
-        self._signing = signing
+        self._signer = signer
         self._deployment = deployment
 
     async def ListEvents(
@@ -60,11 +60,10 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         )
         statement.sign_time.FromDatetime(datetime.datetime.now(datetime.UTC))
         yield pb.ExportEventsResponse(
-            head=dsse.sign(
+            head=await sign_statement(
+                self._signer,
                 dsse.CHAIN_HEAD,
                 statement.SerializeToString(deterministic=True),
-                self._signing.key_id,
-                self._signing.private,
             )
         )
 
