@@ -19,6 +19,7 @@ from services.common.errors import ByokeepError
 from services.keyvault import (
     anchor,
     background,
+    checkpoints,
     denials,
     grants,
     kek,
@@ -28,6 +29,7 @@ from services.keyvault import (
 )
 from services.keyvault.anchor import Anchor
 from services.keyvault.anchor_store import AnchorStore, FileAnchor
+from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.config import Settings
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database
@@ -75,7 +77,6 @@ class App:
         self._backend = open_backend(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
         self._anchor = Anchor(self._database, open_anchor(settings), settings.deployment)
-        self._reconcile = Reconcile(self._database, self._anchor, settings.deployment)
         self._revocations = Revocations(self._database)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -112,13 +113,26 @@ class App:
             self._refusal,
             self._denials.note,
         )
+        self._signer = WrappedKeySigner(self._keys.audit_log)
+        self._checkpoints = Checkpoints(
+            self._database, self._anchor, self._signer, settings.deployment
+        )
+        self._reconcile = Reconcile(
+            self._database, self._anchor, self._keys.state_mac, settings.deployment
+        )
         # Both have passed once before anything is served.
         await self._anchor.tick()
         await self._reconcile.once()
         await self._revocations.start()
         self._run("denials", denials.TICK_SECONDS, self._denials.tick)
         self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
-        self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
+        self._run("checkpoints", checkpoints.TICK_SECONDS, self._checkpoints.tick)
+        self._run(
+            "reconcile",
+            reconcile.INTERVAL_SECONDS,
+            self._reconcile.once,
+            self._reconcile.save_if_due,
+        )
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
         self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
         self._run("epochs", _SWEEP_SECONDS, self._intake.close_epochs)
@@ -136,7 +150,8 @@ class App:
             audit_pb2_grpc.add_AuditServiceServicer_to_server(
                 AuditService(
                     self._database,
-                    WrappedKeySigner(self._keys.audit_log),
+                    self._signer,
+                    self._checkpoints,
                     self._settings.deployment,
                 ),
                 server,
@@ -168,7 +183,8 @@ class App:
         async def count() -> None:
             await self._denials.flush(0.0, everything=True)
 
-        await background.each("last_write", (count, self._anchor.tick), lambda step: step())
+        steps = (count, self._anchor.tick, self._reconcile.once, self._reconcile.save)
+        await background.each("last_write", steps, lambda step: step())
         await self._database.close()
 
     def _refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
