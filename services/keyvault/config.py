@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from services.common import config
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +34,18 @@ class Settings(config.ServiceSettings):
     tenant_leases_in_flight: int = config.setting(
         "leases of one tenant that live at once", default=64
     )
+    audit_retention_days: int = config.setting(
+        "audit events older than so many days are dropped, and the chain says so; 0: kept for ever",
+        default=0,
+    )
     database_connections: int = config.setting("connections to the database", default=8)
 
     def check(self) -> None:
         """Refuse what must be said on purpose. Raises ConfigError."""
+        if not _NAME.fullmatch(self.deployment):
+            raise config.ConfigError(
+                "BYOKEEP_DEPLOYMENT is part of the audit log's name: letters, digits and . _ -"
+            )
         if self.kek_backend == "local" and self.mode == "production" and not self.allow_local_kek:
             raise config.ConfigError(
                 "BYOKEEP_KEK_BACKEND is local in production mode: the keyring is only as safe as"

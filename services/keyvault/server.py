@@ -24,6 +24,7 @@ from services.keyvault import (
     grants,
     kek,
     reconcile,
+    retention,
     revocations,
     system_keys,
 )
@@ -38,6 +39,7 @@ from services.keyvault.intake import IntakeKeys
 from services.keyvault.kek.local import LocalBackend, load_keyring
 from services.keyvault.leasing import Leasing
 from services.keyvault.reconcile import Reconcile
+from services.keyvault.retention import Retention
 from services.keyvault.revocations import Revocations
 from services.keyvault.service.admin import AdminService
 from services.keyvault.service.audit import AuditService
@@ -120,6 +122,12 @@ class App:
         self._reconcile = Reconcile(
             self._database, self._anchor, self._keys.state_mac, settings.deployment
         )
+        self._retention = Retention(
+            self._database,
+            self._reconcile.following,
+            settings.deployment,
+            settings.audit_retention_days,
+        )
         # Both have passed once before anything is served.
         await self._anchor.tick()
         await self._reconcile.once()
@@ -133,6 +141,7 @@ class App:
             self._reconcile.once,
             self._reconcile.save_if_due,
         )
+        self._run("retention", retention.TICK_SECONDS, self._retention.tick)
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
         self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
         self._run("epochs", _SWEEP_SECONDS, self._intake.close_epochs)
