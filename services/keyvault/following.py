@@ -82,11 +82,9 @@ class Following:
         broken = []
         while frontier.size < position.size:
             rows = await log_store.leaf_heads(self._database, frontier.size, position.size)
-            for name, sequence in self._heads(frontier, rows).items():
+            for name in self._heads(frontier, rows):
                 broken += [name] * await self.follow(name)
                 await self._check_dropped(name, rows)
-                if name not in self.broken and self.chains[name].sequence < sequence:
-                    raise ContradictionError(f"{name} is shorter than the log says")
         if frontier.size == position.size and frontier.root() != position.root:
             raise ContradictionError("the leaves are not those that were anchored")
         return broken
@@ -166,8 +164,8 @@ class Following:
                 ]
             ).encode()
 
-    def _heads(self, frontier: merkle.Frontier, rows: list[Row]) -> dict[str, int]:
-        heads: dict[str, int] = {}
+    def _heads(self, frontier: merkle.Frontier, rows: list[Row]) -> list[str]:
+        """Hold leaves against the events that they name; return the chains that they are of."""
         for index, name, sequence, blind, leaf, digest in rows:
             expected = merkle.leaf_hash(fields(blind, name, sequence, digest or b""))
             if index != frontier.size:
@@ -175,10 +173,9 @@ class Following:
             if digest is not None and not hmac.compare_digest(leaf, expected):
                 raise ContradictionError(f"the log has another head of {name}")
             frontier.append(leaf)
-            heads[name] = max(sequence, heads.get(name, 0))
-        if not heads:
+        if not rows:
             raise ContradictionError("leaves are missing")
-        return heads
+        return list(dict.fromkeys(row[1] for row in rows))
 
     async def _check_dropped(self, name: str, rows: list[Row]) -> None:
         # A head whose event is gone is right only where the chain itself says that it was dropped.

@@ -6,6 +6,8 @@ import asyncio
 import json
 
 import sqlalchemy
+from byokeep import merkle
+from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2
 
 from services.keyvault.anchor_store import FileAnchor
@@ -251,13 +253,42 @@ async def test_a_cut_chain_is_noticed_while_keyvault_runs(keyvault):
 async def test_leaves_that_are_gone_are_noticed_at_a_start(keyvault, deployment):
     """2. Leaves deleted by SQL, with the log's nodes left: a start holds leaves against the anchor.
 
-    Shown to fail: without "a leaf is missing" in Following._heads.
+    Caught twice, by the gap and by the root: see the next test for the root alone.
     """
     key = await keyvault.add_active()
     await keyvault.app._anchor.tick()
     await keyvault.create_tenant("other")
     await keyvault.app._anchor.tick()
     await keyvault.sql("DELETE FROM log_leaf WHERE index = 0")
+    async with kv.running(deployment) as restarted:
+        assert await try_lease(restarted, key) == "DATABASE_ROLLED_BACK"
+
+
+async def test_leaves_that_were_altered_are_noticed_at_a_start(keyvault, deployment):
+    """2. A leaf that names an earlier head of its chain, hash and all, is not what was anchored.
+
+    Shown to fail: without the comparison of roots in Following.log.
+    """
+    key = await keyvault.add_active()
+    await keyvault.app._anchor.tick()
+    await keyvault.create_tenant("other")
+    await keyvault.app._anchor.tick()
+    found = await keyvault.sql(
+        "SELECT l.index, l.blind, e.sequence, e.hash FROM log_leaf l JOIN audit_event e"
+        " ON e.chain = l.chain AND e.sequence = l.sequence - 1 WHERE l.chain = 'tenants/acme'"
+    )
+    index, blind, sequence, digest = found[0]
+    # An even size: every leaf is under a node, which stays as it is.
+    while (await keyvault.sql("SELECT count(*) FROM log_leaf"))[0][0] % 2:
+        await keyvault.create_tenant("another")
+        await keyvault.app._anchor.tick()
+    forged = merkle.leaf_hash(fields(blind, "tenants/acme", sequence, digest))
+    await keyvault.sql(
+        "UPDATE log_leaf SET sequence = %s, leaf_hash = %s WHERE index = %s",
+        sequence,
+        forged,
+        index,
+    )
     async with kv.running(deployment) as restarted:
         assert await try_lease(restarted, key) == "DATABASE_ROLLED_BACK"
 
