@@ -12,7 +12,7 @@ from pathlib import Path
 
 from byokeep.testing import Stack
 
-from tests.bench import idle, leases, reviews
+from tests.bench import audit, idle, leases, reviews
 from tests.bench.results import Row, show, write
 
 # Caps are what is being measured around, not what is measured.
@@ -60,6 +60,7 @@ def main() -> None:
         key = f"sk-proj-{secrets.token_hex(20)}"
         _byokeep(stack, "key", "add", "openai", "--from-env", "BENCH_KEY", BENCH_KEY=key)
         rows += reviews.run(stack, arguments.seconds)
+    rows.append(audit.verify_speed())
     rows.append(_warm())
     rows.append(Row("load_before", load_before, "load", {"cores": os.cpu_count()}))
     write(rows, arguments.out)

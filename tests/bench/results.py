@@ -16,6 +16,9 @@ GOALS = {
     "noop_reviews_per_s": (">=", 30.0),
     "idle_mb": ("<=", 300.0),
     "run_warm_s": ("<=", 6.0),
+    "audit_verify_events_per_s": (">=", 50_000.0),
+    "reconcile_cpu_percent": ("<=", 5.0),
+    "reconcile_db_percent": ("<=", 5.0),
 }
 
 
