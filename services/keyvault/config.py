@@ -23,7 +23,12 @@ class Settings(config.ServiceSettings):
     grant_keys_dir: Path = config.setting(
         "folder of *.pem: Ed25519 public keys of orchestrator replicas"
     )
-    kek_backend: Literal["local"] = config.setting("local", default="local")
+    kek_backend: Literal["local", "vault", "aws_kms"] = config.setting(
+        "local, vault or aws_kms: where new rows' key-encryption keys live", default="local"
+    )
+    kek_backends_read: str = config.setting(
+        "other backends that stored rows may still name, separated by commas", default=""
+    )
     allow_local_kek: bool = config.setting(
         "yes: allow backend local in production mode", default=False
     )
@@ -38,7 +43,16 @@ class Settings(config.ServiceSettings):
         "audit events older than so many days are dropped, and the chain says so; 0: kept for ever",
         default=0,
     )
+    content_retention_days: int = config.setting(
+        "days after its day that a content key is kept; no less than the orchestrator's"
+        " findings_days",
+        default=90,
+    )
     database_connections: int = config.setting("connections to the database", default=8)
+
+    def read_backends(self) -> list[str]:
+        """Return the names of the other backends."""
+        return [name.strip() for name in self.kek_backends_read.split(",") if name.strip()]
 
     def check(self) -> None:
         """Refuse what must be said on purpose. Raises ConfigError."""

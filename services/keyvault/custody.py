@@ -69,15 +69,15 @@ class Custody:
     def __init__(
         self,
         database: Database,
-        backend: kek.Backend,
+        backends: kek.Backends,
         intake: IntakeKeys,
         mac_key: bytes,
         deployment: str,
         intake_per_hour: int,
     ) -> None:
-        """Keep keys in a database, under a backend's KEKs."""
+        """Keep keys in a database, under tenants' KEKs."""
         self._database = database
-        self._backend = backend
+        self._backends = backends
         self._intake = intake
         self._mac_key = mac_key
         self._deployment = deployment
@@ -106,14 +106,15 @@ class Custody:
         context = Context(
             self._deployment, order.tenant, order.owner, order.provider, order.key_id, number
         )
+        backend = self._backends.primary
         try:
-            data_key = await self._backend.generate_data_key(kek.tenant_kek(order.tenant))
+            data_key = await backend.generate_data_key(kek.tenant_kek(order.tenant))
         except kek.KekMissingError:
             raise chain.tenant_key_missing(order.tenant) from None
         with data_key.plaintext as clear:
             opened = await self._open(order, clear.reveal(), context)
         secret = store.StoredSecret(
-            opened.hint, self._backend.name, data_key.kek_version, data_key.wrapped, opened.envelope
+            opened.hint, backend.name, data_key.kek_version, data_key.wrapped, opened.envelope
         )
         async with self._database.transaction() as connection:
             await self._store(connection, order, origin, number, secret)
@@ -311,7 +312,9 @@ class Custody:
         return key
 
     def _event(self, key: Key, change: Change, origin: Origin) -> audit_pb2.AuditEvent:
-        destroyed = change.event == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED
+        shred = ""
+        if change.event == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:
+            shred = self._backends.shred_of(key.version(change.version).kek_backend)
         return audit_pb2.AuditEvent(
             type=change.event,
             key_id=key.key_id,
@@ -320,7 +323,7 @@ class Custody:
             owner=key.owner,
             caller=origin.caller,
             actor=origin.actor,
-            shred=self._backend.shred if destroyed else "",
+            shred=shred,
         )
 
 

@@ -1,4 +1,7 @@
-"""Sealed intake: hourly intake keys, and the one-shot process that opens a seal.
+"""Sealed intake: intake keys of an hour, and the one-shot process that opens a seal.
+
+Their private parts are wrapped under the KEK of their epoch (see `epochs`), which
+the admin role destroys: with it, what was sealed to them is noise.
 
 HPKE returns an immutable value, which can't be wiped; so a seal is opened by a
 fresh process that encrypts what it finds under a data key and ends. keyvault
@@ -26,10 +29,11 @@ from byokeep.keyvault.v1 import custody_pb2
 from byokeep.sealing import MAX_WINDOW, SealContext
 
 from services.common.errors import ByokeepError, internal
-from services.keyvault import kek
+from services.keyvault import epochs, kek
 from services.keyvault.database import Database
 from services.keyvault.envelope import Context, EnvelopeError, decrypt, encrypt
 from services.keyvault.intake_child import READY
+from services.keyvault.store import epochs as epoch_store
 from services.keyvault.store import intake as store
 from services.keyvault.system_keys import SigningKey
 
@@ -58,11 +62,11 @@ class IntakeKeys:
     """Makes, signs, opens and closes intake keys."""
 
     def __init__(
-        self, database: Database, backend: kek.Backend, signing: SigningKey, deployment: str
+        self, database: Database, backends: kek.Backends, signing: SigningKey, deployment: str
     ) -> None:
-        """Keep keys in a database, wrapped under epoch KEKs of a backend."""
+        """Keep keys in a database, wrapped under epoch KEKs."""
         self._database = database
-        self._backend = backend
+        self._backends = backends
         self._signing = signing
         self._deployment = deployment
         self._making = asyncio.Lock()
@@ -132,20 +136,30 @@ class IntakeKeys:
             for buffer in (message, private):
                 buffer[:] = bytes(len(buffer))
 
-    async def close_epochs(self) -> None:
-        """Delete intake keys whose window is over, and their KEKs first."""
-        for key_id in await store.closed(self._database):
-            await self._backend.destroy(kek.intake_kek(key_id))
-            await store.delete(self._database, key_id)
+    async def forget_closed(self) -> None:
+        """Delete intake keys whose window is over; their KEKs die with their epoch."""
+        await store.forget_closed(self._database)
 
     async def _make(self, suite: options_pb2.HpkeSuite.ValueType) -> store.IntakeKey:
         key_id = new_id("ink")
         private = hpke.PrivateKey.generate(suite)
-        await self._backend.create(kek.intake_kek(key_id))
-        data_key = await self._backend.generate_data_key(kek.intake_kek(key_id))
-        now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+        backend = self._backends.primary
+        now = (await epoch_store.now(self._database)).replace(microsecond=0)
+        epoch = epochs.INTAKE.at(now)
+        try:
+            data_key = await backend.generate_data_key(kek.intake_kek(epoch))
+        except kek.KekMissingError:
+            raise epochs.missing(kek.intake_kek(epoch)) from None
         key = store.IntakeKey(
-            key_id, suite, private.public_bytes, data_key.wrapped, b"", now, now + MAX_WINDOW
+            key_id,
+            suite,
+            private.public_bytes,
+            backend.name,
+            data_key.kek_version,
+            data_key.wrapped,
+            b"",
+            now,
+            min(now + MAX_WINDOW, epochs.intake_close(epoch) - epochs.INTAKE_GRACE),
         )
         with data_key.plaintext as clear:
             sealed = encrypt(clear.reveal(), private.reveal(), self._context(key))
@@ -172,7 +186,9 @@ class IntakeKeys:
         self._verified.add(key)
 
     async def _private(self, key: store.IntakeKey) -> bytearray:
-        wrapped = await self._backend.unwrap(kek.intake_kek(key.key_id), key.wrapped_dek)
+        backend = self._backends.named(key.kek_backend)
+        name = kek.intake_kek(epochs.INTAKE.at(key.not_before))
+        wrapped = await backend.unwrap(name, key.wrapped_dek)
         with wrapped as data_key:
             return decrypt(data_key.reveal(), key.envelope, self._context(key))
 

@@ -50,7 +50,7 @@ class Leasing:
     def __init__(
         self,
         database: Database,
-        backend: kek.Backend,
+        backends: kek.Backends,
         custody: Custody,
         grant_keys: Mapping[str, Ed25519PublicKey],
         deployment: str,
@@ -60,7 +60,7 @@ class Leasing:
     ) -> None:
         """`refusal` says why no lease may be given; `denied` is told why a grant was refused."""
         self._database = database
-        self._backend = backend
+        self._backends = backends
         self._custody = custody
         self._grant_keys = grant_keys
         self._deployment = deployment
@@ -165,9 +165,8 @@ class Leasing:
         try:
             check_header(locked.envelope)
             # The KEK's name comes from the grant's tenant, never from the row.
-            with await self._backend.unwrap(
-                kek.tenant_kek(grant.tenant), locked.wrapped_dek
-            ) as data_key:
+            backend = self._backends.named(locked.key.versions[0].kek_backend)
+            with await backend.unwrap(kek.tenant_kek(grant.tenant), locked.wrapped_dek) as data_key:
                 plaintext = decrypt(data_key.reveal(), locked.envelope, context)
             with Secret(plaintext) as key:
                 return hpke.seal(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from services.keyvault import system_keys
 from services.keyvault.config import Settings
-from services.keyvault.server import open_backend, open_database
+from services.keyvault.kek.configured import open_backends
+from services.keyvault.server import open_database
 
 _SCRIPTS = Path(__file__).parent / "migrations"
 _LOCK = 7_316_530_021  # of our own; keeps two migrations apart
@@ -40,9 +41,13 @@ async def bootstrap(settings: Settings) -> dict[str, dict[str, str]]:
     database = open_database(settings)
     await database.open()
     try:
-        backend = open_backend(settings, database)
-        await system_keys.create(database, backend, settings.deployment)
-        public = await system_keys.public_keys(database, backend, settings.deployment)
+        backends = open_backends(settings, database)
+        await backends.start()
+        try:
+            await system_keys.create(database, backends, settings.deployment)
+            public = await system_keys.public_keys(database, backends, settings.deployment)
+        finally:
+            await backends.close()
     finally:
         await database.close()
     encoded = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
@@ -10,6 +11,7 @@ import grpc
 from byokeep.keyvault.v1 import (
     admin_pb2_grpc,
     audit_pb2_grpc,
+    content_pb2_grpc,
     custody_pb2_grpc,
     lease_pb2_grpc,
 )
@@ -21,6 +23,7 @@ from services.keyvault import (
     background,
     checkpoints,
     denials,
+    epochs,
     grants,
     kek,
     reconcile,
@@ -32,29 +35,26 @@ from services.keyvault.anchor import Anchor
 from services.keyvault.anchor_store import AnchorStore, FileAnchor
 from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.config import Settings
+from services.keyvault.content import ContentKeys
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database
 from services.keyvault.denials import Denials
+from services.keyvault.epochs import Epochs
 from services.keyvault.intake import IntakeKeys
-from services.keyvault.kek.local import LocalBackend, load_keyring
+from services.keyvault.kek.configured import open_backends
 from services.keyvault.leasing import Leasing
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.retention import Retention
 from services.keyvault.revocations import Revocations
 from services.keyvault.service.admin import AdminService
 from services.keyvault.service.audit import AuditService
+from services.keyvault.service.content import ContentKeyService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
 from services.keyvault.signer import WrappedKeySigner
 
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
-
-
-def open_backend(settings: Settings, database: Database) -> kek.Backend:
-    """Return the configured KEK backend. Raises ConfigError."""
-    keyring = load_keyring(settings.keyring_file)
-    return LocalBackend(database, keyring, settings.deployment)
 
 
 def open_database(settings: Settings) -> Database:
@@ -76,7 +76,7 @@ class App:
         self._settings = settings
         self._role = role
         self._database = open_database(settings)
-        self._backend = open_backend(settings, self._database)
+        self._backends = open_backends(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
         self._anchor = Anchor(self._database, open_anchor(settings), settings.deployment)
         self._revocations = Revocations(self._database)
@@ -87,7 +87,8 @@ class App:
         settings = self._settings
         try:
             await self._database.open()
-            self._keys = await system_keys.load(self._database, self._backend, settings.deployment)
+            await self._backends.start()
+            self._keys = await system_keys.load(self._database, self._backends, settings.deployment)
         except (ByokeepError, KeyError, kek.KekMissingError, kek.UnwrapError) as error:
             raise ConfigError(
                 f"keyvault's database or its own keys can't be opened ({type(error).__name__}):"
@@ -95,11 +96,14 @@ class App:
                 " and is it the same keyring?"
             ) from None
         self._intake = IntakeKeys(
-            self._database, self._backend, self._keys.intake_signing, settings.deployment
+            self._database, self._backends, self._keys.intake_signing, settings.deployment
         )
+        kept = datetime.timedelta(days=settings.content_retention_days)
+        self._content = ContentKeys(self._database, self._backends, settings.deployment, kept)
+        self._epochs = Epochs(self._database, self._backends, settings.deployment, kept)
         self._custody = Custody(
             self._database,
-            self._backend,
+            self._backends,
             self._intake,
             self._keys.state_mac,
             settings.deployment,
@@ -107,7 +111,7 @@ class App:
         )
         self._leasing = Leasing(
             self._database,
-            self._backend,
+            self._backends,
             self._custody,
             grants.load_keys(settings.grant_keys_dir),
             settings.deployment,
@@ -128,10 +132,13 @@ class App:
             settings.deployment,
             settings.audit_retention_days,
         )
-        # Both have passed once before anything is served.
+        # All have passed once before anything is served.
         await self._anchor.tick()
         await self._reconcile.once()
         await self._revocations.start()
+        if self._role in ("all", "admin"):
+            # A backend that is away now must not keep the admin role from starting.
+            await background.each("epochs", (self._epochs.tick,), lambda step: step())
         self._run("denials", denials.TICK_SECONDS, self._denials.tick)
         self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
         self._run("checkpoints", checkpoints.TICK_SECONDS, self._checkpoints.tick)
@@ -144,13 +151,18 @@ class App:
         self._run("retention", retention.TICK_SECONDS, self._retention.tick)
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
         self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
-        self._run("epochs", _SWEEP_SECONDS, self._intake.close_epochs)
+        self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
+        if self._role in ("all", "admin"):
+            self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers of the role."""
         if self._role in ("all", "data"):
             custody_pb2_grpc.add_CustodyServiceServicer_to_server(
                 CustodyService(self._custody, self._intake), server
+            )
+            content_pb2_grpc.add_ContentKeyServiceServicer_to_server(
+                ContentKeyService(self._content), server
             )
             lease_pb2_grpc.add_LeaseServiceServicer_to_server(
                 LeaseService(self._leasing, self._revocations), server
@@ -168,7 +180,7 @@ class App:
             admin_pb2_grpc.add_AdminServiceServicer_to_server(
                 AdminService(
                     self._database,
-                    self._backend,
+                    self._backends,
                     self._custody,
                     self._anchor,
                     self._reconcile,
@@ -194,6 +206,7 @@ class App:
 
         steps = (count, self._anchor.tick, self._reconcile.once, self._reconcile.save)
         await background.each("last_write", steps, lambda step: step())
+        await self._backends.close()
         await self._database.close()
 
     def _refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:

@@ -20,9 +20,12 @@ from services.keyvault.envelope import Context, decrypt, encrypt
 STATE_MAC, INTAKE_SIGNING, AUDIT_LOG = "state_mac", "intake_signing", "audit_log"
 _PREFIX = {INTAKE_SIGNING: "isk", AUDIT_LOG: "alk"}
 
-_ALL = "SELECT kind, key_id, wrapped_dek, envelope FROM system_key ORDER BY create_time"
+_ALL = """
+SELECT kind, key_id, kek_backend, wrapped_dek, envelope FROM system_key ORDER BY create_time
+"""
 _INSERT = """
-INSERT INTO system_key (kind, key_id, wrapped_dek, envelope) VALUES (%s, %s, %s, %s)
+INSERT INTO system_key (kind, key_id, kek_backend, kek_version, wrapped_dek, envelope)
+VALUES (%s, %s, %s, %s, %s, %s)
 """
 
 
@@ -47,8 +50,9 @@ class SystemKeys:
         return f"<SystemKeys {self.intake_signing.key_id} {self.audit_log.key_id}>"
 
 
-async def create(database: Database, backend: kek.Backend, deployment: str) -> None:
+async def create(database: Database, backends: kek.Backends, deployment: str) -> None:
     """Make what is missing: the KEK, the system chain, one key of each kind."""
+    backend = backends.primary
     await backend.create(kek.SYSTEM)
     async with database.transaction() as connection:
         await chain.create(connection, chain.SYSTEM)
@@ -62,13 +66,16 @@ async def create(database: Database, backend: kek.Backend, deployment: str) -> N
             data_key = await backend.generate_data_key(kek.SYSTEM)
             with data_key.plaintext as clear:
                 sealed = encrypt(clear.reveal(), secret, _context(deployment, kind, key_id))
-            await connection.execute(_INSERT, (kind, key_id, data_key.wrapped, sealed))
+            await connection.execute(
+                _INSERT,
+                (kind, key_id, backend.name, data_key.kek_version, data_key.wrapped, sealed),
+            )
 
 
-async def load(database: Database, backend: kek.Backend, deployment: str) -> SystemKeys:
+async def load(database: Database, backends: kek.Backends, deployment: str) -> SystemKeys:
     """Open the newest key of each kind."""
     found = {
-        kind: (key_id, raw) for kind, key_id, raw in await _open(database, backend, deployment)
+        kind: (key_id, raw) for kind, key_id, raw in await _open(database, backends, deployment)
     }
     return SystemKeys(
         state_mac=found[STATE_MAC][1],
@@ -78,12 +85,12 @@ async def load(database: Database, backend: kek.Backend, deployment: str) -> Sys
 
 
 async def public_keys(
-    database: Database, backend: kek.Backend, deployment: str
+    database: Database, backends: kek.Backends, deployment: str
 ) -> Mapping[str, dict[str, bytes]]:
     """Return the public keys that clients pin, by kind and id; from the private ones, so that
     nobody can put another there by SQL."""
     found: dict[str, dict[str, bytes]] = {INTAKE_SIGNING: {}, AUDIT_LOG: {}}
-    for kind, key_id, raw in await _open(database, backend, deployment):
+    for kind, key_id, raw in await _open(database, backends, deployment):
         if kind in found:
             private = Ed25519PrivateKey.from_private_bytes(raw)
             found[kind][key_id] = private.public_key().public_bytes_raw()
@@ -91,11 +98,11 @@ async def public_keys(
 
 
 async def _open(
-    database: Database, backend: kek.Backend, deployment: str
+    database: Database, backends: kek.Backends, deployment: str
 ) -> list[tuple[str, str, bytes]]:
     opened = []
-    for kind, key_id, wrapped, sealed in await database.all(_ALL):
-        with await backend.unwrap(kek.SYSTEM, wrapped) as data_key:
+    for kind, key_id, backend, wrapped, sealed in await database.all(_ALL):
+        with await backends.named(backend).unwrap(kek.SYSTEM, wrapped) as data_key:
             raw = decrypt(data_key.reveal(), sealed, _context(deployment, kind, key_id))
         opened.append((kind, key_id, bytes(raw)))
     return opened

@@ -194,7 +194,7 @@ async def test_the_anchor_follows_the_log(keyvault, deployment):
 async def test_a_missing_kek_is_said_as_such(keyvault):
     """A KEK that is gone: undecryptable, re-key."""
     key = await keyvault.add_active()
-    await keyvault.app._backend.destroy("tenant/acme")
+    await keyvault.app._backends.primary.destroy("tenant/acme")
     assert await try_lease(keyvault, key) == "UNDECRYPTABLE"
 
 

@@ -1,12 +1,14 @@
-"""Key-encryption keys (KEKs): one small protocol, and its backends.
+"""Key-encryption keys (KEKs): one small protocol, its backends, and those in use.
 
 A KEK is named by what it is for, and the name is derived by the caller from the
 tenant it acts for, never read from the row that is to be opened:
-`tenant/{tenant}`, `intake/{intake key}`, `system`.
+`tenant/{tenant}`, `intake/{hour}`, `content/{day}`, `system`. Which backend holds it does
+stand in the row, so that two live side by side during a migration.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,9 +23,14 @@ def tenant_kek(tenant: str) -> str:
     return f"tenant/{tenant}"
 
 
-def intake_kek(intake_key_id: str) -> str:
-    """Return the name of the epoch KEK that wraps one intake key."""
-    return f"intake/{intake_key_id}"
+def intake_kek(epoch: str) -> str:
+    """Return the name of the KEK that wraps the intake keys of an epoch."""
+    return f"intake/{epoch}"
+
+
+def content_kek(epoch: str) -> str:
+    """Return the name of the KEK that wraps the content keys of an epoch."""
+    return f"content/{epoch}"
 
 
 class KekMissingError(Exception):
@@ -47,15 +54,43 @@ class DataKey:
     kek_version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rewrapped:
+    """A data key wrapped again, under the KEK's newest version."""
+
+    wrapped: bytes
+    kek_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class RewrapFailed:
+    """Why one data key can't be wrapped again: an ErrorReason name."""
+
+    reason: Literal["UNDECRYPTABLE", "ROW_TAMPERED"]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a backend is: `state` is one word ("ok", "sealed", "standby", "uninitialized",
+    "unreachable", "slow", "denied", …), `detail` a sentence for an operator."""
+
+    ok: bool
+    state: str
+    detail: str
+
+
 class Backend(Protocol):
-    """Where KEKs live. Every method may raise KekUnavailableError."""
+    """Where KEKs live. Every method may raise KekUnavailableError.
+
+    A process has the data identity, the admin identity or both, by its role; a
+    method of the identity that it has not raises RuntimeError.
+    """
 
     name: str
     #: What destroying a KEK is worth: "immediate", "delayed" (a waiting period) or "none".
     shred: Shred
 
-    async def create(self, kek: str) -> bool:
-        """Create a KEK; False where it exists."""
+    # Data identity.
 
     async def generate_data_key(self, kek: str) -> DataKey:
         """Return a fresh data key under the KEK's newest version. Raises KekMissingError."""
@@ -63,8 +98,71 @@ class Backend(Protocol):
     async def unwrap(self, kek: str, wrapped: bytes) -> Secret:
         """Return a data key in clear. Raises KekMissingError, UnwrapError."""
 
+    async def rewrap(self, kek: str, wrapped: Sequence[bytes]) -> list[Rewrapped | RewrapFailed]:
+        """Wrap data keys again under the KEK's newest version, in the same order.
+
+        One that fails does not stop the others. Raises KekMissingError where there is no KEK.
+        """
+
+    # Admin identity.
+
+    async def create(self, kek: str) -> bool:
+        """Create a KEK; False where it exists."""
+
+    async def rotate(self, kek: str) -> int:
+        """Make a new version of a KEK and return its number. Raises KekMissingError."""
+
+    async def newest(self, kek: str) -> int:
+        """Return the number of the newest version. Raises KekMissingError."""
+
+    async def trim(self, kek: str, minimum: int) -> None:
+        """Destroy every version below `minimum`, as far as `shred` says; may be repeated."""
+
     async def destroy(self, kek: str) -> None:
         """Destroy a KEK with all its versions; nothing where there is none."""
 
-    async def healthy(self) -> bool:
-        """Say whether the backend would answer now."""
+    # Either.
+
+    async def health(self) -> Health:
+        """Say how the backend is, now."""
+
+    async def start(self) -> None:
+        """Log in, and keep the login alive beside. Raises ConfigError, KekUnavailableError."""
+
+    async def close(self) -> None:
+        """End what `start` began."""
+
+
+class Backends:
+    """The backends in use: one that all new rows are written with, and others still read."""
+
+    def __init__(self, primary: Backend, *others: Backend) -> None:
+        """Use a primary backend, and others that rows may still name."""
+        self.primary = primary
+        self._by_name = {one.name: one for one in (*others, primary)}
+
+    def named(self, name: str) -> Backend:
+        """Return the backend that a row names. Raises KekMissingError where it isn't in use."""
+        backend = self._by_name.get(name)
+        if backend is None:
+            raise KekMissingError(f"backend {name} is not configured")
+        return backend
+
+    def shred_of(self, name: str) -> Shred:
+        """Return what a backend's shredding is worth; nothing, where it isn't in use."""
+        backend = self._by_name.get(name)
+        return backend.shred if backend is not None else "none"
+
+    def __iter__(self) -> Iterator[Backend]:
+        """Yield every backend."""
+        return iter(self._by_name.values())
+
+    async def start(self) -> None:
+        """Start every backend."""
+        for backend in self:
+            await backend.start()
+
+    async def close(self) -> None:
+        """Close every backend."""
+        for backend in self:
+            await backend.close()

@@ -17,7 +17,7 @@ import os
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,20 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from services.common.config import ConfigError, read_secret_file
 from services.common.secret import Secret
-from services.keyvault.database import Database
-from services.keyvault.kek import DataKey, KekMissingError, Shred, UnwrapError
+from services.keyvault.database import Connection, Database
+from services.keyvault.kek import (
+    DataKey,
+    Health,
+    KekMissingError,
+    RewrapFailed,
+    Rewrapped,
+    Shred,
+    UnwrapError,
+)
 
-_NONCE = 12
+# A wrapped data key: version of the KEK ‖ nonce ‖ AES-256-GCM ciphertext and tag.
+_VERSION_BYTES, _NONCE = 4, 12
+_WRAPPED = _VERSION_BYTES + _NONCE + 32 + 16
 _KEK_LABEL = "byokeep/local-kek/v1"
 _DEK_LABEL = "byokeep/local-dek/v1"
 _CREDENTIAL = "byokeep-keyring"
@@ -40,14 +50,16 @@ _CACHE_SECONDS = 60.0
 _CACHE_ENTRIES = 1024
 
 _INSERT = """
-INSERT INTO local_kek (name, version, root_id, wrapped) VALUES (%s, 1, %s, %s)
+INSERT INTO local_kek (name, version, root_id, wrapped) VALUES (%s, %s, %s, %s)
 ON CONFLICT DO NOTHING
 """
 _NEWEST = (
     "SELECT version, root_id, wrapped FROM local_kek WHERE name = %s ORDER BY version DESC LIMIT 1"
 )
 _VERSION = "SELECT version, root_id, wrapped FROM local_kek WHERE name = %s AND version = %s"
+_LOCK = "SELECT version FROM local_kek WHERE name = %s ORDER BY version DESC LIMIT 1 FOR UPDATE"
 _DELETE = "DELETE FROM local_kek WHERE name = %s"
+_TRIM = "DELETE FROM local_kek WHERE name = %s AND version < %s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,40 +130,50 @@ class LocalBackend:
 
     async def create(self, kek: str) -> bool:
         """Create a KEK; False where it exists."""
-        nonce = os.urandom(_NONCE)
-        root = self._keyring.primary
-        with Secret(bytearray(os.urandom(32))) as key:
-            wrapped = nonce + self._keyring.keys[root].encrypt(
-                nonce, key.reveal(), self._kek_binding(kek, 1)
-            )
         async with self._database.transaction() as connection:
-            cursor = await connection.execute(_INSERT, (kek, root, wrapped))
+            cursor = await connection.execute(_INSERT, self._fresh(kek, 1))
             return cursor.rowcount == 1
 
-    async def generate_data_key(self, kek: str) -> DataKey:
-        """Return a fresh data key under the KEK's newest version."""
+    async def rotate(self, kek: str) -> int:
+        """Make a new version of a KEK and return its number."""
+        async with self._database.transaction() as connection:
+            version = await self._locked(connection, kek) + 1
+            await connection.execute(_INSERT, self._fresh(kek, version))
+        return version
+
+    async def newest(self, kek: str) -> int:
+        """Return the number of the newest version."""
         row = await self._database.one(_NEWEST, (kek,))
         if row is None:
             raise KekMissingError(kek)
-        version = int(row[0])
-        cipher = self._open(kek, version, row[1], row[2])
+        return int(row[0])
+
+    async def trim(self, kek: str, minimum: int) -> None:
+        """Delete the rows below `minimum`; `shred` says what that is worth."""
+        async with self._database.transaction() as connection:
+            if await self._locked(connection, kek) < minimum:
+                raise KekMissingError(kek)
+            await connection.execute(_TRIM, (kek, minimum))
+        self._forget(kek, minimum)
+
+    async def generate_data_key(self, kek: str) -> DataKey:
+        """Return a fresh data key under the KEK's newest version."""
+        version, cipher = await self._newest_cipher(kek)
         key = Secret(bytearray(os.urandom(32)))
-        nonce = os.urandom(_NONCE)
-        sealed = cipher.encrypt(nonce, key.reveal(), self._dek_binding(kek, version))
-        return DataKey(key, version.to_bytes(4, "big") + nonce + sealed, version)
+        return DataKey(key, self._wrap(kek, version, cipher, key), version)
 
     async def unwrap(self, kek: str, wrapped: bytes) -> Secret:
         """Return a data key in clear."""
-        if len(wrapped) != 4 + _NONCE + 32 + 16:
+        if len(wrapped) != _WRAPPED:
             raise UnwrapError
-        version = int.from_bytes(wrapped[:4], "big")
+        version = _version_of(wrapped)
         cipher = await self._cipher(kek, version)
         buffer = bytearray(32)
         opened = True
         try:
             cipher.decrypt_into(
-                wrapped[4 : 4 + _NONCE],
-                wrapped[4 + _NONCE :],
+                wrapped[_VERSION_BYTES : _VERSION_BYTES + _NONCE],
+                wrapped[_VERSION_BYTES + _NONCE :],
                 self._dek_binding(kek, version),
                 buffer,
             )
@@ -161,16 +183,70 @@ class LocalBackend:
             raise UnwrapError
         return Secret(buffer)
 
+    async def rewrap(self, kek: str, wrapped: Sequence[bytes]) -> list[Rewrapped | RewrapFailed]:
+        """Wrap data keys again under the KEK's newest version."""
+        version, cipher = await self._newest_cipher(kek)
+        return [await self._rewrap(kek, version, cipher, one) for one in wrapped]
+
+    async def _rewrap(
+        self, kek: str, version: int, cipher: AESGCM, wrapped: bytes
+    ) -> Rewrapped | RewrapFailed:
+        try:
+            with await self.unwrap(kek, wrapped) as key:
+                return Rewrapped(self._wrap(kek, version, cipher, key), version)
+        except KekMissingError:
+            return RewrapFailed("UNDECRYPTABLE")
+        except UnwrapError:
+            return RewrapFailed("ROW_TAMPERED")
+
+    def _wrap(self, kek: str, version: int, cipher: AESGCM, key: Secret) -> bytes:
+        nonce = os.urandom(_NONCE)
+        sealed = cipher.encrypt(nonce, key.reveal(), self._dek_binding(kek, version))
+        return version.to_bytes(_VERSION_BYTES, "big") + nonce + sealed
+
     async def destroy(self, kek: str) -> None:
         """Delete a KEK's rows; `shred` says what that is worth."""
         async with self._database.transaction() as connection:
             await connection.execute(_DELETE, (kek,))
-        for entry in [entry for entry in self._cache if entry[0] == kek]:
+        self._forget(kek, None)
+
+    async def health(self) -> Health:
+        """Answer like the database that the KEKs are in."""
+        if await self._database.healthy():
+            return Health(True, "ok", "the keyring is loaded and the database answers")
+        return Health(False, "unreachable", "the database that holds wrapped KEKs does not answer")
+
+    async def start(self) -> None:
+        """Do nothing: the keyring is loaded already."""
+
+    async def close(self) -> None:
+        """Do nothing: the database is its owner's to close."""
+
+    async def _locked(self, connection: Connection, kek: str) -> int:
+        row = await (await connection.execute(_LOCK, (kek,))).fetchone()
+        if row is None:
+            raise KekMissingError(kek)
+        return int(row[0])
+
+    def _fresh(self, kek: str, version: int) -> tuple[str, int, str, bytes]:
+        nonce = os.urandom(_NONCE)
+        root = self._keyring.primary
+        with Secret(bytearray(os.urandom(32))) as key:
+            wrapped = nonce + self._keyring.keys[root].encrypt(
+                nonce, key.reveal(), self._kek_binding(kek, version)
+            )
+        return kek, version, root, wrapped
+
+    def _forget(self, kek: str, minimum: int | None) -> None:
+        gone = [one for one in self._cache if one[0] == kek and (not minimum or one[1] < minimum)]
+        for entry in gone:
             del self._cache[entry]
 
-    async def healthy(self) -> bool:
-        """Answer like the database that the KEKs are in."""
-        return await self._database.healthy()
+    async def _newest_cipher(self, kek: str) -> tuple[int, AESGCM]:
+        row = await self._database.one(_NEWEST, (kek,))
+        if row is None:
+            raise KekMissingError(kek)
+        return int(row[0]), self._open(kek, int(row[0]), row[1], row[2])
 
     async def _cipher(self, kek: str, version: int) -> AESGCM:
         cached = self._cache.get((kek, version))
@@ -209,3 +285,7 @@ class LocalBackend:
 
     def _dek_binding(self, kek: str, version: int) -> bytes:
         return fields(_DEK_LABEL, self._deployment, kek, version)
+
+
+def _version_of(wrapped: bytes) -> int:
+    return int.from_bytes(wrapped[:_VERSION_BYTES], "big")

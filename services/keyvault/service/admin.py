@@ -17,6 +17,7 @@ from services.keyvault.database import Database
 from services.keyvault.domain import State, destroy
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.service.audit import not_built
+from services.keyvault.store import epochs as epoch_store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store import leases as lease_store
 
@@ -29,15 +30,15 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     def __init__(
         self,
         database: Database,
-        backend: kek.Backend,
+        backends: kek.Backends,
         custody: Custody,
         anchor: Anchor,
         reconcile: Reconcile,
         deployment: str,
     ) -> None:
-        """Administer a backend's KEKs and keyvault's own state."""
+        """Administer KEKs and keyvault's own state."""
         self._database = database
-        self._backend = backend
+        self._backends = backends
         self._custody = custody
         self._anchor = anchor
         self._reconcile = reconcile
@@ -48,14 +49,16 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> pb.CreateTenantKeyResponse:
         """Create a tenant's KEK and its audit chain."""
         tenant = tenant_of(request.tenant)
-        created = await self._backend.create(kek.tenant_kek(tenant))
+        backend = self._backends.primary
+        created = await backend.create(kek.tenant_kek(tenant))
         async with self._database.transaction() as connection:
             await chain.create(connection, request.tenant)
             head = await chain.lock(connection, request.tenant)
             if created or head.sequence == 0:
                 event = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED)
                 await chain.append(connection, head, self._deployment, [event])
-        return pb.CreateTenantKeyResponse(backend=self._backend.name, version=1, created=created)
+        version = await backend.newest(kek.tenant_kek(tenant))
+        return pb.CreateTenantKeyResponse(backend=backend.name, version=version, created=created)
 
     async def RotateTenantKey(
         self, request: pb.RotateTenantKeyRequest, context: Any
@@ -73,7 +76,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def ShredTenant(
         self, request: pb.ShredTenantRequest, context: Any
     ) -> pb.ShredTenantResponse:
-        """Destroy every key of a tenant, then its KEK."""
+        """Destroy every key of a tenant, then its KEK and its content keys."""
         tenant = tenant_of(request.tenant)
         origin = Origin(authz.current().spiffe_id, "")
         destroyed = 0
@@ -84,12 +87,15 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             if live:
                 await self._custody.change(tenant, key.key_id, origin, lambda one, _: destroy(one))
                 destroyed += len(live)
-        await self._backend.destroy(kek.tenant_kek(tenant))
+        for backend in self._backends:
+            await backend.destroy(kek.tenant_kek(tenant))
+        shred = self._backends.primary.shred
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, request.tenant)
-            event = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED, shred=self._backend.shred)
+            await epoch_store.forget_tenant(connection, tenant)
+            event = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED, shred=shred)
             await chain.append(connection, head, self._deployment, [event])
-        return pb.ShredTenantResponse(destroyed_versions=destroyed, shred=self._backend.shred)
+        return pb.ShredTenantResponse(destroyed_versions=destroyed, shred=shred)
 
     async def ResumeLeases(
         self, request: pb.ResumeLeasesRequest, context: Any
@@ -103,12 +109,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         """Say how keyvault is."""
         refusal = self._anchor.refusal()
+        backend = self._backends.primary
+        health = await backend.health()
         tenants = await self._database.one(_TENANTS)
         status = pb.GetStatusResponse(
             deployment=self._deployment,
-            kek_backend=self._backend.name,
-            kek_backend_healthy=await self._backend.healthy(),
-            shred=self._backend.shred,
+            kek_backend=backend.name,
+            kek_backend_healthy=health.ok,
+            shred=backend.shred,
             leases_allowed=refusal is None,
             refusal_reason=refusal.reason if refusal else "",
             frozen_keys=self._reconcile.frozen(),

@@ -8,19 +8,23 @@ from dataclasses import dataclass
 from services.keyvault.database import Connection, Database
 
 _NEWEST = """
-SELECT key_id, suite, public, wrapped_dek, envelope, not_before, not_after FROM intake_key
+SELECT key_id, suite, public, kek_backend, kek_version, wrapped_dek, envelope, not_before,
+       not_after
+FROM intake_key
 WHERE suite = %s AND not_after > now() + %s ORDER BY not_before DESC LIMIT 1
 """
 _GET = """
-SELECT key_id, suite, public, wrapped_dek, envelope, not_before, not_after FROM intake_key
+SELECT key_id, suite, public, kek_backend, kek_version, wrapped_dek, envelope, not_before,
+       not_after
+FROM intake_key
 WHERE key_id = %s AND not_after + interval '5 minutes' > now()
 """
 _INSERT = """
-INSERT INTO intake_key (key_id, suite, public, wrapped_dek, envelope, not_before, not_after)
-VALUES (%s, %s, %s, %s, %s, %s, %s)
+INSERT INTO intake_key (key_id, suite, public, kek_backend, kek_version, wrapped_dek, envelope,
+                        not_before, not_after)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
-_CLOSED = "SELECT key_id FROM intake_key WHERE not_after + interval '5 minutes' < now()"
-_DELETE = "DELETE FROM intake_key WHERE key_id = %s"
+_FORGET_CLOSED = "DELETE FROM intake_key WHERE not_after + interval '5 minutes' < now()"
 # Counted before it is opened, and again where it comes again without an answer.
 _BEGIN = """
 INSERT INTO intake_request AS r (tenant, request_id, digest, actor, key_id)
@@ -49,6 +53,8 @@ class IntakeKey:
     key_id: str
     suite: int
     public: bytes
+    kek_backend: str
+    kek_version: int
     wrapped_dek: bytes
     envelope: bytes
     not_before: datetime.datetime
@@ -85,6 +91,8 @@ async def insert(database: Database, key: IntakeKey) -> None:
                 key.key_id,
                 key.suite,
                 key.public,
+                key.kek_backend,
+                key.kek_version,
                 key.wrapped_dek,
                 key.envelope,
                 key.not_before,
@@ -93,15 +101,10 @@ async def insert(database: Database, key: IntakeKey) -> None:
         )
 
 
-async def closed(database: Database) -> list[str]:
-    """Return the ids of intake keys whose epoch is over."""
-    return [row[0] for row in await database.all(_CLOSED)]
-
-
-async def delete(database: Database, key_id: str) -> None:
-    """Forget an intake key, and requests older than a week."""
+async def forget_closed(database: Database) -> None:
+    """Forget the intake keys that are closed, and requests older than a week."""
     async with database.transaction() as connection:
-        await connection.execute(_DELETE, (key_id,))
+        await connection.execute(_FORGET_CLOSED)
         await connection.execute(_FORGET)
 
 

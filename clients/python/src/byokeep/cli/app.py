@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from byokeep.cli import admin, audit, interrupt, keys, models, reviews, status, tenants
+from byokeep.cli import admin, audit, interrupt, keys, limits, models, reviews, status, tenants
 from byokeep.cli.errors import CliError, Exit, from_rpc
 from byokeep.cli.output import print_error
 from byokeep.cli.refusal import refuse_keys
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.add_typer(keys.app, name="key")
 app.add_typer(reviews.app, name="review")
 app.add_typer(models.app, name="model")
+app.add_typer(limits.app, name="limit")
 app.add_typer(tenants.app, name="tenant")
 app.add_typer(tenants.callers, name="caller")
 app.add_typer(audit.app, name="audit")
