@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from services.common import config
 from services.keyvault.limits import Caps
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,10 @@ class Settings(config.ServiceSettings):
     shred_after_seconds: int = config.setting(
         "a destroyed key's shred sweep waits so long for others to share it", default=30
     )
+    audit_retention_days: int = config.setting(
+        "audit events older than so many days are dropped, and the chain says so; 0: kept for ever",
+        default=0,
+    )
     content_retention_days: int = config.setting(
         "days after its day that a content key is kept; no less than the orchestrator's"
         " findings_days",
@@ -91,6 +98,10 @@ class Settings(config.ServiceSettings):
 
     def check(self) -> None:
         """Refuse what must be said on purpose. Raises ConfigError."""
+        if not _NAME.fullmatch(self.deployment):
+            raise config.ConfigError(
+                "BYOKEEP_DEPLOYMENT is part of the audit log's name: letters, digits and . _ -"
+            )
         if self.kek_backend == "local" and self.mode == "production" and not self.allow_local_kek:
             raise config.ConfigError(
                 "BYOKEEP_KEK_BACKEND is local in production mode: the keyring is only as safe as"

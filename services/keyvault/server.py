@@ -21,17 +21,21 @@ from services.common.errors import ByokeepError
 from services.keyvault import (
     anchor,
     background,
+    checkpoints,
     denials,
     epochs,
     grants,
     kek,
     reconcile,
+    retention,
     revocations,
     rewrap,
     rotation,
     system_keys,
 )
 from services.keyvault.anchor import Anchor
+from services.keyvault.anchor_store import AnchorStore, FileAnchor
+from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.config import Settings
 from services.keyvault.content import ContentKeys
 from services.keyvault.custody import Custody
@@ -45,6 +49,7 @@ from services.keyvault.leasing import Leasing
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.redemption import Redemption
 from services.keyvault.releases import Releases
+from services.keyvault.retention import Retention
 from services.keyvault.revocations import Revocations
 from services.keyvault.rewrap import Rewrap
 from services.keyvault.rotation import Rotation
@@ -53,6 +58,7 @@ from services.keyvault.service.audit import AuditService
 from services.keyvault.service.content import ContentKeyService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
+from services.keyvault.signer import WrappedKeySigner
 
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
@@ -62,6 +68,11 @@ _KEYS_SECONDS = 2.0
 def open_database(settings: Settings) -> Database:
     """Return the database of the configured URL, not yet connected."""
     return Database(read_secret_file(settings.database_url_file), settings.database_connections)
+
+
+def open_anchor(settings: Settings) -> AnchorStore:
+    """Return where the configured anchor is kept."""
+    return FileAnchor(settings.anchor_file)
 
 
 class App:
@@ -75,8 +86,7 @@ class App:
         self._database = open_database(settings)
         self._backends = open_backends(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
-        self._anchor = Anchor(self._database, settings.anchor_file, settings.deployment)
-        self._reconcile = Reconcile(self._database, self._anchor, settings.deployment)
+        self._anchor = Anchor(self._database, open_anchor(settings), settings.deployment)
         self._revocations = Revocations(self._database)
         self._grant_keys = grants.GrantKeys(settings.grant_keys_dir)
         self._tasks: list[asyncio.Task[None]] = []
@@ -100,9 +110,9 @@ class App:
             lambda: self._keys.intake_signing,
             settings.deployment,
         )
-        retention = datetime.timedelta(days=settings.content_retention_days)
-        self._content = ContentKeys(self._database, self._backends, settings.deployment, retention)
-        self._epochs = Epochs(self._database, self._backends, settings.deployment, retention)
+        kept = datetime.timedelta(days=settings.content_retention_days)
+        self._content = ContentKeys(self._database, self._backends, settings.deployment, kept)
+        self._epochs = Epochs(self._database, self._backends, settings.deployment, kept)
         self._custody = Custody(
             self._database,
             self._backends,
@@ -136,6 +146,19 @@ class App:
             settings.deployment,
             self._denials.note,
         )
+        self._signer = WrappedKeySigner(lambda: self._keys.audit_log)
+        self._checkpoints = Checkpoints(
+            self._database, self._anchor, self._signer, settings.deployment
+        )
+        self._reconcile = Reconcile(
+            self._database, self._anchor, self._keys.state_mac, settings.deployment
+        )
+        self._retention = Retention(
+            self._database,
+            self._reconcile.following,
+            settings.deployment,
+            settings.audit_retention_days,
+        )
         # All have passed once before anything is served.
         await self._anchor.tick()
         await self._reconcile.once()
@@ -145,7 +168,14 @@ class App:
             await background.each("epochs", (self._epochs.tick,), lambda step: step())
         self._run("denials", denials.TICK_SECONDS, self._denials.tick)
         self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
-        self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
+        self._run("checkpoints", checkpoints.TICK_SECONDS, self._checkpoints.tick)
+        self._run(
+            "reconcile",
+            reconcile.INTERVAL_SECONDS,
+            self._reconcile.once,
+            self._reconcile.save_if_due,
+        )
+        self._run("retention", retention.TICK_SECONDS, self._retention.tick)
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
         self._run("sweep", _SWEEP_SECONDS, self._releases.expire, self._custody.sweep)
         self._run("keys", _KEYS_SECONDS, self._follow_keys, self._grant_keys.follow)
@@ -171,7 +201,10 @@ class App:
         if self._role in ("all", "admin"):
             audit_pb2_grpc.add_AuditServiceServicer_to_server(
                 AuditService(
-                    self._database, lambda: self._keys.audit_log, self._settings.deployment
+                    self._database,
+                    self._signer,
+                    self._checkpoints,
+                    self._settings.deployment,
                 ),
                 server,
             )
@@ -204,7 +237,8 @@ class App:
         async def count() -> None:
             await self._denials.flush(0.0, everything=True)
 
-        await background.each("last_write", (count, self._anchor.tick), lambda step: step())
+        steps = (count, self._anchor.tick, self._reconcile.once, self._reconcile.save)
+        await background.each("last_write", steps, lambda step: step())
         await self._backends.close()
         await self._database.close()
 

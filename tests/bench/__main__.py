@@ -12,7 +12,7 @@ from pathlib import Path
 
 from byokeep.testing import Stack
 
-from tests.bench import idle, leases, reviews, rewrap, scale
+from tests.bench import audit, idle, leases, reviews, rewrap, scale
 from tests.bench.results import Row, show, write
 
 # Caps are what is being measured around, not what is measured.
@@ -66,6 +66,7 @@ def main() -> None:
         rows += reviews.run(stack, arguments.seconds)
         rows += scale.run(stack, arguments.seconds)
     rows += rewrap.run()
+    rows.append(audit.verify_speed())
     rows.append(_warm())
     rows.append(Row("load_before", load_before, "load", {"cores": os.cpu_count()}))
     write(rows, arguments.out)

@@ -19,6 +19,9 @@ GOALS = {
     "idle_mb": ("<=", 300.0),
     "rewrap_keys_per_s": (">=", 10_000.0),
     "run_warm_s": ("<=", 6.0),
+    "audit_verify_events_per_s": (">=", 50_000.0),
+    "reconcile_cpu_percent": ("<=", 5.0),
+    "reconcile_db_percent": ("<=", 5.0),
 }
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from byokeep import auditlog, dsse, ids
+from byokeep import auditlog, checkpoint, dsse, ids
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import audit_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from tests.harness import merkle
 
 START = datetime.datetime(2026, 3, 1, 12, 0, tzinfo=datetime.UTC)
 
@@ -31,6 +34,25 @@ class SigningKey:
 
 
 @dataclass
+class Log:
+    """A log of heads, among them those of other chains."""
+
+    leaves: list[bytes] = field(default_factory=list)
+
+    def others(self, count: int) -> None:
+        """Take in heads of chains that nobody here knows."""
+        self.leaves += [hashlib.sha256(b"other %d" % len(self.leaves)).digest()] * count
+
+    def checkpoint(self, deployment: str, key: SigningKey) -> str:
+        """Return the signed note of the log as it is."""
+        origin = checkpoint.origin_of(deployment)
+        root = merkle.mth(self.leaves)
+        text = checkpoint.Checkpoint(origin, len(self.leaves), root).text()
+        public = key.public.public_bytes_raw()
+        return checkpoint.signed(text, origin, public, key.private.sign(text.encode()))
+
+
+@dataclass
 class Chain:
     """A chain that grows by `add`."""
 
@@ -39,6 +61,7 @@ class Chain:
     key: SigningKey = field(default_factory=lambda: SigningKey("alk"))
     events: list[audit_pb2.AuditEvent] = field(default_factory=list)
     links: list[audit_pb2.ChainedEvent] = field(default_factory=list)
+    log: Log = field(default_factory=Log)
 
     def add(self, kind: str, at: datetime.datetime | None = None, **values: Any) -> None:
         """Append an event; `kind` is a short name of AuditEventType."""
@@ -75,9 +98,34 @@ class Chain:
         payload = head.SerializeToString()
         return dsse.sign(dsse.CHAIN_HEAD, payload, self.key.key_id, self.key.private)
 
-    def export(self) -> list[str]:
+    def proven(self, since: int = 0) -> tuple[options_pb2.SignedEnvelope, audit_pb2.LogProof]:
+        """Take the head into the log; return it, signed, with its proof."""
+        index = len(self.log.leaves)
+        blind = hashlib.sha256(b"blind %d" % index).digest()
+        bare = audit_pb2.ChainHead.FromString(self.head().payload)
+        self.log.leaves.append(auditlog.leaf_of(bare, blind))
+        return self.head(log_size=index + 1), self.proof(index, blind, since)
+
+    def proof(self, index: int, blind: bytes, since: int = 0) -> audit_pb2.LogProof:
+        """Return the proof of a leaf in the log as it is."""
+        leaves = self.log.leaves
+        return audit_pb2.LogProof(
+            leaf_index=index,
+            leaf_blind=blind,
+            inclusion=merkle.path(index, leaves),
+            checkpoint=self.log.checkpoint(self.deployment, self.key),
+            since_size=since,
+            since_root=merkle.mth(leaves[:since]) if since else b"",
+            consistency=merkle.proof(since, leaves),
+        )
+
+    def export(self, since: int = 0) -> list[str]:
         """Return the lines of an export."""
         return [
             *(auditlog.event_line(link) for link in self.links),
-            auditlog.head_line(self.head()),
+            auditlog.head_line(*self.proven(since)) if self.links else self.empty_line(),
         ]
+
+    def empty_line(self) -> str:
+        """Return the last line for a chain that is in no log."""
+        return auditlog.head_line(self.head())

@@ -482,7 +482,21 @@ class _Audit(_Fake, audit_pb2_grpc.AuditServiceServicer):
         self.edge.meet(request, context)
         for link in self.edge.chain.links:
             yield audit_pb2.ExportEventsResponse(event=link)
-        yield audit_pb2.ExportEventsResponse(head=self.edge.chain.head())
+        if self.edge.chain.head() is not None:
+            head, proof = self.edge.chain.proven(request.since_size)
+            yield audit_pb2.ExportEventsResponse(head=head, proof=proof)
+
+    def GetCheckpoint(self, request, context):
+        self.edge.meet(request, context)
+        head, proof = self.edge.chain.proven(request.since_size)
+        return audit_pb2.GetCheckpointResponse(checkpoint=proof.checkpoint, head=head, proof=proof)
+
+    def ListCheckpoints(self, request, context):
+        self.edge.meet(request, context)
+        chain = self.edge.chain
+        return audit_pb2.ListCheckpointsResponse(
+            checkpoints=[chain.log.checkpoint(chain.deployment, chain.key)]
+        )
 
 
 class _Admin(_Fake, admin_pb2_grpc.AdminServiceServicer):

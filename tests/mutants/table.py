@@ -19,6 +19,7 @@ class Mutant:
 _KV = "services/keyvault/"
 _SEC = "tests/security/"
 
+_AUDITLOG = "clients/python/src/byokeep/auditlog.py"
 _OR = "services/orchestrator/"
 _FENCE = _SEC + "test_fence.py::test_paused_attempt_changes_nothing_after_its_turn"
 _GUARD = "AND fence = %(fence)s AND state = 'RUNNING'"
@@ -167,17 +168,16 @@ MUTANTS = (
     Mutant(
         "reconcile freezes nothing",
         _KV + "reconcile.py",
-        "            followed.frozen.add((key_id, version))\n"
-        "            await self._record(tenant, key_id, version)",
-        "            pass",
+        "                await self._freeze(connection, head, tenant, key_id, version)",
+        "                pass",
         (_SEC + "test_rows.py::test_rollback_row_restored_whole",),
     ),
     Mutant(
         "the anchor is always believed",
         _KV + "anchor.py",
-        "        anchored = self._read()\n",
-        "        return True\n",
-        (_SEC + "test_rows.py::test_rollback_row_whole_database",),
+        "        size = await store.size(connection)\n        if anchored is None:",
+        "        return True\n        if anchored is None:",
+        (_SEC + "test_rollback.py::test_rollback_row_whole_database_from_a_backup",),
     ),
     Mutant(
         "a lost anchor is forgiven",
@@ -185,6 +185,118 @@ MUTANTS = (
         "            return size == 0\n",
         "            return True\n",
         (_SEC + "test_rows.py::test_a_lost_anchor_is_not_forgotten",),
+    ),
+    Mutant(
+        "an anchor may go back",
+        _KV + "anchor_store.py",
+        "            if self._read().version != after.version:",
+        "            if False:",
+        (_SEC + "test_rollback.py::test_an_older_position_does_not_overwrite_a_newer_one",),
+    ),
+    Mutant(
+        "a resume reaches one replica only",
+        _KV + "anchor.py",
+        "        return anchored is not None and anchored.resumed != self.position.resumed",
+        "        return False",
+        (_SEC + "test_rollback.py::test_a_resume_reaches_every_replica",),
+    ),
+    Mutant(
+        "leaves need not be those that were anchored",
+        _KV + "following.py",
+        "        if frontier.size == position.size and frontier.root() != position.root:",
+        "        if False:",
+        (_SEC + "test_rollback.py::test_leaves_that_were_altered_are_noticed_at_a_start",),
+    ),
+    Mutant(
+        "the log may have more than a chain",
+        _KV + "following.py",
+        'raise ContradictionError(f"an event of {name} that the log names is missing")',
+        "pass",
+        (_SEC + "test_rollback.py::test_an_older_snapshot_put_back_revives_nothing",),
+    ),
+    Mutant(
+        "a forged snapshot is believed",
+        _KV + "following.py",
+        "        if not hmac.compare_digest(mac, hmac.digest(self._key, text, hashlib.sha256)):",
+        "        if False:",
+        (_SEC + "test_rollback.py::test_a_start_does_not_follow_everything_again",),
+    ),
+    Mutant(
+        "what another replica froze is not",
+        _KV + "following.py",
+        "            self.states.freeze(version)\n",
+        "            pass\n",
+        (_SEC + "test_rollback.py::test_frozen_on_every_replica_and_after_a_restart",),
+    ),
+    Mutant(
+        "heads are not looked at",
+        _KV + "reconcile.py",
+        "            if self.following.behind(name, sequence):",
+        "            if False:",
+        (_SEC + "test_rollback.py::test_a_cut_chain_is_noticed_while_keyvault_runs",),
+    ),
+    Mutant(
+        "a row that looks as before is not read again",
+        _KV + "pages.py",
+        "        if self._begun:\n            self._touched.append(version)",
+        "        pass",
+        (_SEC + "test_rollback.py::test_a_row_restored_between_two_looks_is_found",),
+    ),
+    Mutant(
+        "retention need not be stated",
+        _KV + "following.py",
+        "        explained = not start\n",
+        "        explained = True\n",
+        (_SEC + "test_audit.py::test_retention_that_the_chain_does_not_state",),
+    ),
+    Mutant(
+        "retention keeps no states",
+        _KV + "retention.py",
+        "        return states.get(version)[1] <= sequence",
+        "        return False",
+        (_SEC + "test_audit.py::test_reconcile_works_after_retention",),
+    ),
+    Mutant(
+        "checkpoints of what is not anchored",
+        _KV + "checkpoints.py",
+        "        if self._anchor.rolled_back:\n            return None\n",
+        "",
+        (_SEC + "test_audit.py::test_no_checkpoint_of_a_log_that_contradicts_its_anchor",),
+    ),
+    Mutant(
+        "verify: an export may be older than the checkpoint",
+        _AUDITLOG,
+        "    if newer.size < older.size:",
+        "    if False:",
+        (_SEC + "test_audit.py::test_audit_tamper_an_old_export_for_a_new_one",),
+    ),
+    Mutant(
+        "verify: a head's line may be written otherwise",
+        _AUDITLOG,
+        "    if head_line(envelope, proof) != line:",
+        "    if False:",
+        (_SEC + "test_audit.py::test_audit_tamper_any_byte",),
+    ),
+    Mutant(
+        "verify: a proof may be taken out",
+        _AUDITLOG,
+        "    if head.log_size and proof is None:",
+        "    if False:",
+        (_SEC + "test_audit.py::test_a_head_without_its_proof",),
+    ),
+    Mutant(
+        "verify: a chain may begin anywhere",
+        _AUDITLOG,
+        "        if self.dropped and (self.dropped, self._before) not in stated:",
+        "        if False:",
+        (_SEC + "test_audit.py::test_retention_is_stated_by_the_chain",),
+    ),
+    Mutant(
+        "notes: signature not verified",
+        "clients/python/src/byokeep/checkpoint.py",
+        "            key.verify(signature, text.encode())",
+        "            pass",
+        ("tests/unit/test_checkpoint.py::test_other_notes_do_not",),
     ),
     Mutant(
         "listing asks the KEK backend",
@@ -342,7 +454,7 @@ MUTANTS = (
     Mutant(
         "the reconcile pass knows no holds",
         _KV + "reconcile.py",
-        "        followed.hold_differs = hold != followed.hold\n",
+        "        await self._check_holds()\n",
         "",
         (_SEC + "test_holds.py::test_a_hold_that_sql_lifts_stays",),
     ),
@@ -617,8 +729,8 @@ MUTANTS = (
     Mutant(
         "chains are not held against the log",
         _KV + "reconcile.py",
-        "        await self._check_log()\n",
-        "",
+        "        for name in await self.following.log(position):",
+        "        for name in list[str]():",
         (_SEC + "test_rows.py::test_rollback_row_with_its_chain",),
     ),
     Mutant(

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from byokeep.testing.canary import forms, found_in
 
 from tests.harness import keyvault as kv
-from byokeep.testing.canary import forms, found_in
 
 # A production process of a service, set up as `server.main` does, in which something breaks
 # while a key is in the frames: in its own code, a thread, a task nobody waits for, a callback of

@@ -1,9 +1,11 @@
 """Checks an exported audit chain offline, against keys that the verifier pins.
 
 An export is JSON Lines: `{"event": {"body", "previous_hash", "hash"}, "view": {…}}`
-for each link (base64; `view` is the decoded body, for people), then
-`{"head": {"payloadType", "payload", "keyId", "signature"}}`. The chain is described
-in protos/byokeep/keyvault/v1/audit.proto.
+for each link (base64; `view` is the decoded body, for people), then `{"head":
+{"payloadType", "payload", "keyId", "signature"}, "proof": {…}}`, where the proof ties
+the head to a checkpoint of the log of all chains' heads. Chain, head and proof are
+described in protos/byokeep/keyvault/v1/audit.proto. An export has one spelling: a
+byte that differs is a change, whatever it means.
 """
 
 from __future__ import annotations
@@ -21,12 +23,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
-from byokeep import dsse
+from byokeep import checkpoint, dsse, merkle
+from byokeep.auditview import view
+from byokeep.checkpoint import Checkpoint, NoteError
 from byokeep.common.v1 import options_pb2
+from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2
 
 LABEL = b"byokeep/audit/v1\n"
 FIRST_HASH = bytes(32)
+_START = '{"event": {"body": "'
+_PRUNED = audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED
 _Keys = Mapping[str, Ed25519PublicKey]
 
 
@@ -41,6 +48,14 @@ class VerificationError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Older:
+    """What a verifier holds from before: a chain's signed head, a checkpoint, or both."""
+
+    head: audit_pb2.ChainHead | None = None
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Verified:
     """What an export proves. Times are None for an empty chain."""
 
@@ -51,6 +66,12 @@ class Verified:
     last_time: datetime.datetime | None
     head: audit_pb2.ChainHead
     signed_by: str
+    #: The last event that retention dropped, as the chain itself states; 0: none.
+    dropped: int = 0
+    #: The signed checkpoint that contains the head; None where the export has none.
+    checkpoint: Checkpoint | None = None
+    #: Size of the older checkpoint that this log was shown to continue; 0: not compared.
+    since: int = 0
 
 
 def link_hash(previous_hash: bytes, body: bytes) -> bytes:
@@ -58,23 +79,27 @@ def link_hash(previous_hash: bytes, body: bytes) -> bytes:
     return hashlib.sha256(LABEL + previous_hash + body).digest()
 
 
+def leaf_of(head: audit_pb2.ChainHead, blind: bytes) -> bytes:
+    """Return the hash of the leaf that a chain's head has in the log."""
+    return merkle.leaf_hash(fields(blind, head.chain, head.sequence, head.hash))
+
+
 def event_line(event: audit_pb2.ChainedEvent) -> str:
     """Return the line of an export for one link."""
-    return json.dumps(
-        {
-            "event": {
-                "body": base64.b64encode(event.body).decode(),
-                "previous_hash": base64.b64encode(event.previous_hash).decode(),
-                "hash": base64.b64encode(event.hash).decode(),
-            },
-            "view": _view(audit_pb2.AuditEvent.FromString(event.body)),
-        }
+    return _line(
+        base64.b64encode(event.body).decode(),
+        base64.b64encode(event.previous_hash).decode(),
+        base64.b64encode(event.hash).decode(),
+        view(audit_pb2.AuditEvent.FromString(event.body)),
     )
 
 
-def head_line(head: options_pb2.SignedEnvelope) -> str:
-    """Return the last line of an export."""
-    return json.dumps({"head": json_format.MessageToDict(head)})
+def head_line(head: options_pb2.SignedEnvelope, proof: audit_pb2.LogProof | None = None) -> str:
+    """Return the last line of an export; on its own, what a later export is held against."""
+    record = {"head": json_format.MessageToDict(head)}
+    if proof is not None:
+        record["proof"] = json_format.MessageToDict(proof)
+    return json.dumps(record)
 
 
 def verify(
@@ -83,39 +108,67 @@ def verify(
     *,
     deployment: str = "",
     against: audit_pb2.ChainHead | None = None,
+    since: Checkpoint | None = None,
 ) -> Verified:
-    """Verify an export: every link, no gap, one chain, and the signed head at its end.
+    """Verify an export: every link, no gap, one chain, the signed head at its end, and its place
+    in the log.
 
     `against` is an older head that the verifier holds: the chain must go through it.
-    `deployment` is the one expected; empty: any.
+    `since` is an older checkpoint: the log must have grown from it, and the export must
+    not be older than it is. `deployment` is the one expected; empty: any.
 
     Raises:
         VerificationError: with the first link that is broken, and what is wrong with it.
     """
     chain = _Chain(deployment, against)
-    head: audit_pb2.ChainHead | None = None
-    signed_by = ""
-    for record in map(_record, _numbered(lines)):
-        if head is not None:
+    end: _End | None = None
+    for number, line in _numbered(lines):
+        if end is not None:
             raise VerificationError(0, "there is something after the signed head")
+        if chain.add_as_written(line):
+            continue
+        record = _record(number, line)
         if "head" in record:
-            head, signed_by = _head(record["head"], trusted)
+            end = _end(line, record, trusted)
         else:
-            chain.add(record)
-    if head is None:
+            chain.add(line, record)
+    if end is None:
         raise VerificationError(
             0, f"it ends after link {chain.sequence} without a signed head: it was cut"
         )
-    chain.check_end(head)
+    chain.check_end(end.head)
     return Verified(
-        deployment=head.deployment,
-        chain=head.chain,
-        count=chain.sequence,
-        first_time=chain.first_time,
-        last_time=chain.last_time,
-        head=head,
-        signed_by=signed_by,
+        deployment=end.head.deployment,
+        chain=end.head.chain,
+        count=chain.sequence - chain.dropped,
+        first_time=chain.time(chain.first),
+        last_time=chain.time(chain.last),
+        head=end.head,
+        signed_by=end.signed_by,
+        dropped=chain.dropped,
+        checkpoint=end.checkpoint,
+        since=_since(end, since, required=not chain.passed(against)),
     )
+
+
+def read_older(lines: Iterable[str], trusted: _Keys, deployment: str) -> Older:
+    """Return what an older file holds: an export, its last line, or a checkpoint's signed note.
+
+    Raises:
+        VerificationError: it holds none, or not one that a trusted key signed.
+    """
+    first, rest = "", iter(lines)
+    for first in rest:
+        if first.strip():
+            break
+    if first.lstrip().startswith("{"):
+        end = _last(_chained(first, rest), trusted)
+        return Older(end.head, end.checkpoint)
+    try:
+        note = "".join(_chained(first, rest))
+        return Older(None, checkpoint.open_checkpoint(note, deployment, trusted))
+    except NoteError as error:
+        raise VerificationError(0, f"the older checkpoint: {error}") from None
 
 
 def read_head(lines: Iterable[str], trusted: _Keys) -> audit_pb2.ChainHead:
@@ -124,10 +177,7 @@ def read_head(lines: Iterable[str], trusted: _Keys) -> audit_pb2.ChainHead:
     Raises:
         VerificationError: it has no head, or not one that a trusted key signed.
     """
-    for record in map(_record, _numbered(lines)):
-        if "head" in record:
-            return _head(record["head"], trusted)[0]
-    raise VerificationError(0, "the older file has no signed head")
+    return _last(lines, trusted).head
 
 
 class _Chain:
@@ -138,15 +188,49 @@ class _Chain:
         self.hash = FIRST_HASH
         self.name = ""
         self.deployment = deployment
-        self.first_time: datetime.datetime | None = None
-        self.last_time: datetime.datetime | None = None
+        self.first: audit_pb2.AuditEvent | None = None
+        self.last: audit_pb2.AuditEvent | None = None
+        self.dropped = 0
+        self._before = FIRST_HASH
+        self._pruned: list[audit_pb2.AuditEvent] = []
+        self._encoded = base64.b64encode(FIRST_HASH).decode()
         self._against = against
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Check the next link and keep it."""
+    def add_as_written(self, line: str) -> bool:
+        """Take the next link if its line is, to the byte, what it must be; False where something
+        is wrong with it, which `add` names, or where it is no link."""
+        end = line.find('"', len(_START))
+        if self.last is None or not line.startswith(_START) or end < 0:
+            return False
+        encoded = line[len(_START) : end]
+        try:
+            body = binascii.a2b_base64(encoded)
+            event = audit_pb2.AuditEvent.FromString(body)
+            shown = view(event)
+        except (ValueError, DecodeError):
+            return False
+        digest = hashlib.sha256(LABEL + self.hash + body).digest()
+        written = binascii.b2a_base64(digest, newline=False).decode()
+        if (
+            binascii.b2a_base64(body, newline=False).decode() != encoded
+            or _line(encoded, self._encoded, written, shown) != line
+            or event.sequence != self.sequence + 1
+            or event.chain != self.name
+            or event.deployment != self.deployment
+        ):
+            return False
+        self._take(event, digest, written)
+        return True
+
+    def add(self, line: str, record: Mapping[str, Any]) -> None:
+        """Check the next link, naming what is wrong with it, and keep it."""
         expected = self.sequence + 1
         body, previous, stated = _link(expected, record)
-        event = _event(expected, body)
+        event, shown = _event(expected, body)
+        if self.last is None and event.sequence > 1:
+            # What retention dropped before is said by an event that must follow.
+            self.dropped, self._before = event.sequence - 1, previous
+            self.sequence, self.hash, expected = self.dropped, previous, event.sequence
         if event.sequence != expected:
             raise VerificationError(
                 expected, f"it is missing: the next one in the file is link {event.sequence}"
@@ -156,14 +240,12 @@ class _Chain:
         if stated != link_hash(previous, body):
             raise VerificationError(expected, "its hash is not that of its content: altered")
         self._check_place(event)
-        if record.get("view") != _view(event):
+        if record.get("view") != json.loads(shown):
             raise VerificationError(expected, "its readable view differs from its hashed body")
-        self.sequence, self.hash = expected, stated
-        self.last_time = event.event_time.ToDatetime(datetime.UTC)
-        self.first_time = self.first_time or self.last_time
-        older = self._against
-        if older is not None and older.sequence == expected and older.hash != stated:
-            raise VerificationError(expected, "it is not the link that the older head names")
+        link = audit_pb2.ChainedEvent(body=body, previous_hash=previous, hash=stated)
+        if event_line(link) != line:
+            raise VerificationError(expected, "its line is not written as keyvault's export is")
+        self._take(event, stated, base64.b64encode(stated).decode())
 
     def check_end(self, head: audit_pb2.ChainHead) -> None:
         """Check that the signed head is the end, and that the older head is not past it."""
@@ -183,6 +265,7 @@ class _Chain:
             raise VerificationError(0, "the signed head is of another chain")
         if head.deployment != (self.deployment or head.deployment):
             raise VerificationError(0, "the signed head is of another deployment")
+        self._check_dropped()
         self._check_older(head.chain, head.deployment)
         older = self._against
         if older is not None and older.sequence > self.sequence:
@@ -190,6 +273,37 @@ class _Chain:
                 self.sequence + 1,
                 f"it is missing: an older head counts {older.sequence} events,"
                 f" this file has {self.sequence}",
+            )
+
+    def passed(self, older: audit_pb2.ChainHead | None) -> bool:
+        """Say whether the file's links reach back to an older head, which they then contain."""
+        return older is not None and older.sequence >= self.dropped
+
+    @staticmethod
+    def time(event: audit_pb2.AuditEvent | None) -> datetime.datetime | None:
+        """Return when an event was."""
+        return event.event_time.ToDatetime(datetime.UTC) if event is not None else None
+
+    def _take(self, event: audit_pb2.AuditEvent, digest: bytes, encoded: str) -> None:
+        self.sequence, self.hash, self._encoded = event.sequence, digest, encoded
+        self.last = event
+        self.first = self.first or event
+        if event.type == _PRUNED:
+            self._pruned.append(event)
+        older = self._against
+        if older is not None and older.sequence == event.sequence and older.hash != digest:
+            raise VerificationError(event.sequence, "it is not the link that the older head names")
+
+    def _check_dropped(self) -> None:
+        older = self._against
+        if older is not None and older.sequence == self.dropped != 0 and older.hash != self._before:
+            raise VerificationError(self.dropped, "it is not the link that the older head names")
+        stated = {(event.pruned_sequence, event.pruned_hash) for event in self._pruned}
+        if self.dropped and (self.dropped, self._before) not in stated:
+            raise VerificationError(
+                1,
+                f"it is missing: the file begins with link {self.dropped + 1}, and no event in it"
+                " says that retention dropped those before",
             )
 
     def _check_place(self, event: audit_pb2.AuditEvent) -> None:
@@ -207,12 +321,72 @@ class _Chain:
             raise VerificationError(0, "the older head is of another chain or deployment")
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The last line of an export, verified."""
+
+    head: audit_pb2.ChainHead
+    signed_by: str
+    proof: audit_pb2.LogProof | None
+    checkpoint: Checkpoint | None
+
+
+def _since(end: _End, older: Checkpoint | None, *, required: bool) -> int:
+    """Check that the export's log continues an older checkpoint; return that one's size.
+
+    Where the chain was already shown to go through an older head, a log that can't be
+    compared is no failure, and 0 is returned.
+    """
+    newer, proof = end.checkpoint, end.proof
+    if older is None or newer is None or proof is None:
+        if not required or older is None:
+            return 0
+        raise VerificationError(
+            0, "the export is not tied to the log: it can't be held against a checkpoint"
+        )
+    if newer.size < older.size:
+        raise VerificationError(
+            end.head.sequence + 1,
+            f"what follows may be missing: the checkpoint was signed when the log had {older.size}"
+            f" heads, this export when it had {newer.size}",
+        )
+    if newer.size == older.size:
+        proven = newer.root == older.root
+    elif proof.since_size != older.size:
+        if not required:
+            return 0
+        raise VerificationError(
+            0,
+            "the export has no proof that the log grew from that checkpoint; export again with"
+            " --since",
+        )
+    else:
+        proven = proof.since_root == older.root
+    if not proven:
+        raise VerificationError(
+            0, "the log is not the one of that checkpoint: it was rewritten, or restored"
+        )
+    return older.size
+
+
+def _line(body: str, previous: str, digest: str, shown: str) -> str:
+    return (
+        f'{_START}{body}", "previous_hash": "{previous}", "hash": "{digest}"}}, "view": {shown}}}'
+    )
+
+
+def _chained(first: str, rest: Iterable[str]) -> Iterable[str]:
+    yield first
+    yield from rest
+
+
 def _numbered(lines: Iterable[str]) -> Iterable[tuple[int, str]]:
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    for number, line in enumerate(lines, 1):
+        if text := line.removesuffix("\n"):
+            yield number, text
 
 
-def _record(numbered: tuple[int, str]) -> dict[str, Any]:
-    number, line = numbered
+def _record(number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError:
@@ -234,28 +408,69 @@ def _link(sequence: int, record: Mapping[str, Any]) -> tuple[bytes, bytes, bytes
     return body, previous, stated
 
 
-def _event(sequence: int, body: bytes) -> audit_pb2.AuditEvent:
+def _event(sequence: int, body: bytes) -> tuple[audit_pb2.AuditEvent, str]:
     try:
         event = audit_pb2.AuditEvent.FromString(body)
-        _view(event)
-    # json_format.Error: a time that no calendar has.
-    except (DecodeError, json_format.Error):
+        return event, view(event)
+    # ValueError: a time that no calendar has.
+    except (DecodeError, ValueError):
         raise VerificationError(sequence, "its body is not an event") from None
-    return event
 
 
-def _head(record: Any, trusted: _Keys) -> tuple[audit_pb2.ChainHead, str]:
+def _last(lines: Iterable[str], trusted: _Keys) -> _End:
+    for number, line in _numbered(lines):
+        if line.startswith(_START):
+            continue
+        record = _record(number, line)
+        if "head" in record:
+            return _end(line, record, trusted)
+    raise VerificationError(0, "the older file has no signed head")
+
+
+def _end(line: str, record: Mapping[str, Any], trusted: _Keys) -> _End:
+    head, envelope = _head(record["head"], trusted)
+    proof = None
+    if "proof" in record:
+        try:
+            proof = json_format.ParseDict(record["proof"], audit_pb2.LogProof())
+        except json_format.ParseError:
+            raise VerificationError(0, "the proof is malformed") from None
+    if head_line(envelope, proof) != line:
+        raise VerificationError(0, "the head's line is not written as keyvault's export is")
+    if head.log_size and proof is None:
+        raise VerificationError(0, "the proof that ties the head to the log was taken out")
+    return _End(head, envelope.key_id, proof, _tied(head, proof, trusted) if proof else None)
+
+
+def _tied(head: audit_pb2.ChainHead, proof: audit_pb2.LogProof, trusted: _Keys) -> Checkpoint:
+    """Return the checkpoint that a proof leads to."""
+    try:
+        newer = checkpoint.open_checkpoint(proof.checkpoint, head.deployment, trusted)
+        if newer.size != head.log_size:
+            raise VerificationError(0, "the checkpoint is not the one that the head was signed for")
+        leaf = leaf_of(head, proof.leaf_blind)
+        merkle.verify_inclusion(leaf, proof.leaf_index, newer.size, proof.inclusion, newer.root)
+        older_root = proof.since_root if proof.since_size else merkle.EMPTY
+        merkle.verify_consistency(
+            proof.since_size, older_root, newer.size, newer.root, proof.consistency
+        )
+    except (NoteError, merkle.ProofError) as error:
+        what = str(error)
+    else:
+        if proof.since_size or not proof.since_root:
+            return newer
+        what = "it names the root of an older log without its size"
+    raise VerificationError(0, f"the head is not in the log: {what}")
+
+
+def _head(record: Any, trusted: _Keys) -> tuple[audit_pb2.ChainHead, options_pb2.SignedEnvelope]:
     try:
         envelope = json_format.ParseDict(record, options_pb2.SignedEnvelope())
         payload = dsse.verify(envelope, dsse.CHAIN_HEAD, trusted)
-        return audit_pb2.ChainHead.FromString(payload), envelope.key_id
+        return audit_pb2.ChainHead.FromString(payload), envelope
     except json_format.ParseError:
         raise VerificationError(0, "the signed head is malformed") from None
     except dsse.SignatureError as error:
         raise VerificationError(0, f"the signed head is not to be believed: {error}") from None
     except DecodeError:
         raise VerificationError(0, "the signed head is malformed") from None
-
-
-def _view(event: audit_pb2.AuditEvent) -> dict[str, Any]:
-    return json_format.MessageToDict(event)
