@@ -38,6 +38,26 @@ class Settings(config.ServiceSettings):
     )
     database_connections: int = config.setting("connections to the database", default=8)
 
+    vault_address: str | None = config.setting("https://host:port of Vault", default=None)
+    vault_ca: Path | None = config.setting(
+        "PEM file: CA of Vault's certificate; else the system's", default=None
+    )
+    vault_namespace: str = config.setting("Vault's namespace", default="")
+    vault_mount: str = config.setting("mount of Vault's Transit engine", default="transit")
+    vault_prefix: str = config.setting("what names of Transit keys start with", default="byokeep-")
+    vault_data_login: str = config.setting(
+        "login of the data identity, for roles data and all: kubernetes role=…,"
+        " approle role_id=FILE secret_id=FILE, or token_file token=FILE",
+        default="",
+    )
+    vault_admin_login: str = config.setting(
+        "login of the admin identity, for roles admin and all: the same", default=""
+    )
+    vault_deadline_ms: int = config.setting(
+        "milliseconds that a call to Vault may take in all", default=2000
+    )
+    vault_calls: int = config.setting("calls to Vault's data identity at once", default=16)
+
     def read_backends(self) -> list[str]:
         """Return the names of the other backends."""
         return [name.strip() for name in self.kek_backends_read.split(",") if name.strip()]

@@ -132,6 +132,10 @@ class Leasing:
     def _check_key(self, grant: grant_pb2.Grant, key: Key) -> None:
         version = key.versions[0]
         self._custody.check(key)
+        unavailable = self._backends.refusal_of(version.kek_backend)
+        if unavailable is not None:
+            # Before the grant is spent on a backend that is known not to answer.
+            raise unavailable
         if (provider_value(key.provider), key.owner) != (grant.provider, grant.owner):
             raise GrantRefusedError("key binding")
         if version.state in _STATES[grant.purpose]:
@@ -162,11 +166,15 @@ class Leasing:
             grant.key_version,
         )
         reason = "ROW_TAMPERED"
+        unavailable: kek.KekUnavailableError | None = None
         try:
             check_header(locked.envelope)
             # The KEK's name comes from the grant's tenant, never from the row.
             backend = self._backends.named(locked.key.versions[0].kek_backend)
-            with await backend.unwrap(kek.tenant_kek(grant.tenant), locked.wrapped_dek) as data_key:
+            name = kek.tenant_kek(grant.tenant)
+            with kek.opened_for(lease.lease_id):
+                opened = await backend.unwrap(name, locked.wrapped_dek)
+            with opened as data_key:
                 plaintext = decrypt(data_key.reveal(), locked.envelope, context)
             with Secret(plaintext) as key:
                 return hpke.seal(
@@ -181,6 +189,15 @@ class Leasing:
             reason = "INVALID_FIELD"
         except kek.KekMissingError:
             reason = "UNDECRYPTABLE"
+        except kek.KekUnavailableError as error:
+            unavailable = error
+        if unavailable is not None:
+            # The grant is spent; its lease must not count against the tenant for its life.
+            failed = audit_pb2.AUDIT_EVENT_TYPE_RELEASED
+            await self._close(
+                lease.lease_id, lease_pb2.LEASE_OUTCOME_FAILED, failed, None, lease.holder
+            )
+            raise unavailable
         raise await self._unopened(grant, lease, reason)
 
     async def _unopened(self, grant: grant_pb2.Grant, lease: Lease, reason: str) -> ByokeepError:

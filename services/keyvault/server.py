@@ -73,6 +73,8 @@ class App:
             await self._database.open()
             await self._backends.start()
             self._keys = await system_keys.load(self._database, self._backends, settings.deployment)
+        except kek.KekUnavailableError as error:
+            raise ConfigError(f"keyvault does not start without its KEK backend: {error}") from None
         except (ByokeepError, KeyError, kek.KekMissingError, kek.UnwrapError) as error:
             raise ConfigError(
                 f"keyvault's database or its own keys can't be opened ({type(error).__name__}):"
@@ -110,6 +112,10 @@ class App:
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
         self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
         self._run("epochs", _SWEEP_SECONDS, self._intake.close_epochs)
+
+    async def serving(self) -> bool:
+        """Say whether calls are worth sending here: every KEK backend would answer."""
+        return all([(await backend.health()).ok for backend in self._backends])
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers of the role."""
