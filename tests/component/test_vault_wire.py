@@ -46,9 +46,8 @@ def server(serve: Serve) -> Iterator[Wire]:
 
 
 def _served(serve: Serve, connection: socket.socket) -> None:
-    with connection:
-        with contextlib.suppress(OSError):  # the client had enough
-            serve(connection)
+    with connection, contextlib.suppress(OSError):  # the client had enough
+        serve(connection)
 
 
 def request_of(connection: socket.socket) -> bytes:
