@@ -3,6 +3,7 @@ hangs, resets or lies. A real TLS server; a rule decides for each request."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import ssl
@@ -72,6 +73,12 @@ class FaultProxy:
             def setup(self) -> None:
                 self.request = context.wrap_socket(self.request, server_side=True)
                 super().setup()
+
+            def finish(self) -> None:
+                with contextlib.suppress(OSError):
+                    super().finish()
+                # The server closes the plain socket, which TLS has taken over.
+                self.request.close()
 
             def handle_any(self) -> None:
                 proxy._handle(self)

@@ -53,6 +53,7 @@ _CIPHERTEXT_FIELD = re.compile(rb'"ciphertext"\s*:\s*"(vault:v[0-9]+:[A-Za-z0-9+
 # Vault answers 400 to all of these, and only its text tells them apart (builtin/logical/
 # transit/path_decrypt.go, sdk/helper/keysutil/policy.go). The text is looked into, not kept.
 _GONE = (b"encryption key not found", b"(too old)", b"key not found", b"no existing key named")
+_DAMAGED = (b"message authentication failed", b"invalid ciphertext")
 _NO_ROUTE = b"no handler for route"
 
 
@@ -93,16 +94,11 @@ class VaultBackend:
             KekUnavailableError: why it was not possible within half a minute.
         """
         end = time.monotonic() + _START_SECONDS
-        for session in self._sessions.values():
-            while True:
-                await self._watch.look()
-                try:
-                    await session.start()
-                    break
-                except KekUnavailableError:
-                    if time.monotonic() > end:
-                        raise
-                await asyncio.sleep(_RETRY_SECONDS)
+        while (failed := await self._log_in()) is not None:
+            if time.monotonic() > end:
+                await self.close()
+                raise failed
+            await asyncio.sleep(_RETRY_SECONDS)
         self._watch.start(next(iter(self._sessions.values())).alive)
 
     async def close(self) -> None:
@@ -156,15 +152,16 @@ class VaultBackend:
             lambda call: call.transit.decrypt_data(key, ciphertext, mount_point=self._mount),
             _purpose(),
         )
-        opened = None
         try:
             self._check(reply, kek)
-            if reply.status == 200:
-                opened = plaintext.take(reply.body)
+            damaged = reply.status == 400 and any(reply.says(phrase) for phrase in _DAMAGED)
+            opened = plaintext.take(reply.body) if reply.status == 200 else None
         finally:
             reply.wipe()
-        if opened is None:
+        if damaged:
             raise UnwrapError
+        if opened is None:
+            raise states.unavailable("broken")
         return opened
 
     async def rewrap(self, kek: str, wrapped: Sequence[bytes]) -> list[Rewrapped | RewrapFailed]:
@@ -219,6 +216,17 @@ class VaultBackend:
             kek,
         )
         await self._change(lambda call: call.transit.delete_key(key, mount_point=self._mount), kek)
+
+    async def _log_in(self) -> KekUnavailableError | None:
+        """Log in with each identity that has no session yet; return what stands in the way."""
+        failed = None
+        try:
+            for session in self._sessions.values():
+                await session.start()
+        except KekUnavailableError as error:
+            failed = error
+        await self._watch.look()
+        return failed or self._watch.refusal()
 
     async def _rewrap(self, kek: str, wrapped: Sequence[bytes]) -> list[Rewrapped | RewrapFailed]:
         key = self._key(kek)

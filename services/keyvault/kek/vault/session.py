@@ -52,9 +52,14 @@ class Session:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Log in, and keep the token alive beside. Raises KekUnavailableError."""
-        await self._log_in("")
-        self._task = asyncio.create_task(self._keep())
+        """Log in, and keep the token alive beside; nothing where that is done already.
+
+        Raises:
+            KekUnavailableError: it was not possible now.
+        """
+        if self._task is None:
+            await self._log_in("")
+            self._task = asyncio.create_task(self._keep())
 
     async def close(self) -> None:
         """Stop renewing; the token ends with its life."""
@@ -138,6 +143,7 @@ class Session:
             if state:
                 self._watch.note(state)
                 raise states.unavailable(state)
+            self._watch.note("ok")
             logs.event(log, "vault_login", identity=self.name, seconds=self._seconds)
 
     def _take(self, reply: Reply, token: str) -> None:

@@ -50,6 +50,7 @@ class Wire:
         self._authority = parts.netloc
         self._ca = ca
         self._idle: deque[_Connection] = deque()
+        self._closed = False
         self._context: tuple[float, ssl.SSLContext] | None = None
 
     def send(
@@ -74,7 +75,7 @@ class Wire:
             state = "tls"
         except OSError:
             state = "unreachable" if connection is None else "broken"
-        if connection is not None and (state or not again):
+        if connection is not None and (state or not again or self._closed):
             connection.socket.close()
         elif connection is not None:
             connection.since = time.monotonic()
@@ -84,7 +85,8 @@ class Wire:
         return reply
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close what is idle now, and whatever is in use after its call."""
+        self._closed = True
         while self._idle:
             self._idle.pop().socket.close()
 
