@@ -36,6 +36,12 @@ class Settings(config.ServiceSettings):
     tenant_leases_in_flight: int = config.setting(
         "leases of one tenant that live at once", default=64
     )
+    rewrap_rows_per_second: int = config.setting(
+        "data keys that a rewrap wraps again, per second, at most", default=20_000
+    )
+    shred_after_seconds: int = config.setting(
+        "a destroyed key's shred sweep waits so long for others to share it", default=30
+    )
     database_connections: int = config.setting("connections to the database", default=8)
 
     vault_address: str | None = config.setting("https://host:port of Vault", default=None)

@@ -6,6 +6,7 @@ audit events together, or nothing.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +23,9 @@ from services.keyvault.database import Connection, Database, Row
 from services.keyvault.domain import Change, Key, State, Version
 from services.keyvault.envelope import Context
 from services.keyvault.intake import IntakeKeys, Opened, refusal
+from services.keyvault.rotation import queue_sweep
 from services.keyvault.store import intake as intake_store
+from services.keyvault.store import jobs as job_store
 from services.keyvault.store import keys as store
 from services.keyvault.store import leases as lease_store
 
@@ -74,6 +77,7 @@ class Custody:
         mac_key: bytes,
         deployment: str,
         intake_per_hour: int,
+        shred_after_seconds: int,
     ) -> None:
         """Keep keys in a database, under tenants' KEKs."""
         self._database = database
@@ -82,6 +86,7 @@ class Custody:
         self._mac_key = mac_key
         self._deployment = deployment
         self._intake_per_hour = intake_per_hour
+        self._shred_after = datetime.timedelta(seconds=shred_after_seconds)
 
     async def stage(self, order: Order, origin: Origin) -> tuple[Key, int]:
         """Open a sealed key and store it as a new PENDING version; return key and version.
@@ -93,7 +98,9 @@ class Custody:
         if earlier is not None:
             return await self.get(order.tenant, order.key_id), earlier
         try:
-            number = await self._stage(order, origin)
+            number = await self._stage(order, origin) or await self._stage(order, origin)
+            if number is None:
+                raise _raced()
         except ByokeepError as error:
             # The same request, sent twice at once: the other one made the key that is in the way.
             number = await self._done(order)
@@ -101,7 +108,8 @@ class Custody:
                 raise error from None
         return await self.get(order.tenant, order.key_id), number
 
-    async def _stage(self, order: Order, origin: Origin) -> int:
+    async def _stage(self, order: Order, origin: Origin) -> int | None:
+        """Store a new version; None where its KEK's version was trimmed in the meantime."""
         number = await self._next_version(order)
         context = Context(
             self._deployment, order.tenant, order.owner, order.provider, order.key_id, number
@@ -117,8 +125,8 @@ class Custody:
             opened.hint, backend.name, data_key.kek_version, data_key.wrapped, opened.envelope
         )
         async with self._database.transaction() as connection:
-            await self._store(connection, order, origin, number, secret)
-        return number
+            stored = await self._store(connection, order, origin, number, secret)
+        return number if stored else None
 
     async def _open(self, order: Order, data_key: bytearray, context: Context) -> Opened:
         try:
@@ -180,6 +188,8 @@ class Custody:
         if touched:
             destroyed = all(one.state is State.DESTROYED for one in versions.values())
             await store.touch(connection, key, destroyed=destroyed)
+            if destroyed:
+                await queue_sweep(connection, key.tenant, self._shred_after)
 
     async def get(self, tenant: str, key_id: str) -> Key:
         """Return a key. Raises ByokeepError: NOT_FOUND, STATE_TAMPERED."""
@@ -261,8 +271,13 @@ class Custody:
         origin: Origin,
         number: int,
         secret: store.StoredSecret,
-    ) -> None:
+    ) -> bool:
         head = await chain.lock(connection, chain.tenant_chain(order.tenant))
+        oldest = await job_store.minimum(connection, order.tenant, secret.kek_backend)
+        if secret.kek_version < oldest:
+            if oldest == job_store.WHOLE:
+                raise chain.tenant_key_missing(order.tenant)
+            return False
         changes: list[Change] = []
         if order.operation == "rotate":
             key = await self._checked(connection, order.tenant, order.key_id)
@@ -303,6 +318,7 @@ class Custody:
         else:
             await chain.append(connection, head, self._deployment, [event])
         await intake_store.done(connection, order.tenant, order.request_id, number)
+        return True
 
     async def _checked(self, connection: Connection, tenant: str, key_id: str) -> Key:
         key = await store.get(connection, tenant, key_id)
@@ -365,6 +381,7 @@ def _raced() -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.ABORTED,
         "ETAG_MISMATCH",
-        "another version was staged at the same time; try again",
+        "another version was staged, or the tenant's key-encryption key rotated, at the same time;"
+        " try again",
         field="name",
     )

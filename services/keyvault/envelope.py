@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 MAGIC = b"BYK1"
+_FAMILY = MAGIC[:3]
 _LABEL = b"byokeep/envelope/v1"
 _COMMITMENT, _NONCE, _TAG = 32, 12, 16
 _HEADER = len(MAGIC) + _COMMITMENT + _NONCE
@@ -33,6 +34,10 @@ _LARGEST = _HEADER + 512 + _TAG
 
 class EnvelopeError(Exception):
     """The envelope does not open: damaged, moved, or not an envelope. Says no more."""
+
+
+class UnknownEnvelopeError(EnvelopeError):
+    """An envelope of another version: written by a newer keyvault, or an older one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,10 @@ def encrypt(data_key: bytearray, plaintext: bytes | bytearray, context: Context)
 
 
 def check_header(envelope: bytes) -> None:
-    """Refuse what can't be an envelope, before any key is asked for. Raises EnvelopeError."""
+    """Refuse what can't be an envelope, before any key is asked for. Raises EnvelopeError;
+    UnknownEnvelopeError where it is one of another version."""
+    if envelope.startswith(_FAMILY) and not envelope.startswith(MAGIC):
+        raise UnknownEnvelopeError("not an envelope of version 1")
     if not envelope.startswith(MAGIC) or not _HEADER + _TAG < len(envelope) <= _LARGEST:
         raise EnvelopeError("not an envelope of version 1")
 

@@ -25,7 +25,13 @@ from services.keyvault.background import each
 from services.keyvault.custody import Custody, Origin
 from services.keyvault.database import Connection, Database
 from services.keyvault.domain import Change, Key, State
-from services.keyvault.envelope import Context, EnvelopeError, check_header, decrypt
+from services.keyvault.envelope import (
+    Context,
+    EnvelopeError,
+    UnknownEnvelopeError,
+    check_header,
+    decrypt,
+)
 from services.keyvault.grants import (
     GrantRefusedError,
     check_holder,
@@ -33,6 +39,7 @@ from services.keyvault.grants import (
     refused,
     verify,
 )
+from services.keyvault.store import jobs as job_store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store import leases as store
 from services.keyvault.store.leases import Lease
@@ -183,6 +190,8 @@ class Leasing:
                     key.reveal(),
                     lease_info(request.grant.payload, lease.lease_id),
                 )
+        except UnknownEnvelopeError:
+            reason = "UNDECRYPTABLE"
         except (EnvelopeError, kek.UnwrapError):
             pass
         except hpke.SealError:
@@ -216,6 +225,9 @@ class Leasing:
             head = await chain.lock(connection, chain.tenant_chain(grant.tenant))
             await chain.append(connection, head, self._deployment, [event])
             await store.close(connection, lease.lease_id, lease_pb2.LEASE_OUTCOME_FAILED)
+            if reason != "INVALID_FIELD":
+                failure = job_store.Failure(grant.key_id, grant.key_version, reason)
+                await job_store.unopened(connection, grant.tenant, [failure], None)
         return _UNOPENED[reason](grant.key_id)
 
     async def release(
@@ -342,7 +354,8 @@ def _undecryptable(key_id: str) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "UNDECRYPTABLE",
-        f"the key-encryption key is gone: undecryptable; re-key: byokeep key rotate {key_id}",
+        f"the key-encryption key is gone, or the envelope is of another version: undecryptable;"
+        f" re-key: byokeep key rotate {key_id}",
         key=key_id,
         rotate=f"byokeep key rotate {key_id}",
     )

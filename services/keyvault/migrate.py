@@ -45,6 +45,7 @@ async def bootstrap(settings: Settings) -> dict[str, dict[str, str]]:
         await backends.start()
         try:
             await system_keys.create(database, backends, settings.deployment)
+            await system_keys.move(database, backends, settings.deployment)
             public = await system_keys.public_keys(database, backends, settings.deployment)
         finally:
             await backends.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     ForeignKeyConstraint,
@@ -72,6 +73,70 @@ local_kek = Table(
     Column("wrapped", LargeBinary, nullable=False),
 )
 
+#: What is said of a tenant's KEK before its old versions are trimmed: nothing may be stored
+#: under an older one any more. The highest number: the backend's KEK is destroyed whole.
+kek_minimum = Table(
+    "kek_minimum",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("backend", Text, primary_key=True),
+    Column("version", Integer, nullable=False),
+)
+
+#: Rotations, rewraps, migrations and shred sweeps of a tenant: one job each, resumed by whoever
+#: looks next.
+kek_job = Table(
+    "kek_job",
+    metadata,
+    Column("job_id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("caller", Text, nullable=False),
+    Column("rotate", Boolean, nullable=False),
+    Column("rewrap", Boolean, nullable=False),
+    Column("trim", Boolean, nullable=False),
+    Column("phase", Text, nullable=False),
+    # Nothing is done before; while one process is at it, the others wait until then.
+    _time("due_time"),
+    # Both are known once the first step is done.
+    Column("target_backend", Text, nullable=False, server_default=text("''")),
+    Column("target_version", Integer, nullable=False, server_default=text("0")),
+    Column("total", BigInteger),
+    Column("done", BigInteger, nullable=False, server_default=text("0")),
+    Column("failed", BigInteger, nullable=False, server_default=text("0")),
+    # Where the pass over the rows stands, and how many passes there were.
+    Column("after_key_id", Text, nullable=False, server_default=text("''")),
+    Column("after_version", Integer, nullable=False, server_default=text("0")),
+    Column("passes", Integer, nullable=False, server_default=text("0")),
+    # Where it failed as a whole: an ErrorReason name.
+    Column("reason", Text, nullable=False, server_default=text("''")),
+    _time("create_time"),
+    _time("update_time"),
+    _time("end_time", nullable=True),
+    UniqueConstraint("tenant", "request_id", name="kek_job_request"),
+    Index("kek_job_open", "phase", postgresql_where=text("end_time IS NULL")),
+    # A tenant has one sweep waiting, however many keys are destroyed meanwhile.
+    Index(
+        "kek_job_waiting_sweep",
+        "tenant",
+        unique=True,
+        postgresql_where=text("phase = 'QUEUED' AND caller = 'keyvault'"),
+    ),
+)
+
+#: Versions whose data key was found not to open, as last seen.
+unopened_version = Table(
+    "unopened_version",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("reason", Text, nullable=False),
+    # The job that met it, which leaves it alone from then on; NULL: a lease did.
+    Column("job_id", Text),
+    _time("update_time"),
+)
+
 #: Keys of keyvault itself (state MAC, intake signing, audit log), wrapped by the KEK `system`.
 system_key = Table(
     "system_key",
@@ -83,6 +148,8 @@ system_key = Table(
     Column("wrapped_dek", LargeBinary, nullable=False),
     Column("envelope", LargeBinary, nullable=False),
     _time("create_time"),
+    # NULL while it is prepared: its public part is given out, and nothing is signed with it.
+    _time("activate_time", nullable=True),
 )
 
 provider_key = Table(

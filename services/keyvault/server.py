@@ -24,6 +24,8 @@ from services.keyvault import (
     kek,
     reconcile,
     revocations,
+    rewrap,
+    rotation,
     system_keys,
 )
 from services.keyvault.anchor import Anchor
@@ -36,6 +38,8 @@ from services.keyvault.kek.configured import open_backends
 from services.keyvault.leasing import Leasing
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.revocations import Revocations
+from services.keyvault.rewrap import Rewrap
+from services.keyvault.rotation import Rotation
 from services.keyvault.service.admin import AdminService
 from services.keyvault.service.audit import AuditService
 from services.keyvault.service.custody import CustodyService
@@ -91,6 +95,14 @@ class App:
             self._keys.state_mac,
             settings.deployment,
             settings.intake_per_hour,
+            settings.shred_after_seconds,
+        )
+        self._rotation = Rotation(self._database, self._backends, settings.deployment)
+        self._rewrap = Rewrap(
+            self._database,
+            self._backends,
+            settings.deployment,
+            settings.rewrap_rows_per_second,
         )
         self._leasing = Leasing(
             self._database,
@@ -111,6 +123,10 @@ class App:
         self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
         self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
+        if self._role in ("all", "data"):
+            self._run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
+        if self._role in ("all", "admin"):
+            self._run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
         self._run("epochs", _SWEEP_SECONDS, self._intake.close_epochs)
 
     async def serving(self) -> bool:
@@ -136,6 +152,7 @@ class App:
                     self._database,
                     self._backends,
                     self._custody,
+                    self._rotation,
                     self._anchor,
                     self._reconcile,
                     self._settings.deployment,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from byokeep.ids import public_key_id
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from services.common.secret import Secret
 from services.keyvault import chain, kek
 from services.keyvault.database import Database
 from services.keyvault.envelope import Context, decrypt, encrypt
@@ -26,6 +27,10 @@ SELECT kind, key_id, kek_backend, wrapped_dek, envelope FROM system_key ORDER BY
 _INSERT = """
 INSERT INTO system_key (kind, key_id, kek_backend, kek_version, wrapped_dek, envelope)
 VALUES (%s, %s, %s, %s, %s, %s)
+"""
+_MOVE = """
+UPDATE system_key SET kek_backend = %s, kek_version = %s, wrapped_dek = %s, envelope = %s
+WHERE kind = %s AND key_id = %s AND wrapped_dek = %s
 """
 
 
@@ -69,6 +74,26 @@ async def create(database: Database, backends: kek.Backends, deployment: str) ->
             await connection.execute(
                 _INSERT,
                 (kind, key_id, backend.name, data_key.kek_version, data_key.wrapped, sealed),
+            )
+
+
+async def move(database: Database, backends: kek.Backends, deployment: str) -> None:
+    """Move keys that another backend holds to the primary one, each with a fresh data key."""
+    backend = backends.primary
+    for kind, key_id, holder, wrapped, sealed in await database.all(_ALL):
+        if holder == backend.name:
+            continue
+        context = _context(deployment, kind, key_id)
+        with await backends.named(holder).unwrap(kek.SYSTEM, wrapped) as old:
+            secret = Secret(decrypt(old.reveal(), sealed, context))
+        with secret:
+            fresh = await backend.generate_data_key(kek.SYSTEM)
+            with fresh.plaintext as clear:
+                moved = encrypt(clear.reveal(), secret.reveal(), context)
+        async with database.transaction() as connection:
+            await connection.execute(
+                _MOVE,
+                (backend.name, fresh.kek_version, fresh.wrapped, moved, kind, key_id, wrapped),
             )
 
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
+from byokeep.ids import new_id
 from byokeep.keyvault.v1 import admin_pb2 as pb
 from byokeep.keyvault.v1 import admin_pb2_grpc, audit_pb2
-from byokeep.names import tenant_of
+from byokeep.names import tenant_name, tenant_of
 
 from services.common import authz
+from services.common.errors import ByokeepError
 from services.keyvault import chain, kek
 from services.keyvault.anchor import Anchor
 from services.keyvault.custody import Custody, Origin
 from services.keyvault.database import Database
 from services.keyvault.domain import State, destroy
 from services.keyvault.reconcile import Reconcile
-from services.keyvault.service.audit import not_built
+from services.keyvault.rotation import Rotation
+from services.keyvault.store import jobs as job_store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store import leases as lease_store
+from services.keyvault.store.jobs import Job, Order
 
+_ROTATE = Order(rotate=True, rewrap=False, trim=False)
+_PROGRESS_SECONDS = 0.3
+# Named in an answer; all of them are in the job's table, and in the log.
+_FAILURES = 100
+_PAGE = 200
 _TENANTS = "SELECT count(*) FROM chain WHERE chain <> 'system'"
 
 
@@ -31,6 +43,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         database: Database,
         backends: kek.Backends,
         custody: Custody,
+        rotation: Rotation,
         anchor: Anchor,
         reconcile: Reconcile,
         deployment: str,
@@ -39,6 +52,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self._database = database
         self._backends = backends
         self._custody = custody
+        self._rotation = rotation
         self._anchor = anchor
         self._reconcile = reconcile
         self._deployment = deployment
@@ -56,21 +70,59 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             if created or head.sequence == 0:
                 event = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED)
                 await chain.append(connection, head, self._deployment, [event])
+            if created:
+                await job_store.drop_minimum(connection, tenant, backend.name)
         version = await backend.newest(kek.tenant_kek(tenant))
         return pb.CreateTenantKeyResponse(backend=backend.name, version=version, created=created)
 
     async def RotateTenantKey(
         self, request: pb.RotateTenantKeyRequest, context: Any
     ) -> pb.RotateTenantKeyResponse:
-        """Answer UNIMPLEMENTED until rotation is built."""
-        raise not_built("RotateTenantKey", "every key version already has a data key of its own")
+        """Make a new version of a tenant's KEK."""
+        job = await self._rotation.order(
+            tenant_of(request.tenant), request.request_id, authz.current().spiffe_id, _ROTATE
+        )
+        return pb.RotateTenantKeyResponse(version=job.target_version)
 
     async def RewrapTenant(
         self, request: pb.RewrapTenantRequest, context: Any
     ) -> AsyncIterator[pb.RewrapTenantResponse]:
-        """Answer UNIMPLEMENTED until rotation is built."""
-        raise not_built("RewrapTenant", "it follows RotateTenantKey")
-        yield pb.RewrapTenantResponse()
+        """Queue a rewrap and stream its progress; it goes on without a listener."""
+        primary = self._backends.primary.name
+        if request.target_backend not in ("", primary):
+            raise _other_backend(request.target_backend, primary)
+        job = await self._rotation.order(
+            tenant_of(request.tenant),
+            request.request_id or new_id("req"),
+            authz.current().spiffe_id,
+            Order(rotate=False, rewrap=True, trim=request.trim),
+        )
+        while job.phase not in job_store.ENDED:
+            yield _progress(job)
+            await asyncio.sleep(_PROGRESS_SECONDS)
+            job = await self._rotation.get(job.job_id)
+        last = _progress(job)
+        for one in await job_store.failures(self._database, job.job_id, _FAILURES):
+            last.failures.add(key_id=one.key_id, version=one.version, reason=one.reason)
+        yield last
+
+    async def ListTenantKeys(
+        self, request: pb.ListTenantKeysRequest, context: Any
+    ) -> pb.ListTenantKeysResponse:
+        """Say where each tenant's data keys are."""
+        size = request.page_size or _PAGE
+        rows = await job_store.tenant_keks(self._database, request.page_token, size)
+        answer = pb.ListTenantKeysResponse()
+        for tenant, group in itertools.groupby(rows, key=lambda row: row[0]):
+            entry = answer.tenant_keys.add(tenant=tenant_name(tenant))
+            for _, backend, oldest, newest, count in group:
+                if backend is not None:
+                    entry.holdings.add(
+                        backend=backend, oldest_version=oldest, newest_version=newest, rows=count
+                    )
+        if len(answer.tenant_keys) == size:
+            answer.next_page_token = rows[-1][0]
+        return answer
 
     async def ShredTenant(
         self, request: pb.ShredTenantRequest, context: Any
@@ -93,6 +145,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             head = await chain.lock(connection, request.tenant)
             event = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED, shred=shred)
             await chain.append(connection, head, self._deployment, [event])
+            await job_store.cancel(connection, tenant)
         return pb.ShredTenantResponse(destroyed_versions=destroyed, shred=shred)
 
     async def ResumeLeases(
@@ -118,6 +171,10 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             frozen_keys=self._reconcile.frozen(),
             live_leases=await lease_store.live_count(self._database),
             tenants=tenants[0] if tenants else 0,
+            kek_backend_state=health.state,
+            kek_backend_detail=health.detail,
+            undecryptable_keys=await job_store.undecryptable(self._database),
+            open_kek_jobs=await job_store.open_count(self._database),
         )
         if self._reconcile.last is not None:
             status.reconcile_time.FromDatetime(self._reconcile.last)
@@ -126,3 +183,25 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
 
 def _event(kind: audit_pb2.AuditEventType.ValueType, shred: str = "") -> audit_pb2.AuditEvent:
     return audit_pb2.AuditEvent(type=kind, caller=authz.current().spiffe_id, shred=shred)
+
+
+def _progress(job: Job) -> pb.RewrapTenantResponse:
+    return pb.RewrapTenantResponse(
+        done=job.done,
+        total=job.total or 0,
+        failed=job.failed,
+        phase=pb.KekJobPhase.Value(f"KEK_JOB_PHASE_{job.phase}"),
+        backend=job.target_backend,
+        version=job.target_version,
+    )
+
+
+def _other_backend(wanted: str, primary: str) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "KEK_BACKEND_NOT_PRIMARY",
+        f"data keys are moved to the primary backend, which is {primary}; to move them to"
+        f" {wanted}, set BYOKEEP_KEK_BACKEND={wanted} and keep {primary} in"
+        " BYOKEEP_KEK_BACKENDS_READ",
+        backend=primary,
+    )

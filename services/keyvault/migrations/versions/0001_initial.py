@@ -71,6 +71,65 @@ def upgrade() -> None:
         "intake_request_actor", "intake_request", ["tenant", "actor", "create_time"], unique=False
     )
     op.create_table(
+        "kek_job",
+        sa.Column("job_id", sa.Text(), nullable=False),
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("request_id", sa.Text(), nullable=False),
+        sa.Column("caller", sa.Text(), nullable=False),
+        sa.Column("rotate", sa.Boolean(), nullable=False),
+        sa.Column("rewrap", sa.Boolean(), nullable=False),
+        sa.Column("trim", sa.Boolean(), nullable=False),
+        sa.Column("phase", sa.Text(), nullable=False),
+        sa.Column(
+            "due_time", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False
+        ),
+        sa.Column("target_backend", sa.Text(), server_default=sa.text("''"), nullable=False),
+        sa.Column("target_version", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("total", sa.BigInteger(), nullable=True),
+        sa.Column("done", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("failed", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("after_key_id", sa.Text(), server_default=sa.text("''"), nullable=False),
+        sa.Column("after_version", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("passes", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("reason", sa.Text(), server_default=sa.text("''"), nullable=False),
+        sa.Column(
+            "create_time",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column(
+            "update_time",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column("end_time", sa.DateTime(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("job_id"),
+        sa.UniqueConstraint("tenant", "request_id", name="kek_job_request"),
+    )
+    op.create_index(
+        "kek_job_open",
+        "kek_job",
+        ["phase"],
+        unique=False,
+        postgresql_where=sa.text("end_time IS NULL"),
+    )
+    op.create_index(
+        "kek_job_waiting_sweep",
+        "kek_job",
+        ["tenant"],
+        unique=True,
+        postgresql_where=sa.text("phase = 'QUEUED' AND caller = 'keyvault'"),
+    )
+    op.create_table(
+        "kek_minimum",
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("backend", sa.Text(), nullable=False),
+        sa.Column("version", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "backend"),
+    )
+    op.create_table(
         "lease",
         sa.Column("lease_id", sa.Text(), nullable=False),
         sa.Column("grant_id", sa.Text(), nullable=False),
@@ -170,7 +229,23 @@ def upgrade() -> None:
             server_default=sa.text("now()"),
             nullable=False,
         ),
+        sa.Column("activate_time", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("kind", "key_id"),
+    )
+    op.create_table(
+        "unopened_version",
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("key_id", sa.Text(), nullable=False),
+        sa.Column("version", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("job_id", sa.Text(), nullable=True),
+        sa.Column(
+            "update_time",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("tenant", "key_id", "version"),
     )
     op.create_table(
         "key_version",

@@ -1,0 +1,208 @@
+"""Rotation, rewrap, migration and shred sweeps, as far as the admin role goes.
+
+A job goes QUEUED → START → REWRAP (the data role's part, see rewrap) → SETTLE → TRIM → DONE.
+It ends PARTIAL where rows are left that don't open: then nothing is trimmed. Every
+step may be repeated, so a process may be killed at any point; a step that leaves the
+database is claimed for a while first, and no transaction is open meanwhile.
+"""
+
+from __future__ import annotations
+
+import datetime
+
+import grpc
+from byokeep.ids import new_id
+from byokeep.keyvault.v1 import audit_pb2
+
+from services.common.errors import ByokeepError
+from services.keyvault import chain, kek
+from services.keyvault.background import each
+from services.keyvault.database import Connection, Database
+from services.keyvault.store import jobs as store
+from services.keyvault.store.jobs import Job, Order
+
+TICK_SECONDS = 0.5
+_OURS: tuple[store.Phase, ...] = ("QUEUED", "START", "SETTLE", "TRIM")
+SWEEP = Order(rotate=True, rewrap=True, trim=True)
+#: A lease that read a row just before it was wrapped again has this long to open it with the
+#: old version: longer than any backend's deadline.
+TRIM_DELAY = datetime.timedelta(seconds=10)
+_NOW = datetime.timedelta()
+
+
+async def queue_sweep(connection: Connection, tenant: str, wait: datetime.timedelta) -> None:
+    """Queue a tenant's shred sweep with the destruction that it follows; keys that are
+    destroyed while it waits share it."""
+    job_id = new_id("job")
+    await store.insert(connection, job_id, tenant, job_id, "keyvault", SWEEP, wait)
+
+
+class Rotation:
+    """Starts, settles and trims jobs (see the module)."""
+
+    def __init__(self, database: Database, backends: kek.Backends, deployment: str) -> None:
+        """Administer the KEKs of a database's tenants."""
+        self._database = database
+        self._backends = backends
+        self._deployment = deployment
+
+    async def order(self, tenant: str, request_id: str, caller: str, order: Order) -> Job:
+        """Queue a job, or find the one of the same request, and start it at once.
+
+        Raises:
+            ByokeepError: TENANT_KEY_MISSING; REQUEST_ID_CONFLICT.
+        """
+        async with self._database.transaction() as connection:
+            await chain.lock(connection, chain.tenant_chain(tenant))
+            await store.insert(connection, new_id("job"), tenant, request_id, caller, order, _NOW)
+        job = await store.of_request(self._database, tenant, request_id)
+        if job is None or (job.rotate, job.rewrap, job.trim) != (
+            order.rotate,
+            order.rewrap,
+            order.trim,
+        ):
+            raise _conflict()
+        claimed = await store.claim_one(self._database, job.job_id)
+        if claimed is not None:
+            await self._start(claimed)
+        return await self.get(job.job_id)
+
+    async def get(self, job_id: str) -> Job:
+        """Return a job. Raises ByokeepError: TENANT_KEY_MISSING where it could not start."""
+        job = await store.get(self._database, job_id)
+        if job is None:
+            raise _conflict()
+        if job.reason == "TENANT_KEY_MISSING":
+            raise chain.tenant_key_missing(job.tenant)
+        return job
+
+    async def tick(self) -> None:
+        """Do every step that is due, one job at a time."""
+        steps = {"START": self._start, "SETTLE": self._settle, "TRIM": self._trim}
+        while (job := await store.claim(self._database, _OURS)) is not None:
+            await each("kek_job", [job], steps[job.phase])
+
+    async def _start(self, job: Job) -> None:
+        backend = self._backends.primary
+        name = kek.tenant_kek(job.tenant)
+        try:
+            created, target = await self._target(job, name)
+        except kek.KekMissingError:
+            await self._fail(job, "TENANT_KEY_MISSING")
+            return
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.tenant_chain(job.tenant))
+            if await store.lock(connection, job.job_id, "START") is None:
+                return
+            if created or job.rotate:
+                kind = (
+                    audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED
+                    if created
+                    else audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_ROTATED
+                )
+                event = _event(job, kind, backend.name, target)
+                await chain.append(connection, head, self._deployment, [event])
+            if created:
+                await store.drop_minimum(connection, job.tenant, backend.name)
+            await store.started(
+                connection, job, "REWRAP" if job.rewrap else "DONE", backend.name, target
+            )
+
+    async def _target(self, job: Job, name: str) -> tuple[bool, int]:
+        """Return whether the KEK was made now, and the version to aim at."""
+        backend = self._backends.primary
+        try:
+            if job.rotate:
+                return False, await backend.rotate(name)
+            return False, await backend.newest(name)
+        except kek.KekMissingError:
+            pass
+        # Made anew only where it is to move here: a KEK that is lost is not replaced silently.
+        await self._elsewhere(name)
+        return await backend.create(name), await backend.newest(name)
+
+    async def _elsewhere(self, name: str) -> None:
+        for backend in self._backends:
+            if backend is self._backends.primary:
+                continue
+            try:
+                await backend.newest(name)
+            except kek.KekMissingError:
+                continue
+            return
+        raise kek.KekMissingError(name)
+
+    async def _settle(self, job: Job) -> None:
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.tenant_chain(job.tenant))
+            locked = await store.lock(connection, job.job_id, "SETTLE")
+            if locked is None:
+                return
+            if locked.passes < store.PASSES and await store.left(connection, locked, to_do=True):
+                # Stored under an older version while the last pass ended.
+                await store.next_pass(connection, locked)
+                return
+            event = _event(
+                locked,
+                audit_pb2.AUDIT_EVENT_TYPE_REWRAPPED,
+                locked.target_backend,
+                locked.target_version,
+            )
+            event.count = locked.done
+            await chain.append(connection, head, self._deployment, [event])
+            # Under the chain's lock: who stores a version looks at the minimum under it too.
+            if await store.left(connection, locked, to_do=False):
+                await store.move(connection, locked, "PARTIAL", "")
+            elif not locked.trim:
+                await store.move(connection, locked, "DONE")
+            else:
+                await self._raise_minimum(connection, locked)
+                await store.move(connection, locked, "TRIM", wait=TRIM_DELAY)
+
+    async def _raise_minimum(self, connection: Connection, job: Job) -> None:
+        for backend in self._backends:
+            version = job.target_version if backend.name == job.target_backend else store.WHOLE
+            await store.raise_minimum(connection, job.tenant, backend.name, version)
+
+    async def _trim(self, job: Job) -> None:
+        name = kek.tenant_kek(job.tenant)
+        try:
+            await self._backends.named(job.target_backend).trim(name, job.target_version)
+        except kek.KekMissingError:
+            await self._fail(job, "TENANT_KEY_MISSING")
+            return
+        for backend in self._backends:
+            if backend.name != job.target_backend:
+                await backend.destroy(name)
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.tenant_chain(job.tenant))
+            if await store.lock(connection, job.job_id, "TRIM") is None:
+                return
+            event = _event(
+                job,
+                audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_TRIMMED,
+                job.target_backend,
+                job.target_version,
+            )
+            event.shred = self._backends.shred_of(job.target_backend)
+            await chain.append(connection, head, self._deployment, [event])
+            await store.move(connection, job, "DONE")
+
+    async def _fail(self, job: Job, reason: str) -> None:
+        async with self._database.transaction() as connection:
+            await store.move(connection, job, "FAILED", reason)
+
+
+def _event(
+    job: Job, kind: audit_pb2.AuditEventType.ValueType, backend: str, version: int
+) -> audit_pb2.AuditEvent:
+    return audit_pb2.AuditEvent(type=kind, caller=job.caller, detail=f"{backend} v{version}")
+
+
+def _conflict() -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.ABORTED,
+        "REQUEST_ID_CONFLICT",
+        "this request id came before with other content; use a new one",
+        field="request_id",
+    )

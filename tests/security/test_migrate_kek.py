@@ -1,0 +1,155 @@
+"""Moving rows from one KEK backend to another, while both are in use."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from byokeep.errors import error_info
+from byokeep.ids import new_id
+from byokeep.keyvault.v1 import admin_pb2, audit_pb2
+from byokeep.names import key_name
+
+from services.keyvault import kek, migrate, rotation, server
+from services.keyvault.kek.local import LocalBackend, load_keyring
+from tests.harness import bulk
+from tests.harness import keyvault as kv
+from tests.security.test_rewrap import TENANT, open_all, rewrap
+
+
+class Elsewhere(LocalBackend):
+    """A second backend with KEKs of its own: another name for the KEKs of the same tenant."""
+
+    name = "elsewhere"
+
+    async def create(self, kek):
+        return await super().create(f"elsewhere/{kek}")
+
+    async def rotate(self, kek):
+        return await super().rotate(f"elsewhere/{kek}")
+
+    async def newest(self, kek):
+        return await super().newest(f"elsewhere/{kek}")
+
+    async def trim(self, kek, minimum):
+        await super().trim(f"elsewhere/{kek}", minimum)
+
+    async def destroy(self, kek):
+        await super().destroy(f"elsewhere/{kek}")
+
+    async def generate_data_key(self, kek):
+        return await super().generate_data_key(f"elsewhere/{kek}")
+
+    async def unwrap(self, kek, wrapped):
+        return await super().unwrap(
+            kek if kek.startswith("elsewhere/") else f"elsewhere/{kek}", wrapped
+        )
+
+    async def rewrap(self, kek, wrapped):
+        return await super().rewrap(f"elsewhere/{kek}", wrapped)
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """From now on "elsewhere" is primary and "local" is still read."""
+
+    def use() -> None:
+        def both(settings, database):
+            keyring = load_keyring(settings.keyring_file)
+            return kek.Backends(
+                Elsewhere(database, keyring, settings.deployment),
+                LocalBackend(database, keyring, settings.deployment),
+            )
+
+        monkeypatch.setattr(server, "open_backends", both)
+        monkeypatch.setattr(migrate, "open_backends", both)
+
+    monkeypatch.setattr(rotation, "TRIM_DELAY", rotation.TRIM_DELAY / 20)
+    return use
+
+
+async def _filled(deployment, count: int = 20) -> dict[str, str]:
+    async with kv.running(deployment) as keyvault:
+        await keyvault.create_tenant()
+        return await bulk.fill(keyvault, count)
+
+
+async def test_migrate_kek_online(deployment, moved):
+    """Rows move while they are leased; new ones are written to the new backend at once; the
+    old backend's KEK goes last."""
+    values = await _filled(deployment)
+    moved()
+    async with kv.running(deployment) as keyvault:
+        # Both are read before anything moved.
+        await open_all(keyvault, dict(list(values.items())[:4]))
+        job, _ = await asyncio.gather(
+            rewrap(keyvault, trim=True, target_backend="elsewhere"), open_all(keyvault, values)
+        )
+        assert (job.done, job.failed, job.backend) == (20, 0, "elsewhere")
+        assert job.phase == admin_pb2.KEK_JOB_PHASE_DONE
+        assert await keyvault.sql("SELECT kek_backend, count(*) FROM key_version GROUP BY 1") == [
+            ("elsewhere", 20)
+        ]
+        assert await keyvault.sql("SELECT name FROM local_kek WHERE name LIKE '%%tenant/acme'") == [
+            ("elsewhere/tenant/acme",)
+        ]
+        await open_all(keyvault, values)
+        # keyvault's own keys have moved with `migrate`.
+        assert await keyvault.sql("SELECT DISTINCT kek_backend FROM system_key") == [("elsewhere",)]
+        kinds = [event.type for event in await keyvault.events()]
+        assert kinds.count(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED) == 2
+        key = await keyvault.add_active(name="new")
+        assert key.versions[-1].kek_backend == "elsewhere"
+        assert await kv.try_lease(keyvault, key) == ""
+
+
+async def test_migrated_envelope_stays_bound(deployment, moved):
+    """A row that was swapped before the migration is not authenticated by it: it fails, and
+    stays where it is.
+
+    Shown to fail: with decrypt given the context that the row's envelope was made for.
+    """
+    values = await _filled(deployment, 6)
+    first, second, *_ = sorted(values)
+    moved()
+    async with kv.running(deployment) as keyvault:
+        await keyvault.sql(
+            "UPDATE key_version a SET envelope = b.envelope, wrapped_dek = b.wrapped_dek"
+            " FROM key_version b WHERE a.key_id = %s AND b.key_id = %s",
+            first,
+            second,
+        )
+        job = await rewrap(keyvault, trim=True)
+        assert job.phase == admin_pb2.KEK_JOB_PHASE_PARTIAL
+        assert [(one.key_id, one.reason) for one in job.failures] == [(first, "ROW_TAMPERED")]
+        assert await keyvault.sql("SELECT key_id FROM key_version WHERE kek_backend = 'local'") == [
+            (first,)
+        ]
+        # Nothing is trimmed: the old KEK is there.
+        assert await keyvault.sql("SELECT 1 FROM local_kek WHERE name = 'tenant/acme'") == [(1,)]
+        await keyvault.change("DestroyKey", key_name("acme", first))
+        assert (await rewrap(keyvault, trim=True)).phase == admin_pb2.KEK_JOB_PHASE_DONE
+        assert await keyvault.sql("SELECT 1 FROM local_kek WHERE name = 'tenant/acme'") == []
+
+
+async def test_a_lost_kek_is_not_replaced(deployment, moved):
+    """Only a KEK that is held elsewhere is made anew in the primary backend."""
+    async with kv.running(deployment) as keyvault:
+        await keyvault.create_tenant()
+        await keyvault.app._backends.primary.destroy("tenant/acme")
+        with pytest.raises(grpc.RpcError) as caught:
+            await keyvault.admin.RotateTenantKey(
+                admin_pb2.RotateTenantKeyRequest(tenant=TENANT, request_id=new_id("req"))
+            )
+        assert error_info(caught.value).reason == "TENANT_KEY_MISSING"
+
+
+async def test_an_old_backend_that_is_not_configured_any_more(deployment, moved, monkeypatch):
+    """Rows of a backend that is gone are undecryptable, and said to be."""
+    await _filled(deployment, 2)
+    async with kv.running(deployment) as keyvault:
+        await keyvault.sql("UPDATE key_version SET kek_backend = 'gone'")
+        job = await rewrap(keyvault, trim=True)
+        assert (job.phase, job.failed) == (admin_pb2.KEK_JOB_PHASE_PARTIAL, 2)
+        assert {one.reason for one in job.failures} == {"UNDECRYPTABLE"}
