@@ -1,20 +1,20 @@
 """The log of chain heads, and its anchor outside the database.
 
 Every second the heads of chains that grew become leaves of one append-only Merkle
-log, and the log's size and root are written to a file that is not in the database.
-A database that does not contain what its anchor says was rolled back: no lease is
-given until an operator says so.
+log, and the log's size and root are written where the database can't reach. A
+database that does not contain what its anchor says was rolled back: no lease is
+given until an operator says so. A tick costs the same however long the log is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 from byokeep.encoding import fields
@@ -24,8 +24,9 @@ from services.common import logs
 from services.common.config import ConfigError
 from services.common.errors import ByokeepError
 from services.keyvault import chain, merkle
+from services.keyvault.anchor_store import AnchorStore, Stored
 from services.keyvault.database import Connection, Database
-from services.keyvault.store import audit as store
+from services.keyvault.store import log as store
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
@@ -47,25 +48,28 @@ def stale(what: str) -> ByokeepError:
 class Position:
     """A position of the log: how many leaves, and the root over them."""
 
-    size: int
-    root: bytes
+    size: int = 0
+    root: bytes = merkle.EMPTY
     #: Leaves before this one were accepted by an operator and are not held against chains.
-    accepted: int
+    accepted: int = 0
+    #: How often an operator has resumed leases: replicas and snapshots follow it.
+    resumed: int = 0
 
 
 class Anchor:
     """Extends the log, anchors it, and notices when the database went back."""
 
-    def __init__(self, database: Database, file: Path, deployment: str) -> None:
-        """Anchor a database's log in a file."""
+    def __init__(self, database: Database, anchored: AnchorStore, deployment: str) -> None:
+        """Anchor a database's log in a store outside of it."""
         self._database = database
-        self._file = file
+        self._store = anchored
         self._deployment = deployment
         self._frontier = merkle.Frontier()
         self._ticking = asyncio.Lock()
-        self.rolled_back = False
         self._held = 0.0
-        self.accepted = 0
+        self.rolled_back = False
+        #: What is anchored, as this process knows it: the log's leaves are held against it.
+        self.position = Position()
 
     def refusal(self) -> ByokeepError | None:
         """Return why no lease may be given now."""
@@ -89,63 +93,99 @@ class Anchor:
 
     async def tick(self) -> None:
         """Compare the database with the anchor; where it holds, extend both."""
-        if self.rolled_back:
-            return
-        async with self._ticking, self._database.transaction() as connection:
-            await store.lock_log(connection)
-            if not await self._holds(connection):
-                self.rolled_back = True
-            else:
-                await self._extend(connection)
-        if self.rolled_back:
+        noticed = False
+        async with self._ticking:
+            async with self._database.transaction() as connection:
+                await store.lock(connection)
+                before = await self._store.read()
+                anchored = self._read(before)
+                if self.rolled_back and not self._resumed_elsewhere(anchored):
+                    return
+                holds = await self._holds(connection, anchored)
+                if holds:
+                    extended = await self._extend(connection)
+            # After the commit: an anchor must never be ahead of its database.
+            self.rolled_back, noticed = not holds, not holds
+            if holds:
+                self._frontier = extended
+                if await self._write(before, anchored or Position()):
+                    self._held = time.monotonic()
+        if noticed:
             logs.event(log, "database_rolled_back", level=logging.CRITICAL)
             await self._note(audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED, "", "")
-        else:
-            # After the commit: an anchor must never be ahead of its database.
-            self._write()
-            self._held = time.monotonic()
 
     async def resume(self, caller: str, reason: str) -> None:
-        """Take the database as it is for the truth again, on an operator's word."""
-        await self._note(audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED, caller, reason)
-        async with self._ticking, self._database.transaction() as connection:
-            await store.lock_log(connection)
-            self._frontier = merkle.Frontier()
-            await self._follow(connection)
-            self.accepted = self._frontier.size
-            self._write()
-        self.rolled_back = False
-        self._held = time.monotonic()
+        """Take the database as it is for the truth again, on an operator's word.
 
-    async def _holds(self, connection: Connection) -> bool:
-        anchored = self._read()
-        size = await store.log_size(connection)
+        Other replicas follow at their next tick.
+
+        Raises:
+            ByokeepError: ETAG_MISMATCH where another replica wrote the anchor meanwhile.
+        """
+        await self._note(audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED, caller, reason)
+        async with self._ticking:
+            async with self._database.transaction() as connection:
+                await store.lock(connection)
+                before = await self._store.read()
+                anchored = self._read(before) or Position()
+                await store.reset(connection)
+                rebuilt = await _rebuild(connection)
+            self._frontier = rebuilt
+            accepted = Position(
+                accepted=self._frontier.size,
+                resumed=max(anchored.resumed, self.position.resumed) + 1,
+            )
+            if not await self._write(before, accepted):
+                raise _moved()
+            self.rolled_back = False
+            self._held = time.monotonic()
+
+    def _resumed_elsewhere(self, anchored: Position | None) -> bool:
+        return anchored is not None and anchored.resumed != self.position.resumed
+
+    async def _holds(self, connection: Connection, anchored: Position | None) -> bool:
+        size = await store.size(connection)
         if anchored is None:
             # A first start has neither; a database with a log must have had an anchor.
             return size == 0
-        self.accepted = anchored.accepted
+        if anchored.resumed != self.position.resumed or not self._frontier.size:
+            # A start, or another replica's operator: what this process knew of the log is past.
+            loaded = await load(connection, anchored.size)
+            if loaded is None:
+                return False
+            self._frontier = loaded
+            self.position = anchored
         if size < anchored.size or size < self._frontier.size:
             return False
         await self._follow(connection, anchored.size)
         if self._frontier.size == anchored.size:
-            return self._frontier.root() == anchored.root
-        # Another replica, or a crash before the file was written: the log went on.
-        leaves = await store.leaves(connection, 0, anchored.size)
-        return merkle.root(leaves) == anchored.root
+            return hmac.compare_digest(self._frontier.root(), anchored.root)
+        # Another replica, or a crash before the anchor was written: the log went on.
+        past = await load(connection, anchored.size)
+        return past is not None and hmac.compare_digest(past.root(), anchored.root)
 
-    async def _follow(self, connection: Connection, end: int | None = None) -> None:
-        last = await store.log_size(connection) if end is None else end
-        for leaf in await store.leaves(connection, self._frontier.size, last):
-            self._frontier.append(leaf)
+    async def _follow(self, connection: Connection, end: int) -> None:
+        while self._frontier.size < end:
+            leaves = await store.leaves(connection, self._frontier.size, end)
+            if not leaves:
+                return
+            for leaf in leaves:
+                self._frontier.append(leaf)
 
-    async def _extend(self, connection: Connection) -> None:
-        await self._follow(connection)
-        for row in await store.unlogged(connection):
+    async def _extend(self, connection: Connection) -> merkle.Frontier:
+        await self._follow(connection, await store.size(connection))
+        # A copy: where the transaction fails, no leaf stays that the log never had.
+        frontier = merkle.Frontier(self._frontier.size, self._frontier.roots())
+        new = []
+        for name, sequence, digest in await store.unlogged(connection):
             # Blinded: who holds a checkpoint and one tenant's record learns nothing of others.
             blind = os.urandom(32)
-            leaf = merkle.leaf_hash(fields(blind, row[0], row[1], row[2]))
-            await store.add_leaf(connection, self._frontier.size, row, blind, leaf)
-            self._frontier.append(leaf)
+            leaf = merkle.leaf_hash(fields(blind, name, sequence, digest))
+            index = frontier.size
+            new.append(store.Leaf(index, name, sequence, blind, leaf, frontier.append(leaf)))
+        if new:
+            await store.add(connection, new)
+        return frontier
 
     async def _note(
         self, kind: audit_pb2.AuditEventType.ValueType, caller: str, detail: str
@@ -155,33 +195,63 @@ class Anchor:
             head = await chain.lock(connection, chain.SYSTEM)
             await chain.append(connection, head, self._deployment, [event])
 
-    def _read(self) -> Position | None:
-        if not self._file.exists():
+    def _read(self, stored: Stored) -> Position | None:
+        if stored.text is None:
             return None
         try:
-            data = json.loads(self._file.read_text())
+            data = json.loads(stored.text)
             if data["deployment"] != self._deployment:
                 raise ValueError
-            return Position(int(data["size"]), bytes.fromhex(data["root"]), int(data["accepted"]))
+            return Position(
+                int(data["size"]),
+                bytes.fromhex(data["root"]),
+                int(data["accepted"]),
+                int(data.get("resumed", 0)),
+            )
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"BYOKEEP_ANCHOR_FILE: {self._file} is not an anchor of this deployment"
-            ) from None
+            raise ConfigError("the anchor's text is not an anchor of this deployment") from None
 
-    def _write(self) -> None:
+    async def _write(self, before: Stored, anchored: Position) -> bool:
+        """Anchor the log as it is committed; False where another replica was faster."""
+        position = Position(
+            self._frontier.size, self._frontier.root(), anchored.accepted, anchored.resumed
+        )
         text = json.dumps(
             {
                 "deployment": self._deployment,
-                "size": self._frontier.size,
-                "root": self._frontier.root().hex(),
-                "accepted": self.accepted,
+                "size": position.size,
+                "root": position.root.hex(),
+                "accepted": position.accepted,
+                "resumed": position.resumed,
             }
         )
-        # Whole or not at all, and on the disk before anyone relies on it.
-        temporary = self._file.with_suffix(".new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self._file)
+        if text != before.text and not await self._store.write(text, before):
+            return False
+        self.position = position
+        return True
+
+
+async def load(connection: Connection, size: int) -> merkle.Frontier | None:
+    """Return the frontier of the log at a size, from O(log n) nodes; None where one is missing."""
+    wanted = merkle.nodes_of((0, size))
+    found = await store.nodes(connection, wanted)
+    if any(node not in found for node in wanted):
+        return None
+    return merkle.Frontier(size, [found[node] for node in wanted])
+
+
+async def _rebuild(connection: Connection) -> merkle.Frontier:
+    frontier = merkle.Frontier()
+    while leaves := await store.leaves(connection, frontier.size, 1 << 62):
+        nodes = [node for leaf in leaves for node in frontier.append(leaf)]
+        await store.add_nodes(connection, nodes)
+    return frontier
+
+
+def _moved() -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.ABORTED,
+        "ETAG_MISMATCH",
+        "another keyvault wrote the anchor at the same time; try again",
+        field="anchor",
+    )

@@ -14,8 +14,10 @@ class Settings(config.ServiceSettings):
     """What keyvault is told."""
 
     database_url_file: Path = config.setting("0600 file with the postgresql:// URL of its database")
-    anchor_file: Path = config.setting(
-        "file outside the database that holds the newest log position"
+    anchor_file: Path | None = config.setting(
+        "file outside the database that holds the newest log position;"
+        " unless BYOKEEP_VAULT_ANCHOR is set",
+        default=None,
     )
     grant_keys_dir: Path = config.setting(
         "folder of *.pem: Ed25519 public keys of orchestrator replicas"
@@ -58,6 +60,15 @@ class Settings(config.ServiceSettings):
     )
     vault_admin_login: str = config.setting(
         "login of the admin identity, for roles admin and all: the same", default=""
+    )
+    vault_anchor: str = config.setting(
+        "mount/path of a key/value (v2) entry for the newest log position, such as byokeep/anchor",
+        default="",
+    )
+    vault_checkpoint_key: str = config.setting(
+        "Transit key (Ed25519) that signs the audit log, such as byokeep-checkpoint;"
+        " else a key of keyvault's own",
+        default="",
     )
     vault_deadline_ms: int = config.setting(
         "milliseconds that a call to Vault may take in all", default=2000

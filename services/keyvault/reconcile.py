@@ -1,101 +1,63 @@
 """The reconcile pass: rows against chains, and chains against the anchored log.
 
 A row that was restored whole has a valid MAC of its own past; only the chain knows
-that it is past. The pass follows every chain, checks its links, keeps the last state
-that it gives each key version, and freezes versions whose row says otherwise. A chain
-whose end was cut off is caught by the log: every leaf must be the head of its chain
-at that time, and the leaves are what is anchored outside the database.
+that it is past. keyvault follows the chains, holds the last state that they give each
+version in memory, and freezes versions whose row says otherwise. A chain whose end
+was cut off is caught by the log, whose leaves are anchored outside the database.
+docs/decisions/0008-reconcile.md says what this costs and what it can't see.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime
-import hmac
 import logging
 import time
-from dataclasses import dataclass, field
 
 import grpc
-from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2
-from google.protobuf.message import DecodeError
 
 from services.common import logs
 from services.common.errors import ByokeepError
-from services.keyvault import chain, merkle
+from services.keyvault import chain
 from services.keyvault.anchor import STALE_SECONDS, Anchor, stale
 from services.keyvault.background import each
-from services.keyvault.database import Database, Row
-from services.keyvault.domain import STATE_AFTER, State
-from services.keyvault.store import audit as store
+from services.keyvault.database import Connection, Database, Row
+from services.keyvault.following import MISMATCH, ContradictionError, Following
+from services.keyvault.pages import Pages
+from services.keyvault.store import reconcile as store
 
 log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 20.0
-_MISMATCH = "RECONCILE_MISMATCH"
-
-_ROWS = "SELECT key_id, version, state, state_sequence FROM key_version WHERE tenant = %s"
-_TENANTS = "SELECT DISTINCT tenant FROM key_version"
-
-_Version = tuple[str, int]
-
-
-@dataclass(slots=True)
-class _Followed:
-    """How far a chain was followed, the states that it gives, and what is frozen."""
-
-    sequence: int = 0
-    hash: bytes = chain.GENESIS
-    broken: bool = False
-    states: dict[_Version, tuple[State, int]] = field(default_factory=dict)
-    frozen: set[_Version] = field(default_factory=set)
-
-    def agrees(self, key_id: str, version: int, state: int, sequence: int) -> bool:
-        """Say whether the chain gives a version that state, by that event."""
-        return not self.broken and self.states.get((key_id, version)) == (state, sequence)
-
-    def take(self, row: Row) -> bool:
-        """Take in the next link; False where it does not continue the chain."""
-        sequence, body, previous, digest = row
-        if (
-            sequence != self.sequence + 1
-            or not hmac.compare_digest(previous, self.hash)
-            or not hmac.compare_digest(digest, chain.link_hash(previous, body))
-        ):
-            return False
-        try:
-            event = audit_pb2.AuditEvent.FromString(body)
-        except DecodeError:
-            return False
-        version = (event.key_id, event.key_version)
-        if event.type in STATE_AFTER:
-            self.states[version] = (STATE_AFTER[event.type], sequence)
-        # What was frozen stays so in the chain: no column that SQL could clear.
-        if event.reason == _MISMATCH:
-            self.frozen.add(version)
-        self.sequence, self.hash = sequence, digest
-        return True
+SAVE_SECONDS = 600.0
+_HEADS = 20_000
 
 
 class Reconcile:
     """Follows chains, freezes versions that differ, distrusts a log that contradicts."""
 
-    def __init__(self, database: Database, anchor: Anchor, deployment: str) -> None:
+    def __init__(self, database: Database, anchor: Anchor, mac_key: bytes, deployment: str) -> None:
         """Reconcile a database."""
         self._database = database
         self._anchor = anchor
         self._deployment = deployment
-        self._followed: dict[str, _Followed] = {}
-        self._leaves = 0
+        self._passing = asyncio.Lock()
+        self._pages = Pages(database, self._agree)
+        self.following = Following(database, mac_key, self._pages.touch)
+        self._broken_keys: dict[str, int] = {}
+        self._after = ""
         self._passed = 0.0
+        self._saved = time.monotonic()
         self.last: datetime.datetime | None = None
 
     def refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
         """Return why this version may not be leased now."""
-        followed = self._followed.get(chain.tenant_chain(tenant))
-        if followed is not None and (key_id, version) in followed.frozen:
+        states = self.following.states
+        frozen = states.get(states.fingerprint(tenant, key_id, version))[2]
+        if frozen or chain.tenant_chain(tenant) in self.following.broken:
             return ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
-                _MISMATCH,
+                MISMATCH,
                 "this key's row and its audit chain disagree; it is frozen:"
                 f" byokeep key rotate {key_id}",
                 key=key_id,
@@ -105,60 +67,116 @@ class Reconcile:
         return None
 
     async def once(self) -> None:
-        """Do one pass: the log, then every tenant."""
-        await self._check_log()
-        tenants = [row[0] for row in await self._database.all(_TENANTS)]
-        await each("reconcile_tenant", tenants, self._tenant)
+        """Do one pass: the log with its chains, heads, then rows."""
+        async with self._passing:
+            if self._anchor.rolled_back:
+                return
+            try:
+                await self._pass()
+            except ContradictionError as error:
+                contradiction = str(error)
+            else:
+                return
+            logs.event(log, "contradiction", level=logging.CRITICAL, what=contradiction)
+            self._forget()
+            await self._anchor.distrust()
+
+    async def save(self) -> None:
+        """Keep what was followed, so that the next start need not follow it again."""
+        async with self._passing:
+            if self._anchor.rolled_back or not self._passed:
+                return
+            async with self._database.transaction() as connection:
+                await store.save(connection, self.following.snapshot())
+            self._saved = time.monotonic()
+
+    async def save_if_due(self) -> None:
+        """Save, where that was not done for ten minutes."""
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            await self.save()
+
+    def frozen(self) -> int:
+        """Return how many keys are frozen: versions on their own, and all keys of a tenant whose
+        chain is broken."""
+        return self.following.states.frozen + sum(self._broken_keys.values())
+
+    async def _pass(self) -> None:
+        position = self._anchor.position
+        if position.resumed != self.following.resumed:
+            self._forget()
+        for name in await self.following.log(position):
+            await self._freeze_tenant(name)
+        await self._check_heads()
+        await self._pages.look()
+        for name in self.following.broken - self._broken_keys.keys():
+            tenant = name.removeprefix("tenants/")
+            self._broken_keys[name] = await store.keys(self._database, tenant)
         self._passed = time.monotonic()
         self.last = datetime.datetime.now(datetime.UTC)
 
-    def frozen(self) -> int:
-        """Return how many keys are frozen."""
-        return sum(len({key for key, _ in one.frozen}) for one in self._followed.values())
+    def _forget(self) -> None:
+        self.following.forget(self._anchor.position)
+        self._pages.forget()
+        self._broken_keys.clear()
 
-    async def _check_log(self) -> None:
-        self._leaves = max(self._leaves, self._anchor.accepted)
-        while rows := await store.leaf_heads(self._database, self._leaves):
-            for index, name, sequence, blind, leaf, head in rows:
-                expected = merkle.leaf_hash(fields(blind, name, sequence, head or b""))
-                if head is None or not hmac.compare_digest(leaf, expected):
-                    await self._anchor.distrust()
-                    return
-                self._leaves = index + 1
+    async def _check_heads(self) -> None:
+        """Look at some thousand heads: none may be before what was followed."""
+        heads = await store.heads(self._database, self._after, _HEADS)
+        for name, sequence in heads:
+            if self.following.behind(name, sequence):
+                raise ContradictionError(f"the end of {name} was cut off")
+        self._after = heads[-1][0] if len(heads) == _HEADS else ""
 
-    async def _tenant(self, tenant: str) -> None:
-        # The rows first, so that the chain is never older than they are.
-        rows = await self._database.all(_ROWS, (tenant,))
-        followed = await self._follow(chain.tenant_chain(tenant))
-        for row in rows:
-            await self._compare(tenant, followed, row)
+    async def _agree(self, rows: list[Row]) -> bool:
+        """Hold rows against the chains; freeze those that differ, once that is sure."""
+        await each("reconcile_row", [row for row in rows if not self._settled(row)], self._confirm)
+        return all(map(self._settled, rows))
 
-    async def _follow(self, name: str) -> _Followed:
-        followed = self._followed.setdefault(name, _Followed())
-        async for row in store.links(self._database, name, followed.sequence):
-            if not followed.take(row):
-                followed.broken = True
-                break
-        return followed
+    def _settled(self, row: Row) -> bool:
+        tenant, key_id, version, state, sequence = row
+        states = self.following.states
+        return chain.tenant_chain(tenant) in self.following.broken or states.agrees(
+            states.fingerprint(tenant, key_id, version), state, sequence
+        )
 
-    async def _compare(self, tenant: str, followed: _Followed, row: Row) -> None:
-        key_id, version, state, sequence = row
-        if (key_id, version) in followed.frozen or followed.agrees(*row):
+    async def _confirm(self, row: Row) -> None:
+        """Follow the chain once more under its lock, when neither it nor the row can change."""
+        if self._settled(row):
             return
-        # The row may have changed after its chain was read: follow once more.
-        await self._follow(chain.tenant_chain(tenant))
-        if not followed.agrees(key_id, version, state, sequence):
-            followed.frozen.add((key_id, version))
-            await self._record(tenant, key_id, version)
+        tenant, key_id, version = row[:3]
+        name = chain.tenant_chain(tenant)
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, name)
+            now = await store.row(connection, tenant, key_id, version)
+            broken = await self.following.follow(name)
+            if broken:
+                await self._broken(connection, head)
+            elif now is not None and not self._settled((tenant, key_id, version, *now)):
+                await self._freeze(connection, head, tenant, key_id, version)
 
-    async def _record(self, tenant: str, key_id: str, version: int) -> None:
+    async def _freeze(
+        self, connection: Connection, head: chain.Head, tenant: str, key_id: str, version: int
+    ) -> None:
+        states = self.following.states
+        states.freeze(states.fingerprint(tenant, key_id, version))
         logs.event(log, "key_frozen", level=logging.CRITICAL, tenant=tenant, key=key_id)
+        await self._record(connection, head, key_id, version)
+
+    async def _freeze_tenant(self, name: str) -> None:
+        async with self._database.transaction() as connection:
+            await self._broken(connection, await chain.lock(connection, name))
+
+    async def _broken(self, connection: Connection, head: chain.Head) -> None:
+        logs.event(log, "chain_broken", level=logging.CRITICAL, chain=head.chain)
+        await self._record(connection, head, "", 0)
+
+    async def _record(
+        self, connection: Connection, head: chain.Head, key_id: str, version: int
+    ) -> None:
         event = audit_pb2.AuditEvent(
             type=audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED,
             key_id=key_id,
             key_version=version,
-            reason=_MISMATCH,
+            reason=MISMATCH,
         )
-        async with self._database.transaction() as connection:
-            head = await chain.lock(connection, chain.tenant_chain(tenant))
-            await chain.append(connection, head, self._deployment, [event])
+        await chain.append(connection, head, self._deployment, [event])

@@ -22,6 +22,9 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
+#: Ordered by bytes, as Python orders it: the reconcile pass cuts the table into ranges.
+_ORDERED = Text(collation="C")
+
 
 def _time(name: str, *, nullable: bool = False) -> Column[object]:
     default = None if nullable else func.now()
@@ -37,6 +40,11 @@ chain = Table(
     Column("hash", LargeBinary, nullable=False),
     # How far the Merkle log has taken it in.
     Column("logged_sequence", BigInteger, nullable=False, server_default=text("0")),
+    # Where its retention ends: events up to this one were dropped, and its hash.
+    Column("pruned_sequence", BigInteger, nullable=False, server_default=text("0")),
+    Column("pruned_hash", LargeBinary),
+    # What the log has to look at, without a look at every chain.
+    Index("chain_unlogged", "chain", postgresql_where=text("sequence > logged_sequence")),
 )
 
 audit_event = Table(
@@ -52,6 +60,15 @@ audit_event = Table(
     Index("audit_event_key", "chain", "key_id", "sequence"),
 )
 
+#: What retention keeps of dropped events: the last state of each key version.
+audit_carried = Table(
+    "audit_carried",
+    metadata,
+    Column("chain", Text, primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("body", LargeBinary, nullable=False),
+)
+
 #: Leaves of the Merkle log (RFC 6962) of blinded chain heads.
 log_leaf = Table(
     "log_leaf",
@@ -61,6 +78,34 @@ log_leaf = Table(
     Column("sequence", BigInteger, nullable=False),
     Column("blind", LargeBinary, nullable=False),
     Column("leaf_hash", LargeBinary, nullable=False),
+    Index("log_leaf_chain", "chain", "sequence"),
+)
+
+#: Inner nodes of complete subtrees: (level, index) covers the 2^level leaves from index·2^level.
+log_node = Table(
+    "log_node",
+    metadata,
+    Column("level", SmallInteger, primary_key=True, autoincrement=False),
+    Column("index", BigInteger, primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary, nullable=False),
+)
+
+#: Signed notes of positions that were anchored.
+log_checkpoint = Table(
+    "log_checkpoint",
+    metadata,
+    Column("size", BigInteger, primary_key=True, autoincrement=False),
+    Column("note", Text, nullable=False),
+    _time("create_time"),
+)
+
+#: What the reconcile pass had verified, so that a start need not follow every chain again;
+#: part 0 holds the MAC over the others.
+reconcile_part = Table(
+    "reconcile_part",
+    metadata,
+    Column("part", Integer, primary_key=True, autoincrement=False),
+    Column("data", LargeBinary, nullable=False),
 )
 
 #: KEKs of backend `local`, wrapped by a root key of the keyring.
@@ -155,8 +200,8 @@ system_key = Table(
 provider_key = Table(
     "provider_key",
     metadata,
-    Column("tenant", Text, primary_key=True),
-    Column("key_id", Text, primary_key=True),
+    Column("tenant", _ORDERED, primary_key=True),
+    Column("key_id", _ORDERED, primary_key=True),
     Column("provider", Text, nullable=False),
     Column("owner", Text, nullable=False),
     Column("display_name", Text, nullable=False),
@@ -177,8 +222,8 @@ provider_key = Table(
 key_version = Table(
     "key_version",
     metadata,
-    Column("tenant", Text, primary_key=True),
-    Column("key_id", Text, primary_key=True),
+    Column("tenant", _ORDERED, primary_key=True),
+    Column("key_id", _ORDERED, primary_key=True),
     Column("version", Integer, primary_key=True, autoincrement=False),
     Column("state", SmallInteger, nullable=False),
     Column("state_sequence", BigInteger, nullable=False),

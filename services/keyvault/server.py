@@ -19,6 +19,7 @@ from services.common.errors import ByokeepError
 from services.keyvault import (
     anchor,
     background,
+    checkpoints,
     denials,
     grants,
     kek,
@@ -29,12 +30,13 @@ from services.keyvault import (
     system_keys,
 )
 from services.keyvault.anchor import Anchor
+from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.config import Settings
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database
 from services.keyvault.denials import Denials
 from services.keyvault.intake import IntakeKeys
-from services.keyvault.kek.configured import open_backends
+from services.keyvault.kek.configured import open_anchor, open_backends, open_signer
 from services.keyvault.leasing import Leasing
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.revocations import Revocations
@@ -65,8 +67,8 @@ class App:
         self._database = open_database(settings)
         self._backends = open_backends(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
-        self._anchor = Anchor(self._database, settings.anchor_file, settings.deployment)
-        self._reconcile = Reconcile(self._database, self._anchor, settings.deployment)
+        anchored = open_anchor(settings, self._backends)
+        self._anchor = Anchor(self._database, anchored, settings.deployment)
         self._revocations = Revocations(self._database)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -77,6 +79,7 @@ class App:
             await self._database.open()
             await self._backends.start()
             self._keys = await system_keys.load(self._database, self._backends, settings.deployment)
+            self._signer = await open_signer(settings, self._backends, self._keys.audit_log)
         except kek.KekUnavailableError as error:
             raise ConfigError(f"keyvault does not start without its KEK backend: {error}") from None
         except (ByokeepError, KeyError, kek.KekMissingError, kek.UnwrapError) as error:
@@ -114,13 +117,25 @@ class App:
             self._refusal,
             self._denials.note,
         )
+        self._checkpoints = Checkpoints(
+            self._database, self._anchor, self._signer, settings.deployment
+        )
+        self._reconcile = Reconcile(
+            self._database, self._anchor, self._keys.state_mac, settings.deployment
+        )
         # Both have passed once before anything is served.
         await self._anchor.tick()
         await self._reconcile.once()
         await self._revocations.start()
         self._run("denials", denials.TICK_SECONDS, self._denials.tick)
         self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
-        self._run("reconcile", reconcile.INTERVAL_SECONDS, self._reconcile.once)
+        self._run("checkpoints", checkpoints.TICK_SECONDS, self._checkpoints.tick)
+        self._run(
+            "reconcile",
+            reconcile.INTERVAL_SECONDS,
+            self._reconcile.once,
+            self._reconcile.save_if_due,
+        )
         self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
         self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
         if self._role in ("all", "data"):
@@ -144,7 +159,12 @@ class App:
             )
         if self._role in ("all", "admin"):
             audit_pb2_grpc.add_AuditServiceServicer_to_server(
-                AuditService(self._database, self._keys.audit_log, self._settings.deployment),
+                AuditService(
+                    self._database,
+                    self._signer,
+                    self._checkpoints,
+                    self._settings.deployment,
+                ),
                 server,
             )
             admin_pb2_grpc.add_AdminServiceServicer_to_server(
@@ -175,7 +195,8 @@ class App:
         async def count() -> None:
             await self._denials.flush(0.0, everything=True)
 
-        await background.each("last_write", (count, self._anchor.tick), lambda step: step())
+        steps = (count, self._anchor.tick, self._reconcile.once, self._reconcile.save)
+        await background.each("last_write", steps, lambda step: step())
         await self._backends.close()
         await self._database.close()
 

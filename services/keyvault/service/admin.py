@@ -153,6 +153,8 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> pb.ResumeLeasesResponse:
         """Resume leases after a rollback was noticed."""
         await self._anchor.resume(authz.current().spiffe_id, request.reason)
+        # What is taken for the truth now has not been compared yet.
+        await self._reconcile.once()
         return pb.ResumeLeasesResponse()
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:

@@ -8,25 +8,34 @@ from typing import Any
 
 import grpc
 from byokeep import dsse
+from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import audit_pb2 as pb
 from byokeep.keyvault.v1 import audit_pb2_grpc
 
 from services.common.errors import ByokeepError
+from services.keyvault.anchor import Position
+from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.database import Database
 from services.keyvault.domain import not_found
+from services.keyvault.signer import Signer, sign_statement
 from services.keyvault.store import audit as store
-from services.keyvault.system_keys import SigningKey
+from services.keyvault.store import log as log_store
 
 _DEFAULT_PAGE = 200
+_DEFAULT_CHECKPOINTS = 50
+_NO_SIZE = (1 << 63) - 1
 
 
 class AuditService(audit_pb2_grpc.AuditServiceServicer):
     """Serves auditors."""
 
-    def __init__(self, database: Database, signing: SigningKey, deployment: str) -> None:
-        """Serve the chains of a database; heads are signed."""
+    def __init__(
+        self, database: Database, signer: Signer, checkpoints: Checkpoints, deployment: str
+    ) -> None:
+        """Serve the chains of a database; heads and checkpoints are signed."""
         self._database = database
-        self._signing = signing
+        self._signer = signer
+        self._checkpoints = checkpoints
         self._deployment = deployment
 
     async def ListEvents(
@@ -35,7 +44,7 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         """List events."""
         size = request.page_size or _DEFAULT_PAGE
         rows = await store.page(
-            self._database, request.parent, request.key_id, _after(request.page_token), size + 1
+            self._database, request.parent, request.key_id, _number(request.page_token), size + 1
         )
         more = str(rows[size - 1][0]) if len(rows) > size else ""
         return pb.ListEventsResponse(
@@ -46,39 +55,86 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
     async def ExportEvents(
         self, request: pb.ExportEventsRequest, context: Any
     ) -> AsyncIterator[pb.ExportEventsResponse]:
-        """Stream a chain up to the head that it had when asked, then that head, signed."""
-        head = await store.head(self._database, request.parent)
-        if head is None:
-            raise not_found("audit chain")
-        async for sequence, body, previous, digest in store.links(self._database, request.parent):
-            if sequence > head[0]:
+        """Stream a chain up to the head that the log has of it, then that head, signed and
+        proven."""
+        last = await self._head(request.parent, request.since_size)
+        head = pb.ChainHead.FromString(last.head.payload)
+        start = await store.pruned(self._database, request.parent)
+        async for sequence, body, previous, digest in store.links(
+            self._database, request.parent, start
+        ):
+            if sequence > head.sequence:
                 break
             event = pb.ChainedEvent(body=body, previous_hash=previous, hash=digest)
             yield pb.ExportEventsResponse(event=event)
-        statement = pb.ChainHead(
-            deployment=self._deployment, chain=request.parent, sequence=head[0], hash=head[1]
-        )
-        statement.sign_time.FromDatetime(datetime.datetime.now(datetime.UTC))
-        yield pb.ExportEventsResponse(
-            head=dsse.sign(
-                dsse.CHAIN_HEAD,
-                statement.SerializeToString(deterministic=True),
-                self._signing.key_id,
-                self._signing.private,
-            )
-        )
+        yield last
 
     async def GetCheckpoint(
         self, request: pb.GetCheckpointRequest, context: Any
     ) -> pb.GetCheckpointResponse:
-        """Answer UNIMPLEMENTED: signed notes of the log come with a later release."""
-        raise not_built("GetCheckpoint", "export a chain: its head is signed")
+        """Return a checkpoint of the log as it is now, and a chain's place in it."""
+        if not request.parent:
+            _, note = await self._signed()
+            return pb.GetCheckpointResponse(checkpoint=note)
+        last = await self._head(request.parent, request.since_size)
+        note = last.proof.checkpoint or (await self._signed())[1]
+        return pb.GetCheckpointResponse(checkpoint=note, head=last.head, proof=last.proof)
 
     async def ListCheckpoints(
         self, request: pb.ListCheckpointsRequest, context: Any
     ) -> pb.ListCheckpointsResponse:
-        """Answer UNIMPLEMENTED, as GetCheckpoint."""
-        raise not_built("ListCheckpoints", "export a chain: its head is signed")
+        """List checkpoints, newest first."""
+        size = request.page_size or _DEFAULT_CHECKPOINTS
+        below = _number(request.page_token) or _NO_SIZE
+        rows = await log_store.checkpoints(self._database, below, size + 1)
+        more = str(rows[size - 1][0]) if len(rows) > size else ""
+        return pb.ListCheckpointsResponse(
+            checkpoints=[note for _, note in rows[:size]], next_page_token=more
+        )
+
+    async def _signed(self) -> tuple[Position, str]:
+        signed = await self._checkpoints.now()
+        if signed is None:
+            raise ByokeepError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "DATABASE_ROLLED_BACK",
+                "keyvault's database is not what its anchor says it was; no checkpoint is signed"
+                " until an operator has looked and says so: byokeep admin resume-leases",
+            )
+        return signed
+
+    async def _head(self, parent: str, since_size: int) -> pb.ExportEventsResponse:
+        signed = await self._checkpoints.now()
+        head = await store.head(self._database, parent)
+        if head is None:
+            raise not_found("audit chain")
+        if signed is None:
+            # A log that contradicts its anchor proves nothing; its events may still be read.
+            return pb.ExportEventsResponse(head=await self._sign(parent, *head, 0))
+        position, note = signed
+        async with self._database.transaction() as connection:
+            leaf = await log_store.newest_leaf(connection, parent, position.size)
+        if leaf is None:
+            return pb.ExportEventsResponse(head=await self._sign(parent, *head, 0))
+        index, sequence, blind, digest = leaf
+        proof = await self._checkpoints.prove(position, note, index, blind, since_size)
+        statement = await self._sign(parent, sequence, digest, position.size)
+        return pb.ExportEventsResponse(head=statement, proof=proof)
+
+    async def _sign(
+        self, parent: str, sequence: int, digest: bytes, log_size: int
+    ) -> options_pb2.SignedEnvelope:
+        statement = pb.ChainHead(
+            deployment=self._deployment,
+            chain=parent,
+            sequence=sequence,
+            hash=digest,
+            log_size=log_size,
+        )
+        statement.sign_time.FromDatetime(datetime.datetime.now(datetime.UTC))
+        return await sign_statement(
+            self._signer, dsse.CHAIN_HEAD, statement.SerializeToString(deterministic=True)
+        )
 
 
 def not_built(method: str, instead: str) -> ByokeepError:
@@ -91,7 +147,7 @@ def not_built(method: str, instead: str) -> ByokeepError:
     )
 
 
-def _after(token: str) -> int:
+def _number(token: str) -> int:
     if not token:
         return 0
     if not token.isascii() or not token.isdigit() or len(token) > 18:

@@ -33,6 +33,7 @@ from services.keyvault.kek import (
 )
 from services.keyvault.kek.vault import plaintext, states
 from services.keyvault.kek.vault.client import Call
+from services.keyvault.kek.vault.log import KvAnchor, TransitSigner
 from services.keyvault.kek.vault.login import Login
 from services.keyvault.kek.vault.pool import Pool
 from services.keyvault.kek.vault.reply import Reply
@@ -121,6 +122,14 @@ class VaultBackend:
         if name not in self._sessions:
             raise RuntimeError(f"this process has no {name} identity at Vault")
         return self._sessions[name]
+
+    async def checkpoint_signer(self, key: str) -> TransitSigner:
+        """Return the signer of the audit log's checkpoints. Raises KekUnavailableError."""
+        return await TransitSigner.load(self._either(), self._mount, key)
+
+    def anchor(self, place: str) -> KvAnchor:
+        """Return the anchor at a place of a key/value engine: `mount/path`."""
+        return KvAnchor(self._either(), place)
 
     async def generate_data_key(self, kek: str) -> DataKey:
         """Return a fresh data key under the KEK's newest version."""
@@ -266,6 +275,9 @@ class VaultBackend:
         if reply.status == 400 and any(reply.says(phrase) for phrase in _GONE):
             reply.wipe()
             raise KekMissingError(kek)
+
+    def _either(self) -> Session:
+        return self.session("data" if "data" in self._sessions else "admin")
 
     def _opener(self, name: str) -> Session:
         # keyvault's own keys open no provider key, so the admin role may open them as well.
