@@ -182,6 +182,8 @@ class VaultServer:
         self.ca.write_text(self.authority.pem)
         self.audit_log = folder / "vault-audit.jsonl"
         self.root_token = ""
+        #: What `api` says that it opens data keys for.
+        self.lease_header = ""
         self._unseal_key = ""
         self._process: subprocess.Popen[bytes] | None = None
         self.client_context = ssl.create_default_context(cafile=self.ca)
@@ -245,10 +247,13 @@ class VaultServer:
 
     def api(self, method: str, path: str, /, token: str | None = None, **body: object) -> dict:
         """Call the API; raises urllib.error.HTTPError."""
+        headers = {"X-Vault-Token": self.root_token if token is None else token}
+        if self.lease_header:
+            headers["X-Byokeep-Lease"] = self.lease_header
         request = urllib.request.Request(  # noqa: S310 our own address
             f"{self.address}/v1/{path}",
             json.dumps(body).encode() if body else None,
-            {"X-Vault-Token": self.root_token if token is None else token},
+            headers,
             method=method,
         )
         opened = urllib.request.urlopen(request, context=self.client_context, timeout=60)  # noqa: S310

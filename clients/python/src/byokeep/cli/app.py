@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from byokeep.cli import admin, audit, interrupt, keys, models, reviews, status, tenants
+from byokeep.cli import (
+    admin,
+    audit,
+    interrupt,
+    keys,
+    models,
+    reviews,
+    status,
+    tenants,
+    vaultlog,
+)
 from byokeep.cli.errors import CliError, Exit, from_rpc
 from byokeep.cli.output import print_error
 from byokeep.cli.refusal import refuse_keys
@@ -36,6 +46,7 @@ app.add_typer(models.app, name="model")
 app.add_typer(tenants.app, name="tenant")
 app.add_typer(tenants.callers, name="caller")
 app.add_typer(audit.app, name="audit")
+admin.app.add_typer(vaultlog.app)
 app.add_typer(admin.app, name="admin")
 app.command("status", epilog=examples("byokeep status"))(status.status)
 app.command("doctor", epilog=examples("byokeep doctor --profile demo"))(status.doctor)
