@@ -12,11 +12,11 @@ from pathlib import Path
 
 from byokeep.testing import Stack
 
-from tests.bench import idle, leases, reviews
+from tests.bench import idle, leases, reviews, vault
 from tests.bench.results import Row, show, write
 
 # Caps are what is being measured around, not what is measured.
-_UNCAPPED = {
+UNCAPPED = {
     "keyvault": {
         "BYOKEEP_TENANT_LEASES_IN_FLIGHT": "1000000",
         "BYOKEEP_INTAKE_PER_HOUR": "1000",
@@ -53,13 +53,14 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     load_before = os.getloadavg()[0]
-    with Stack(environment=_UNCAPPED) as stack:
+    with Stack(environment=UNCAPPED) as stack:
         print("measuring idle memory, leases, reviews …", file=sys.stderr)
         rows += idle.run(stack)
         rows += leases.run(stack, arguments.seconds)
         key = f"sk-proj-{secrets.token_hex(20)}"
         _byokeep(stack, "key", "add", "openai", "--from-env", "BENCH_KEY", BENCH_KEY=key)
         rows += reviews.run(stack, arguments.seconds)
+    rows += vault.run(arguments.seconds, UNCAPPED)
     rows.append(_warm())
     rows.append(Row("load_before", load_before, "load", {"cores": os.cpu_count()}))
     write(rows, arguments.out)

@@ -14,6 +14,8 @@ GOALS = {
     "review_overhead_p50_ms": ("<=", 60.0),
     "review_overhead_p99_ms": ("<=", 250.0),
     "noop_reviews_per_s": (">=", 30.0),
+    "lease_vault_ratio": ("<=", 1.3),
+    "rewrap_vault_ratio": (">=", 0.8),
     "idle_mb": ("<=", 300.0),
     "run_warm_s": ("<=", 6.0),
 }
