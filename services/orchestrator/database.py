@@ -1,17 +1,21 @@
-"""Connections to the orchestrator's database, and the one seam for its errors."""
+"""Connections to the orchestrator's database, and the one seam for its errors.
+
+SQL is written out and run through psycopg; SQLAlchemy owns the schema and its migrations
+(docs/decisions/0003-sql.md has the measurements).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, cast
+from typing import Any, Final, LiteralString, TypeAlias
 
 import grpc
 import psycopg
-from sqlalchemy import exc, text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from psycopg.rows import namedtuple_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from services.common import logs
 from services.common.config import ConfigError
@@ -19,48 +23,82 @@ from services.common.errors import ByokeepError
 
 log = logging.getLogger(__name__)
 _ASK_AGAIN_SECONDS: Final = 1.0
+_WAIT_SECONDS: Final = 10.0
+#: A row: a named tuple of the statement's columns.
+Row: TypeAlias = Any
+Parameters: TypeAlias = Mapping[str, Any]
+
+
+class Session:
+    """Runs statements, with named parameters, on one connection."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Use a connection; `connection` is also the queue's way into the transaction."""
+        self.connection = connection
+
+    async def all(
+        self, statement: LiteralString, parameters: Parameters | None = None
+    ) -> list[Row]:
+        """Return every row."""
+        return await (await self.connection.execute(statement, parameters)).fetchall()
+
+    async def one(self, statement: LiteralString, parameters: Parameters | None = None) -> Row:
+        """Return the first row; None where there is none."""
+        return await (await self.connection.execute(statement, parameters)).fetchone()
+
+    async def run(self, statement: LiteralString, parameters: Parameters | None = None) -> int:
+        """Return how many rows were written."""
+        return (await self.connection.execute(statement, parameters)).rowcount
 
 
 class Database:
-    """Two small pools: single statements run in autocommit, one round trip each."""
+    """A pool of connections in autocommit: a single statement is one round trip."""
 
     def __init__(self, url: str, connections: int) -> None:
-        """Prepare for a `postgresql://` URL; nothing is opened yet."""
-        for_transactions = max(1, connections // 3)
-        self._transactions = _engine(url, for_transactions)
-        # Switching one pool's connections back and forth costs a fifth of a statement.
-        self._statements = _engine(
+        """Prepare for a `postgresql://` URL; `open` connects."""
+        self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
             url,
-            max(1, connections - for_transactions),
-            isolation_level="AUTOCOMMIT",
-            pool_reset_on_return=None,
+            min_size=1,
+            max_size=connections,
+            open=False,
+            timeout=_WAIT_SECONDS,
+            kwargs={
+                "autocommit": True,
+                "row_factory": namedtuple_row,
+                "application_name": "byokeep-orchestrator",
+            },
         )
 
     @asynccontextmanager
-    async def statement(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection on which each statement is a transaction of its own."""
-        async with _domain_errors(), self._statements.connect() as connection:
-            yield connection
+    async def statement(self) -> AsyncIterator[Session]:
+        """Give a session on which each statement is a transaction of its own."""
+        async with _domain_errors(), self._pool.connection() as connection:
+            yield Session(connection)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a transaction: committed at the end, rolled back on error."""
-        async with _domain_errors(), self._transactions.begin() as connection:
-            yield connection
+    async def transaction(self) -> AsyncIterator[Session]:
+        """Give a session in a transaction: committed at the end, rolled back on error."""
+        async with (
+            _domain_errors(),
+            self._pool.connection() as connection,
+            connection.transaction(),
+        ):
+            yield Session(connection)
 
-    async def wait(self) -> None:
-        """Wait until the database answers: services start in any order.
+    async def open(self) -> None:
+        """Connect, and wait until the database answers: services start in any order.
 
         Raises ConfigError: it has no schema yet.
         """
+        await self._pool.open()
         while True:
             try:
-                async with self.statement() as connection:
-                    await connection.execute(text("SELECT FROM tenant LIMIT 1"))
+                async with self.statement() as session:
+                    await session.one("SELECT FROM tenant LIMIT 1")
                 return
             except ByokeepError:
                 await asyncio.sleep(_ASK_AGAIN_SECONDS)
-            except exc.ProgrammingError:
+            except psycopg.errors.UndefinedTable:
                 break
         raise ConfigError(
             "the database has no schema: run 'python -m services.orchestrator migrate' first"
@@ -68,27 +106,7 @@ class Database:
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._statements.dispose()
-        await self._transactions.dispose()
-
-
-async def raw(connection: AsyncConnection) -> psycopg.AsyncConnection[Any]:
-    """Return the psycopg connection below, for the queue to join the transaction."""
-    fairy = await connection.get_raw_connection()
-    return cast("psycopg.AsyncConnection[Any]", fairy.driver_connection)
-
-
-def _engine(url: str, connections: int, **options: Any) -> AsyncEngine:
-    return create_async_engine(
-        url.replace("postgresql://", "postgresql+psycopg://", 1),
-        pool_size=connections,
-        max_overflow=0,
-        pool_timeout=10,
-        pool_recycle=1800,
-        # Rows hold content of customers; an exception's text must not.
-        hide_parameters=True,
-        **options,
-    )
+        await self._pool.close()
 
 
 @asynccontextmanager
@@ -96,11 +114,7 @@ async def _domain_errors() -> AsyncIterator[None]:
     failed: Exception | None = None
     try:
         yield
-    except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
-        failed = error
-    except exc.DBAPIError as error:
-        if not error.connection_invalidated:
-            raise
+    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
         failed = error
     if failed is not None:
         logs.failure(log, "database_unavailable", failed)

@@ -1,6 +1,9 @@
 """One attempt over RunnerService.Execute: what is said, what is stored before it is acknowledged.
 
 Assign → Accepted → Proceed → (CallStarted → Ack → ChunkResult → Ack)* → Outcome → Ack.
+
+A stream that breaks while a provider call is open is taken up again: the runner keeps what was
+not acknowledged, and an answer that somebody paid for is not given up for a lost connection.
 """
 
 from __future__ import annotations
@@ -32,12 +35,21 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS: Final = 30.0
 _LAST_WORD_SECONDS: Final = 10.0
 _VALIDATION_CALLS: Final = 5
+# Well below the 30 s for which a runner keeps what nobody took.
+_REATTACH_SECONDS: Final = 10.0
+_REATTACH_PAUSE_SECONDS: Final = 0.25
+# Behind one name there may be several runners, and one that knows the attempt.
+_REATTACH_STRANGERS: Final = 8
 # FAILED_PRECONDITION: it knows the attempt already, from an assignment whose answer was lost.
 _AWAY: Final = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.FAILED_PRECONDITION,
 )
+
+
+# What a broken connection, or a runner that went away, looks like.
+_LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class Journal(Protocol):
@@ -90,6 +102,7 @@ class Execution:
         self._writing = asyncio.Lock()
         self._lost = False
         self._call_open = False
+        self._acked = 0
         self._calls = 0
         self._planned: list[str] = []
         self._done = set(work.done_chunks)
@@ -97,14 +110,13 @@ class Execution:
 
     async def run(self, finish: Callable[[Result], Awaitable[None]]) -> None:
         """Run the attempt; `finish` stores its end before the runner may forget it."""
-        stream = self._stream = self._execute(timeout=self._seconds + _GRACE_SECONDS)
         try:
-            outcome = await self._until_outcome(stream)
+            outcome = await self._until_outcome()
             await finish(self._concluded())
             if outcome is not None:
-                await self._goodbye(stream, outcome)
+                await self._goodbye(outcome)
         finally:
-            stream.cancel()
+            self._hang_up()
 
     def broken(self) -> Result:
         """Return the end of an attempt that our own defect ended."""
@@ -119,21 +131,57 @@ class Execution:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             await self._say(cancel=runner_pb2.Cancel(key_revoked=key_revoked))
 
-    async def _until_outcome(self, stream: Stream) -> int | None:
+    async def _until_outcome(self) -> int | None:
         """Converse; return the outcome's sequence number, or None where none came."""
         try:
             async with self._limited():
-                await self._say(assign=self._assignment())
-                async for response in stream:
-                    if await self._hear(response):
-                        return int(response.sequence)
-            failure = self._cut(grpc.StatusCode.OK)
-        except grpc.RpcError as error:
-            failure = self._cut(error.code())
-        except (asyncio.InvalidStateError, TimeoutError):
+                sequence, code = await self._converse(assign=self._assignment())
+                if sequence is None and self._call_open and code in _LOST and not self._lost:
+                    sequence, code = await self._take_up()
+                if sequence is not None:
+                    return sequence
+            failure = self._cut(code)
+        except TimeoutError:
             failure = self._cut(grpc.StatusCode.UNAVAILABLE)
         self._result = replace(self._result, failure=failure)
         return None
+
+    async def _converse(self, **first: Any) -> tuple[int | None, grpc.StatusCode]:
+        """Open a stream and listen to its end; return the outcome's number, or why none came."""
+        self._hang_up()
+        stream = self._stream = self._execute(timeout=self._seconds + _GRACE_SECONDS)
+        try:
+            await self._say(**first)
+            async for response in stream:
+                if await self._hear(response):
+                    return int(response.sequence), grpc.StatusCode.OK
+        except grpc.RpcError as error:
+            return None, error.code()
+        except asyncio.InvalidStateError:
+            return None, grpc.StatusCode.UNAVAILABLE
+        return None, grpc.StatusCode.OK
+
+    async def _take_up(self) -> tuple[int | None, grpc.StatusCode]:
+        """Reattach until the runner is found again, or for too long."""
+        work = self._work
+        logs.event(log, "stream_lost", level=logging.WARNING, attempt=work.attempt_id)
+        end = asyncio.get_running_loop().time() + _REATTACH_SECONDS
+        strangers = 0
+        while True:
+            await asyncio.sleep(_REATTACH_PAUSE_SECONDS)
+            reattach = runner_pb2.Reattach(
+                attempt_id=work.attempt_id, fence=work.fence, acked_sequence=self._acked
+            )
+            sequence, code = await self._converse(reattach=reattach)
+            strangers += code is grpc.StatusCode.NOT_FOUND
+            again = code in _LOST or code is grpc.StatusCode.NOT_FOUND
+            late = asyncio.get_running_loop().time() > end
+            if sequence is not None or not again or late or strangers > _REATTACH_STRANGERS:
+                return sequence, code
+
+    def _hang_up(self) -> None:
+        if self._stream is not None:
+            self._stream.cancel()
 
     @asynccontextmanager
     async def _limited(self) -> AsyncIterator[None]:
@@ -158,6 +206,7 @@ class Execution:
                         await self._call_started(response.call_started)
                     else:
                         await self._chunk_result(response.chunk_result)
+                    self._acked = response.sequence
                     await self._say(ack=runner_pb2.Ack(sequence=response.sequence))
                 except Fenced:
                     await self.stop()
@@ -236,13 +285,15 @@ class Execution:
             return Failure("RUNNER_UNAVAILABLE", retryable=True)
         return Failure("INTERNAL")
 
-    async def _goodbye(self, stream: Stream, sequence: int) -> None:
+    async def _goodbye(self, sequence: int) -> None:
         # The end is stored; should this get lost, the runner forgets by itself later.
+        stream = self._stream
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError, TimeoutError):
             async with asyncio.timeout(_LAST_WORD_SECONDS):
                 await self._say(ack=runner_pb2.Ack(sequence=sequence))
-                await stream.done_writing()
-                await stream.code()
+                if stream is not None:
+                    await stream.done_writing()
+                    await stream.code()
 
     async def _say(self, **message: Any) -> None:
         # gRPC takes one write at a time, and a cancellation may come in between.

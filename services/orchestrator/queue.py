@@ -18,6 +18,7 @@ import procrastinate
 import psycopg
 from procrastinate.exceptions import ConnectorException
 from procrastinate.jobs import Job
+from psycopg_pool import AsyncConnectionPool
 
 from services.common import logs
 from services.orchestrator.queue_jobs import (
@@ -57,6 +58,10 @@ class _Backoff(procrastinate.BaseRetryStrategy):
         )
 
 
+async def _autocommit(connection: psycopg.AsyncConnection[Any]) -> None:
+    await connection.set_autocommit(True)
+
+
 class Queue:
     """A durable queue of attempt ids, on the orchestrator's own database."""
 
@@ -70,9 +75,17 @@ class Queue:
         # Its messages carry job arguments.
         logging.getLogger("procrastinate").setLevel(logging.WARNING)
         self._concurrency = concurrency
-        self._connector = procrastinate.PsycopgConnector(
-            conninfo=database_url, min_size=1, max_size=4, timeout=5.0
+        # The library's own pool asks each connection whether it lives and wraps each statement
+        # in a transaction: four round trips for one.
+        self._pool = AsyncConnectionPool(
+            database_url,
+            min_size=1,
+            max_size=4,
+            timeout=5.0,
+            open=False,
+            configure=_autocommit,
         )
+        self._connector = procrastinate.PsycopgConnector()
         self._app = procrastinate.App(connector=self._connector)
         self._jobs = HeldJobs(self._connector)
         self._app.job_manager = self._jobs
@@ -82,15 +95,17 @@ class Queue:
 
     async def open(self) -> None:
         """Connect. Raises `psycopg_pool.PoolTimeout` if the database can't be reached."""
-        await self._app.open_async()
+        await self._pool.open(wait=True)
+        await self._app.open_async(self._pool)
 
     async def close(self) -> None:
         """Disconnect; `run` must have ended."""
         await self._app.close_async()
+        await self._pool.close()
 
     async def apply_schema(self) -> None:
         """Create the queue's tables, types and functions where they are missing."""
-        async with self._connector.pool.connection() as raw:
+        async with self._pool.connection() as raw, raw.transaction():
             await raw.execute("SELECT pg_advisory_xact_lock(%s)", (_SCHEMA_LOCK,))
             found = await raw.execute("SELECT to_regclass('procrastinate_jobs') IS NOT NULL")
             if await found.fetchone() == (True,):

@@ -100,7 +100,7 @@ class App:
             content_hours=settings.failed_content_hours,
             findings_days=settings.findings_days,
         )
-        await self._database.wait()
+        await self._database.open()
         await self.queue.open()
         self._events.start()
         self._worker = asyncio.create_task(self._work(), name="worker")

@@ -9,63 +9,62 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import text
-
 # --- submitting
 
-LOCK_TENANT: Final = text("SELECT plan, state FROM tenant WHERE id = :tenant FOR NO KEY UPDATE")
+LOCK_TENANT: Final = "SELECT plan, state FROM tenant WHERE id = %(tenant)s FOR NO KEY UPDATE"
 
-SUBMIT: Final = text("""
+SUBMIT: Final = """
     WITH req AS (
         INSERT INTO request (tenant, method, scope, digest, resource)
-        VALUES (:tenant, 'SubmitReview', :scope, :digest, :id)
+        VALUES (%(tenant)s, 'SubmitReview', %(scope)s, %(digest)s, %(id)s)
         ON CONFLICT DO NOTHING RETURNING 1),
     day AS (
         INSERT INTO rate_bucket (scope, hour, events)
-        SELECT 'reviews:' || :tenant, date_trunc('hour', now()), 1 FROM req
+        SELECT 'reviews:' || %(tenant)s, date_trunc('hour', now()), 1 FROM req
         ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1),
     rev AS (
         INSERT INTO review (id, tenant, repository, pull_request, head_commit, model, key_id,
             owner, actor, max_calls, chunks_total)
-        SELECT :id, :tenant, :repository, :pull_request, :head_commit, :model, :key_id,
-            :owner, :actor, :max_calls, :chunks_total FROM req
+        SELECT %(id)s, %(tenant)s, %(repository)s, %(pull_request)s, %(head_commit)s,
+            %(model)s, %(key_id)s, %(owner)s, %(actor)s, %(max_calls)s, %(chunks_total)s FROM req
         RETURNING *),
     content AS (
-        INSERT INTO review_content (review_id, input) SELECT id, :input FROM rev),
+        INSERT INTO review_content (review_id, input) SELECT id, %(input)s FROM rev),
     att AS (
         INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, admitted)
-        SELECT :attempt_id, 'REVIEW', :tenant, id, :key_id, :key_version, :places > (
+        SELECT %(attempt_id)s, 'REVIEW', %(tenant)s, id, %(key_id)s, %(key_version)s, %(places)s > (
             SELECT count(*) FROM attempt
-            WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
+            WHERE tenant = %(tenant)s AND kind = 'REVIEW' AND admitted
                 AND state IN ('QUEUED', 'RUNNING'))
         FROM rev RETURNING admitted)
     SELECT rev.*, att.admitted, coalesce((
             SELECT sum(events) FROM rate_bucket
-            WHERE scope = 'reviews:' || :tenant AND hour > now() - interval '24 hours'
+            WHERE scope = 'reviews:' || %(tenant)s AND hour > now() - interval '24 hours'
         ), 0) AS earlier_today
-    FROM rev, att""")
+    FROM rev, att"""
 
-RETRY: Final = text("""
+RETRY: Final = """
     WITH rev AS (
         UPDATE review SET state = 'QUEUED', failure = '', failure_message = '',
-            end_time = NULL, key_id = :key_id, fence = fence + 1, version = version + 1,
-            max_calls = calls_started + :max_calls
-        WHERE id = :id AND tenant = :tenant AND state = 'FAILED'
-            AND EXISTS (SELECT FROM review_content WHERE review_id = :id)
+            end_time = NULL, key_id = %(key_id)s, fence = fence + 1, version = version + 1,
+            max_calls = calls_started + %(max_calls)s
+        WHERE id = %(id)s AND tenant = %(tenant)s AND state = 'FAILED'
+            AND EXISTS (SELECT FROM review_content WHERE review_id = %(id)s)
         RETURNING id, fence, pg_notify('byokeep_review', id))
     INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, fence, admitted)
-    SELECT :attempt_id, 'REVIEW', :tenant, id, :key_id, :key_version, fence, :places > (
+    SELECT %(attempt_id)s, 'REVIEW', %(tenant)s, id, %(key_id)s, %(key_version)s, fence,
+        %(places)s > (
         SELECT count(*) FROM attempt
-        WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
+        WHERE tenant = %(tenant)s AND kind = 'REVIEW' AND admitted
             AND state IN ('QUEUED', 'RUNNING'))
-    FROM rev RETURNING admitted""")
+    FROM rev RETURNING admitted"""
 
 # --- running; each names attempt and fence, and a RUNNING row must match
 
-CLAIM: Final = text("""
+CLAIM: Final = """
     WITH a AS (
         UPDATE attempt SET state = 'RUNNING', start_time = now(), heartbeat_time = now()
-        WHERE id = :id AND state = 'QUEUED' AND admitted
+        WHERE id = %(id)s AND state = 'QUEUED' AND admitted
             AND EXISTS (
                 SELECT FROM tenant WHERE tenant.id = attempt.tenant AND tenant.state = 'ACTIVE')
         RETURNING *),
@@ -91,36 +90,36 @@ CLAIM: Final = text("""
         LEFT JOIN key_validation v
             ON a.kind = 'VALIDATION' AND v.tenant = a.tenant AND v.key_id = a.key_id
                 AND v.version = a.key_version
-    """)
+    """
 
-CALL_STARTED: Final = text("""
+CALL_STARTED: Final = """
     WITH a AS (
         UPDATE attempt SET calls_started = calls_started + 1,
-            lease_id = :lease_id, process_id = :process_id
-        WHERE id = :id AND fence = :fence AND state = 'RUNNING'
+            lease_id = %(lease_id)s, process_id = %(process_id)s
+        WHERE id = %(id)s AND fence = %(fence)s AND state = 'RUNNING'
         RETURNING review_id),
     f AS (
         UPDATE provider_call SET finish_time = now()
-        WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
+        WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
     c AS (
         INSERT INTO provider_call (attempt_id, call_number, chunk_id)
-        SELECT :id, :call_number, :chunk_id FROM a),
+        SELECT %(id)s, %(call_number)s, %(chunk_id)s FROM a),
     r AS (
-        UPDATE review SET calls_started = calls_started + 1, chunks_total = :chunks_total,
+        UPDATE review SET calls_started = calls_started + 1, chunks_total = %(chunks_total)s,
             version = version + 1
         FROM a WHERE review.id = a.review_id)
-    SELECT 1 FROM a""")
+    SELECT 1 FROM a"""
 
-CHUNK_DONE: Final = text("""
+CHUNK_DONE: Final = """
     WITH a AS (
         SELECT review_id FROM attempt
-        WHERE id = :id AND fence = :fence AND state = 'RUNNING' FOR UPDATE),
+        WHERE id = %(id)s AND fence = %(fence)s AND state = 'RUNNING' FOR UPDATE),
     f AS (
         UPDATE provider_call SET finish_time = now()
-        WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
+        WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
     d AS (
         INSERT INTO chunk_done (review_id, chunk_id, attempt_id)
-        SELECT review_id, :chunk_id, :id FROM a
+        SELECT review_id, %(chunk_id)s, %(id)s FROM a
         ON CONFLICT DO NOTHING RETURNING review_id, chunk_id),
     n AS (
         INSERT INTO finding (review_id, chunk_id, ordinal, path, start_line, end_line,
@@ -128,149 +127,150 @@ CHUNK_DONE: Final = text("""
         SELECT d.review_id, d.chunk_id, u.ordinal, u.path, u.start_line, u.end_line,
             u.severity, u.category, u.title, u.message, u.suggestion
         FROM d, unnest(
-            CAST(:paths AS text[]), CAST(:start_lines AS int[]), CAST(:end_lines AS int[]),
-            CAST(:severities AS smallint[]), CAST(:categories AS smallint[]),
-            CAST(:titles AS text[]), CAST(:messages AS text[]), CAST(:suggestions AS text[])
+            CAST(%(paths)s AS text[]), CAST(%(start_lines)s AS int[]), CAST(%(end_lines)s AS int[]),
+            CAST(%(severities)s AS smallint[]), CAST(%(categories)s AS smallint[]),
+            CAST(%(titles)s AS text[]), CAST(%(messages)s AS text[]),
+            CAST(%(suggestions)s AS text[])
         ) WITH ORDINALITY AS u(path, start_line, end_line, severity, category, title,
             message, suggestion, ordinal)),
     r AS (
         UPDATE review SET chunks_done = chunks_done + 1, version = version + 1,
-            finding_count = finding_count + cardinality(CAST(:paths AS text[])),
-            dropped_findings = dropped_findings + :dropped
+            finding_count = finding_count + cardinality(CAST(%(paths)s AS text[])),
+            dropped_findings = dropped_findings + %(dropped)s
         FROM d WHERE review.id = d.review_id
         RETURNING review.id, chunks_done < chunks_total AS more)
     -- After the last chunk the end of the attempt follows at once, and tells of both.
-    SELECT (SELECT pg_notify('byokeep_review', r.id) FROM r WHERE more) FROM a""")
+    SELECT (SELECT pg_notify('byokeep_review', r.id) FROM r WHERE more) FROM a"""
 
 _END_ATTEMPT: Final = """
     WITH a AS (
-        UPDATE attempt SET state = :attempt_state, admitted = false, failure = :failure,
+        UPDATE attempt SET state = %(attempt_state)s, admitted = false, failure = %(failure)s,
             end_time = now(),
-            lease_id = coalesce(nullif(:lease_id, ''), lease_id),
-            process_id = greatest(:process_id, process_id),
-            open_time = coalesce(CAST(:open_time AS timestamptz), open_time),
-            close_time = coalesce(CAST(:close_time AS timestamptz), close_time)
-        WHERE id = :id AND fence = :fence AND state = 'RUNNING'
+            lease_id = coalesce(nullif(%(lease_id)s, ''), lease_id),
+            process_id = greatest(%(process_id)s, process_id),
+            open_time = coalesce(CAST(%(open_time)s AS timestamptz), open_time),
+            close_time = coalesce(CAST(%(close_time)s AS timestamptz), close_time)
+        WHERE id = %(id)s AND fence = %(fence)s AND state = 'RUNNING'
         RETURNING *),
     c AS (
-        UPDATE provider_call SET finish_time = now(), ambiguous = :ambiguous
-        WHERE attempt_id = :id AND finish_time IS NULL AND EXISTS (SELECT FROM a)
+        UPDATE provider_call SET finish_time = now(), ambiguous = %(ambiguous)s
+        WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)
         RETURNING ambiguous),"""
 
-END_REVIEW: Final = text(
+END_REVIEW: Final = (
     _END_ATTEMPT  # noqa: S608 - constants
     + """
     r AS (
-        UPDATE review SET state = :review_state, failure = :review_failure,
-            failure_message = :failure_message, version = version + 1,
-            end_time = CASE WHEN :review_state = 'QUEUED' THEN NULL ELSE now() END,
+        UPDATE review SET state = %(review_state)s, failure = %(review_failure)s,
+            failure_message = %(failure_message)s, version = version + 1,
+            end_time = CASE WHEN %(review_state)s = 'QUEUED' THEN NULL ELSE now() END,
             ambiguous_calls = ambiguous_calls + (SELECT count(*) FROM c WHERE ambiguous),
-            fence = review.fence + :successors
+            fence = review.fence + %(successors)s
         FROM a WHERE review.id = a.review_id
         RETURNING review.id, review.fence),
     x AS (
         DELETE FROM review_content USING r
-        WHERE review_content.review_id = r.id AND :review_state = 'COMPLETED'),
+        WHERE review_content.review_id = r.id AND %(review_state)s = 'COMPLETED'),
     n AS (
         INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, fence, tries,
             admitted, due_time)
-        SELECT :next_id, a.kind, a.tenant, r.id, a.key_id, :next_version, r.fence,
-            a.tries + 1, true, now() + make_interval(secs => :delay)
-        FROM a, r WHERE :successors = 1)
+        SELECT %(next_id)s, a.kind, a.tenant, r.id, a.key_id, %(next_version)s, r.fence,
+            a.tries + 1, true, now() + make_interval(secs => %(delay)s)
+        FROM a, r WHERE %(successors)s = 1)
     SELECT pg_notify('byokeep_review', r.id), EXISTS (
         SELECT FROM attempt p
-        WHERE p.tenant = :tenant AND p.state = 'QUEUED' AND NOT p.admitted) AS parked
+        WHERE p.tenant = %(tenant)s AND p.state = 'QUEUED' AND NOT p.admitted) AS parked
     FROM r"""
 )
 
-END_VALIDATION: Final = text(
+END_VALIDATION: Final = (
     _END_ATTEMPT  # noqa: S608 - constants
     + """
     v AS (
-        UPDATE key_validation SET verdict = :verdict, models = CAST(:models AS text[]),
-            attempts = attempts + 1, check_time = now(), action = :action,
-            retry_time = CASE WHEN :successors = 1
-                THEN now() + make_interval(secs => :delay) END,
-            fence = key_validation.fence + :successors
+        UPDATE key_validation SET verdict = %(verdict)s, models = CAST(%(models)s AS text[]),
+            attempts = attempts + 1, check_time = now(), action = %(action)s,
+            retry_time = CASE WHEN %(successors)s = 1
+                THEN now() + make_interval(secs => %(delay)s) END,
+            fence = key_validation.fence + %(successors)s
         FROM a WHERE key_validation.tenant = a.tenant AND key_validation.key_id = a.key_id
             AND version = a.key_version
         RETURNING key_validation.key_id, key_validation.fence),
     n AS (
         INSERT INTO attempt (id, kind, tenant, key_id, key_version, fence, tries, admitted,
             due_time)
-        SELECT :next_id, a.kind, a.tenant, a.key_id, :next_version, v.fence, a.tries + 1, true,
-            now() + make_interval(secs => :delay)
-        FROM a, v WHERE :successors = 1)
+        SELECT %(next_id)s, a.kind, a.tenant, a.key_id, %(next_version)s, v.fence, a.tries + 1,
+            true, now() + make_interval(secs => %(delay)s)
+        FROM a, v WHERE %(successors)s = 1)
     SELECT pg_notify('byokeep_key', v.key_id) FROM v"""
 )
 
-TRAIL_OF_CANCELLED: Final = text("""
-    UPDATE attempt SET lease_id = coalesce(nullif(:lease_id, ''), lease_id),
-        process_id = greatest(:process_id, process_id),
-        open_time = coalesce(CAST(:open_time AS timestamptz), open_time),
-        close_time = coalesce(CAST(:close_time AS timestamptz), close_time)
-    WHERE id = :id AND fence = :fence AND state = 'CANCELLED'""")
+TRAIL_OF_CANCELLED: Final = """
+    UPDATE attempt SET lease_id = coalesce(nullif(%(lease_id)s, ''), lease_id),
+        process_id = greatest(%(process_id)s, process_id),
+        open_time = coalesce(CAST(%(open_time)s AS timestamptz), open_time),
+        close_time = coalesce(CAST(%(close_time)s AS timestamptz), close_time)
+    WHERE id = %(id)s AND fence = %(fence)s AND state = 'CANCELLED'"""
 
-HEARTBEAT: Final = text("""
+HEARTBEAT: Final = """
     UPDATE attempt SET heartbeat_time = now()
-    WHERE id = ANY(CAST(:ids AS text[])) AND state = 'RUNNING' RETURNING id""")
+    WHERE id = ANY(CAST(%(ids)s AS text[])) AND state = 'RUNNING' RETURNING id"""
 
 # --- admission and cancelling
 
-ADMIT: Final = text("""
+ADMIT: Final = """
     UPDATE attempt SET admitted = true, due_time = now()
     WHERE id IN (
         SELECT id FROM attempt
-        WHERE tenant = :tenant AND state = 'QUEUED' AND NOT admitted
+        WHERE tenant = %(tenant)s AND state = 'QUEUED' AND NOT admitted
         ORDER BY id
-        LIMIT greatest(0, :places - (
+        LIMIT greatest(0, %(places)s - (
             SELECT count(*) FROM attempt
-            WHERE tenant = :tenant AND kind = 'REVIEW' AND admitted
+            WHERE tenant = %(tenant)s AND kind = 'REVIEW' AND admitted
                 AND state IN ('QUEUED', 'RUNNING'))))
-    RETURNING id""")
+    RETURNING id"""
 
-PARKED_TENANTS: Final = text(
+PARKED_TENANTS: Final = (
     "SELECT DISTINCT tenant FROM attempt WHERE state = 'QUEUED' AND NOT admitted"
 )
 
-CANCEL_ATTEMPTS: Final = text("""
+CANCEL_ATTEMPTS: Final = """
     WITH before AS (
         SELECT id, state FROM attempt
-        WHERE review_id = :review_id AND state IN ('QUEUED', 'RUNNING') FOR UPDATE)
+        WHERE review_id = %(review_id)s AND state IN ('QUEUED', 'RUNNING') FOR UPDATE)
     UPDATE attempt SET state = 'CANCELLED', admitted = false, end_time = now()
     FROM before WHERE attempt.id = before.id
     RETURNING attempt.id, before.state = 'RUNNING' AS ran, pg_notify('byokeep_cancel', attempt.id)
-    """)
+    """
 
-CANCEL_REVIEW: Final = text("""
+CANCEL_REVIEW: Final = """
     WITH c AS (
         UPDATE provider_call SET finish_time = now(), ambiguous = true
         WHERE finish_time IS NULL
-            AND attempt_id IN (SELECT id FROM attempt WHERE review_id = :review_id)
+            AND attempt_id IN (SELECT id FROM attempt WHERE review_id = %(review_id)s)
         RETURNING 1),
-    x AS (DELETE FROM review_content WHERE review_id = :review_id)
+    x AS (DELETE FROM review_content WHERE review_id = %(review_id)s)
     UPDATE review SET state = 'CANCELLED', end_time = now(), version = version + 1,
         ambiguous_calls = ambiguous_calls + (SELECT count(*) FROM c)
-    WHERE id = :review_id AND state IN ('QUEUED', 'RUNNING')
-    RETURNING pg_notify('byokeep_review', id)""")
+    WHERE id = %(review_id)s AND state IN ('QUEUED', 'RUNNING')
+    RETURNING pg_notify('byokeep_review', id)"""
 
-OPEN_REVIEWS: Final = text(
-    "SELECT id FROM review WHERE tenant = :tenant AND state IN ('QUEUED', 'RUNNING')"
+OPEN_REVIEWS: Final = (
+    "SELECT id FROM review WHERE tenant = %(tenant)s AND state IN ('QUEUED', 'RUNNING')"
 )
 
-CANCEL_VALIDATIONS: Final = text("""
+CANCEL_VALIDATIONS: Final = """
     UPDATE attempt SET state = 'CANCELLED', admitted = false, end_time = now()
-    WHERE tenant = :tenant AND kind = 'VALIDATION' AND state IN ('QUEUED', 'RUNNING')
-    RETURNING pg_notify('byokeep_cancel', id)""")
+    WHERE tenant = %(tenant)s AND kind = 'VALIDATION' AND state IN ('QUEUED', 'RUNNING')
+    RETURNING pg_notify('byokeep_cancel', id)"""
 
 # --- sweeping
 
-STALE_IDS: Final = text("""
+STALE_IDS: Final = """
     SELECT id, tenant FROM attempt
-    WHERE state = 'RUNNING' AND heartbeat_time < now() - make_interval(secs => :seconds)
-    ORDER BY heartbeat_time LIMIT 100""")
+    WHERE state = 'RUNNING' AND heartbeat_time < now() - make_interval(secs => %(seconds)s)
+    ORDER BY heartbeat_time LIMIT 100"""
 
-STALE: Final = text("""
+STALE: Final = """
     SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
         a.key_id, a.key_version, a.fence, a.tries,
         split_part(coalesce(r.model, ''), '/', 1) AS provider,
@@ -280,45 +280,45 @@ STALE: Final = text("""
         ) AS unfinished_call,
         coalesce(r.max_calls - r.calls_started, 0) AS calls_left
     FROM attempt a LEFT JOIN review r ON r.id = a.review_id
-    WHERE a.id = :id AND a.state = 'RUNNING'
-        AND a.heartbeat_time < now() - make_interval(secs => :seconds)
-    FOR UPDATE OF a SKIP LOCKED""")
+    WHERE a.id = %(id)s AND a.state = 'RUNNING'
+        AND a.heartbeat_time < now() - make_interval(secs => %(seconds)s)
+    FOR UPDATE OF a SKIP LOCKED"""
 
-OVERDUE: Final = text("""
+OVERDUE: Final = """
     UPDATE attempt SET due_time = now()
     WHERE id IN (
         SELECT attempt.id FROM attempt JOIN tenant ON tenant.id = attempt.tenant
         WHERE attempt.state = 'QUEUED' AND admitted AND tenant.state = 'ACTIVE'
-            AND due_time < now() - make_interval(secs => :seconds)
+            AND due_time < now() - make_interval(secs => %(seconds)s)
         ORDER BY attempt.id LIMIT 100 FOR UPDATE OF attempt SKIP LOCKED)
-    RETURNING id""")
+    RETURNING id"""
 
-DROP_CONTENT: Final = text("""
+DROP_CONTENT: Final = """
     DELETE FROM review_content USING review
     WHERE review.id = review_content.review_id AND state = 'FAILED'
-        AND end_time < now() - make_interval(hours => :hours)""")
+        AND end_time < now() - make_interval(hours => %(hours)s)"""
 
-DROP_FINDINGS: Final = text("""
+DROP_FINDINGS: Final = """
     DELETE FROM finding USING review
-    WHERE review.id = finding.review_id AND end_time < now() - make_interval(days => :days)""")
+    WHERE review.id = finding.review_id AND end_time < now() - make_interval(days => %(days)s)"""
 
-DROP_REQUESTS: Final = text("DELETE FROM request WHERE create_time < now() - interval '7 days'")
+DROP_REQUESTS: Final = "DELETE FROM request WHERE create_time < now() - interval '7 days'"
 
-DROP_BUCKETS: Final = text("DELETE FROM rate_bucket WHERE hour < now() - interval '2 days'")
+DROP_BUCKETS: Final = "DELETE FROM rate_bucket WHERE hour < now() - interval '2 days'"
 
 # --- keys
 
-COUNT_INTAKE: Final = text("""
+COUNT_INTAKE: Final = """
     WITH now_hour AS (
         INSERT INTO rate_bucket (scope, hour, events)
-        VALUES (:scope, date_trunc('hour', now()), 1)
+        VALUES (%(scope)s, date_trunc('hour', now()), 1)
         ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1
         RETURNING events)
     SELECT now_hour.events + coalesce((
         -- The hour before counts by the part of it that lies within the last 60 minutes.
         SELECT events * extract(epoch FROM hour + interval '2 hours' - now()) / 3600
         FROM rate_bucket
-        WHERE scope = :scope AND hour = date_trunc('hour', now()) - interval '1 hour'), 0)
-    FROM now_hour""")
+        WHERE scope = %(scope)s AND hour = date_trunc('hour', now()) - interval '1 hour'), 0)
+    FROM now_hour"""
 
-NOTIFY_KEY: Final = text("SELECT pg_notify('byokeep_key', :key_id)")
+NOTIFY_KEY: Final = "SELECT pg_notify('byokeep_key', %(key_id)s)"

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, LiteralString
 
 from byokeep import ids
 from byokeep.orchestrator.v1.review_pb2 import Finding
-from sqlalchemy import TextClause
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.orchestrator import sql
-from services.orchestrator.database import Database, raw
+from services.orchestrator.database import Database, Session
 from services.orchestrator.domain import PLANS
 from services.orchestrator.queue import Queue
 
@@ -121,9 +119,9 @@ class AttemptStore:
 
     async def claim(self, attempt_id: str) -> Work | None:
         """Make a queued attempt RUNNING and return it; None if it is not there to be run."""
-        async with self._database.statement() as connection:
-            row = (await connection.execute(sql.CLAIM, {"id": attempt_id})).one_or_none()
-        return None if row is None else Work(**row._mapping)
+        async with self._database.statement() as session:
+            row = await session.one(sql.CLAIM, {"id": attempt_id})
+        return None if row is None else Work(**row._asdict())
 
     async def call_started(
         self, work: Work, trail: Trail, *, number: int, chunk_id: str, chunks_total: int
@@ -167,11 +165,11 @@ class AttemptStore:
     async def end_review(self, work: Work | Stale, ending: Ending, trail: Trail) -> None:
         """Store the end of a review's attempt, and queue what follows. Raises Fenced."""
         if ending.successor is None:
-            async with self._database.statement() as connection:
-                parked = await self._end_review(connection, work, ending, trail)
+            async with self._database.statement() as session:
+                parked = await self._end_review(session, work, ending, trail)
         else:
-            async with self._database.transaction() as connection:
-                parked = await self._end_review(connection, work, ending, trail)
+            async with self._database.transaction() as session:
+                parked = await self._end_review(session, work, ending, trail)
         if parked:
             await self.admit_one(work.tenant)
 
@@ -179,52 +177,49 @@ class AttemptStore:
         self, work: Work | Stale, ending: ValidationEnding, trail: Trail
     ) -> None:
         """Store the end of a validation attempt, and queue what follows. Raises Fenced."""
-        async with self._database.transaction() as connection:
-            await self._end_validation(connection, work, ending, trail)
+        async with self._database.transaction() as session:
+            await self._end_validation(session, work, ending, trail)
 
     async def trail_of_cancelled(self, work: Work, trail: Trail) -> None:
         """Complete the trail of an attempt that was cancelled while its child lived."""
         parameters = {"id": work.attempt_id, "fence": work.fence, **_trail(trail)}
-        async with self._database.statement() as connection:
-            await connection.execute(sql.TRAIL_OF_CANCELLED, parameters)
+        async with self._database.statement() as session:
+            await session.run(sql.TRAIL_OF_CANCELLED, parameters)
 
     async def heartbeat(self, attempt_ids: Sequence[str]) -> set[str]:
         """Say that attempts' workers live; return those that still are ours."""
-        async with self._database.statement() as connection:
-            found = await connection.execute(sql.HEARTBEAT, {"ids": list(attempt_ids)})
-            return {row.id for row in found}
+        async with self._database.statement() as session:
+            found = await session.all(sql.HEARTBEAT, {"ids": list(attempt_ids)})
+        return {row.id for row in found}
 
     async def cancel_review(self, tenant: str, review_id: str) -> bool:
         """Cancel a review of the tenant with its attempts; False if it had ended."""
-        async with self._database.transaction() as connection:
-            plan = await lock_tenant(connection, tenant)
-            attempts = await connection.execute(sql.CANCEL_ATTEMPTS, {"review_id": review_id})
-            attempts.all()
-            done = await connection.execute(sql.CANCEL_REVIEW, {"review_id": review_id})
-            cancelled = done.one_or_none() is not None
-            await self.admit(connection, tenant, plan)
-        return cancelled
+        async with self._database.transaction() as session:
+            plan = await lock_tenant(session, tenant)
+            await session.all(sql.CANCEL_ATTEMPTS, {"review_id": review_id})
+            done = await session.one(sql.CANCEL_REVIEW, {"review_id": review_id})
+            await self.admit(session, tenant, plan)
+        return done is not None
 
     async def cancel_all(self, tenant: str) -> None:
         """Cancel all that is queued or runs for a tenant."""
-        async with self._database.statement() as connection:
-            reviews = (await connection.execute(sql.OPEN_REVIEWS, {"tenant": tenant})).all()
-            await connection.execute(sql.CANCEL_VALIDATIONS, {"tenant": tenant})
+        async with self._database.statement() as session:
+            reviews = await session.all(sql.OPEN_REVIEWS, {"tenant": tenant})
+            await session.all(sql.CANCEL_VALIDATIONS, {"tenant": tenant})
         for row in reviews:
             await self.cancel_review(tenant, row.id)
 
-    async def admit(self, connection: AsyncConnection, tenant: str, plan: str) -> None:
+    async def admit(self, session: Session, tenant: str, plan: str) -> None:
         """Give a tenant's free places to what waited longest; the tenant's row is locked."""
         places = PLANS[plan].attempts_in_flight
-        found = await connection.execute(sql.ADMIT, {"tenant": tenant, "places": places})
-        for row in found.all():
-            await self._queue.enqueue(await raw(connection), row.id)
+        for row in await session.all(sql.ADMIT, {"tenant": tenant, "places": places}):
+            await self._queue.enqueue(session.connection, row.id)
 
     async def stale(self, seconds: float) -> list[tuple[str, str]]:
         """Return (id, tenant) of attempts whose worker gave no sign of life for so long."""
-        async with self._database.statement() as connection:
-            found = await connection.execute(sql.STALE_IDS, {"seconds": seconds})
-            return [(row.id, row.tenant) for row in found]
+        async with self._database.statement() as session:
+            found = await session.all(sql.STALE_IDS, {"seconds": seconds})
+        return [(row.id, row.tenant) for row in found]
 
     async def fence_off(
         self,
@@ -234,44 +229,43 @@ class AttemptStore:
         decide: Any,
     ) -> Stale | None:
         """End a stale attempt as `decide(Stale)` says; None if it is not stale any more."""
-        async with self._database.transaction() as connection:
-            plan = await lock_tenant(connection, tenant)
-            found = await connection.execute(sql.STALE, {"id": attempt_id, "seconds": seconds})
-            row = found.one_or_none()
+        async with self._database.transaction() as session:
+            plan = await lock_tenant(session, tenant)
+            row = await session.one(sql.STALE, {"id": attempt_id, "seconds": seconds})
             if row is None:
                 return None
-            stale = Stale(**row._mapping)
+            stale = Stale(**row._asdict())
             ending = decide(stale)
             if isinstance(ending, ValidationEnding):
-                await self._end_validation(connection, stale, ending, Trail())
+                await self._end_validation(session, stale, ending, Trail())
             else:
-                await self._end_review(connection, stale, ending, Trail())
-                await self.admit(connection, tenant, plan)
+                await self._end_review(session, stale, ending, Trail())
+                await self.admit(session, tenant, plan)
             return stale
 
     async def requeue_overdue(self, seconds: float) -> int:
         """Enqueue attempts again whose job seems lost; return how many."""
-        async with self._database.transaction() as connection:
-            found = (await connection.execute(sql.OVERDUE, {"seconds": seconds})).all()
+        async with self._database.transaction() as session:
+            found = await session.all(sql.OVERDUE, {"seconds": seconds})
             for row in found:
-                await self._queue.enqueue(await raw(connection), row.id)
+                await self._queue.enqueue(session.connection, row.id)
         return len(found)
 
     async def admit_parked(self) -> None:
         """Give free places of every tenant to what waits for one."""
-        async with self._database.statement() as connection:
-            tenants = [row.tenant for row in await connection.execute(sql.PARKED_TENANTS)]
+        async with self._database.statement() as session:
+            tenants = [row.tenant for row in await session.all(sql.PARKED_TENANTS)]
         for tenant in tenants:
             await self.admit_one(tenant)
 
     async def admit_one(self, tenant: str) -> None:
         """Give free places of one tenant to what waits for one."""
-        async with self._database.transaction() as connection:
-            await self.admit(connection, tenant, await lock_tenant(connection, tenant))
+        async with self._database.transaction() as session:
+            await self.admit(session, tenant, await lock_tenant(session, tenant))
 
     async def _end_review(
         self,
-        connection: AsyncConnection,
+        session: Session,
         work: Work | Stale,
         ending: Ending,
         trail: Trail,
@@ -279,7 +273,7 @@ class AttemptStore:
         """Return whether the tenant has attempts that wait for a place."""
         following = _following(ending.successor)
         row = await _one(
-            connection,
+            session,
             sql.END_REVIEW,
             {
                 "id": work.attempt_id,
@@ -295,19 +289,19 @@ class AttemptStore:
                 **_trail(trail),
             },
         )
-        await self._follow(connection, ending.successor, following)
+        await self._follow(session, ending.successor, following)
         return bool(row.parked)
 
     async def _end_validation(
         self,
-        connection: AsyncConnection,
+        session: Session,
         work: Work | Stale,
         ending: ValidationEnding,
         trail: Trail,
     ) -> None:
         following = _following(ending.successor)
         await _one(
-            connection,
+            session,
             sql.END_VALIDATION,
             {
                 "id": work.attempt_id,
@@ -322,34 +316,32 @@ class AttemptStore:
                 **_trail(trail),
             },
         )
-        await self._follow(connection, ending.successor, following)
+        await self._follow(session, ending.successor, following)
 
     async def _follow(
         self,
-        connection: AsyncConnection,
+        session: Session,
         successor: Successor | None,
         following: Mapping[str, Any],
     ) -> None:
         if successor is not None:
             await self._queue.enqueue(
-                await raw(connection), following["next_id"], delay_seconds=successor.delay_seconds
+                session.connection, following["next_id"], delay_seconds=successor.delay_seconds
             )
 
-    async def _guarded(self, statement: TextClause, parameters: Mapping[str, Any]) -> None:
-        async with self._database.statement() as connection:
-            await _one(connection, statement, parameters)
+    async def _guarded(self, statement: LiteralString, parameters: Mapping[str, Any]) -> None:
+        async with self._database.statement() as session:
+            await _one(session, statement, parameters)
 
 
-async def lock_tenant(connection: AsyncConnection, tenant: str) -> str:
+async def lock_tenant(session: Session, tenant: str) -> str:
     """Lock a tenant's places in this transaction; return its plan."""
-    row = (await connection.execute(sql.LOCK_TENANT, {"tenant": tenant})).one()
+    row = await session.one(sql.LOCK_TENANT, {"tenant": tenant})
     return str(row.plan)
 
 
-async def _one(
-    connection: AsyncConnection, statement: TextClause, parameters: Mapping[str, Any]
-) -> Any:
-    row = (await connection.execute(statement, parameters)).one_or_none()
+async def _one(session: Session, statement: LiteralString, parameters: Mapping[str, Any]) -> Any:
+    row = await session.one(statement, parameters)
     if row is None:
         raise Fenced
     return row

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from byokeep import ids
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import last_of, provider_id
 from google.protobuf.message import Message
-from sqlalchemy import select, tuple_, update
-from sqlalchemy.dialects.postgresql import insert
 
 from services.orchestrator import sql, store_requests
-from services.orchestrator.database import Database, raw
+from services.orchestrator.database import Database, Row
 from services.orchestrator.queue import Queue
-from services.orchestrator.schema import attempt, key_validation, review
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +52,36 @@ class Use:
     calls_started: int
 
 
-_VALIDATION = [key_validation.c[name] for name in Validation.__dataclass_fields__]
+_COLUMNS = """
+SELECT key_id, version, tenant, actor, destroy_previous, verdict, models, attempts, action,
+    check_time, retry_time, create_time
+FROM key_validation
+"""
+_OF_VERSIONS = f"""
+{_COLUMNS} WHERE tenant = %(tenant)s AND (key_id, version) IN (
+    SELECT * FROM unnest(%(keys)s::text[], %(versions)s::int[]))
+"""  # noqa: S608 - constants
+_UNAPPLIED = _COLUMNS + "WHERE action <> '' LIMIT 100"
+_SCHEDULE = """
+INSERT INTO key_validation (key_id, version, tenant, provider, owner, actor, destroy_previous)
+VALUES (%(key_id)s, %(version)s, %(tenant)s, %(provider)s, %(owner)s, %(actor)s,
+    %(destroy_previous)s)
+ON CONFLICT DO NOTHING RETURNING version
+"""
+_ATTEMPT = """
+INSERT INTO attempt (id, kind, tenant, key_id, key_version, admitted)
+VALUES (%(id)s, 'VALIDATION', %(tenant)s, %(key_id)s, %(version)s, true)
+"""
+_APPLIED = """
+UPDATE key_validation SET action = ''
+WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND version = %(version)s
+"""
+_USES = """
+SELECT attempt.*, review.repository, review.pull_request
+FROM attempt LEFT JOIN review ON review.id = attempt.review_id
+WHERE attempt.tenant = %(tenant)s AND attempt.key_id = %(key_id)s AND attempt.id > %(after)s
+ORDER BY attempt.id LIMIT %(limit)s
+"""
 
 
 class KeyStore:
@@ -69,15 +94,14 @@ class KeyStore:
 
     async def count_intake(self, scope: str) -> float:
         """Count one intake in a scope; return how many there were in the last hour, with it."""
-        async with self._database.statement() as connection:
-            return float(
-                (await connection.execute(sql.COUNT_INTAKE, {"scope": scope})).scalar_one()
-            )
+        async with self._database.statement() as session:
+            (count,) = await session.one(sql.COUNT_INTAKE, {"scope": scope})
+        return float(count)
 
     async def first_time(self, tenant: str, message: Message) -> bool:
         """Note a request; False if it was before. Raises ByokeepError: REQUEST_ID_CONFLICT."""
-        async with self._database.transaction() as connection:
-            return await store_requests.first_time(connection, tenant, message)
+        async with self._database.transaction() as session:
+            return await store_requests.first_time(session, tenant, message)
 
     async def schedule(
         self,
@@ -90,34 +114,20 @@ class KeyStore:
     ) -> None:
         """Have a staged version validated; nothing if it already is."""
         key_id, attempt_id = last_of(key.name), ids.new_id("att")
-        async with self._database.transaction() as connection:
-            done = await connection.execute(
-                insert(key_validation)
-                .values(
-                    key_id=key_id,
-                    version=version,
-                    tenant=tenant,
-                    provider=provider_id(key.provider),
-                    owner=key.owner,
-                    actor=actor,
-                    destroy_previous=destroy_previous,
-                )
-                .on_conflict_do_nothing()
-                .returning(key_validation.c.version)
-            )
-            if done.one_or_none() is None:
+        values = {
+            "key_id": key_id,
+            "version": version,
+            "tenant": tenant,
+            "provider": provider_id(key.provider),
+            "owner": key.owner,
+            "actor": actor,
+            "destroy_previous": destroy_previous,
+        }
+        async with self._database.transaction() as session:
+            if await session.one(_SCHEDULE, values) is None:
                 return
-            await connection.execute(
-                insert(attempt).values(
-                    id=attempt_id,
-                    kind="VALIDATION",
-                    tenant=tenant,
-                    key_id=key_id,
-                    key_version=version,
-                    admitted=True,
-                )
-            )
-            await self._queue.enqueue(await raw(connection), attempt_id)
+            await session.run(_ATTEMPT, values | {"id": attempt_id})
+            await self._queue.enqueue(session.connection, attempt_id)
 
     async def validations(
         self, tenant: str, versions: Sequence[tuple[str, int]]
@@ -125,12 +135,13 @@ class KeyStore:
         """Return what is known of a tenant's (key id, version) pairs."""
         if not versions:
             return {}
-        query = select(*_VALIDATION).where(
-            key_validation.c.tenant == tenant,
-            tuple_(key_validation.c.key_id, key_validation.c.version).in_(versions),
-        )
-        async with self._database.statement() as connection:
-            rows = [_validation(row) for row in await connection.execute(query)]
+        parameters = {
+            "tenant": tenant,
+            "keys": [key_id for key_id, _ in versions],
+            "versions": [version for _, version in versions],
+        }
+        async with self._database.statement() as session:
+            rows = [Validation(*row) for row in await session.all(_OF_VERSIONS, parameters)]
         return {(row.key_id, row.version): row for row in rows}
 
     async def models(
@@ -142,47 +153,29 @@ class KeyStore:
 
     async def unapplied(self) -> list[Validation]:
         """Return verdicts that keyvault was not told of yet."""
-        query = select(*_VALIDATION).where(key_validation.c.action != "").limit(100)
-        async with self._database.statement() as connection:
-            return [_validation(row) for row in await connection.execute(query)]
+        async with self._database.statement() as session:
+            return [Validation(*row) for row in await session.all(_UNAPPLIED)]
 
     async def applied(self, tenant: str, key_id: str, version: int) -> None:
         """Note that keyvault was told of a verdict, and wake who watches the key."""
-        async with self._database.transaction() as connection:
-            await connection.execute(
-                update(key_validation)
-                .where(
-                    key_validation.c.tenant == tenant,
-                    key_validation.c.key_id == key_id,
-                    key_validation.c.version == version,
-                )
-                .values(action="")
-            )
-            await connection.execute(sql.NOTIFY_KEY, {"key_id": key_id})
+        values = {"tenant": tenant, "key_id": key_id, "version": version}
+        async with self._database.transaction() as session:
+            await session.run(_APPLIED, values)
+            await session.run(sql.NOTIFY_KEY, values)
 
     async def changed(self, key_id: str) -> None:
         """Wake who watches a key."""
-        async with self._database.statement() as connection:
-            await connection.execute(sql.NOTIFY_KEY, {"key_id": key_id})
+        async with self._database.statement() as session:
+            await session.run(sql.NOTIFY_KEY, {"key_id": key_id})
 
     async def uses(self, tenant: str, key_id: str, after: str, limit: int) -> list[Use]:
         """Return the attempts that used a key, oldest first."""
-        query = (
-            select(attempt, review.c.repository, review.c.pull_request)
-            .outerjoin(review, review.c.id == attempt.c.review_id)
-            .where(attempt.c.tenant == tenant, attempt.c.key_id == key_id, attempt.c.id > after)
-            .order_by(attempt.c.id)
-            .limit(limit)
-        )
-        async with self._database.statement() as connection:
-            return [_use(row) for row in await connection.execute(query)]
+        parameters = {"tenant": tenant, "key_id": key_id, "after": after, "limit": limit}
+        async with self._database.statement() as session:
+            return [_use(row) for row in await session.all(_USES, parameters)]
 
 
-def _validation(row: Any) -> Validation:
-    return Validation(*row)
-
-
-def _use(row: Any) -> Use:
+def _use(row: Row) -> Use:
     number = f"#{row.pull_request}" if row.pull_request else ""
     return Use(
         attempt_id=row.id,

@@ -6,12 +6,19 @@ import hashlib
 
 import grpc
 from google.protobuf.message import Message
-from sqlalchemy import select
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.common.errors import ByokeepError
-from services.orchestrator.schema import request as table
+from services.orchestrator.database import Session
+
+_SEEN = """
+SELECT digest, resource FROM request
+WHERE tenant = %(tenant)s AND method = %(method)s AND scope = %(scope)s
+"""
+_FIRST = """
+INSERT INTO request (tenant, method, scope, digest, resource)
+VALUES (%(tenant)s, %(method)s, %(scope)s, %(digest)s, %(resource)s)
+ON CONFLICT DO NOTHING RETURNING scope
+"""
 
 
 class Repeated(Exception):
@@ -33,16 +40,9 @@ def conflict() -> ByokeepError:
     )
 
 
-async def seen(
-    connection: AsyncConnection, tenant: str, method: str, scope: str, digest: bytes
-) -> str | None:
+async def seen(session: Session, tenant: str, method: str, scope: str, digest: bytes) -> str | None:
     """Return the resource of an earlier request, or None. Raises REQUEST_ID_CONFLICT."""
-    found = await connection.execute(
-        select(table.c.digest, table.c.resource).where(
-            table.c.tenant == tenant, table.c.method == method, table.c.scope == scope
-        )
-    )
-    row = found.one_or_none()
+    row = await session.one(_SEEN, {"tenant": tenant, "method": method, "scope": scope})
     if row is None:
         return None
     if bytes(row.digest) != digest:
@@ -51,7 +51,7 @@ async def seen(
 
 
 async def first_time(
-    connection: AsyncConnection, tenant: str, message: Message, *, resource: str = ""
+    session: Session, tenant: str, message: Message, *, resource: str = ""
 ) -> bool:
     """Note a request in the transaction that carries it out; False if it was before.
 
@@ -60,13 +60,14 @@ async def first_time(
     method = message.DESCRIPTOR.name.removesuffix("Request")
     request_id: str = getattr(message, "request_id")  # noqa: B009 - of any mutation's message
     digest = digest_of(message)
-    done = await connection.execute(
-        insert(table)
-        .values(tenant=tenant, method=method, scope=request_id, digest=digest, resource=resource)
-        .on_conflict_do_nothing()
-        .returning(table.c.scope)
-    )
-    if done.one_or_none() is not None:
+    values = {
+        "tenant": tenant,
+        "method": method,
+        "scope": request_id,
+        "digest": digest,
+        "resource": resource,
+    }
+    if await session.one(_FIRST, values) is not None:
         return True
-    await seen(connection, tenant, method, request_id, digest)
+    await seen(session, tenant, method, request_id, digest)
     return False

@@ -5,26 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
 import grpc
 from byokeep import ids
 from byokeep.orchestrator.v1 import review_pb2
-from sqlalchemy import Row, bindparam, select
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.common.errors import ByokeepError
 from services.orchestrator import access, sql, store_requests
-from services.orchestrator.database import Database, raw
+from services.orchestrator.database import Database, Row, Session
 from services.orchestrator.domain import PLANS
 from services.orchestrator.queue import Queue
-from services.orchestrator.schema import finding as finding_table
-from services.orchestrator.schema import review as review_table
 from services.orchestrator.store_attempts import AttemptStore
 
 SUBMIT: Final = "SubmitReview"
-
-# One statement: the request id, the day's count, the review, its content, its first attempt.
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +50,23 @@ class ReviewRow:
 
 
 _NAMES: Final = tuple(ReviewRow.__dataclass_fields__)
-_COLUMNS: Final = [review_table.c[name] for name in _NAMES]
-_ONE: Final = select(*_COLUMNS)
-_GET: Final = _ONE.where(
-    review_table.c.id == bindparam("id"), review_table.c.tenant == bindparam("tenant")
-)
-_FINDINGS: Final = select(*[c for c in finding_table.c if c.name != "review_id"])
+_COLUMNS: Final = """
+SELECT id, tenant, state, repository, pull_request, head_commit, model, key_id, owner, failure,
+    failure_message, calls_started, ambiguous_calls, chunks_done, chunks_total, finding_count,
+    dropped_findings, fence, version, create_time, start_time, end_time
+FROM review
+"""
+_GET: Final = _COLUMNS + "WHERE id = %(id)s AND tenant = %(tenant)s"
+_PAGE: Final = f"""
+{_COLUMNS} WHERE tenant = %(tenant)s AND (%(of_users)s OR owner = '')
+    AND (%(before)s = '' OR id < %(before)s)
+    AND (%(repository)s = '' OR repository = %(repository)s)
+ORDER BY id DESC LIMIT %(limit)s
+"""
+_FINDINGS: Final = """
+SELECT path, start_line, end_line, severity, category, title, message, suggestion
+FROM finding WHERE review_id = %(review_id)s ORDER BY path, start_line, ordinal
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +100,8 @@ class ReviewStore:
 
     async def earlier(self, tenant: str, scope: str, digest: bytes) -> ReviewRow | None:
         """Return the review that the same submission made before. Raises REQUEST_ID_CONFLICT."""
-        async with self._database.statement() as connection:
-            review_id = await store_requests.seen(connection, tenant, SUBMIT, scope, digest)
+        async with self._database.statement() as session:
+            review_id = await store_requests.seen(session, tenant, SUBMIT, scope, digest)
         return None if review_id is None else await self.get(tenant, review_id)
 
     async def submit(self, new: Submission, reviews_per_day: int) -> ReviewRow:
@@ -109,15 +114,15 @@ class ReviewStore:
         attempt_id = ids.new_id("att")
         parameters = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
         parameters |= {"id": ids.new_id("rev"), "attempt_id": attempt_id}
-        async with self._database.transaction() as connection:
-            parameters["places"] = await _places(connection, new.tenant)
-            row = (await connection.execute(sql.SUBMIT, parameters)).one_or_none()
+        async with self._database.transaction() as session:
+            parameters["places"] = await _places(session, new.tenant)
+            row = await session.one(sql.SUBMIT, parameters)
             if row is None:
                 raise store_requests.Repeated
             if row.earlier_today >= reviews_per_day:
                 raise _daily_limit(reviews_per_day)
             if row.admitted:
-                await self._queue.enqueue(await raw(connection), attempt_id)
+                await self._queue.enqueue(session.connection, attempt_id)
         if not row.admitted:
             # Whoever gave a place back just now did not see that somebody waits for it.
             await self._attempts.admit_one(new.tenant)
@@ -126,8 +131,8 @@ class ReviewStore:
     async def get(self, tenant: str, review_id: str) -> ReviewRow:
         """Return a review of the tenant. Raises ByokeepError: NOT_FOUND."""
         parameters = {"id": review_id, "tenant": tenant}
-        async with self._database.statement() as connection:
-            row = (await connection.execute(_GET, parameters)).one_or_none()
+        async with self._database.statement() as session:
+            row = await session.one(_GET, parameters)
         if row is None:
             raise ByokeepError(
                 grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such review", resource="review"
@@ -136,10 +141,7 @@ class ReviewStore:
 
     async def findings(self, review_id: str) -> list[review_pb2.Finding]:
         """Return a review's findings by path and line."""
-        query = _FINDINGS.where(finding_table.c.review_id == review_id).order_by(
-            finding_table.c.path, finding_table.c.start_line, finding_table.c.ordinal
-        )
-        async with self._database.statement() as connection:
+        async with self._database.statement() as session:
             return [
                 review_pb2.Finding(
                     path=row.path,
@@ -151,7 +153,7 @@ class ReviewStore:
                     message=row.message,
                     suggestion=row.suggestion,
                 )
-                for row in await connection.execute(query)
+                for row in await session.all(_FINDINGS, {"review_id": review_id})
             ]
 
     async def page(
@@ -161,23 +163,22 @@ class ReviewStore:
 
         Without `of_users`, only those that run on keys of the tenant itself.
         """
-        query = _ONE.where(review_table.c.tenant == tenant)
-        if not of_users:
-            query = query.where(review_table.c.owner == "")
-        if before:
-            query = query.where(review_table.c.id < before)
-        if repository:
-            query = query.where(review_table.c.repository == repository)
-        query = query.order_by(review_table.c.id.desc()).limit(limit)
-        async with self._database.statement() as connection:
-            return [_review(row) for row in await connection.execute(query)]
+        parameters = {
+            "tenant": tenant,
+            "of_users": of_users,
+            "before": before,
+            "repository": repository,
+            "limit": limit,
+        }
+        async with self._database.statement() as session:
+            return [_review(row) for row in await session.all(_PAGE, parameters)]
 
     async def retried(self, message: review_pb2.RetryReviewRequest, tenant: str) -> bool:
         """Whether this request was carried out before. Raises REQUEST_ID_CONFLICT."""
         digest = store_requests.digest_of(message)
-        async with self._database.statement() as connection:
+        async with self._database.statement() as session:
             found = await store_requests.seen(
-                connection, tenant, "RetryReview", message.request_id, digest
+                session, tenant, "RetryReview", message.request_id, digest
             )
         return found is not None
 
@@ -201,12 +202,11 @@ class ReviewStore:
             "key_version": key_version,
             "max_calls": max_calls,
         }
-        async with self._database.transaction() as connection:
-            places = await _places(connection, tenant)
-            if not await store_requests.first_time(connection, tenant, message):
+        async with self._database.transaction() as session:
+            places = await _places(session, tenant)
+            if not await store_requests.first_time(session, tenant, message):
                 return
-            done = await connection.execute(sql.RETRY, parameters | {"places": places})
-            row = done.one_or_none()
+            row = await session.one(sql.RETRY, parameters | {"places": places})
             if row is None:
                 raise ByokeepError(
                     grpc.StatusCode.FAILED_PRECONDITION,
@@ -214,20 +214,20 @@ class ReviewStore:
                     "only a failed review whose diff is still kept can be retried; submit it again",
                 )
             if row.admitted:
-                await self._queue.enqueue(await raw(connection), attempt_id)
+                await self._queue.enqueue(session.connection, attempt_id)
 
     async def sweep(self, *, content_hours: int, findings_days: int) -> None:
         """Delete what was kept long enough."""
-        async with self._database.statement() as connection:
-            await connection.execute(sql.DROP_CONTENT, {"hours": content_hours})
-            await connection.execute(sql.DROP_FINDINGS, {"days": findings_days})
-            await connection.execute(sql.DROP_REQUESTS)
-            await connection.execute(sql.DROP_BUCKETS)
+        async with self._database.statement() as session:
+            await session.run(sql.DROP_CONTENT, {"hours": content_hours})
+            await session.run(sql.DROP_FINDINGS, {"days": findings_days})
+            await session.run(sql.DROP_REQUESTS)
+            await session.run(sql.DROP_BUCKETS)
 
 
-async def _places(connection: AsyncConnection, tenant: str) -> int:
+async def _places(session: Session, tenant: str) -> int:
     """Lock an active tenant; return how many of its attempts may be in flight."""
-    row = (await connection.execute(sql.LOCK_TENANT, {"tenant": tenant})).one()
+    row = await session.one(sql.LOCK_TENANT, {"tenant": tenant})
     if row.state != "ACTIVE":
         raise access.not_active(tenant)
     return PLANS[row.plan].attempts_in_flight
@@ -244,6 +244,5 @@ def _daily_limit(limit: int) -> ByokeepError:
     )
 
 
-def _review(row: Row[Any]) -> ReviewRow:
-    values = row._mapping
-    return ReviewRow(*[values[name] for name in _NAMES])
+def _review(row: Row) -> ReviewRow:
+    return ReviewRow(*[getattr(row, name) for name in _NAMES])

@@ -9,23 +9,10 @@ from typing import Any
 
 import grpc
 from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
-from sqlalchemy import bindparam, delete, exists, select, update
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.common.errors import ByokeepError
 from services.orchestrator import store_requests
-from services.orchestrator.database import Database
-from services.orchestrator.schema import (
-    attempt,
-    caller,
-    key_validation,
-    model_override,
-    rate_bucket,
-    request,
-    review,
-    tenant,
-)
+from services.orchestrator.database import Database, Row, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +54,78 @@ class RightsRow:
     has_overrides: bool
 
 
-_TENANT = [tenant.c[name] for name in TenantRow.__dataclass_fields__]
+_COLUMNS = """
+tenant.id, tenant.state, tenant.plan, tenant.default_model, tenant.max_diff_bytes,
+tenant.max_calls_per_review, tenant.max_reviews_per_day, tenant.settings_version,
+tenant.create_time
+"""
+_WIDTH = len(TenantRow.__dataclass_fields__)
 
-# Before every call: built once.
-_RIGHTS = (
-    select(
-        *_TENANT,
-        caller.c.roles,
-        caller.c.may_assert_users,
-        exists().where(model_override.c.tenant == tenant.c.id).label("has_overrides"),
-    )
-    .select_from(
-        tenant.outerjoin(
-            caller,
-            (caller.c.tenant == tenant.c.id) & (caller.c.spiffe_id == bindparam("spiffe_id")),
-        )
-    )
-    .where(tenant.c.id == bindparam("tenant"))
+# Before every call.
+_RIGHTS = f"""
+SELECT {_COLUMNS}, caller.roles, caller.may_assert_users,
+    EXISTS (SELECT FROM model_override WHERE tenant = tenant.id) AS has_overrides
+FROM tenant
+LEFT JOIN caller ON caller.tenant = tenant.id AND caller.spiffe_id = %(spiffe_id)s
+WHERE tenant.id = %(tenant)s
+"""  # noqa: S608 - constants, here and below
+_READ = f"SELECT {_COLUMNS} FROM tenant WHERE id = %(tenant)s"  # noqa: S608
+_LOCK = _READ + " FOR NO KEY UPDATE"
+_CREATE = """
+INSERT INTO tenant (id, plan) VALUES (%(tenant)s, %(plan)s) ON CONFLICT DO NOTHING
+"""
+_PAGE = f"""
+SELECT {_COLUMNS} FROM tenant
+WHERE id > %(after)s AND (%(spiffe_id)s::text IS NULL OR EXISTS (
+    SELECT FROM caller WHERE caller.tenant = tenant.id AND caller.spiffe_id = %(spiffe_id)s))
+ORDER BY id LIMIT %(limit)s
+"""  # noqa: S608
+_SET_STATE = "UPDATE tenant SET state = %(state)s WHERE id = %(tenant)s AND state <> 'DELETED'"
+_ALLOW = """
+INSERT INTO caller (tenant, spiffe_id, roles, may_assert_users)
+VALUES (%(tenant)s, %(spiffe_id)s, %(roles)s::smallint[], %(may_assert_users)s)
+ON CONFLICT ON CONSTRAINT caller_pkey
+DO UPDATE SET roles = excluded.roles, may_assert_users = excluded.may_assert_users
+"""
+_DENY = "DELETE FROM caller WHERE tenant = %(tenant)s AND spiffe_id = %(spiffe_id)s"
+_DENY_ALL = "DELETE FROM caller WHERE tenant = %(tenant)s"
+_CALLERS = """
+SELECT spiffe_id, roles, may_assert_users FROM caller
+WHERE tenant = %(tenant)s AND spiffe_id > %(after)s ORDER BY spiffe_id LIMIT %(limit)s
+"""
+_OVERRIDES = "SELECT pattern, model FROM model_override WHERE tenant = %(tenant)s"
+_SET_OVERRIDE = """
+INSERT INTO model_override (tenant, pattern, model)
+VALUES (%(tenant)s, %(pattern)s, %(model)s)
+ON CONFLICT ON CONSTRAINT model_override_pkey DO UPDATE SET model = excluded.model
+"""
+_UNSET_OVERRIDE = """
+DELETE FROM model_override WHERE tenant = %(tenant)s AND pattern = %(pattern)s
+"""
+#: All of a tenant but its own row, and what counts its requests.
+_ERASE = (
+    "DELETE FROM attempt WHERE tenant = %(tenant)s",
+    "DELETE FROM review WHERE tenant = %(tenant)s",
+    "DELETE FROM key_validation WHERE tenant = %(tenant)s",
+    "DELETE FROM model_override WHERE tenant = %(tenant)s",
+    "DELETE FROM request WHERE tenant = %(tenant)s",
+    "DELETE FROM rate_bucket WHERE scope LIKE '%%:' || %(tenant)s",
+)
+_SETTINGS = """
+UPDATE tenant SET settings_version = settings_version + 1,
+    plan = coalesce(%(plan)s, plan),
+    default_model = coalesce(%(default_model)s, default_model),
+    max_diff_bytes = coalesce(%(max_diff_bytes)s, max_diff_bytes),
+    max_calls_per_review = coalesce(%(max_calls_per_review)s, max_calls_per_review),
+    max_reviews_per_day = coalesce(%(max_reviews_per_day)s, max_reviews_per_day)
+WHERE id = %(tenant)s
+"""
+_SETTABLE = (
+    "plan",
+    "default_model",
+    "max_diff_bytes",
+    "max_calls_per_review",
+    "max_reviews_per_day",
 )
 
 
@@ -97,8 +139,8 @@ class TenantStore:
     async def rights(self, tenant_id: str, spiffe_id: str) -> RightsRow | None:
         """Return a tenant and an identity's rights for it; None if there is no such tenant."""
         parameters = {"tenant": tenant_id, "spiffe_id": spiffe_id}
-        async with self._database.statement() as connection:
-            row = (await connection.execute(_RIGHTS, parameters)).one_or_none()
+        async with self._database.statement() as session:
+            row = await session.one(_RIGHTS, parameters)
         if row is None:
             return None
         return RightsRow(
@@ -107,117 +149,88 @@ class TenantStore:
 
     async def tenant(self, tenant_id: str) -> TenantRow:
         """Return a tenant that is known to be there."""
-        async with self._database.statement() as connection:
-            return await _read(connection, tenant_id)
+        async with self._database.statement() as session:
+            return await _read(session, tenant_id)
 
     async def create(
         self, tenant_id: str, plan: str, message: tenant_pb2.CreateTenantRequest
     ) -> TenantRow:
         """Make a tenant. Raises ByokeepError: TENANT_EXISTS."""
-        async with self._database.transaction() as connection:
-            if await store_requests.first_time(connection, tenant_id, message):
-                done = await connection.execute(
-                    insert(tenant)
-                    .values(id=tenant_id, plan=plan)
-                    .on_conflict_do_nothing()
-                    .returning(tenant.c.id)
+        async with self._database.transaction() as session:
+            first = await store_requests.first_time(session, tenant_id, message)
+            if first and not await session.run(_CREATE, {"tenant": tenant_id, "plan": plan}):
+                raise ByokeepError(
+                    grpc.StatusCode.ALREADY_EXISTS,
+                    "TENANT_EXISTS",
+                    "the tenant exists, or did: an id is not given twice",
+                    tenant=tenant_id,
                 )
-                if done.one_or_none() is None:
-                    raise ByokeepError(
-                        grpc.StatusCode.ALREADY_EXISTS,
-                        "TENANT_EXISTS",
-                        "the tenant exists, or did: an id is not given twice",
-                        tenant=tenant_id,
-                    )
-            return await _read(connection, tenant_id)
+            return await _read(session, tenant_id)
 
     async def page(self, spiffe_id: str | None, after: str, limit: int) -> list[TenantRow]:
         """Return tenants by id: those that an identity has a role for, or all for None."""
-        query = select(*_TENANT).where(tenant.c.id > after).order_by(tenant.c.id).limit(limit)
-        if spiffe_id is not None:
-            query = query.join(caller, caller.c.tenant == tenant.c.id).where(
-                caller.c.spiffe_id == spiffe_id
-            )
-        async with self._database.statement() as connection:
-            return [_tenant(row) for row in await connection.execute(query)]
+        parameters = {"spiffe_id": spiffe_id, "after": after, "limit": limit}
+        async with self._database.statement() as session:
+            return [_tenant(row) for row in await session.all(_PAGE, parameters)]
 
     async def set_suspended(
         self, message: tenant_pb2.SuspendTenantRequest, tenant_id: str
     ) -> TenantRow:
         """Suspend or resume a tenant that is not deleted."""
         state = "ACTIVE" if message.resume else "SUSPENDED"
-        async with self._database.transaction() as connection:
-            if await store_requests.first_time(connection, tenant_id, message):
-                done = await connection.execute(
-                    update(tenant)
-                    .where(tenant.c.id == tenant_id, tenant.c.state != "DELETED")
-                    .values(state=state)
-                )
-                if done.rowcount == 0:
-                    raise deleted()
-            return await _read(connection, tenant_id)
+        async with self._database.transaction() as session:
+            first = await store_requests.first_time(session, tenant_id, message)
+            if first and not await session.run(_SET_STATE, {"tenant": tenant_id, "state": state}):
+                raise deleted()
+            return await _read(session, tenant_id)
 
     async def mark_deleted(self, tenant_id: str) -> None:
         """Take a tenant out of service for good; its callers lose their rights."""
-        async with self._database.transaction() as connection:
-            await connection.execute(
-                update(tenant).where(tenant.c.id == tenant_id).values(state="DELETED")
-            )
-            await connection.execute(delete(caller).where(caller.c.tenant == tenant_id))
+        async with self._database.transaction() as session:
+            await session.run(_SET_STATE, {"tenant": tenant_id, "state": "DELETED"})
+            await session.run(_DENY_ALL, {"tenant": tenant_id})
 
     async def erase(self, tenant_id: str) -> None:
         """Delete all rows of a deleted tenant but the one that keeps its id from reuse."""
-        async with self._database.transaction() as connection:
-            for table in (attempt, review, key_validation, model_override, request):
-                await connection.execute(delete(table).where(table.c.tenant == tenant_id))
-            await connection.execute(
-                delete(rate_bucket).where(rate_bucket.c.scope.endswith(f":{tenant_id}"))
-            )
+        async with self._database.transaction() as session:
+            for statement in _ERASE:
+                await session.run(statement, {"tenant": tenant_id})
 
     async def allow(
         self, tenant_id: str, row: CallerRow, message: tenant_pb2.AllowCallerRequest
     ) -> None:
         """Give an identity roles in place of those that it had."""
-        values = {"roles": list(row.roles), "may_assert_users": row.may_assert_users}
-        async with self._database.transaction() as connection:
-            if await store_requests.first_time(connection, tenant_id, message):
-                await connection.execute(
-                    insert(caller)
-                    .values(tenant=tenant_id, spiffe_id=row.spiffe_id, **values)
-                    .on_conflict_do_update(constraint="caller_pkey", set_=values)
-                )
+        values = {
+            "tenant": tenant_id,
+            "spiffe_id": row.spiffe_id,
+            "roles": list(row.roles),
+            "may_assert_users": row.may_assert_users,
+        }
+        async with self._database.transaction() as session:
+            if await store_requests.first_time(session, tenant_id, message):
+                await session.run(_ALLOW, values)
 
     async def deny(self, tenant_id: str, message: tenant_pb2.DenyCallerRequest) -> None:
         """Take every role from an identity."""
-        async with self._database.transaction() as connection:
-            if await store_requests.first_time(connection, tenant_id, message):
-                await connection.execute(
-                    delete(caller).where(
-                        caller.c.tenant == tenant_id, caller.c.spiffe_id == message.spiffe_id
-                    )
-                )
+        async with self._database.transaction() as session:
+            if await store_requests.first_time(session, tenant_id, message):
+                values = {"tenant": tenant_id, "spiffe_id": message.spiffe_id}
+                await session.run(_DENY, values)
 
     async def callers(self, tenant_id: str, after: str, limit: int) -> list[CallerRow]:
         """Return the identities that have a role for a tenant, by SPIFFE ID."""
-        query = (
-            select(caller)
-            .where(caller.c.tenant == tenant_id, caller.c.spiffe_id > after)
-            .order_by(caller.c.spiffe_id)
-            .limit(limit)
-        )
-        async with self._database.statement() as connection:
+        parameters = {"tenant": tenant_id, "after": after, "limit": limit}
+        async with self._database.statement() as session:
             return [
                 CallerRow(row.spiffe_id, tuple(row.roles), row.may_assert_users)
-                for row in await connection.execute(query)
+                for row in await session.all(_CALLERS, parameters)
             ]
 
     async def overrides(self, tenant_id: str) -> dict[str, str]:
         """Return a tenant's models by repository pattern."""
-        query = select(model_override.c.pattern, model_override.c.model).where(
-            model_override.c.tenant == tenant_id
-        )
-        async with self._database.statement() as connection:
-            return {row.pattern: row.model for row in await connection.execute(query)}
+        async with self._database.statement() as session:
+            found = await session.all(_OVERRIDES, {"tenant": tenant_id})
+        return {row.pattern: row.model for row in found}
 
     async def change_settings(
         self,
@@ -228,37 +241,24 @@ class TenantStore:
         etag: str = "",
     ) -> TenantRow:
         """Set columns of a tenant's settings. Raises ByokeepError: ETAG_MISMATCH."""
-        async with self._database.transaction() as connection:
-            if await store_requests.first_time(connection, tenant_id, message):
-                row = await _read(connection, tenant_id, lock=True)
+        async with self._database.transaction() as session:
+            if await store_requests.first_time(session, tenant_id, message):
+                row = _tenant(await session.one(_LOCK, {"tenant": tenant_id}))
                 check_etag(etag, row.etag)
-                await _bump(connection, tenant_id, values)
-            return await _read(connection, tenant_id)
+                await _bump(session, tenant_id, values)
+            return await _read(session, tenant_id)
 
     async def set_override(
         self, tenant_id: str, message: settings_pb2.SetModelOverrideRequest
     ) -> TenantRow:
         """Set the model of a repository pattern, or remove it."""
         pattern, model = message.repository_pattern, message.model
-        async with self._database.transaction() as connection:
-            if await store_requests.first_time(connection, tenant_id, message):
-                if model:
-                    await connection.execute(
-                        insert(model_override)
-                        .values(tenant=tenant_id, pattern=pattern, model=model)
-                        .on_conflict_do_update(
-                            constraint="model_override_pkey", set_={"model": model}
-                        )
-                    )
-                else:
-                    await connection.execute(
-                        delete(model_override).where(
-                            model_override.c.tenant == tenant_id,
-                            model_override.c.pattern == pattern,
-                        )
-                    )
-                await _bump(connection, tenant_id, {})
-            return await _read(connection, tenant_id)
+        async with self._database.transaction() as session:
+            if await store_requests.first_time(session, tenant_id, message):
+                values = {"tenant": tenant_id, "pattern": pattern, "model": model}
+                await session.run(_SET_OVERRIDE if model else _UNSET_OVERRIDE, values)
+                await _bump(session, tenant_id, {})
+            return await _read(session, tenant_id)
 
 
 def check_etag(wanted: str, found: str) -> None:
@@ -282,20 +282,14 @@ def deleted() -> ByokeepError:
     )
 
 
-async def _read(connection: AsyncConnection, tenant_id: str, *, lock: bool = False) -> TenantRow:
-    query = select(*_TENANT).where(tenant.c.id == tenant_id)
-    if lock:
-        query = query.with_for_update(key_share=True)
-    return _tenant((await connection.execute(query)).one())
+async def _read(session: Session, tenant_id: str) -> TenantRow:
+    return _tenant(await session.one(_READ, {"tenant": tenant_id}))
 
 
-async def _bump(connection: AsyncConnection, tenant_id: str, values: Mapping[str, Any]) -> None:
-    await connection.execute(
-        update(tenant)
-        .where(tenant.c.id == tenant_id)
-        .values(settings_version=tenant.c.settings_version + 1, **values)
-    )
+async def _bump(session: Session, tenant_id: str, values: Mapping[str, Any]) -> None:
+    settings = {name: values.get(name) for name in _SETTABLE}
+    await session.run(_SETTINGS, {"tenant": tenant_id, **settings})
 
 
-def _tenant(row: Any) -> TenantRow:
-    return TenantRow(*row[: len(_TENANT)])
+def _tenant(row: Row) -> TenantRow:
+    return TenantRow(*row[:_WIDTH])

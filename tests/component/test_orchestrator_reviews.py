@@ -13,6 +13,7 @@ from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2, grant_pb2
 from byokeep.names import last_of
 from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
+from byokeep.runner.v1 import runner_pb2
 
 from tests.harness.orchestrator import (
     DIFF,
@@ -199,6 +200,26 @@ async def test_lost_answer_is_not_paid_twice(stack: Stack) -> None:
     review = await stack.ended(await stack.submit())
     assert (review.state, review.failure) == (FAILED, review_pb2.FAILURE_REASON_AMBIGUOUS)
     assert (review.calls_started, review.ambiguous_calls, review.attempts) == (1, 1, 1)
+
+
+async def test_open_call_is_taken_up_again_where_the_stream_breaks(stack: Stack) -> None:
+    """Shown to fail (AMBIGUOUS) with `_take_up` never called."""
+    taken: list[runner_pb2.Reattach] = []
+
+    async def goes_on(talk: Conversation) -> None:
+        taken.append(talk.reattach)
+        await talk.result("c1", finding())
+        await talk.end()
+
+    async def breaks_again(talk: Conversation) -> None:
+        taken.append(talk.reattach)
+        raise RunnerGone
+
+    stack.runner.scripts, stack.runner.resumed = [gone_in_a_call], [breaks_again, goes_on]
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.attempts, review.calls_started) == (COMPLETED, 1, 1)
+    assert len(review.findings) == 1
+    assert [one.acked_sequence for one in taken] == [3, 3]  # accepted, leased, call started
 
 
 async def test_lost_runner_is_replaced_if_nothing_was_sent(stack: Stack) -> None:

@@ -265,14 +265,14 @@ async def test_no_start_without_a_schema(orchestrator_database_url: str) -> None
     database = Database(orchestrator_database_url, 2)
     try:
         with pytest.raises(ConfigError, match="migrate"):
-            await database.wait()
+            await database.open()
     finally:
         await database.close()
 
 
 async def test_start_waits_for_the_database() -> None:
     database = Database("postgresql://nobody@/nowhere?host=/nonexistent", 2)
-    waits = asyncio.create_task(database.wait())
+    waits = asyncio.create_task(database.open())
     await asyncio.sleep(0.3)
     assert not waits.done()
     waits.cancel()

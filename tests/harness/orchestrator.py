@@ -223,6 +223,7 @@ class Conversation:
         self._requests = requests
         self._sequence = 0
         self.assign = runner_pb2.Assign()
+        self.reattach = runner_pb2.Reattach()
         self.proceed = runner_pb2.Proceed()
         self.out: asyncio.Queue[runner_pb2.ExecuteResponse | None] = asyncio.Queue()
         self.cancelled = asyncio.Event()
@@ -230,7 +231,9 @@ class Conversation:
         self._news = asyncio.Condition()
 
     async def open(self) -> None:
-        self.assign = (await anext(self._requests)).assign
+        first = await anext(self._requests)
+        self.assign, self.reattach = first.assign, first.reattach
+        self._sequence = self._acked = self.reattach.acked_sequence
         self._reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
@@ -342,10 +345,12 @@ def fails(failure: int, *, call: bool = True, **outcome: Any) -> Script:
 
 
 class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
-    """Plays scripts, one an attempt; `default` once they are used up."""
+    """Plays scripts, one an attempt; `default` once they are used up. An attempt that is taken
+    up again is not known, unless a script of `resumed` says how it goes on."""
 
     def __init__(self) -> None:
         self.scripts: list[Script] = []
+        self.resumed: list[Script] = []
         self.default: Script = one_chunk
         self.talks: list[Conversation] = []
 
@@ -353,9 +358,14 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self, requests: Any, context: Any
     ) -> AsyncIterator[runner_pb2.ExecuteResponse]:
         talk = Conversation(requests)
-        self.talks.append(talk)
-        script = self.scripts.pop(0) if self.scripts else self.default
         await talk.open()
+        if talk.reattach.attempt_id:
+            if not self.resumed:
+                await context.abort(grpc.StatusCode.NOT_FOUND, "no such attempt runs here")
+            script = self.resumed.pop(0)
+        else:
+            self.talks.append(talk)
+            script = self.scripts.pop(0) if self.scripts else self.default
         player = asyncio.create_task(self._play(script, talk))
         try:
             while (response := await talk.out.get()) is not None:
