@@ -15,19 +15,21 @@ from services.keyvault import kek
 from tests.harness import keyvault as kv
 from tests.harness.vault_faults import Answer, Delay, Drip, Hang, Reset
 
+# What happens to every request, and the state that is said: of the call, or of the look at
+# health that came before it.
 _STATES = {
-    "472": Answer(472),
-    "473 on calls": Answer(473),
-    "474": Answer(474),
-    "501": Answer(501),
-    "503": Answer(503),
-    "530": Answer(530),
-    "500": Answer(500),
-    "307": Answer(307),
-    "no JSON": Answer(200, b"<html>"),
-    "hang": Hang(),
-    "reset": Reset(),
-    "drip": Drip(0.2),
+    "472": (Answer(472), "dr_secondary"),
+    "473 on calls": (Answer(473), "performance_standby"),
+    "474": (Answer(474), "standby_without_leader"),
+    "501": (Answer(501), "uninitialized"),
+    "503": (Answer(503), "sealed"),
+    "530": (Answer(530), "removed"),
+    "500": (Answer(500), "failing"),
+    "307": (Answer(307), "redirected failing"),
+    "no JSON": (Answer(200, b"<html>"), "broken"),
+    "hang": (Hang(), "slow"),
+    "reset": (Reset(), "broken"),
+    "drip": (Drip(0.2), "slow"),
 }
 # What a slow machine may add to the deadline of 2 s.
 _SLACK = 8.0
@@ -67,11 +69,12 @@ async def test_vault_states(keyvault, proxy):
     """Shown to fail with `sealed` in `states.USABLE` (health), and with the errors of calls
     ignored in `Session.ask`."""
     key = await keyvault.add_active()
-    for name, fault in _STATES.items():
+    for name, (fault, states) in _STATES.items():
         proxy.all(fault)
         start = time.monotonic()
-        reason = await kv.try_lease(keyvault, key)
+        reason, state = await _state(keyvault, key)
         assert reason == "KEK_UNAVAILABLE", name
+        assert state in states.split(), name
         assert time.monotonic() - start < 2 + _SLACK, name
         if name not in ("473 on calls", "no JSON", "307"):
             await until(lambda: _not(keyvault.app.serving))

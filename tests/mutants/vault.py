@@ -24,14 +24,6 @@ MUTANTS = (
         (_INT + "test_vault_memory.py",),
     ),
     Mutant(
-        "Vault: the data key goes through immutable values",
-        _VT + "plaintext.py",
-        "    start, end = found.span(1)\n",
-        "    import base64\n    return Secret(base64.b64decode(found.group(1).decode() + '='))\n"
-        "    start, end = found.span(1)\n",
-        (_INT + "test_vault_memory.py",),
-    ),
-    Mutant(
         "Vault: a refused token is not replaced",
         _VT + "session.py",
         "if reply.status == 403 and await self._replaced(token):",

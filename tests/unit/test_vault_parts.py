@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import os
 
 import pytest
@@ -10,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.config import ConfigError
+from services.keyvault.kek import Backends
+from services.keyvault.kek.configured import open_anchor
+from services.keyvault.kek.local import Keyring, LocalBackend
 from services.keyvault.kek.vault import plaintext, states
 from services.keyvault.kek.vault.backend import VaultBackend
+from services.keyvault.kek.vault.log import KvAnchor
 from services.keyvault.kek.vault.login import CredentialError, Login
 from tests.harness.keyvault import Deployment
 
@@ -125,6 +130,18 @@ async def test_a_role_without_an_identity_can_not_use_it(tmp_path):
         await admin.generate_data_key("tenant/acme")
     with pytest.raises(RuntimeError):
         await admin.rewrap("tenant/acme", [b"vault:v1:AAAA"])
+
+
+def test_the_anchor_needs_a_place_that_is_configured(tmp_path):
+    vault = settings(tmp_path, anchor_file=None, vault_anchor="byokeep/anchor")
+    backend = VaultBackend(vault)
+    assert isinstance(open_anchor(vault, Backends(backend)), KvAnchor)
+    nowhere = dataclasses.replace(vault, vault_anchor="")
+    with pytest.raises(ConfigError, match="BYOKEEP_ANCHOR_FILE or BYOKEEP_VAULT_ANCHOR"):
+        open_anchor(nowhere, Backends(backend))
+    local = LocalBackend(None, Keyring({}, ""), "test")
+    with pytest.raises(ConfigError, match="vault is neither"):
+        open_anchor(vault, Backends(local))
 
 
 def test_every_state_has_a_sentence():
