@@ -44,6 +44,11 @@ class Settings(config.ServiceSettings):
     shred_after_seconds: int = config.setting(
         "a destroyed key's shred sweep waits so long for others to share it", default=30
     )
+    content_retention_days: int = config.setting(
+        "days after its day that a content key is kept; no less than the orchestrator's"
+        " findings_days",
+        default=90,
+    )
     database_connections: int = config.setting("connections to the database", default=8)
 
     vault_address: str | None = config.setting("https://host:port of Vault", default=None)

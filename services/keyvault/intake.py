@@ -1,4 +1,7 @@
-"""Sealed intake: hourly intake keys, and the one-shot process that opens a seal.
+"""Sealed intake: intake keys of an hour, and the one-shot process that opens a seal.
+
+Their private parts are wrapped under the KEK of their epoch (see `epochs`), which
+the admin role destroys: with it, what was sealed to them is noise.
 
 HPKE returns an immutable value, which can't be wiped; so a seal is opened by a
 fresh process that encrypts what it finds under a data key and ends. keyvault
@@ -26,10 +29,11 @@ from byokeep.keyvault.v1 import custody_pb2
 from byokeep.sealing import MAX_WINDOW, SealContext
 
 from services.common.errors import ByokeepError, internal
-from services.keyvault import kek
+from services.keyvault import epochs, kek
 from services.keyvault.database import Database
 from services.keyvault.envelope import Context, EnvelopeError, decrypt, encrypt
 from services.keyvault.intake_child import READY
+from services.keyvault.store import epochs as epoch_store
 from services.keyvault.store import intake as store
 from services.keyvault.system_keys import SigningKey
 
@@ -132,19 +136,20 @@ class IntakeKeys:
             for buffer in (message, private):
                 buffer[:] = bytes(len(buffer))
 
-    async def close_epochs(self) -> None:
-        """Delete intake keys whose window is over, and their KEKs first."""
-        for key_id, backend in await store.closed(self._database):
-            await self._backends.named(backend).destroy(kek.intake_kek(key_id))
-            await store.delete(self._database, key_id)
+    async def forget_closed(self) -> None:
+        """Delete intake keys whose window is over; their KEKs die with their epoch."""
+        await store.forget_closed(self._database)
 
     async def _make(self, suite: options_pb2.HpkeSuite.ValueType) -> store.IntakeKey:
         key_id = new_id("ink")
         private = hpke.PrivateKey.generate(suite)
         backend = self._backends.primary
-        await backend.create(kek.intake_kek(key_id))
-        data_key = await backend.generate_data_key(kek.intake_kek(key_id))
-        now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+        now = (await epoch_store.now(self._database)).replace(microsecond=0)
+        epoch = epochs.INTAKE.at(now)
+        try:
+            data_key = await backend.generate_data_key(kek.intake_kek(epoch))
+        except kek.KekMissingError:
+            raise epochs.missing(kek.intake_kek(epoch)) from None
         key = store.IntakeKey(
             key_id,
             suite,
@@ -154,7 +159,7 @@ class IntakeKeys:
             data_key.wrapped,
             b"",
             now,
-            now + MAX_WINDOW,
+            min(now + MAX_WINDOW, epochs.intake_close(epoch) - epochs.INTAKE_GRACE),
         )
         with data_key.plaintext as clear:
             sealed = encrypt(clear.reveal(), private.reveal(), self._context(key))
@@ -182,7 +187,8 @@ class IntakeKeys:
 
     async def _private(self, key: store.IntakeKey) -> bytearray:
         backend = self._backends.named(key.kek_backend)
-        wrapped = await backend.unwrap(kek.intake_kek(key.key_id), key.wrapped_dek)
+        name = kek.intake_kek(epochs.INTAKE.at(key.not_before))
+        wrapped = await backend.unwrap(name, key.wrapped_dek)
         with wrapped as data_key:
             return decrypt(data_key.reveal(), key.envelope, self._context(key))
 

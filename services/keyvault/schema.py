@@ -239,6 +239,28 @@ key_version = Table(
     ForeignKeyConstraint(["tenant", "key_id"], ["provider_key.tenant", "provider_key.key_id"]),
 )
 
+#: KEKs of epochs that were made and not yet destroyed; a backend lists none.
+epoch_kek = Table(
+    "epoch_kek",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("kek_backend", Text, primary_key=True),
+    _time("create_time"),
+)
+
+#: Data keys that the orchestrator's content keys are derived from, wrapped by their epoch's KEK.
+content_key = Table(
+    "content_key",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("epoch", Text, primary_key=True),
+    Column("kek_backend", Text, nullable=False),
+    Column("kek_version", Integer, nullable=False),
+    Column("wrapped_dek", LargeBinary, nullable=False),
+    _time("create_time"),
+    Index("content_key_epoch", "epoch"),
+)
+
 intake_key = Table(
     "intake_key",
     metadata,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
@@ -10,6 +11,7 @@ import grpc
 from byokeep.keyvault.v1 import (
     admin_pb2_grpc,
     audit_pb2_grpc,
+    content_pb2_grpc,
     custody_pb2_grpc,
     lease_pb2_grpc,
 )
@@ -21,6 +23,7 @@ from services.keyvault import (
     background,
     checkpoints,
     denials,
+    epochs,
     grants,
     kek,
     reconcile,
@@ -32,9 +35,11 @@ from services.keyvault import (
 from services.keyvault.anchor import Anchor
 from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.config import Settings
+from services.keyvault.content import ContentKeys
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database
 from services.keyvault.denials import Denials
+from services.keyvault.epochs import Epochs
 from services.keyvault.intake import IntakeKeys
 from services.keyvault.kek.configured import open_anchor, open_backends, open_signer
 from services.keyvault.leasing import Leasing
@@ -44,6 +49,7 @@ from services.keyvault.rewrap import Rewrap
 from services.keyvault.rotation import Rotation
 from services.keyvault.service.admin import AdminService
 from services.keyvault.service.audit import AuditService
+from services.keyvault.service.content import ContentKeyService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
 
@@ -91,6 +97,9 @@ class App:
         self._intake = IntakeKeys(
             self._database, self._backends, self._keys.intake_signing, settings.deployment
         )
+        retention = datetime.timedelta(days=settings.content_retention_days)
+        self._content = ContentKeys(self._database, self._backends, settings.deployment, retention)
+        self._epochs = Epochs(self._database, self._backends, settings.deployment, retention)
         self._custody = Custody(
             self._database,
             self._backends,
@@ -123,10 +132,13 @@ class App:
         self._reconcile = Reconcile(
             self._database, self._anchor, self._keys.state_mac, settings.deployment
         )
-        # Both have passed once before anything is served.
+        # All have passed once before anything is served.
         await self._anchor.tick()
         await self._reconcile.once()
         await self._revocations.start()
+        if self._role in ("all", "admin"):
+            # A backend that is away now must not keep the admin role from starting.
+            await background.each("epochs", (self._epochs.tick,), lambda step: step())
         self._run("denials", denials.TICK_SECONDS, self._denials.tick)
         self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
         self._run("checkpoints", checkpoints.TICK_SECONDS, self._checkpoints.tick)
@@ -140,9 +152,10 @@ class App:
         self._run("sweep", _SWEEP_SECONDS, self._leasing.expire, self._custody.sweep)
         if self._role in ("all", "data"):
             self._run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
+        self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
         if self._role in ("all", "admin"):
             self._run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
-        self._run("epochs", _SWEEP_SECONDS, self._intake.close_epochs)
+            self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
 
     async def serving(self) -> bool:
         """Say whether calls are worth sending here: every KEK backend would answer."""
@@ -153,6 +166,9 @@ class App:
         if self._role in ("all", "data"):
             custody_pb2_grpc.add_CustodyServiceServicer_to_server(
                 CustodyService(self._custody, self._intake), server
+            )
+            content_pb2_grpc.add_ContentKeyServiceServicer_to_server(
+                ContentKeyService(self._content), server
             )
             lease_pb2_grpc.add_LeaseServiceServicer_to_server(
                 LeaseService(self._leasing, self._revocations), server

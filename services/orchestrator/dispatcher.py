@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from byokeep import names
@@ -14,7 +15,7 @@ from byokeep.keyvault.v1 import custody_pb2
 
 from services.common import logs
 from services.common.errors import ByokeepError
-from services.orchestrator import domain
+from services.orchestrator import content, domain
 from services.orchestrator.domain import Failure
 from services.orchestrator.events import CANCEL, Events, Subscription
 from services.orchestrator.execution import Execution, Result, Stream
@@ -43,6 +44,7 @@ class Dispatcher:
         self,
         store: AttemptStore,
         keyvault: Keyvault,
+        contents: content.ContentKeys,
         verdicts: Verdicts,
         events: Events,
         execute: Callable[..., Stream],
@@ -52,6 +54,7 @@ class Dispatcher:
         """`execute` opens a stream to a runner, `sign` signs a grant for a public key."""
         self._store = store
         self._keyvault = keyvault
+        self._contents = contents
         self._verdicts = verdicts
         self._events = events
         self._execute = execute
@@ -62,6 +65,8 @@ class Dispatcher:
     async def handle(self, attempt_id: str) -> None:
         """Run an attempt, unless it is not there to be run: the queue may tell twice."""
         work = await self._store.claim(attempt_id)
+        if work is not None and work.review_id:
+            work = await self._opened(work)
         if work is None:
             return
         seconds = self._seconds if work.review_id else min(self._seconds, _VALIDATION_SECONDS)
@@ -92,6 +97,17 @@ class Dispatcher:
         alive = await self._store.heartbeat(list(ours))
         for attempt_id in ours.keys() - alive:
             await ours[attempt_id].stop()
+
+    async def _opened(self, work: Work) -> Work | None:
+        """Open what is to be reviewed; where it can't be, the attempt has ended with that."""
+        try:
+            key = await self._contents.of(work.tenant, work.input)
+            clear = key.open(work.review_id, content.INPUT, work.input)
+            return replace(work, input=clear, content_key=key)
+        except ByokeepError as error:
+            failure = domain.unopened(error)
+        await self._finish(work, Result(failure))
+        return None
 
     async def _run(self, work: Work, execution: Execution) -> None:
         failed: Exception | None = None

@@ -146,6 +146,7 @@ _FINAL: Final = frozenset(
         "REFUSED",
         "AMBIGUOUS",
         "KEY_REVOKED",
+        "DAILY_LIMIT",
     }
 )
 NEWER_VERSION_HELPS: Final = frozenset({"KEY_REJECTED", "KEY_REVOKED", "LEASE_REFUSED"})
@@ -160,14 +161,23 @@ def retry_delay(failure: Failure, tries: int) -> float | None:
     """Return the seconds until an attempt's successor starts, or None where none may."""
     if failure.ambiguous or failure.reason in _FINAL or not failure.retryable:
         return None
-    # Without a runner nothing was sent: patience costs nobody anything.
-    unsent = failure.reason == "RUNNER_UNAVAILABLE"
+    # Nothing was sent: patience costs nobody anything.
+    unsent = failure.reason in ("RUNNER_UNAVAILABLE", "KEYVAULT_UNAVAILABLE")
     if tries >= (_MAX_TRIES_UNSENT if unsent else MAX_TRIES):
         return None
     if failure.retry_after_seconds > _MAX_RETRY_AFTER:
         return None
     backoff = 2.0 ** (tries - 1) * _dice.uniform(0.8, 1.2)
     return max(backoff, failure.retry_after_seconds)
+
+
+def unopened(error: ByokeepError) -> Failure:
+    """Return what it means for an attempt that its content could not be opened."""
+    if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        return Failure("KEYVAULT_UNAVAILABLE", retryable=True)
+    if error.reason in ("CONTENT_EXPIRED", "ROW_TAMPERED"):
+        return Failure("CONTENT_UNREADABLE")
+    return Failure("INTERNAL")
 
 
 def validation_delay(attempts: int) -> float:
@@ -220,7 +230,11 @@ _SENTENCES: Final[Mapping[str, str]] = {
     "RUNNER_UNAVAILABLE": "No runner answered. Run 'byokeep review retry {review}' later.",
     "TIMEOUT": "The attempt took longer than it may. Run 'byokeep review retry {review}', or"
     " review a smaller diff.",
+    "DAILY_LIMIT": "The tenant's ceiling of provider calls in 24 hours is reached; nothing more was"
+    " sent. Run 'byokeep review retry {review}' later, or raise it with 'byokeep limit set'.",
     "INTERNAL": "Something unforeseen happened; the service's log has more.",
+    "CONTENT_UNREADABLE": "What was submitted can't be opened any more. Submit it again.",
+    "KEYVAULT_UNAVAILABLE": "keyvault did not answer. Run 'byokeep review retry {review}' later.",
 }
 
 

@@ -28,7 +28,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.common import logs
 from services.orchestrator.domain import Failure, failure_name
 from services.orchestrator.grants import Subject
-from services.orchestrator.store_attempts import Fenced, Trail, Work
+from services.orchestrator.store_attempts import DailyLimit, Fenced, Trail, Work
 
 Stream: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Journal(Protocol):
     async def call_started(
         self, work: Work, trail: Trail, *, number: int, chunk_id: str, chunks_total: int
     ) -> None:
-        """Store a provider call before it is made."""
+        """Store a provider call before it is made. Raises DailyLimit where it may not be."""
 
     async def chunk_done(
         self, work: Work, chunk_id: str, findings: Sequence[review_pb2.Finding], dropped: int
@@ -101,6 +101,7 @@ class Execution:
         self._deadline: asyncio.Timeout | None = None
         self._writing = asyncio.Lock()
         self._lost = False
+        self._refused: Failure | None = None
         self._call_open = False
         self._acked = 0
         self._calls = 0
@@ -210,6 +211,9 @@ class Execution:
                     await self._say(ack=runner_pb2.Ack(sequence=response.sequence))
                 except Fenced:
                     await self.stop()
+                except DailyLimit:
+                    self._refused = Failure("DAILY_LIMIT")
+                    await self.stop()
         return False
 
     async def _accepted(self, accepted: runner_pb2.Accepted) -> None:
@@ -266,6 +270,8 @@ class Execution:
         result = replace(
             self._result, could_finish=self._work.calls_left - self._calls >= max(left, 1)
         )
+        if self._refused is not None:
+            return replace(result, failure=self._refused)
         if result.failure is None and left:
             # A runner that says "done" and is not has a defect.
             logs.event(log, "chunks_missing", level=logging.ERROR, attempt=self._work.attempt_id)

@@ -1,4 +1,7 @@
-"""Calls to keyvault's CustodyService; its typed errors pass unchanged to our own caller."""
+"""Calls to keyvault: its CustodyService and its ContentKeyService.
+
+Its typed errors pass unchanged to our own caller.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Final, TypeVar
 
 import grpc
 from byokeep import names
-from byokeep.keyvault.v1 import custody_pb2, custody_pb2_grpc
+from byokeep.keyvault.v1 import content_pb2, content_pb2_grpc, custody_pb2, custody_pb2_grpc
 
 from services.common.errors import ByokeepError, from_rpc
 
@@ -22,6 +25,7 @@ class Keyvault:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         """Use a channel that presents our identity."""
         self._stub = custody_pb2_grpc.CustodyServiceStub(channel)
+        self._content = content_pb2_grpc.ContentKeyServiceStub(channel)
 
     async def intake_key(
         self, request: custody_pb2.GetIntakeKeyRequest
@@ -94,6 +98,11 @@ class Keyvault:
             token = page.next_page_token
             if not token:
                 return found
+
+    async def content_key(self, tenant: str, epoch: str) -> content_pb2.GetContentKeyResponse:
+        """Return a tenant's content key; an empty epoch is the current one."""
+        request = content_pb2.GetContentKeyRequest(tenant=names.tenant_name(tenant), epoch=epoch)
+        return await _told(self._content.GetContentKey(request, timeout=_SECONDS))
 
 
 async def _told(call: Awaitable[T]) -> T:

@@ -7,13 +7,21 @@ from dataclasses import dataclass
 from typing import Final
 
 import grpc
-from byokeep import names
+from byokeep import ids, names
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc
 
 from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
-from services.orchestrator import access, domain, exports, paging, planning, store_requests
+from services.orchestrator import (
+    access,
+    content,
+    domain,
+    exports,
+    paging,
+    planning,
+    store_requests,
+)
 from services.orchestrator.config import Settings
 from services.orchestrator.events import REVIEW, Events
 from services.orchestrator.keyvault_client import Keyvault
@@ -53,6 +61,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         attempts: AttemptStore,
         tenants: TenantStore,
         keyvault: Keyvault,
+        contents: content.ContentKeys,
         catalog: Catalog,
         events: Events,
     ) -> None:
@@ -62,6 +71,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self._attempts = attempts
         self._tenants = tenants
         self._keyvault = keyvault
+        self._contents = contents
         self._catalog = catalog
         self._planner = planning.Planner(catalog)
         self._events = events
@@ -170,7 +180,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 "the review has ended already",
                 state=row.state,
             )
-        return review_pb2.CancelReviewResponse(review=await self._with_findings(row))
+        return review_pb2.CancelReviewResponse(review=_message(row))
 
     async def RetryReview(
         self, request: review_pb2.RetryReviewRequest, context: object
@@ -192,7 +202,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 max_calls=self._max_calls(rights),
             )
             row = await self._reviews.get(rights.tenant.id, review_id)
-        return review_pb2.RetryReviewResponse(review=await self._with_findings(row))
+        return review_pb2.RetryReviewResponse(review=_message(row))
 
     async def ExportReview(
         self, request: review_pb2.ExportReviewRequest, context: object
@@ -215,8 +225,11 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     ) -> ReviewRow:
         prepared = await self._prepare(rights, wanted)
         planning.require_calls(prepared.plan, prepared.max_calls)
+        content_key = await self._contents.current(rights.tenant.id)
+        review_id = ids.new_id("rev")
         return await self._reviews.submit(
             Submission(
+                id=review_id,
                 tenant=rights.tenant.id,
                 scope=scope,
                 digest=digest,
@@ -230,9 +243,10 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 actor=rights.actor(wanted.user),
                 max_calls=prepared.max_calls,
                 chunks_total=len(prepared.plan.chunks),
-                input=wanted.SerializeToString(),
+                input=content_key.seal(review_id, content.INPUT, wanted.SerializeToString()),
             ),
             _reviews_per_day(rights),
+            rights.tenant.max_calls_per_day,
         )
 
     def _require_sender(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> None:
@@ -277,7 +291,12 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     async def _with_findings(self, row: ReviewRow) -> review_pb2.Review:
         if not row.finding_count:
             return _message(row)
-        return _message(row, await self._reviews.findings(row.id))
+        sealed = await self._reviews.findings(row.id)
+        if not sealed:
+            raise content.expired()
+        # All of one review, so of one epoch.
+        key = await self._contents.of(row.tenant, next(iter(sealed.values())))
+        return _message(row, content.open_findings(key, row.id, sealed))
 
 
 def _scope(request: review_pb2.SubmitReviewRequest) -> str:

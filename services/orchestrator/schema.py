@@ -1,6 +1,7 @@
 """The orchestrator's tables. Migrations build them; a test compares the two.
 
-No table has a column for a provider key, token usage or cost. States, plans, verdicts and
+No table has a column for a provider key, token usage or cost; what customers write and models
+answer stands in two columns, encrypted. States, plans, verdicts and
 failures stand as the short names of their proto enums.
 """
 
@@ -75,6 +76,7 @@ tenant = Table(
     _text("default_model"),
     _count("max_diff_bytes"),
     _count("max_calls_per_review"),
+    _count("max_calls_per_day"),
     Column("max_reviews_per_day", BigInteger, nullable=False, server_default=text("0")),
     _count("settings_version"),
     _created(),
@@ -182,24 +184,9 @@ review_content = Table(
     "review_content",
     metadata,
     _review_key(),
-    # A serialized ReviewInput: diff, title, description, guidance, context files.
+    # A serialized ReviewInput (diff, title, description, guidance, context files), sealed:
+    # content.py.
     Column("input", LargeBinary, nullable=False),
-)
-
-finding = Table(
-    "finding",
-    metadata,
-    _review_key(),
-    Column("chunk_id", Text, primary_key=True),
-    Column("ordinal", Integer, primary_key=True),
-    _text("path", default=None),
-    _count("start_line"),
-    _count("end_line"),
-    Column("severity", SmallInteger, nullable=False),
-    Column("category", SmallInteger, nullable=False),
-    _text("title", default=None),
-    _text("message", default=None),
-    _text("suggestion"),
 )
 
 attempt = Table(
@@ -256,4 +243,6 @@ chunk_done = Table(
     _review_key(),
     Column("chunk_id", Text, primary_key=True),
     _text("attempt_id", default=None),
+    # A serialized Review with the chunk's findings alone, sealed; NULL where there are none.
+    Column("findings", LargeBinary),
 )

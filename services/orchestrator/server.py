@@ -22,6 +22,7 @@ from services.common import authz, logs, models
 from services.common.config import ConfigError
 from services.orchestrator.access import Authority
 from services.orchestrator.config import Settings, database_url
+from services.orchestrator.content import ContentKeys
 from services.orchestrator.database import Database
 from services.orchestrator.dispatcher import Dispatcher
 from services.orchestrator.events import Events
@@ -80,10 +81,12 @@ class App:
         runner_channel = aio_channel(settings.runner_address, settings.runner_name, settings.tls)
         self._channels = [keyvault_channel, runner_channel]
         self.keyvault = Keyvault(keyvault_channel)
+        self._contents = ContentKeys(self.keyvault.content_key)
         verdicts = Verdicts(self.keys, self.keyvault)
         self.dispatcher = Dispatcher(
             self.attempts,
             self.keyvault,
+            self._contents,
             verdicts,
             self._events,
             runner_pb2_grpc.RunnerServiceStub(runner_channel).Execute,
@@ -138,6 +141,7 @@ class App:
                 self.attempts,
                 self.tenants,
                 self.keyvault,
+                self._contents,
                 self._catalog,
                 self._events,
             ),

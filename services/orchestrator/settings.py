@@ -17,7 +17,13 @@ from services.orchestrator.store_keys import KeyStore
 from services.orchestrator.store_tenants import TenantRow, TenantStore
 from services.orchestrator.tenants import plan_name
 
-_FIELDS: Final = ("default_model", "max_diff_bytes", "max_calls_per_review", "max_reviews_per_day")
+_FIELDS: Final = (
+    "default_model",
+    "max_diff_bytes",
+    "max_calls_per_review",
+    "max_calls_per_day",
+    "max_reviews_per_day",
+)
 _NAME: Final = re.compile(r"tenants/[^/]+/settings")
 _MODELS_A_PAGE: Final = 200
 
@@ -142,6 +148,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             ],
             max_diff_bytes=row.max_diff_bytes,
             max_calls_per_review=row.max_calls_per_review,
+            max_calls_per_day=row.max_calls_per_day,
             max_reviews_per_day=row.max_reviews_per_day,
             etag=row.etag,
         )

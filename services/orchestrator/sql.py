@@ -40,7 +40,10 @@ SUBMIT: Final = """
     SELECT rev.*, att.admitted, coalesce((
             SELECT sum(events) FROM rate_bucket
             WHERE scope = 'reviews:' || %(tenant)s AND hour > now() - interval '24 hours'
-        ), 0) AS earlier_today
+        ), 0) AS earlier_today, coalesce((
+            SELECT sum(events) FROM rate_bucket
+            WHERE scope = 'calls:' || %(tenant)s AND hour > now() - interval '24 hours'
+        ), 0) AS calls_today
     FROM rev, att"""
 
 RETRY: Final = """
@@ -92,11 +95,29 @@ CLAIM: Final = """
                 AND v.version = a.key_version
     """
 
+# A review's call is counted before it is stored, and not at all above the tenant's ceiling: the
+# row of the hour orders all who count. The hours before it don't change any more.
 CALL_STARTED: Final = """
-    WITH a AS (
+    WITH due AS (
+        SELECT attempt.kind, tenant.id AS tenant, tenant.max_calls_per_day AS ceiling,
+            (SELECT coalesce(sum(events), 0) FROM rate_bucket
+             WHERE scope = 'calls:' || tenant.id AND hour > now() - interval '24 hours'
+                AND hour < date_trunc('hour', now())) AS earlier
+        FROM attempt JOIN tenant ON tenant.id = attempt.tenant
+        WHERE attempt.id = %(id)s AND fence = %(fence)s AND attempt.state = 'RUNNING'
+        FOR UPDATE OF attempt),
+    day AS (
+        INSERT INTO rate_bucket (scope, hour, events)
+        SELECT 'calls:' || tenant, date_trunc('hour', now()), 1 FROM due
+        WHERE kind = 'REVIEW' AND (ceiling = 0 OR earlier < ceiling)
+        ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1
+            WHERE (SELECT ceiling = 0 OR earlier + rate_bucket.events < ceiling FROM due)
+        RETURNING 1),
+    a AS (
         UPDATE attempt SET calls_started = calls_started + 1,
             lease_id = %(lease_id)s, process_id = %(process_id)s
-        WHERE id = %(id)s AND fence = %(fence)s AND state = 'RUNNING'
+        FROM due
+        WHERE attempt.id = %(id)s AND (due.kind = 'VALIDATION' OR EXISTS (SELECT FROM day))
         RETURNING review_id),
     f AS (
         UPDATE provider_call SET finish_time = now()
@@ -108,7 +129,7 @@ CALL_STARTED: Final = """
         UPDATE review SET calls_started = calls_started + 1, chunks_total = %(chunks_total)s,
             version = version + 1
         FROM a WHERE review.id = a.review_id)
-    SELECT 1 FROM a"""
+    SELECT EXISTS (SELECT FROM a) AS stored FROM due"""
 
 CHUNK_DONE: Final = """
     WITH a AS (
@@ -118,24 +139,12 @@ CHUNK_DONE: Final = """
         UPDATE provider_call SET finish_time = now()
         WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
     d AS (
-        INSERT INTO chunk_done (review_id, chunk_id, attempt_id)
-        SELECT review_id, %(chunk_id)s, %(id)s FROM a
-        ON CONFLICT DO NOTHING RETURNING review_id, chunk_id),
-    n AS (
-        INSERT INTO finding (review_id, chunk_id, ordinal, path, start_line, end_line,
-            severity, category, title, message, suggestion)
-        SELECT d.review_id, d.chunk_id, u.ordinal, u.path, u.start_line, u.end_line,
-            u.severity, u.category, u.title, u.message, u.suggestion
-        FROM d, unnest(
-            CAST(%(paths)s AS text[]), CAST(%(start_lines)s AS int[]), CAST(%(end_lines)s AS int[]),
-            CAST(%(severities)s AS smallint[]), CAST(%(categories)s AS smallint[]),
-            CAST(%(titles)s AS text[]), CAST(%(messages)s AS text[]),
-            CAST(%(suggestions)s AS text[])
-        ) WITH ORDINALITY AS u(path, start_line, end_line, severity, category, title,
-            message, suggestion, ordinal)),
+        INSERT INTO chunk_done (review_id, chunk_id, attempt_id, findings)
+        SELECT review_id, %(chunk_id)s, %(id)s, CAST(%(findings)s AS bytea) FROM a
+        ON CONFLICT DO NOTHING RETURNING review_id),
     r AS (
         UPDATE review SET chunks_done = chunks_done + 1, version = version + 1,
-            finding_count = finding_count + cardinality(CAST(%(paths)s AS text[])),
+            finding_count = finding_count + %(finding_count)s,
             dropped_findings = dropped_findings + %(dropped)s
         FROM d WHERE review.id = d.review_id
         RETURNING review.id, chunks_done < chunks_total AS more)
@@ -299,8 +308,10 @@ DROP_CONTENT: Final = """
         AND end_time < now() - make_interval(hours => %(hours)s)"""
 
 DROP_FINDINGS: Final = """
-    DELETE FROM finding USING review
-    WHERE review.id = finding.review_id AND end_time < now() - make_interval(days => %(days)s)"""
+    DELETE FROM chunk_done USING review
+    WHERE review.id = chunk_done.review_id AND end_time < now() - make_interval(days => %(days)s)
+        -- A review that can be retried still needs to know what is done.
+        AND NOT EXISTS (SELECT FROM review_content c WHERE c.review_id = review.id)"""
 
 DROP_REQUESTS: Final = "DELETE FROM request WHERE create_time < now() - interval '7 days'"
 

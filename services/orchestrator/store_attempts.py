@@ -15,8 +15,9 @@ from typing import Any, LiteralString
 from byokeep import ids
 from byokeep.orchestrator.v1.review_pb2 import Finding
 
-from services.orchestrator import sql
-from services.orchestrator.database import Database, Session
+from services.common.errors import internal
+from services.orchestrator import content, sql
+from services.orchestrator.database import Database, Row, Session
 from services.orchestrator.domain import PLANS
 from services.orchestrator.queue import Queue
 
@@ -25,9 +26,16 @@ class Fenced(Exception):
     """The attempt is not ours any more: it was cancelled, or another took over."""
 
 
+class DailyLimit(Exception):
+    """The tenant's ceiling of provider calls in 24 hours is reached: the call may not be made."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A claimed attempt, with all that it takes to run it."""
+    """A claimed attempt, with all that it takes to run it.
+
+    `input` is sealed as it comes from the table; `content_key` is there once it is opened.
+    """
 
     attempt_id: str
     kind: str
@@ -47,6 +55,7 @@ class Work:
     validations: int
     validation_hours: float
     destroy_previous: bool
+    content_key: content.ContentKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +135,11 @@ class AttemptStore:
     async def call_started(
         self, work: Work, trail: Trail, *, number: int, chunk_id: str, chunks_total: int
     ) -> None:
-        """Store a provider call before it is made, with who makes it. Raises Fenced."""
-        await self._guarded(
+        """Store a provider call before it is made, with who makes it.
+
+        Raises Fenced, DailyLimit.
+        """
+        row = await self._guarded(
             sql.CALL_STARTED,
             {
                 "id": work.attempt_id,
@@ -139,6 +151,8 @@ class AttemptStore:
                 "chunks_total": chunks_total,
             },
         )
+        if not row.stored:
+            raise DailyLimit
 
     async def chunk_done(
         self, work: Work, chunk_id: str, findings: Sequence[Finding], dropped: int
@@ -151,14 +165,8 @@ class AttemptStore:
                 "fence": work.fence,
                 "chunk_id": chunk_id,
                 "dropped": dropped,
-                "paths": [one.path for one in findings],
-                "start_lines": [one.start_line for one in findings],
-                "end_lines": [one.end_line for one in findings],
-                "severities": [int(one.severity) for one in findings],
-                "categories": [int(one.category) for one in findings],
-                "titles": [one.title for one in findings],
-                "messages": [one.message for one in findings],
-                "suggestions": [one.suggestion for one in findings],
+                "finding_count": len(findings),
+                "findings": _sealed(work, chunk_id, findings) if findings else None,
             },
         )
 
@@ -329,9 +337,9 @@ class AttemptStore:
                 session.connection, following["next_id"], delay_seconds=successor.delay_seconds
             )
 
-    async def _guarded(self, statement: LiteralString, parameters: Mapping[str, Any]) -> None:
+    async def _guarded(self, statement: LiteralString, parameters: Mapping[str, Any]) -> Row:
         async with self._database.statement() as session:
-            await _one(session, statement, parameters)
+            return await _one(session, statement, parameters)
 
 
 async def lock_tenant(session: Session, tenant: str) -> str:
@@ -345,6 +353,12 @@ async def _one(session: Session, statement: LiteralString, parameters: Mapping[s
     if row is None:
         raise Fenced
     return row
+
+
+def _sealed(work: Work, chunk_id: str, findings: Sequence[Finding]) -> bytes:
+    if work.content_key is None:
+        raise internal()
+    return content.seal_findings(work.content_key, work.review_id, chunk_id, findings)
 
 
 def _trail(trail: Trail) -> dict[str, Any]:

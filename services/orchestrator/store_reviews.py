@@ -64,15 +64,16 @@ _PAGE: Final = f"""
 ORDER BY id DESC LIMIT %(limit)s
 """
 _FINDINGS: Final = """
-SELECT path, start_line, end_line, severity, category, title, message, suggestion
-FROM finding WHERE review_id = %(review_id)s ORDER BY path, start_line, ordinal
+SELECT chunk_id, findings FROM chunk_done
+WHERE review_id = %(review_id)s AND findings IS NOT NULL
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A review that is to be stored; `scope` and `digest` make it idempotent."""
+    """A review that is to be stored, its input sealed; `scope` and `digest` make it idempotent."""
 
+    id: str
     tenant: str
     scope: str
     digest: bytes
@@ -104,7 +105,7 @@ class ReviewStore:
             review_id = await store_requests.seen(session, tenant, SUBMIT, scope, digest)
         return None if review_id is None else await self.get(tenant, review_id)
 
-    async def submit(self, new: Submission, reviews_per_day: int) -> ReviewRow:
+    async def submit(self, new: Submission, reviews_per_day: int, calls_per_day: int) -> ReviewRow:
         """Store a review with its content and first attempt, and enqueue it: all or nothing.
 
         Raises:
@@ -113,14 +114,16 @@ class ReviewStore:
         """
         attempt_id = ids.new_id("att")
         parameters = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
-        parameters |= {"id": ids.new_id("rev"), "attempt_id": attempt_id}
+        parameters["attempt_id"] = attempt_id
         async with self._database.transaction() as session:
             parameters["places"] = await _places(session, new.tenant)
             row = await session.one(sql.SUBMIT, parameters)
             if row is None:
                 raise store_requests.Repeated
             if row.earlier_today >= reviews_per_day:
-                raise _daily_limit(reviews_per_day)
+                raise _daily_limit("reviews", reviews_per_day)
+            if 0 < calls_per_day < row.calls_today + new.chunks_total:
+                raise _daily_limit("provider calls", calls_per_day)
             if row.admitted:
                 await self._queue.enqueue(session.connection, attempt_id)
         if not row.admitted:
@@ -139,22 +142,11 @@ class ReviewStore:
             )
         return _review(row)
 
-    async def findings(self, review_id: str) -> list[review_pb2.Finding]:
-        """Return a review's findings by path and line."""
+    async def findings(self, review_id: str) -> dict[str, bytes]:
+        """Return a review's findings by chunk, sealed."""
         async with self._database.statement() as session:
-            return [
-                review_pb2.Finding(
-                    path=row.path,
-                    start_line=row.start_line,
-                    end_line=row.end_line,
-                    severity=review_pb2.Severity.ValueType(row.severity),
-                    category=review_pb2.Category.ValueType(row.category),
-                    title=row.title,
-                    message=row.message,
-                    suggestion=row.suggestion,
-                )
-                for row in await session.all(_FINDINGS, {"review_id": review_id})
-            ]
+            found = await session.all(_FINDINGS, {"review_id": review_id})
+        return {row.chunk_id: row.findings for row in found}
 
     async def page(
         self, tenant: str, before: str, limit: int, repository: str, *, of_users: bool
@@ -233,11 +225,11 @@ async def _places(session: Session, tenant: str) -> int:
     return PLANS[row.plan].attempts_in_flight
 
 
-def _daily_limit(limit: int) -> ByokeepError:
+def _daily_limit(what: str, limit: int) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "DAILY_LIMIT",
-        f"{limit} reviews were submitted within 24 hours, which is the limit; try again later",
+        f"this would be more than the tenant's {limit} {what} within 24 hours; try again later",
         retry_after_seconds=3600,
         limit=str(limit),
         window="1d",

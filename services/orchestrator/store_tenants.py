@@ -25,6 +25,7 @@ class TenantRow:
     default_model: str
     max_diff_bytes: int
     max_calls_per_review: int
+    max_calls_per_day: int
     max_reviews_per_day: int
     settings_version: int
     create_time: datetime
@@ -56,8 +57,8 @@ class RightsRow:
 
 _COLUMNS = """
 tenant.id, tenant.state, tenant.plan, tenant.default_model, tenant.max_diff_bytes,
-tenant.max_calls_per_review, tenant.max_reviews_per_day, tenant.settings_version,
-tenant.create_time
+tenant.max_calls_per_review, tenant.max_calls_per_day, tenant.max_reviews_per_day,
+tenant.settings_version, tenant.create_time
 """
 _WIDTH = len(TenantRow.__dataclass_fields__)
 
@@ -117,6 +118,7 @@ UPDATE tenant SET settings_version = settings_version + 1,
     default_model = coalesce(%(default_model)s, default_model),
     max_diff_bytes = coalesce(%(max_diff_bytes)s, max_diff_bytes),
     max_calls_per_review = coalesce(%(max_calls_per_review)s, max_calls_per_review),
+    max_calls_per_day = coalesce(%(max_calls_per_day)s, max_calls_per_day),
     max_reviews_per_day = coalesce(%(max_reviews_per_day)s, max_reviews_per_day)
 WHERE id = %(tenant)s
 """
@@ -125,6 +127,7 @@ _SETTABLE = (
     "default_model",
     "max_diff_bytes",
     "max_calls_per_review",
+    "max_calls_per_day",
     "max_reviews_per_day",
 )
 

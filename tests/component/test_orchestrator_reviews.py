@@ -345,6 +345,46 @@ async def test_daily_limit(stack: Stack) -> None:
     assert await stack.sql("SELECT count(*) FROM review") == [(2,)]
 
 
+async def test_no_call_above_the_days_ceiling(stack: Stack) -> None:
+    """However many calls an attempt wants, and whatever the submission was told before."""
+    told: list[bool] = []
+
+    async def greedy(talk: Conversation) -> None:
+        await talk.accept("c1")
+        for number in range(1, 4):
+            await talk.call("c1", number)
+        started = runner_pb2.CallStarted(chunk_id="c1", call_number=4)
+        sequence = await talk.say(call_started=started)
+        answers = {
+            asyncio.create_task(one) for one in (talk.cancelled.wait(), talk.acked(sequence))
+        }
+        await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+        for answer in answers:
+            answer.cancel()
+        told.append(talk.cancelled.is_set())
+        await talk.end(review_pb2.FAILURE_REASON_INTERNAL)
+
+    await stack.client("acme").settings.UpdateSettings(
+        settings_pb2.UpdateSettingsRequest(
+            settings=settings_pb2.Settings(name="tenants/acme/settings", max_calls_per_day=3),
+            update_mask={"paths": ["max_calls_per_day"]},
+            request_id=request_id(),
+        )
+    )
+    stack.runner.scripts = [greedy]
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.failure) == (FAILED, review_pb2.FAILURE_REASON_DAILY_LIMIT)
+    assert (review.calls_started, review.attempts, told) == (3, 1, [True])
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit()
+    info = error_info(refused.value)
+    assert (info.reason, info.metadata["limit"]) == ("DAILY_LIMIT", "3")
+    # An hour later, the first call of the hour counts those before.
+    await stack.sql("UPDATE rate_bucket SET hour = hour - interval '1 hour'")
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stack.submit()
+
+
 async def test_tenant_has_so_many_places_and_the_rest_waits(stack: Stack) -> None:
     await stack.tenant("small", plan=tenant_pb2.PLAN_STARTER)
     stack.keyvault.add("small")
@@ -433,10 +473,13 @@ async def test_content_of_a_failed_review_is_kept_for_a_day(stack: Stack) -> Non
 
 
 async def test_findings_are_deleted_after_their_retention(stack: Stack) -> None:
-    await stack.ended(await stack.submit())
+    review = await stack.ended(await stack.submit())
     await stack.sql("UPDATE review SET end_time = now() - interval '91 days'")
     await stack.app.sweeper.retention()
-    assert await stack.sql("SELECT * FROM finding") == []
+    assert await stack.sql("SELECT * FROM chunk_done") == []
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("acme").reviews.GetReview(review_pb2.GetReviewRequest(name=review.name))
+    assert error_info(refused.value).reason == "CONTENT_EXPIRED"
 
 
 async def test_dry_run_stores_and_sends_nothing(stack: Stack) -> None:
@@ -554,7 +597,7 @@ async def test_our_own_defect_ends_the_attempt_at_once(stack: Stack) -> None:
     async def unstorable(talk: Conversation) -> None:
         await talk.accept("c1")
         await talk.call("c1")
-        await talk.result("c1", review_pb2.Finding(path="a\0b"))
+        await talk.result("c1\0", finding())
 
     stack.runner.scripts = [unstorable]
     review = await stack.ended(await stack.submit())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ import psycopg
 import psycopg.sql
 from byokeep import ids, names
 from byokeep.common.v1 import options_pb2
-from byokeep.keyvault.v1 import custody_pb2, custody_pb2_grpc
+from byokeep.keyvault.v1 import content_pb2, content_pb2_grpc, custody_pb2, custody_pb2_grpc
 from byokeep.orchestrator.v1 import (
     key_pb2,
     key_pb2_grpc,
@@ -57,13 +58,18 @@ def spiffe(name: str) -> str:
     return f"spiffe://{DOMAIN}/client/{name}"
 
 
-class FakeKeyvault(custody_pb2_grpc.CustodyServiceServicer):
+class FakeKeyvault(
+    custody_pb2_grpc.CustodyServiceServicer, content_pb2_grpc.ContentKeyServiceServicer
+):
     """Keeps keys in a dict, and what it was asked."""
 
     def __init__(self) -> None:
         self.keys: dict[str, custody_pb2.ProviderKey] = {}
+        self.epoch = "2026-11-23"
+        self.content_keys: dict[tuple[str, str], bytes] = {}
         self.calls: list[Any] = []
         self.away = False
+        self.no_content_keys = False
 
     def add(
         self,
@@ -211,6 +217,21 @@ class FakeKeyvault(custody_pb2_grpc.CustodyServiceServicer):
                 and (request.show_destroyed or key.state != gone)
             ]
         )
+
+    async def GetContentKey(self, request, context):
+        await self._heard(request, context)
+        if self.no_content_keys:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
+        epoch = request.epoch or self.epoch
+        if not request.epoch:
+            self.content_keys.setdefault((request.tenant, epoch), os.urandom(32))
+        key = self.content_keys.get((request.tenant, epoch))
+        if key is None:
+            error = ByokeepError(
+                grpc.StatusCode.FAILED_PRECONDITION, "CONTENT_EXPIRED", "gone", epoch=epoch
+            )
+            await context.abort(error.code, error.message, error.trailing_metadata())
+        return content_pb2.GetContentKeyResponse(epoch=epoch, key=key)
 
     def asked(self, kind: type) -> list[Any]:
         return [one for one in self.calls if isinstance(one, kind)]
@@ -552,6 +573,7 @@ async def running(database_url: str, folder: Path, **overrides: Any) -> AsyncIte
     keyvault, runner = FakeKeyvault(), FakeRunner()
     services = grpc.aio.server()
     custody_pb2_grpc.add_CustodyServiceServicer_to_server(keyvault, services)
+    content_pb2_grpc.add_ContentKeyServiceServicer_to_server(keyvault, services)
     runner_pb2_grpc.add_RunnerServiceServicer_to_server(runner, services)
     port = services.add_secure_port("127.0.0.1:0", _credentials(authority, folder, "services"))
     await services.start()

@@ -244,12 +244,12 @@ MUTANTS = (
         _KV + "store/intake.py",
         "WHERE key_id = %s AND not_after + interval '5 minutes' > now()",
         "WHERE key_id = %s",
-        (_SEC + "test_intake.py::test_intake_replay_of_a_closed_epoch",),
+        (_SEC + "test_intake.py::test_intake_replay_of_a_closed_window",),
     ),
     Mutant(
         "epoch KEKs are not destroyed",
-        _KV + "intake.py",
-        "            await self._backend.destroy(kek.intake_kek(key_id))\n",
+        _KV + "epochs.py",
+        "        await backend.destroy(one.name)\n",
         "",
         (_SEC + "test_intake.py::test_intake_replay_of_a_closed_epoch",),
     ),
@@ -320,9 +320,9 @@ MUTANTS = (
     Mutant(
         "a call of a fenced attempt is stored",
         _OR + "sql.py",
-        "            lease_id = %(lease_id)s, process_id = %(process_id)s\n        WHERE id = %(id)s "
-        + _GUARD,
-        "            lease_id = %(lease_id)s, process_id = %(process_id)s\n        WHERE id = %(id)s AND %(fence)s > 0",
+        "WHERE attempt.id = %(id)s AND fence = %(fence)s AND attempt.state = 'RUNNING'\n"
+        "        FOR UPDATE OF attempt)",
+        "WHERE attempt.id = %(id)s AND %(fence)s > 0 FOR UPDATE OF attempt)",
         (_FENCE,),
     ),
     Mutant(
@@ -499,5 +499,133 @@ MUTANTS = (
             "tests/component/test_orchestrator_reviews.py"
             "::test_open_call_is_taken_up_again_where_the_stream_breaks",
         ),
+    ),
+    Mutant(
+        "content is stored in clear",
+        _OR + "content.py",
+        "        return cls(tenant, epoch, AESGCM(material[:32]), material[32:])\n",
+        '        clear = type("C", (), {"encrypt": lambda s, n, p, a: p + bytes(16),'
+        ' "decrypt": lambda s, n, c, a: c[:-16]})\n'
+        "        return cls(tenant, epoch, clear(), material[32:])\n",
+        (_SEC + "test_content_at_rest.py",),
+    ),
+    Mutant(
+        "content is not bound to its review",
+        _OR + "content.py",
+        "self.tenant, self.epoch, review_id, field)",
+        "self.tenant, self.epoch, field)",
+        ("tests/unit/test_content.py::test_moved_content_does_not_open",),
+    ),
+    Mutant(
+        "content is not bound to its field",
+        _OR + "content.py",
+        "self.tenant, self.epoch, review_id, field)",
+        "self.tenant, self.epoch, review_id)",
+        ("tests/unit/test_content.py::test_moved_content_does_not_open",),
+    ),
+    Mutant(
+        "content is not bound to its tenant",
+        _OR + "content.py",
+        "self.tenant, self.epoch, review_id, field)",
+        "self.epoch, review_id, field)",
+        ("tests/unit/test_content.py::test_moved_content_does_not_open",),
+    ),
+    Mutant(
+        "content keys are remembered for ever",
+        _OR + "content.py",
+        "        if known is not None and known[0] > time.monotonic():",
+        "        if known is not None:",
+        ("tests/component/test_orchestrator_content.py::test_known_keys_are_forgotten",),
+    ),
+    Mutant(
+        "any content key opens any content",
+        _OR + "content.py",
+        "hmac.compare_digest(commitment, self.commitment)",
+        "commitment",
+        ("tests/unit/test_content.py::test_every_altered_byte_is_noticed",),
+    ),
+    Mutant(
+        "a past epoch's content key is made again",
+        _KV + "content.py",
+        "        if row is None and not epoch:",
+        "        if row is None:",
+        (_SEC + "test_content_keys.py::test_a_shredded_tenants_content_is_unreadable",),
+    ),
+    Mutant(
+        "an ended epoch is served until somebody destroys it",
+        _KV + "content.py",
+        "        if self._over(wanted, now):",
+        "        if False:",
+        (
+            _SEC + "test_content_keys.py::test_an_ended_epoch_is_refused_by_time_alone",
+            _SEC + "test_content_at_rest.py::test_content_at_rest_after_its_epoch",
+        ),
+    ),
+    Mutant(
+        "ended epochs of content live on",
+        _KV + "epochs.py",
+        "        await backend.destroy(one.name)\n",
+        "",
+        (_SEC + "test_content_keys.py::test_an_ended_epoch_dies",),
+    ),
+    Mutant(
+        "a content key is the data key itself",
+        _KV + "content.py",
+        "    return HKDF(SHA256(), 32, salt=None, info=info).derive(data_key)",
+        "    return bytes(data_key)",
+        (_SEC + "test_content_keys.py::test_what_is_handed_out_is_no_data_key",),
+    ),
+    Mutant(
+        "content keys under the KEK of provider keys",
+        _KV + "content.py",
+        "kek.content_kek(epoch)",
+        "kek.tenant_kek(tenant)",
+        (
+            _SEC + "test_content_keys.py::test_no_way_from_a_provider_key_to_a_content_key",
+            _SEC + "test_content_keys.py::test_no_way_from_a_content_key_to_a_provider_key",
+        ),
+    ),
+    Mutant(
+        "a shredded tenant's content keys stay",
+        _KV + "service/admin.py",
+        "            await epoch_store.forget_tenant(connection, tenant)\n",
+        "",
+        (
+            _SEC + "test_content_keys.py::test_a_shredded_tenants_content_is_unreadable",
+            _SEC + "test_content_at_rest.py::test_content_of_a_shredded_tenant",
+        ),
+    ),
+    Mutant(
+        "the data role makes epochs",
+        _KV + "content.py",
+        "        try:\n            data_key = await backend.generate_data_key(name)",
+        "        try:\n            await backend.create(name)\n"
+        "            data_key = await backend.generate_data_key(name)",
+        (_SEC + "test_content_keys.py::test_an_epoch_that_is_not_there",),
+    ),
+    Mutant(
+        "KEKs that a restored database forgot live on",
+        _KV + "epochs.py",
+        '            await each("epoch_adopt", past, self._adopt)\n',
+        "",
+        (
+            _SEC
+            + "test_content_keys.py"
+            + "::test_a_kek_that_an_older_database_does_not_know_dies_too",
+        ),
+    ),
+    Mutant(
+        "an intake KEK dies before its keys' windows",
+        _KV + "epochs.py",
+        "INTAKE.end(epoch) + MAX_WINDOW + INTAKE_GRACE",
+        "INTAKE.end(epoch) + INTAKE_GRACE",
+        (_SEC + "test_content_keys.py::test_no_statement_outlives_its_epoch",),
+    ),
+    Mutant(
+        "calls are not counted against the day",
+        _OR + "sql.py",
+        "earlier + rate_bucket.events < ceiling",
+        "earlier + rate_bucket.events > 0",
+        ("tests/component/test_orchestrator_reviews.py::test_no_call_above_the_days_ceiling",),
     ),
 )

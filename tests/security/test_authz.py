@@ -23,6 +23,7 @@ FILES = (key_pb2, review_pb2, settings_pb2, tenant_pb2, runner_pb2)
 SERVICES = {
     "keyvault": (
         "byokeep.keyvault.v1.CustodyService",
+        "byokeep.keyvault.v1.ContentKeyService",
         "byokeep.keyvault.v1.LeaseService",
         "byokeep.keyvault.v1.AuditService",
         "byokeep.keyvault.v1.AdminService",
@@ -47,6 +48,7 @@ CLASSES = {
 # Stated once more, by hand: a change of the option alone must not pass unseen.
 EXPECTED = {
     "byokeep.keyvault.v1.CustodyService": {"orchestrator"},
+    "byokeep.keyvault.v1.ContentKeyService": {"orchestrator"},
     "byokeep.keyvault.v1.LeaseService": {"runner"},
     "byokeep.keyvault.v1.AuditService": {"auditor"},
     "byokeep.keyvault.v1.AdminService": {"operator"},
@@ -209,7 +211,14 @@ def test_a_wrong_caller_setting_stops_the_start(callers):
 @pytest.mark.parametrize(
     ("role", "served"),
     [
-        ("data", {"byokeep.keyvault.v1.CustodyService", "byokeep.keyvault.v1.LeaseService"}),
+        (
+            "data",
+            {
+                "byokeep.keyvault.v1.CustodyService",
+                "byokeep.keyvault.v1.ContentKeyService",
+                "byokeep.keyvault.v1.LeaseService",
+            },
+        ),
         ("admin", {"byokeep.keyvault.v1.AuditService", "byokeep.keyvault.v1.AdminService"}),
     ],
 )

@@ -18,7 +18,7 @@ from tests.harness.orchestrator import (
     running,
 )
 
-TABLES = ("review", "attempt", "provider_call", "chunk_done", "finding", "review_content")
+TABLES = ("review", "attempt", "provider_call", "chunk_done", "review_content")
 SAYS = {
     "a call is about to be made": {
         "call_started": runner_pb2.CallStarted(chunk_id="c9", call_number=9)

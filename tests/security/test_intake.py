@@ -12,7 +12,7 @@ from byokeep import hpke, sealing
 from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2
 
-from services.keyvault import intake
+from services.keyvault import epochs, intake
 from services.keyvault.store import intake as intake_store
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import refusal
@@ -76,19 +76,38 @@ async def test_intake_replay_to_another_tenant(keyvault):
     assert await refusal(keyvault.custody.StageKey(request)) == "SEAL_INVALID"
 
 
-async def test_intake_replay_of_a_closed_epoch(keyvault):
-    """47. When an epoch closes, its KEK is destroyed and what was recorded opens no more.
+async def test_intake_replay_of_a_closed_window(keyvault):
+    """47. After its window an intake key takes nothing, and is deleted.
 
-    Shown to fail: with IntakeKeys.close_epochs doing nothing and store.get not looking
-    at the window.
+    Shown to fail: with store.get not looking at the window.
     """
     request = await keyvault.stage_request()
     await keyvault.sql("UPDATE intake_key SET not_after = now() - interval '6 minutes'")
     assert await refusal(keyvault.custody.StageKey(request)) == "INTAKE_KEY_EXPIRED"
-    await keyvault.app._intake.close_epochs()
+    await keyvault.app._intake.forget_closed()
     assert await keyvault.sql("SELECT count(*) FROM intake_key") == [(0,)]
-    left = await keyvault.sql("SELECT count(*) FROM local_kek WHERE name LIKE 'intake/%%'")
-    assert left == [(0,)]
+
+
+async def test_intake_replay_of_a_closed_epoch(keyvault, monkeypatch):
+    """47. When an epoch closes, its KEK is destroyed: a recorded seal does not open, though the
+    intake key's row is kept or restored.
+
+    Shown to fail: with Epochs._destroy not destroying.
+    """
+    request = await keyvault.stage_request()
+    statement = await keyvault.statement()
+    epoch = epochs.INTAKE.at(statement.not_before.ToDatetime(datetime.UTC))
+    later = epochs.intake_close(epoch)
+
+    async def then(database):
+        return later
+
+    monkeypatch.setattr(epochs.store, "now", then)
+    await keyvault.app._epochs.tick()
+    left = await keyvault.sql("SELECT name FROM local_kek WHERE name = %s", f"intake/{epoch}")
+    assert left == []
+    assert await keyvault.sql("SELECT count(*) FROM intake_key") == [(1,)]
+    assert await refusal(keyvault.custody.StageKey(request)) == "INTAKE_KEY_EXPIRED"
 
 
 async def test_intake_replay_of_a_foreign_intake_key(keyvault):

@@ -161,3 +161,23 @@ def test_bad_input_is_refused_here(edge, byokeep, arguments):
     assert ran.code == 2
     assert ran.err.startswith("error: ")
     assert edge.requests == []
+
+
+def test_limits_are_set_alone_and_shown(edge, byokeep):
+    edge.settings.max_reviews_per_day = 7
+    ran = byokeep("limit", "set", "--max-calls-per-day", "500", "--max-diff-bytes", "1000")
+    assert ran.code == 0
+    (update,) = edge.sent(settings_pb2.UpdateSettingsRequest)
+    assert sorted(update.update_mask.paths) == ["max_calls_per_day", "max_diff_bytes"]
+    shown = byokeep("limit", "show").out
+    assert "500" in shown
+    assert "1,000" in shown
+    assert "7" in shown
+    assert "the deployment's" in shown  # of what is not set
+
+
+def test_limit_set_without_a_ceiling_says_so(edge, byokeep):
+    ran = byokeep("limit", "set")
+    assert ran.code == 2
+    assert "which ceiling" in ran.err
+    assert edge.requests == []

@@ -2,7 +2,7 @@
 
 A KEK is named by what it is for, and the name is derived by the caller from the
 tenant it acts for, never read from the row that is to be opened:
-`tenant/{tenant}`, `intake/{intake key}`, `system`. Which backend holds it does
+`tenant/{tenant}`, `intake/{hour}`, `content/{day}`, `system`. Which backend holds it does
 stand in the row, so that two live side by side during a migration.
 """
 
@@ -41,9 +41,14 @@ def tenant_kek(tenant: str) -> str:
     return f"tenant/{tenant}"
 
 
-def intake_kek(intake_key_id: str) -> str:
-    """Return the name of the epoch KEK that wraps one intake key."""
-    return f"intake/{intake_key_id}"
+def intake_kek(epoch: str) -> str:
+    """Return the name of the KEK that wraps the intake keys of an epoch."""
+    return f"intake/{epoch}"
+
+
+def content_kek(epoch: str) -> str:
+    """Return the name of the KEK that wraps the content keys of an epoch."""
+    return f"content/{epoch}"
 
 
 class KekMissingError(Exception):

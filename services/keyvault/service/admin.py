@@ -22,6 +22,7 @@ from services.keyvault.database import Database
 from services.keyvault.domain import State, destroy
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.rotation import Rotation
+from services.keyvault.store import epochs as epoch_store
 from services.keyvault.store import jobs as job_store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store import leases as lease_store
@@ -127,7 +128,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def ShredTenant(
         self, request: pb.ShredTenantRequest, context: Any
     ) -> pb.ShredTenantResponse:
-        """Destroy every key of a tenant, then its KEK."""
+        """Destroy every key of a tenant, then its KEK and its content keys."""
         tenant = tenant_of(request.tenant)
         origin = Origin(authz.current().spiffe_id, "")
         destroyed = 0
@@ -143,6 +144,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         shred = self._backends.primary.shred
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, request.tenant)
+            await epoch_store.forget_tenant(connection, tenant)
             event = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED, shred=shred)
             await chain.append(connection, head, self._deployment, [event])
             await job_store.cancel(connection, tenant)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass
 
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Database
 
 _NEWEST = """
 SELECT key_id, suite, public, kek_backend, kek_version, wrapped_dek, envelope, not_before,
@@ -24,10 +24,7 @@ INSERT INTO intake_key (key_id, suite, public, kek_backend, kek_version, wrapped
                         not_before, not_after)
 VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
-_CLOSED = """
-SELECT key_id, kek_backend FROM intake_key WHERE not_after + interval '5 minutes' < now()
-"""
-_DELETE = "DELETE FROM intake_key WHERE key_id = %s"
+_FORGET_CLOSED = "DELETE FROM intake_key WHERE not_after + interval '5 minutes' < now()"
 # Counted before it is opened, and again where it comes again without an answer.
 _BEGIN = """
 INSERT INTO intake_request AS r (tenant, request_id, digest, actor, key_id)
@@ -104,15 +101,10 @@ async def insert(database: Database, key: IntakeKey) -> None:
         )
 
 
-async def closed(database: Database) -> list[Row]:
-    """Return (id, KEK backend) of the intake keys whose epoch is over."""
-    return await database.all(_CLOSED)
-
-
-async def delete(database: Database, key_id: str) -> None:
-    """Forget an intake key, and requests older than a week."""
+async def forget_closed(database: Database) -> None:
+    """Forget the intake keys that are closed, and requests older than a week."""
     async with database.transaction() as connection:
-        await connection.execute(_DELETE, (key_id,))
+        await connection.execute(_FORGET_CLOSED)
         await connection.execute(_FORGET)
 
 

@@ -48,6 +48,34 @@ def upgrade() -> None:
         postgresql_where=sa.text("sequence > logged_sequence"),
     )
     op.create_table(
+        "content_key",
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("epoch", sa.Text(), nullable=False),
+        sa.Column("kek_backend", sa.Text(), nullable=False),
+        sa.Column("kek_version", sa.Integer(), nullable=False),
+        sa.Column("wrapped_dek", sa.LargeBinary(), nullable=False),
+        sa.Column(
+            "create_time",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("tenant", "epoch"),
+    )
+    op.create_index("content_key_epoch", "content_key", ["epoch"], unique=False)
+    op.create_table(
+        "epoch_kek",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("kek_backend", sa.Text(), nullable=False),
+        sa.Column(
+            "create_time",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("name", "kek_backend"),
+    )
+    op.create_table(
         "intake_key",
         sa.Column("key_id", sa.Text(), nullable=False),
         sa.Column("suite", sa.SmallInteger(), nullable=False),

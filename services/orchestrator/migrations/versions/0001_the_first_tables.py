@@ -1,6 +1,6 @@
-"""the first tables.
+"""The first tables.
 
-Revision 0001, after , 2026-11-23 13:39:09.978137.
+Revision 0001, after , 2026-11-23 16:29:26.205939.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def upgrade() -> None:
         sa.Column(
             "max_calls_per_review", sa.Integer(), server_default=sa.text("0"), nullable=False
         ),
+        sa.Column("max_calls_per_day", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column(
             "max_reviews_per_day", sa.BigInteger(), server_default=sa.text("0"), nullable=False
         ),
@@ -192,9 +193,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("attempt_pkey")),
     )
     op.create_index(
-        op.f("attempt_tenant_key_id_id_idx"), "attempt", ["tenant", "key_id", "id"], unique=False
-    )
-    op.create_index(
         "attempt_open_idx",
         "attempt",
         ["tenant", "id"],
@@ -202,33 +200,19 @@ def upgrade() -> None:
         postgresql_where=sa.text("state IN ('QUEUED', 'RUNNING')"),
     )
     op.create_index(op.f("attempt_review_id_idx"), "attempt", ["review_id"], unique=False)
+    op.create_index(
+        op.f("attempt_tenant_key_id_id_idx"), "attempt", ["tenant", "key_id", "id"], unique=False
+    )
     op.create_table(
         "chunk_done",
         sa.Column("review_id", sa.Text(), nullable=False),
         sa.Column("chunk_id", sa.Text(), nullable=False),
         sa.Column("attempt_id", sa.Text(), nullable=False),
+        sa.Column("findings", sa.LargeBinary(), nullable=True),
         sa.ForeignKeyConstraint(
             ["review_id"], ["review.id"], name=op.f("chunk_done_review_id_fkey"), ondelete="CASCADE"
         ),
         sa.PrimaryKeyConstraint("review_id", "chunk_id", name=op.f("chunk_done_pkey")),
-    )
-    op.create_table(
-        "finding",
-        sa.Column("review_id", sa.Text(), nullable=False),
-        sa.Column("chunk_id", sa.Text(), nullable=False),
-        sa.Column("ordinal", sa.Integer(), nullable=False),
-        sa.Column("path", sa.Text(), nullable=False),
-        sa.Column("start_line", sa.Integer(), server_default=sa.text("0"), nullable=False),
-        sa.Column("end_line", sa.Integer(), server_default=sa.text("0"), nullable=False),
-        sa.Column("severity", sa.SmallInteger(), nullable=False),
-        sa.Column("category", sa.SmallInteger(), nullable=False),
-        sa.Column("title", sa.Text(), nullable=False),
-        sa.Column("message", sa.Text(), nullable=False),
-        sa.Column("suggestion", sa.Text(), server_default=sa.text("''"), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["review_id"], ["review.id"], name=op.f("finding_review_id_fkey"), ondelete="CASCADE"
-        ),
-        sa.PrimaryKeyConstraint("review_id", "chunk_id", "ordinal", name=op.f("finding_pkey")),
     )
     op.create_table(
         "review_content",

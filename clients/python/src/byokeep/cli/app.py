@@ -15,6 +15,7 @@ from byokeep.cli import (
     audit,
     interrupt,
     keys,
+    limits,
     models,
     reviews,
     status,
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.add_typer(keys.app, name="key")
 app.add_typer(reviews.app, name="review")
 app.add_typer(models.app, name="model")
+app.add_typer(limits.app, name="limit")
 app.add_typer(tenants.app, name="tenant")
 app.add_typer(tenants.callers, name="caller")
 app.add_typer(audit.app, name="audit")

@@ -77,6 +77,7 @@ _FAILURE_HINTS: Mapping[str, str] = {
     "QUOTA_EXHAUSTED": "raise or pay the quota at the provider, then {retry}",
     "KEY_REVOKED": "byokeep key add PROVIDER, then submit the diff again",
     "MODEL_NOT_FOUND": "byokeep model list, then byokeep model set PROVIDER/MODEL",
+    "DAILY_LIMIT": "byokeep limit show tells the ceiling; later, {retry}",
     "AMBIGUOUS": "look at the provider's bill, then {retry}",
 }
 
@@ -99,8 +100,10 @@ HINTS: Mapping[str, str] = {
     "ETAG_MISMATCH": "somebody else changed it meanwhile: look again, then repeat",
     "DATABASE_ROLLED_BACK": "an operator looks into it, then: byokeep admin resume-leases"
     " --reason TEXT",
-    "DIFF_TOO_LARGE": "review a part of it, or raise max_diff_bytes",
-    "TOO_MANY_CALLS": "byokeep review --dry-run shows the calls; review a part of it",
+    "DIFF_TOO_LARGE": "review a part of it; byokeep limit show tells the ceiling",
+    "TOO_MANY_CALLS": "byokeep review --dry-run shows the calls; byokeep limit set"
+    " --max-calls-per-review N raises the ceiling",
+    "DAILY_LIMIT": "byokeep limit show tells the ceilings",
     "INTAKE_UNTRUSTED": "nothing was sealed and nothing left this machine; get trust.json again"
     " from whom you trust, and compare",
     "INTAKE_KEY_EXPIRED": "repeat the command: it asks for a new intake key",

@@ -1,0 +1,91 @@
+"""`byokeep limit`: the ceilings that protect the tenant's bill."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from google.protobuf import field_mask_pb2
+
+from byokeep.cli.errors import CliError
+from byokeep.cli.output import message_dict
+from byokeep.cli.session import Session, command, examples, group, request_id
+from byokeep.orchestrator.v1 import settings_pb2
+
+app = typer.Typer(no_args_is_help=True)
+
+_MEANING = {
+    "max_diff_bytes": ("largest diff, bytes", "the deployment's"),
+    "max_calls_per_review": ("provider calls of one review", "the deployment's"),
+    "max_calls_per_day": ("provider calls in 24 hours", "none"),
+    "max_reviews_per_day": ("reviews in 24 hours", "the plan's"),
+}
+
+Ceiling = Annotated[int | None, typer.Option(min=0, metavar="N", help="0: as before it was set.")]
+
+
+@app.callback()
+@group
+def limit() -> None:
+    """Ceilings: what a review, and a day of reviews, may cost the tenant at most."""
+
+
+@app.command(epilog=examples("byokeep limit show"))
+@command()
+def show(session: Session) -> None:
+    """Show the tenant's ceilings."""
+    connection = session.connection
+    settings = connection.settings.GetSettings(
+        settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
+    ).settings
+    _print(session, settings)
+
+
+@app.command(
+    "set",
+    epilog=examples(
+        "byokeep limit set --max-calls-per-day 500",
+        "byokeep limit set --max-diff-bytes 1000000 --max-calls-per-review 10",
+    ),
+)
+@command()
+def set_(
+    session: Session,
+    max_diff_bytes: Ceiling = None,
+    max_calls_per_review: Ceiling = None,
+    max_calls_per_day: Ceiling = None,
+    max_reviews_per_day: Ceiling = None,
+) -> None:
+    """Set some of the tenant's ceilings; the others stay."""
+    given = {
+        "max_diff_bytes": max_diff_bytes,
+        "max_calls_per_review": max_calls_per_review,
+        "max_calls_per_day": max_calls_per_day,
+        "max_reviews_per_day": max_reviews_per_day,
+    }
+    values = {name: value for name, value in given.items() if value is not None}
+    if not values:
+        raise CliError("say which ceiling", "byokeep limit set --help lists them")
+    connection = session.connection
+    wanted = settings_pb2.Settings(name=f"{connection.parent}/settings")
+    for name, value in values.items():
+        setattr(wanted, name, value)
+    settings = connection.settings.UpdateSettings(
+        settings_pb2.UpdateSettingsRequest(
+            settings=wanted,
+            update_mask=field_mask_pb2.FieldMask(paths=list(values)),
+            request_id=request_id(),
+        )
+    ).settings
+    _print(session, settings)
+
+
+def _print(session: Session, settings: settings_pb2.Settings) -> None:
+    if session.out.as_json:
+        session.out.json(message_dict(settings))
+        return
+    rows = []
+    for name, (meaning, unset) in _MEANING.items():
+        value = getattr(settings, name)
+        rows.append((meaning, f"{value:,}" if value else unset, f"--{name.replace('_', '-')}"))
+    session.out.table(("CEILING", "IS", "SET WITH"), rows)

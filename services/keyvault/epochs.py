@@ -1,0 +1,157 @@
+"""Epochs: the KEKs that live for a window only, made ahead of it and destroyed after it.
+
+Intake keys are wrapped under the KEK of their hour, content keys under that of their
+day (UTC). The admin role makes and destroys these KEKs; the data role only uses them,
+and says EPOCH_MISSING where the current one is not there. Each is made in the primary
+backend, and destroyed in the one that its row names. Creation and destruction are events
+of the system chain; a destruction is written after it is done.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import grpc
+from byokeep.keyvault.v1 import audit_pb2
+from byokeep.sealing import MAX_WINDOW
+
+from services.common.errors import ByokeepError
+from services.keyvault import chain, kek
+from services.keyvault.background import each
+from services.keyvault.database import Database
+from services.keyvault.store import epochs as store
+
+TICK_SECONDS = 20.0
+#: Seals to an intake key are taken so long after its window: clocks, and calls on their way.
+INTAKE_GRACE = datetime.timedelta(minutes=5)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of epoch: its KEKs' prefix, how long it lasts, and how many are made ahead."""
+
+    prefix: str
+    length: datetime.timedelta
+    form: str
+    ahead: int
+
+    def at(self, moment: datetime.datetime) -> str:
+        """Return the epoch of a moment."""
+        return moment.astimezone(datetime.UTC).strftime(self.form)
+
+    def end(self, epoch: str) -> datetime.datetime:
+        """Return when an epoch ends."""
+        start = datetime.datetime.strptime(epoch, self.form)
+        return start.replace(tzinfo=datetime.UTC) + self.length
+
+
+INTAKE = Kind("intake", datetime.timedelta(hours=1), "%Y-%m-%dT%H", ahead=6)
+CONTENT = Kind("content", datetime.timedelta(days=1), "%Y-%m-%d", ahead=3)
+_NAMES = {INTAKE.prefix: kek.intake_kek, CONTENT.prefix: kek.content_kek}
+
+
+def intake_close(epoch: str) -> datetime.datetime:
+    """Return when an intake epoch's KEK is destroyed: no key made in the epoch outlives it."""
+    return INTAKE.end(epoch) + MAX_WINDOW + INTAKE_GRACE
+
+
+def content_close(epoch: str, retention: datetime.timedelta) -> datetime.datetime:
+    """Return when a content epoch's KEK is destroyed."""
+    return CONTENT.end(epoch) + retention
+
+
+class Epochs:
+    """Makes and destroys the KEKs of epochs; runs in the admin role."""
+
+    def __init__(
+        self,
+        database: Database,
+        backends: kek.Backends,
+        deployment: str,
+        retention: datetime.timedelta,
+    ) -> None:
+        """Content epochs are kept for `retention` after their end."""
+        self._database = database
+        self._backends = backends
+        self._deployment = deployment
+        self._retention = retention
+        self._adopted = False
+
+    async def tick(self) -> None:
+        """Make what is missing, destroy what is over; one failure does not stop the rest."""
+        now = await store.now(self._database)
+        known = await store.all_keks(self._database)
+        primary = self._backends.primary.name
+        missing = [name for name in self._wanted(now) if store.EpochKek(name, primary) not in known]
+        await each("epoch_create", missing, self._create)
+        if not self._adopted:
+            past = [one for one in self._past(now) if store.EpochKek(one, primary) not in known]
+            await each("epoch_adopt", past, self._adopt)
+            self._adopted = True
+        over = [one for one in known if self._close(one.name) <= now]
+        await each("epoch_destroy", over, self._destroy)
+
+    def _wanted(self, now: datetime.datetime) -> list[str]:
+        return [
+            _NAMES[kind.prefix](kind.at(now + step * kind.length))
+            for kind in (INTAKE, CONTENT)
+            for step in range(kind.ahead + 1)
+        ]
+
+    def _past(self, now: datetime.datetime) -> list[str]:
+        names = []
+        for kind in (INTAKE, CONTENT):
+            moment = now - kind.length
+            while self._close(name := _NAMES[kind.prefix](kind.at(moment))) > now:
+                names.append(name)
+                moment -= kind.length
+        return names
+
+    def _close(self, name: str) -> datetime.datetime:
+        prefix, _, epoch = name.partition("/")
+        if prefix == INTAKE.prefix:
+            return intake_close(epoch)
+        return content_close(epoch, self._retention)
+
+    async def _create(self, name: str) -> None:
+        backend = self._backends.primary
+        await backend.create(name)
+        event = audit_pb2.AuditEvent(type=audit_pb2.AUDIT_EVENT_TYPE_EPOCH_KEY_CREATED, kek=name)
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.SYSTEM)
+            if await store.insert(connection, store.EpochKek(name, backend.name)):
+                await chain.append(connection, head, self._deployment, [event])
+
+    async def _adopt(self, name: str) -> None:
+        """Take in a KEK that a restored, older database does not know: it must die in time."""
+        backend = self._backends.primary
+        try:
+            await backend.newest(name)
+        except kek.KekMissingError:
+            return
+        async with self._database.transaction() as connection:
+            await store.insert(connection, store.EpochKek(name, backend.name))
+
+    async def _destroy(self, one: store.EpochKek) -> None:
+        backend = self._backends.named(one.backend)
+        await backend.destroy(one.name)
+        event = audit_pb2.AuditEvent(
+            type=audit_pb2.AUDIT_EVENT_TYPE_EPOCH_KEY_DESTROYED, kek=one.name, shred=backend.shred
+        )
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.SYSTEM)
+            if await store.delete(connection, one):
+                await chain.append(connection, head, self._deployment, [event])
+
+
+def missing(name: str) -> ByokeepError:
+    """Return the error for a current epoch whose KEK is not there."""
+    return ByokeepError(
+        grpc.StatusCode.UNAVAILABLE,
+        "EPOCH_MISSING",
+        f"the key-encryption key {name} is not there: keyvault's admin role makes it ahead of"
+        " time; see that it runs",
+        retry_after_seconds=TICK_SECONDS,
+        epoch=name,
+    )
