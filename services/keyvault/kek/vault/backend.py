@@ -48,7 +48,7 @@ _START_SECONDS, _RETRY_SECONDS = 30.0, 1.0
 #: The request header that tells Vault's audit log what a data key is opened for.
 LEASE_HEADER = "X-Byokeep-Lease"
 
-_KEK = re.compile(r"system|(tenant|intake|content)/[a-z0-9][a-z0-9_-]*")
+_KEK = re.compile(r"system|tenant/[a-z0-9][a-z0-9-]*|(intake|content)/[A-Za-z0-9][A-Za-z0-9-]*")
 _CIPHERTEXT = re.compile(rb"vault:v([1-9][0-9]{0,8}):[A-Za-z0-9+/]+={0,2}")
 _CIPHERTEXT_FIELD = re.compile(rb'"ciphertext"\s*:\s*"(vault:v[0-9]+:[A-Za-z0-9+/]+={0,2})"')
 # Vault answers 400 to all of these, and only its text tells them apart (builtin/logical/
