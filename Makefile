@@ -20,10 +20,10 @@ LOCKED := keyvault aws_kms orchestrator llm_runner
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run prove up down status clean test mutants lint bench protos lock setup
+.PHONY: help run prove up down status clean test test-integration mutants lint bench protos lock setup
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  DIFF=FILE         make run: review this git diff instead of the one shipped"
 	@echo "  LIVE=1            make run, make up: real provider hosts, with your own key"
@@ -57,6 +57,9 @@ clean: ## stop the stack; erase its data, .venv, build and generated stubs
 
 test: $(VENV) $(STUBS) ## unit, component and security tests, on a real PostgreSQL and real processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-integration: $(VENV) $(STUBS) ## tests on a real Vault; builds one the first time (ten minutes)
+	$(BIN)/python -m pytest tests/integration --timeout 300 $(PYTEST_ARGS)
 
 mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fail (half an hour)
 	$(BIN)/python -m tests.mutants

@@ -20,11 +20,13 @@ from grpc_health.v1.health import aio as health_aio
 
 from services.common import authz, hardening, logs
 from services.common.config import ConfigError, ServiceSettings
+from services.common.errors import ByokeepError
 from services.common.interceptor import Gate
 from services.common.tls import ServerIdentity
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 10.0
+_HEALTH_SECONDS = 1.0
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 
 _OPTIONS: list[tuple[str, int]] = [
@@ -37,7 +39,8 @@ _OPTIONS: list[tuple[str, int]] = [
 
 
 class App(Protocol):
-    """What a service brings. It may also have `authorize` and `denied` (see interceptor)."""
+    """What a service brings. It may also have `authorize` and `denied` (see interceptor), and
+    `serving`: an async function that says whether its health is to be SERVING."""
 
     async def start(self) -> None:
         """Open what the service needs, before it serves."""
@@ -134,13 +137,32 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
         temporary.write_text(json.dumps({"pid": os.getpid()}))
         temporary.replace(settings.ready_file)
     logs.event(log, "serving", listen=settings.listen, deployment=settings.deployment)
+    following = asyncio.create_task(_follow(app, status))
     await stop.wait()
+    following.cancel()
     logs.event(log, "draining")
     await status.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     await server.stop(DRAIN_SECONDS)
     await app.stop()
     await health_server.stop(None)
     logs.event(log, "stopped")
+
+
+async def _follow(app: App, status: health_aio.HealthServicer) -> None:
+    """Let the health port say what the service says of itself."""
+    ask = getattr(app, "serving", None)
+    known = True
+    while ask is not None:
+        await asyncio.sleep(_HEALTH_SECONDS)
+        try:
+            well = await ask()
+        except ByokeepError:
+            well = False
+        if well is not known:
+            logs.event(log, "health", level=logging.INFO if well else logging.ERROR, serving=well)
+            code = health_pb2.HealthCheckResponse
+            await status.set("", code.SERVING if well else code.NOT_SERVING)
+        known = well
 
 
 async def _health(listen: str) -> tuple[health_aio.HealthServicer, grpc.aio.Server]:

@@ -18,8 +18,10 @@ class Settings(config.ServiceSettings):
     """What keyvault is told."""
 
     database_url_file: Path = config.setting("0600 file with the postgresql:// URL of its database")
-    anchor_file: Path = config.setting(
-        "file outside the database that holds the newest log position"
+    anchor_file: Path | None = config.setting(
+        "file outside the database that holds the newest log position;"
+        " unless BYOKEEP_VAULT_ANCHOR is set",
+        default=None,
     )
     grant_keys_dir: Path = config.setting(
         "folder of *.pem: Ed25519 public keys of orchestrator replicas"
@@ -79,6 +81,35 @@ class Settings(config.ServiceSettings):
         "a caller's connection is cut, with the calls that still run, so long after its age",
         default=5 * 60,
     )
+
+    vault_address: str | None = config.setting("https://host:port of Vault", default=None)
+    vault_ca: Path | None = config.setting(
+        "PEM file: CA of Vault's certificate; else the system's", default=None
+    )
+    vault_namespace: str = config.setting("Vault's namespace", default="")
+    vault_mount: str = config.setting("mount of Vault's Transit engine", default="transit")
+    vault_prefix: str = config.setting("what names of Transit keys start with", default="byokeep-")
+    vault_data_login: str = config.setting(
+        "login of the data identity, for roles data and all: kubernetes role=…,"
+        " approle role_id=FILE secret_id=FILE, or token_file token=FILE",
+        default="",
+    )
+    vault_admin_login: str = config.setting(
+        "login of the admin identity, for roles admin and all: the same", default=""
+    )
+    vault_anchor: str = config.setting(
+        "mount/path of a key/value (v2) entry for the newest log position, such as byokeep/anchor",
+        default="",
+    )
+    vault_checkpoint_key: str = config.setting(
+        "Transit key (Ed25519) that signs the audit log, such as byokeep-checkpoint;"
+        " else a key of keyvault's own",
+        default="",
+    )
+    vault_deadline_ms: int = config.setting(
+        "milliseconds that a call to Vault may take in all", default=2000
+    )
+    vault_calls: int = config.setting("calls to Vault's data identity at once", default=16)
 
     def read_backends(self) -> list[str]:
         """Return the names of the other backends."""

@@ -32,8 +32,6 @@ from services.keyvault.store import jobs as job_store
 from services.keyvault.store import leases as store
 
 _METHOD = "/byokeep.keyvault.v1.LeaseService/LeaseKey"
-#: Reasons that lie in what is stored, not in the request or in a backend that is away.
-_BROKEN = ("ROW_TAMPERED", "UNDECRYPTABLE")
 
 
 class Leasing:
@@ -108,11 +106,15 @@ class Leasing:
             grant.key_version,
         )
         reason = "ROW_TAMPERED"
+        unavailable: kek.KekUnavailableError | None = None
         try:
             check_header(locked.envelope)
             # The KEK's name comes from the grant's tenant, never from the row.
             backend = self._backends.named(locked.key.versions[0].kek_backend)
-            with await backend.unwrap(kek.tenant_kek(grant.tenant), locked.wrapped_dek) as data_key:
+            name = kek.tenant_kek(grant.tenant)
+            with kek.opened_for(lease.lease_id):
+                opened = await backend.unwrap(name, locked.wrapped_dek)
+            with opened as data_key:
                 plaintext = decrypt(data_key.reveal(), locked.envelope, context)
             with Secret(plaintext) as key:
                 return hpke.seal(
@@ -129,26 +131,29 @@ class Leasing:
             reason = "INVALID_FIELD"
         except kek.KekMissingError:
             reason = "UNDECRYPTABLE"
-        except kek.KekUnavailableError:
-            reason = "DEPENDENCY_UNAVAILABLE"
-        raise await self._unopened(redeemed, reason)
+        except kek.KekUnavailableError as error:
+            unavailable = error
+        if unavailable is not None:
+            # Nothing is wrong with the row; the grant is spent, and its lease must not count.
+            await self._end(redeemed, audit_pb2.AUDIT_EVENT_TYPE_RELEASED, unavailable.reason)
+            raise unavailable
+        await self._end(redeemed, audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED, reason)
+        raise _UNOPENED[reason](grant.key_id)
 
-    async def _unopened(self, redeemed: Redeemed, reason: str) -> ByokeepError:
-        """End a lease whose key could not be sealed, on the record, and say why."""
+    async def _end(
+        self, redeemed: Redeemed, kind: audit_pb2.AuditEventType.ValueType, reason: str
+    ) -> None:
+        """End a lease whose key could not be sealed, on the record."""
         lease, key = redeemed.lease, redeemed.locked.key
-        kind = audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED
-        if reason == "DEPENDENCY_UNAVAILABLE":  # nothing is wrong with the row
-            kind = audit_pb2.AUDIT_EVENT_TYPE_RELEASED
         event = lease_event(lease, key.provider, key.owner, kind)
         event.reason, event.outcome = reason, lease_pb2.LEASE_OUTCOME_FAILED
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(lease.tenant))
             await chain.append(connection, head, self._deployment, [event])
             await store.close(connection, lease.lease_id, lease_pb2.LEASE_OUTCOME_FAILED)
-            if reason in _BROKEN:
+            if reason in ("ROW_TAMPERED", "UNDECRYPTABLE"):
                 failure = job_store.Failure(lease.key_id, lease.version, reason)
                 await job_store.unopened(connection, lease.tenant, [failure], None)
-        return _UNOPENED[reason](lease.key_id)
 
 
 def _tampered(key_id: str) -> ByokeepError:
@@ -181,19 +186,7 @@ def _recipient(key_id: str) -> ByokeepError:
     )
 
 
-def _unavailable(key_id: str) -> ByokeepError:
-    return ByokeepError(
-        grpc.StatusCode.UNAVAILABLE,
-        "DEPENDENCY_UNAVAILABLE",
-        "the key-encryption key's backend does not answer; nothing was released; try again with"
-        " a new grant",
-        dependency="kek",
-        key=key_id,
-    )
-
-
 _UNOPENED = {
-    "DEPENDENCY_UNAVAILABLE": _unavailable,
     "ROW_TAMPERED": _tampered,
     "UNDECRYPTABLE": _undecryptable,
     "INVALID_FIELD": _recipient,

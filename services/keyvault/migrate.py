@@ -7,7 +7,7 @@ from pathlib import Path
 
 from services.keyvault import system_keys
 from services.keyvault.config import Settings
-from services.keyvault.kek.configured import open_backends
+from services.keyvault.kek.configured import open_backends, open_signer
 from services.keyvault.server import open_database
 
 _SCRIPTS = Path(__file__).parent / "migrations"
@@ -47,13 +47,17 @@ async def bootstrap(settings: Settings) -> dict[str, dict[str, str]]:
             await system_keys.create(database, backends, settings.deployment)
             await system_keys.move(database, backends, settings.deployment)
             public = await system_keys.public_keys(database, backends, settings.deployment)
+            keys = await system_keys.load(database, backends, settings.deployment)
+            signer = await open_signer(settings, backends, lambda: keys.audit_log)
         finally:
             await backends.close()
     finally:
         await database.close()
+    # Both are pinned: older heads are signed by the one, newer ones perhaps by the other.
+    audit_log = {**public[system_keys.AUDIT_LOG], signer.key_id: signer.public_key}
     encoded = {
         kind: {key_id: base64.b64encode(raw).decode() for key_id, raw in keys.items()}
-        for kind, keys in public.items()
+        for kind, keys in {**public, system_keys.AUDIT_LOG: audit_log}.items()
     }
     return {
         "intake_signing_keys": encoded[system_keys.INTAKE_SIGNING],

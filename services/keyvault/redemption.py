@@ -18,7 +18,7 @@ from byokeep.keyvault.v1 import audit_pb2, grant_pb2
 from byokeep.names import provider_value
 
 from services.common.errors import ByokeepError
-from services.keyvault import chain, domain, limits
+from services.keyvault import chain, domain, kek, limits
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database, DuplicateError
 from services.keyvault.domain import Key, State
@@ -61,6 +61,7 @@ class Redemption:
         self,
         database: Database,
         custody: Custody,
+        backends: kek.Backends,
         holds: Holds,
         deployment: str,
         caps: tuple[Caps, Caps],
@@ -69,6 +70,7 @@ class Redemption:
         """`caps` are a tenant's and a key's; `refusal` says why no lease may be given."""
         self._database = database
         self._custody = custody
+        self._backends = backends
         self._holds = holds
         self._deployment = deployment
         self._caps = caps
@@ -146,6 +148,10 @@ class Redemption:
     def _check_key(self, grant: grant_pb2.Grant, key: Key) -> None:
         version = key.versions[0]
         self._custody.check(key)
+        unavailable = self._backends.refusal_of(version.kek_backend)
+        if unavailable is not None:
+            # Before the grant is spent on a backend that is known not to answer.
+            raise unavailable
         if (provider_value(key.provider), key.owner) != (grant.provider, grant.owner):
             raise GrantRefusedError("key binding")
         if version.state in _STATES[grant.purpose]:

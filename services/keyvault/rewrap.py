@@ -160,7 +160,9 @@ class Rewrap:
         context = Context(self._deployment, job.tenant, owner, provider, key_id, version)
         reason = "UNDECRYPTABLE"
         try:
-            with await self._backends.named(source).unwrap(name, wrapped) as old:
+            with kek.opened_for(job.job_id):
+                opened = await self._backends.named(source).unwrap(name, wrapped)
+            with opened as old:
                 plaintext = Secret(decrypt(old.reveal(), envelope, context))
             with plaintext:
                 fresh = await self._backends.named(job.target_backend).generate_data_key(name)

@@ -34,7 +34,6 @@ from services.keyvault import (
     system_keys,
 )
 from services.keyvault.anchor import Anchor
-from services.keyvault.anchor_store import AnchorStore, FileAnchor
 from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.config import Settings
 from services.keyvault.content import ContentKeys
@@ -44,7 +43,7 @@ from services.keyvault.denials import Denials
 from services.keyvault.epochs import Epochs
 from services.keyvault.holds import Holds
 from services.keyvault.intake import IntakeKeys
-from services.keyvault.kek.configured import open_backends
+from services.keyvault.kek.configured import open_anchor, open_backends, open_signer
 from services.keyvault.leasing import Leasing
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.redemption import Redemption
@@ -58,7 +57,6 @@ from services.keyvault.service.audit import AuditService
 from services.keyvault.service.content import ContentKeyService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
-from services.keyvault.signer import WrappedKeySigner
 
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
@@ -68,11 +66,6 @@ _KEYS_SECONDS = 2.0
 def open_database(settings: Settings) -> Database:
     """Return the database of the configured URL, not yet connected."""
     return Database(read_secret_file(settings.database_url_file), settings.database_connections)
-
-
-def open_anchor(settings: Settings) -> AnchorStore:
-    """Return where the configured anchor is kept."""
-    return FileAnchor(settings.anchor_file)
 
 
 class App:
@@ -86,7 +79,8 @@ class App:
         self._database = open_database(settings)
         self._backends = open_backends(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
-        self._anchor = Anchor(self._database, open_anchor(settings), settings.deployment)
+        anchored = open_anchor(settings, self._backends)
+        self._anchor = Anchor(self._database, anchored, settings.deployment)
         self._revocations = Revocations(self._database)
         self._grant_keys = grants.GrantKeys(settings.grant_keys_dir)
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,6 +92,9 @@ class App:
             await self._database.open()
             await self._backends.start()
             self._keys = await system_keys.load(self._database, self._backends, settings.deployment)
+            self._signer = await open_signer(settings, self._backends, lambda: self._keys.audit_log)
+        except kek.KekUnavailableError as error:
+            raise ConfigError(f"keyvault does not start without its KEK backend: {error}") from None
         except (ByokeepError, KeyError, kek.KekMissingError, kek.UnwrapError) as error:
             raise ConfigError(
                 f"keyvault's database or its own keys can't be opened ({type(error).__name__}):"
@@ -137,6 +134,7 @@ class App:
             Redemption(
                 self._database,
                 self._custody,
+                self._backends,
                 self._holds,
                 settings.deployment,
                 (settings.tenant_caps, settings.key_caps),
@@ -146,7 +144,6 @@ class App:
             settings.deployment,
             self._denials.note,
         )
-        self._signer = WrappedKeySigner(lambda: self._keys.audit_log)
         self._checkpoints = Checkpoints(
             self._database, self._anchor, self._signer, settings.deployment
         )
@@ -183,8 +180,12 @@ class App:
             self._run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
         self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
         if self._role in ("all", "admin"):
-            self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
             self._run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
+            self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
+
+    async def serving(self) -> bool:
+        """Say whether calls are worth sending here: every KEK backend would answer."""
+        return all([(await backend.health()).ok for backend in self._backends])
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers of the role."""

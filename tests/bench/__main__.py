@@ -12,11 +12,11 @@ from pathlib import Path
 
 from byokeep.testing import Stack
 
-from tests.bench import audit, idle, leases, reviews, rewrap, scale
+from tests.bench import audit, idle, leases, reviews, rewrap, scale, vault
 from tests.bench.results import Row, show, write
 
 # Caps are what is being measured around, not what is measured.
-_UNCAPPED = {
+UNCAPPED = {
     "keyvault": {
         **{
             f"BYOKEEP_{whose}_LEASES_{what}": "0"
@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     load_before = os.getloadavg()[0]
-    with Stack(environment=_UNCAPPED) as stack:
+    with Stack(environment=UNCAPPED) as stack:
         print("measuring idle memory, leases, reviews …", file=sys.stderr)
         rows += idle.run(stack)
         rows += leases.run(stack, arguments.seconds)
@@ -66,6 +66,7 @@ def main() -> None:
         rows += reviews.run(stack, arguments.seconds)
         rows += scale.run(stack, arguments.seconds)
     rows += rewrap.run()
+    rows += vault.run(arguments.seconds, UNCAPPED)
     rows.append(audit.verify_speed())
     rows.append(_warm())
     rows.append(Row("load_before", load_before, "load", {"cores": os.cpu_count()}))

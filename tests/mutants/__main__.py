@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.mutants.table import MUTANTS, Mutant
+from tests.mutants import table, vault
+from tests.mutants.table import Mutant
 
 _ROOT = Path(__file__).resolve().parents[2]
 _IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", ".byokeep")
@@ -44,7 +45,11 @@ def _verdict(copy: Path, mutant: Mutant) -> str:
 def main() -> None:
     """Run every mutant whose file or test has the filter in its name."""
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [one for one in MUTANTS if wanted in f"{one.file} {one.tests} {one.what}"]
+    chosen = [
+        one
+        for one in (*table.MUTANTS, *vault.MUTANTS)
+        if wanted in f"{one.file} {one.tests} {one.what}"
+    ]
     bad = 0
     with tempfile.TemporaryDirectory(prefix="byokeep-mutants-") as folder:
         copy = Path(folder) / "tree"

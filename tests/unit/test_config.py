@@ -34,7 +34,7 @@ def test_good_settings_load():
     assert settings.tls.key.name == "c.key"
 
 
-@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "BYOKEEP_ANCHOR_FILE"])
 def test_a_missing_setting_is_named(name):
     with pytest.raises(ConfigError, match=f"{name} is not set: "):
         load(Settings, {**GOOD, name: ""})
@@ -60,7 +60,8 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(name, allowed):
 def test_every_problem_is_told_at_once():
     with pytest.raises(ConfigError) as error:
         load(Settings, {"BYOKEEP_MODE": "x"})
-    assert str(error.value).count("\n") == len(GOOD)
+    # All but the anchor's file, which may be in Vault instead, and the wrong mode.
+    assert str(error.value).count("\n") == len(GOOD) - 1
 
 
 def test_local_keks_in_production_are_said_on_purpose():

@@ -9,13 +9,31 @@ stand in the row, so that two live side by side during a migration.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import grpc
+
+from services.common.errors import ByokeepError
 from services.common.secret import Secret
 
 Shred = Literal["immediate", "delayed", "none"]
 SYSTEM = "system"
+#: What a data key is opened for, such as a lease id: a backend with an audit log of its own
+#: has it written there, so that both logs can be held against each other.
+purpose: ContextVar[str] = ContextVar("kek_purpose", default="")
+
+
+@contextmanager
+def opened_for(what: str) -> Iterator[None]:
+    """Say what data keys are opened for within the block."""
+    token = purpose.set(what)
+    try:
+        yield
+    finally:
+        purpose.reset(token)
 
 
 def tenant_kek(tenant: str) -> str:
@@ -41,8 +59,19 @@ class UnwrapError(Exception):
     """The wrapped data key is not one of this KEK: damaged, or another's."""
 
 
-class KekUnavailableError(Exception):
-    """The backend does not answer. Never a reason to fall back to another key."""
+class KekUnavailableError(ByokeepError):
+    """The backend does not answer, or not now. Never a reason to fall back to another key."""
+
+    def __init__(self, backend: str, state: str, sentence: str) -> None:
+        """`state` is one word, as in Health; `sentence` says what an operator can do."""
+        super().__init__(
+            grpc.StatusCode.UNAVAILABLE,
+            "KEK_UNAVAILABLE",
+            f"{sentence}; nothing was released; try again",
+            dependency=backend,
+            state=state,
+        )
+        self.state = state
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +155,9 @@ class Backend(Protocol):
     async def health(self) -> Health:
         """Say how the backend is, now."""
 
+    def refusal(self) -> KekUnavailableError | None:
+        """Return why no call is worth trying now, where that is known without one."""
+
     async def start(self) -> None:
         """Log in, and keep the login alive beside. Raises ConfigError, KekUnavailableError."""
 
@@ -152,6 +184,11 @@ class Backends:
         """Return what a backend's shredding is worth; nothing, where it isn't in use."""
         backend = self._by_name.get(name)
         return backend.shred if backend is not None else "none"
+
+    def refusal_of(self, name: str) -> KekUnavailableError | None:
+        """Return why no call to a backend is worth trying now; None also where it isn't in use."""
+        backend = self._by_name.get(name)
+        return backend.refusal() if backend is not None else None
 
     def __iter__(self) -> Iterator[Backend]:
         """Yield every backend."""

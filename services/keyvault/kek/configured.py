@@ -1,12 +1,21 @@
-"""The KEK backends that the settings name."""
+"""What the settings name: KEK backends, where the anchor is kept, who signs checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from services.common.config import ConfigError
+from services.keyvault.anchor_store import AnchorStore, FileAnchor
 from services.keyvault.config import Settings
 from services.keyvault.database import Database
 from services.keyvault.kek import Backend, Backends
 from services.keyvault.kek.local import LocalBackend, load_keyring
+from services.keyvault.signer import Signer, WrappedKeySigner
+from services.keyvault.system_keys import SigningKey
+
+if TYPE_CHECKING:
+    from services.keyvault.kek.vault.backend import VaultBackend
 
 
 def open_backends(settings: Settings, database: Database) -> Backends:
@@ -18,12 +27,52 @@ def open_backends(settings: Settings, database: Database) -> Backends:
     )
 
 
+def open_anchor(settings: Settings, backends: Backends) -> AnchorStore:
+    """Return where the configured anchor is kept. Raises ConfigError."""
+    if settings.vault_anchor:
+        return _vault(backends, "BYOKEEP_VAULT_ANCHOR").anchor(settings.vault_anchor)
+    if settings.anchor_file is None:
+        raise ConfigError("BYOKEEP_ANCHOR_FILE or BYOKEEP_VAULT_ANCHOR must be set")
+    return FileAnchor(settings.anchor_file)
+
+
+async def open_signer(
+    settings: Settings, backends: Backends, wrapped: Callable[[], SigningKey]
+) -> Signer:
+    """Return who signs for the audit log: a key in Vault, or keyvault's own wrapped one.
+
+    Raises:
+        ConfigError, KekUnavailableError.
+    """
+    if settings.vault_checkpoint_key:
+        vault = _vault(backends, "BYOKEEP_VAULT_CHECKPOINT_KEY")
+        return await vault.checkpoint_signer(settings.vault_checkpoint_key)
+    return WrappedKeySigner(wrapped)
+
+
+def _vault(backends: Backends, setting: str) -> VaultBackend:
+    from services.keyvault.kek.vault.backend import VaultBackend
+
+    for backend in backends:
+        if isinstance(backend, VaultBackend):
+            return backend
+    raise ConfigError(
+        f"{setting} is set, and vault is neither BYOKEEP_KEK_BACKEND nor in"
+        " BYOKEEP_KEK_BACKENDS_READ"
+    )
+
+
 def _open(name: str, settings: Settings, database: Database) -> Backend:
     if name == LocalBackend.name:
         keyring = load_keyring(settings.keyring_file)
         return LocalBackend(database, keyring, settings.deployment)
     if name == "aws_kms":
         return _kms(settings)
+    if name == "vault":
+        # Late: whoever has no Vault does not load its client.
+        from services.keyvault.kek.vault.backend import VaultBackend
+
+        return VaultBackend(settings)
     raise ConfigError(f"there is no KEK backend {name}")
 
 

@@ -217,6 +217,9 @@ class LocalBackend:
             return Health(True, "ok", "the keyring is loaded and the database answers")
         return Health(False, "unreachable", "the database that holds wrapped KEKs does not answer")
 
+    def refusal(self) -> None:
+        """Return nothing: keyvault's own database is asked, or the lease fails without it."""
+
     async def start(self) -> None:
         """Do nothing: the keyring is loaded already."""
 

@@ -21,6 +21,7 @@ from byokeep.cli import (
     rotation,
     status,
     tenants,
+    vaultlog,
 )
 from byokeep.cli.errors import CliError, Exit, from_rpc
 from byokeep.cli.output import print_error
@@ -49,6 +50,7 @@ app.add_typer(tenants.app, name="tenant")
 app.add_typer(tenants.callers, name="caller")
 app.add_typer(audit.app, name="audit")
 admin.app.add_typer(rotation.app)
+admin.app.add_typer(vaultlog.app)
 app.add_typer(admin.app, name="admin")
 app.command("status", epilog=examples("byokeep status"))(status.status)
 app.command("doctor", epilog=examples("byokeep doctor --profile demo"))(status.doctor)

@@ -1,0 +1,76 @@
+#!/bin/sh
+# Sets Vault up for keyvault. Run it with the `vault` command on PATH, VAULT_ADDR, VAULT_CACERT
+# and an administrator's VAULT_TOKEN; again whenever you like: it changes what differs.
+#
+#   setup.sh                              engines, policies, keys, audited header
+#   setup.sh approle                      and two AppRoles, keyvault-data and keyvault-admin
+#   setup.sh kubernetes                   and two Kubernetes roles of the same names
+#
+# Settings (environment): TRANSIT (transit), KV (byokeep), PREFIX (byokeep-), TOKEN_TTL (15m),
+# TOKEN_MAX_TTL (1h), SECRET_ID_TTL (0, no end), KUBERNETES_NAMESPACE (byokeep),
+# KUBERNETES_AUDIENCE (vault).
+set -eu
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+transit=${TRANSIT:-transit}
+kv=${KV:-byokeep}
+prefix=${PREFIX:-byokeep-}
+ttl=${TOKEN_TTL:-15m}
+max_ttl=${TOKEN_MAX_TTL:-1h}
+
+mounted() { # auth|secrets PATH: is something mounted there?
+	vault "$1" list -format=json | grep -q "\"$2/\":"
+}
+
+mounted secrets "$transit" || vault secrets enable -path="$transit" transit
+mounted secrets "$kv" || vault secrets enable -path="$kv" -version=2 kv
+
+# A key/value engine of version 2 needs a moment after it was enabled.
+tries=0
+until vault kv metadata put -mount="$kv" -cas-required=true -max-versions=100 anchor >/dev/null; do
+	tries=$((tries + 1))
+	[ "$tries" -lt 20 ] || exit 1
+	sleep 0.5
+done
+
+for role in keyvault-data keyvault-admin; do
+	sed -e "s#\"transit/#\"$transit/#" -e "s#\"byokeep/data#\"$kv/data#" -e "s#/byokeep-#/$prefix#" \
+		"$here/policies/$role.hcl" | vault policy write "$role" -
+done
+
+# Signs the audit log's checkpoints. Neither role may create, change or delete it.
+vault read "$transit/keys/${prefix}checkpoint" >/dev/null 2>&1 ||
+	vault write -f "$transit/keys/${prefix}checkpoint" type=ed25519 >/dev/null
+
+# keyvault names the lease that a data key is opened for; Vault's audit log has to show it in
+# the clear (it is an id) for `byokeep admin reconcile-vault`.
+vault write sys/config/auditing/request-headers/X-Byokeep-Lease hmac=false >/dev/null
+
+case ${1:-} in
+"") ;;
+approle)
+	mounted auth approle || vault auth enable approle
+	for role in keyvault-data keyvault-admin; do
+		vault write "auth/approle/role/$role" token_policies="$role" token_no_default_policy=true \
+			token_type=service token_ttl="$ttl" token_max_ttl="$max_ttl" \
+			secret_id_ttl="${SECRET_ID_TTL:-0}" >/dev/null
+	done
+	;;
+kubernetes)
+	mounted auth kubernetes || vault auth enable kubernetes
+	for role in keyvault-data keyvault-admin; do
+		vault write "auth/kubernetes/role/$role" bound_service_account_names="$role" \
+			bound_service_account_namespaces="${KUBERNETES_NAMESPACE:-byokeep}" \
+			audience="${KUBERNETES_AUDIENCE:-vault}" token_policies="$role" \
+			token_no_default_policy=true token_type=service token_ttl="$ttl" \
+			token_max_ttl="$max_ttl" >/dev/null
+	done
+	;;
+*)
+	echo "setup.sh [approle|kubernetes]" >&2
+	exit 2
+	;;
+esac
+
+vault audit list 2>/dev/null | grep -q / ||
+	echo "setup.sh: no audit device is enabled; see README.md: a Vault without one records nothing" >&2

@@ -1,0 +1,194 @@
+"""lease_vault_ratio and rewrap_vault_ratio, where a Vault can be had without building one.
+
+The first divides a lease on a stack whose KEKs are in a real Vault over TLS by the sum of its
+parts done bare: one hvac Transit decrypt, one commit, one mTLS echo, each p50 with one call in
+flight, in the same run. The second divides the backend's rewrap by hvac's own batch rewrap of
+the same rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hvac
+import psycopg
+from byokeep import transport
+from byokeep.keyvault.v1 import lease_pb2_grpc
+from byokeep.testing import Stack
+
+from services.common import config
+from services.keyvault.config import Settings
+from services.keyvault.kek.vault.backend import VaultBackend
+from tests.bench.leases import Call, _Tenant
+from tests.bench.results import Row, percentile
+from tests.harness import vault as harness
+
+_ROWS = 2000
+_BATCH = 500
+
+
+def run(seconds: float, uncapped: dict[str, dict[str, str]]) -> list[Row]:
+    """Measure; nothing where no Vault is at hand, and say so."""
+    if not harness.available():
+        print(
+            "no vault: lease_vault_ratio and rewrap_vault_ratio are not measured", file=sys.stderr
+        )
+        return []
+    folder = Path(tempfile.mkdtemp(prefix="byokeep-bench-vault-"))
+    vault = harness.VaultServer(folder)
+    try:
+        vault.start()
+        vault.set_up("approle")
+        environment = _environment(vault, folder)
+        merged = {**uncapped, "keyvault": {**uncapped["keyvault"], **environment}}
+        with Stack(environment=merged) as stack:
+            lease = asyncio.run(_lease(stack, vault, seconds))
+        return [lease, asyncio.run(_rewrap(vault, folder, environment))]
+    finally:
+        vault.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _environment(vault: harness.VaultServer, folder: Path) -> dict[str, str]:
+    settings = vault.settings(folder, vault_deadline_ms=5000)
+    return {f"BYOKEEP_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+async def _lease(stack: Stack, vault: harness.VaultServer, seconds: float) -> Row:
+    tenant = _Tenant(stack)
+    await tenant.add_key()
+    leases = lease_pb2_grpc.LeaseServiceStub(tenant.channel("runner"))
+
+    async def lease() -> object:
+        return await leases.LeaseKey(tenant.request())
+
+    # In turns, so that a busy machine is busy for all of them alike.
+    parts: dict[str, list[float]] = {"lease": [], "decrypt": [], "commit": [], "echo": []}
+    decrypt = _hvac_decrypt(vault)
+    with _committer(stack) as connection, _echo_server(stack) as (address, files):
+        async with transport.aio_channel(address, "keyvault.byokeep.internal", files) as channel:
+            echo = channel.unary_unary("/bench.Echo/Echo")
+            payload = b"x" * 1600
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                parts["lease"] += await _timed(lease, 20)
+                parts["echo"] += await _timed(lambda: echo(payload), 20)
+                parts["decrypt"] += _timed_here(decrypt, 20)
+                parts["commit"] += _timed_here(lambda: _commit(connection), 20)
+    p50 = {name: percentile(values[20:] or values, 0.5) * 1000 for name, values in parts.items()}
+    bare = p50["decrypt"] + p50["commit"] + p50["echo"]
+    detail = {f"{name}_p50_ms": round(value, 3) for name, value in p50.items()}
+    return Row("lease_vault_ratio", p50["lease"] / bare, "ratio", detail)
+
+
+async def _timed(call: Call, times: int) -> list[float]:
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        await call()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def _timed_here(call: Callable[[], object], times: int) -> list[float]:
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def _hvac_decrypt(vault: harness.VaultServer) -> Callable[[], object]:
+    client = hvac.Client(vault.address, token=vault.token("keyvault-data"), verify=str(vault.ca))
+    vault.api("POST", "transit/keys/byokeep-tenant-bare", type="aes256-gcm96")
+    made = client.secrets.transit.generate_data_key("byokeep-tenant-bare", "plaintext")
+    ciphertext = made["data"]["ciphertext"]
+    return lambda: client.secrets.transit.decrypt_data("byokeep-tenant-bare", ciphertext)
+
+
+def _committer(stack: Stack) -> psycopg.Connection[tuple[object, ...]]:
+    connection = psycopg.connect(stack.database_url("keyvault"), autocommit=True)
+    connection.execute("CREATE TABLE IF NOT EXISTS bench_commit (n bigint)")
+    return connection
+
+
+def _commit(connection: psycopg.Connection[tuple[object, ...]]) -> None:
+    with connection.transaction():
+        connection.execute("INSERT INTO bench_commit VALUES (1)")
+
+
+class _echo_server:
+    def __init__(self, stack: Stack) -> None:
+        self._pki = stack.root / "pki"
+
+    def __enter__(self) -> tuple[str, transport.TlsFiles]:
+        pki = self._pki
+        command = [sys.executable, "-m", "tests.bench.echo", str(pki / "keyvault.pem")]
+        command += [str(pki / "keyvault.key"), str(pki / "ca.pem")]
+        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._server.stdout is not None
+        port = self._server.stdout.readline().strip()
+        files = transport.TlsFiles(pki / "runner.pem", pki / "runner.key", pki / "ca.pem")
+        return f"127.0.0.1:{port}", files
+
+    def __exit__(self, *_: object) -> None:
+        self._server.terminate()
+        with self._server:
+            pass
+
+
+async def _rewrap(vault: harness.VaultServer, folder: Path, environment: dict[str, str]) -> Row:
+    placeholder = dict.fromkeys(
+        ("TLS_CERT", "TLS_KEY", "TLS_CA", "DATABASE_URL_FILE", "GRANT_KEYS_DIR"), "/dev/null"
+    )
+    placeholder |= dict.fromkeys(
+        ("DEPLOYMENT", "TRUST_DOMAIN", "LISTEN", "HEALTH_LISTEN", "CALLERS"), "bench"
+    )
+    named = {f"BYOKEEP_{name}": value for name, value in placeholder.items()}
+    backend = VaultBackend(config.load(Settings, {**named, **environment}))
+    await backend.start()
+    client = hvac.Client(vault.address, token=vault.token("keyvault-data"), verify=str(vault.ca))
+    try:
+        await backend.create("tenant/rewrap")
+        made = await backend.generate_data_key("tenant/rewrap")
+        made.plaintext.wipe()
+        await backend.rotate("tenant/rewrap")
+        rows = [made.wrapped] * _ROWS
+        ours, bare = [], []
+        for _ in range(5):
+            start = time.perf_counter()
+            assert len(await backend.rewrap("tenant/rewrap", rows)) == _ROWS
+            ours.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            _bare_rewrap(client, rows)
+            bare.append(time.perf_counter() - start)
+    finally:
+        await backend.close()
+    speed = {name: _ROWS / min(times) for name, times in (("ours", ours), ("bare", bare))}
+    detail = {f"{name}_rows_per_s": round(value) for name, value in speed.items()}
+    return Row("rewrap_vault_ratio", speed["ours"] / speed["bare"], "ratio", detail)
+
+
+def _bare_rewrap(client: hvac.Client, rows: list[bytes]) -> None:
+    for start in range(0, len(rows), _BATCH):
+        items = [{"ciphertext": one.decode()} for one in rows[start : start + _BATCH]]
+        answer = client.secrets.transit.rewrap_data(
+            "byokeep-tenant-rewrap", None, batch_input=items
+        )
+        assert len(answer["data"]["batch_results"]) == len(items)
+
+
+if __name__ == "__main__":
+    from tests.bench.__main__ import UNCAPPED
+    from tests.bench.results import show
+
+    show(run(float(os.environ.get("BENCH_SECONDS") or 5), UNCAPPED))
