@@ -50,6 +50,9 @@ case ${1:-} in
 "") ;;
 approle)
 	mounted auth approle || vault auth enable approle
+	# Vault locks a role out for 15 minutes after five failed logins: whoever knows a role id
+	# could keep keyvault out. A secret id is 128 random bits; nobody guesses it.
+	vault auth tune -user-lockout-disable=true approle/
 	for role in keyvault-data keyvault-admin; do
 		vault write "auth/approle/role/$role" token_policies="$role" token_no_default_policy=true \
 			token_type=service token_ttl="$ttl" token_max_ttl="$max_ttl" \
