@@ -22,9 +22,17 @@ async def forever(name: str, seconds: float, *steps: Callable[[], Awaitable[None
                 await step()
             except Exception as error:
                 failed = error
+            _end_if_cancelled()
             if failed is not None:
                 logs.failure(log, f"{name}_failed", failed)
         await asyncio.sleep(seconds)
+
+
+def _end_if_cancelled() -> None:
+    # A driver may answer a cancellation with an error of its own, or with a result.
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def each(name: str, items: Iterable[T], act: Callable[[T], Awaitable[object]]) -> None:

@@ -162,8 +162,8 @@ class Keyvault:
     def admin(self) -> admin_pb2_grpc.AdminServiceAsyncStub:
         return admin_pb2_grpc.AdminServiceStub(self.channel("operator"))
 
-    async def create_tenant(self, tenant: str = "acme") -> None:
-        await self.admin.CreateTenantKey(
+    async def create_tenant(self, tenant: str = "acme") -> admin_pb2.CreateTenantKeyResponse:
+        return await self.admin.CreateTenantKey(
             admin_pb2.CreateTenantKeyRequest(tenant=tenant_name(tenant), request_id=new_id("req"))
         )
 

@@ -998,4 +998,18 @@ MUTANTS = (
         "earlier + rate_bucket.events > 0",
         ("tests/component/test_orchestrator_reviews.py::test_no_call_above_the_days_ceiling",),
     ),
+    Mutant(
+        "a KEK that was trimmed is created again",
+        _KV + "kek/local.py",
+        "WHERE NOT EXISTS (SELECT FROM local_kek old WHERE old.name = new.name)",
+        "WHERE true",
+        (_SEC + "test_rewrap.py::test_rotate_then_rewrap_then_trim",),
+    ),
+    Mutant(
+        "cancelled work goes on",
+        _KV + "background.py",
+        "        raise asyncio.CancelledError",
+        "        return",
+        ("tests/unit/test_background.py",),
+    ),
 )

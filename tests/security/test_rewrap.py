@@ -89,6 +89,9 @@ async def test_rotate_then_rewrap_then_trim(keyvault):
     assert (await rewrap(keyvault, trim=True)).phase == admin_pb2.KEK_JOB_PHASE_DONE
     assert await kek_versions(keyvault) == [2]
     await open_all(keyvault, values)
+    # A second "create" finds it, and does not bring version 1 back.
+    assert not (await keyvault.create_tenant()).created
+    assert await kek_versions(keyvault) == [2]
     kinds = [event.type for event in await keyvault.events()]
     assert kinds.count(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_ROTATED) == 1
     rewrapped = [

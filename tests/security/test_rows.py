@@ -201,16 +201,20 @@ async def test_a_missing_kek_is_said_as_such(keyvault):
 async def test_list_without_vault(keyvault):
     """11. Listing and showing keys makes no call to the KEK backend.
 
-    Shown to fail: with a call of Backend.healthy in Custody.page.
+    Shown to fail: with a call of Backend.health in Custody.page.
     """
     key = await keyvault.add_active()
 
     class Untouchable:
+        async def close(self):
+            pass
+
         def __getattr__(self, name):
             raise AssertionError(f"the backend was asked: {name}")
 
-    keyvault.app._custody._backend = Untouchable()
-    keyvault.app._intake._backend = Untouchable()
+    untouchable = Untouchable()
+    keyvault.app._backends.primary = untouchable
+    keyvault.app._backends._by_name = {"local": untouchable}
     page = await keyvault.custody.ListKeys(kv.custody_pb2.ListKeysRequest(parent="tenants/acme"))
     shown = await keyvault.custody.GetKey(kv.custody_pb2.GetKeyRequest(name=key.name))
     assert [one.name for one in page.keys] == [shown.key.name]

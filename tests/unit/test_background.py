@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -38,3 +39,20 @@ async def test_a_step_that_fails_is_run_again_and_the_next_one_too():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_cancellation_that_a_step_answers_with_an_error_ends_the_work():
+    """As drivers do. Shown to fail: with _end_if_cancelled doing nothing, it sleeps on."""
+    started = asyncio.Event()
+
+    async def swallows() -> None:
+        started.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        raise RuntimeError
+
+    task = asyncio.create_task(background.forever("test", 60, swallows))
+    await started.wait()
+    task.cancel()
+    await asyncio.wait({task}, timeout=5)
+    assert task.cancelled()

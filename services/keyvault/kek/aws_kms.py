@@ -190,7 +190,7 @@ class KmsBackend:
         try:
             found = await self._described(self._alias(SYSTEM))
         except KekUnavailableError as error:
-            return Health(False, str(error.args[1]), str(error.args[2]))
+            return Health(False, error.state, str(error))
         if found is None:
             return Health(False, "uninitialized", "no KMS key of keyvault's own: run migrate")
         return Health(True, "ok", "AWS KMS answers")

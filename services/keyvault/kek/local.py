@@ -53,6 +53,13 @@ _INSERT = """
 INSERT INTO local_kek (name, version, root_id, wrapped) VALUES (%s, %s, %s, %s)
 ON CONFLICT DO NOTHING
 """
+# Version 1 alone: of a KEK that was rotated and trimmed, it must not come back.
+_CREATE = """
+INSERT INTO local_kek (name, version, root_id, wrapped)
+SELECT new.* FROM (VALUES (%s, %s, %s, %s::bytea)) AS new (name, version, root_id, wrapped)
+WHERE NOT EXISTS (SELECT FROM local_kek old WHERE old.name = new.name)
+ON CONFLICT DO NOTHING
+"""
 _NEWEST = (
     "SELECT version, root_id, wrapped FROM local_kek WHERE name = %s ORDER BY version DESC LIMIT 1"
 )
@@ -131,7 +138,7 @@ class LocalBackend:
     async def create(self, kek: str) -> bool:
         """Create a KEK; False where it exists."""
         async with self._database.transaction() as connection:
-            cursor = await connection.execute(_INSERT, self._fresh(kek, 1))
+            cursor = await connection.execute(_CREATE, self._fresh(kek, 1))
             return cursor.rowcount == 1
 
     async def rotate(self, kek: str) -> int:
