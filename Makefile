@@ -20,7 +20,7 @@ LOCKED := keyvault aws_kms orchestrator llm_runner
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run prove up down status clean test test-integration mutants lint bench protos lock setup
+.PHONY: help run prove up down status clean test test-deep test-integration mutants lint bench protos lock setup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -56,7 +56,11 @@ clean: ## stop the stack; erase its data, .venv, build and generated stubs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 test: $(VENV) $(STUBS) ## unit, component and security tests, on a real PostgreSQL and real processes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not deep" $(PYTEST_ARGS)
+
+test-deep: $(VENV) $(STUBS) ## the long rounds: memory scans, live certificates, kill -9, a million fuzzed inputs
+	BYOKEEP_FUZZ_INPUTS=1000000 $(BIN)/python -m pytest -n $(WORKERS) --dist load \
+		-m "deep or fuzz" $(PYTEST_ARGS)
 
 test-integration: $(VENV) $(STUBS) ## tests on a real Vault; builds one the first time (ten minutes)
 	$(BIN)/python -m pytest tests/integration --timeout 300 $(PYTEST_ARGS)

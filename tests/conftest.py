@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,27 +36,62 @@ def database_passwords() -> dict[str, str]:
     return {role: new_password() for role in ROLES}
 
 
-def _fresh(server: EmbeddedPostgres, passwords: dict[str, str], zone: str) -> Iterator[str]:
+def _fresh(
+    server: EmbeddedPostgres, passwords: dict[str, str], zone: str, template: str = "template1"
+) -> Iterator[str]:
     role = f"byokeep_{zone}"
     name = f"{zone}_{os.getpid()}_{uuid.uuid4().hex[:8]}"
-    yield server.create_database(name, role, passwords[role])
+    yield server.create_database(name, role, passwords[role], template=template)
     server.drop_database(name)
+
+
+def _migrated(
+    server: EmbeddedPostgres, passwords: dict[str, str], zone: str, migrate: Callable[[str], None]
+) -> str:
+    role, name = f"byokeep_{zone}", f"{zone}_migrated_{os.getpid()}"
+    migrate(server.create_database(name, role, passwords[role]))
+    return name
+
+
+@pytest.fixture(scope="session")
+def _keyvault_template(postgres: EmbeddedPostgres, database_passwords: dict[str, str]) -> str:
+    from services.keyvault.migrate import upgrade
+
+    return _migrated(postgres, database_passwords, "keyvault", upgrade)
+
+
+@pytest.fixture(scope="session")
+def _orchestrator_template(postgres: EmbeddedPostgres, database_passwords: dict[str, str]) -> str:
+    from services.orchestrator.migrate import migrate
+
+    return _migrated(postgres, database_passwords, "orchestrator", migrate)
+
+
+@pytest.fixture
+def empty_database_url(
+    postgres: EmbeddedPostgres, database_passwords: dict[str, str]
+) -> Iterator[Callable[[str], str]]:
+    """Makes an empty database of a zone's role, and returns its `postgresql://` URL."""
+    with contextlib.ExitStack() as databases:
+        yield lambda zone: databases.enter_context(
+            contextlib.contextmanager(_fresh)(postgres, database_passwords, zone)
+        )
 
 
 @pytest.fixture
 def keyvault_database_url(
-    postgres: EmbeddedPostgres, database_passwords: dict[str, str]
+    postgres: EmbeddedPostgres, database_passwords: dict[str, str], _keyvault_template: str
 ) -> Iterator[str]:
-    """A fresh empty database of keyvault's role: a `postgresql://` URL."""
-    yield from _fresh(postgres, database_passwords, "keyvault")
+    """A fresh migrated database of keyvault's role: a `postgresql://` URL."""
+    yield from _fresh(postgres, database_passwords, "keyvault", _keyvault_template)
 
 
 @pytest.fixture
 def orchestrator_database_url(
-    postgres: EmbeddedPostgres, database_passwords: dict[str, str]
+    postgres: EmbeddedPostgres, database_passwords: dict[str, str], _orchestrator_template: str
 ) -> Iterator[str]:
-    """A fresh empty database of orchestrator's role: a `postgresql://` URL."""
-    yield from _fresh(postgres, database_passwords, "orchestrator")
+    """A fresh migrated database of orchestrator's role: a `postgresql://` URL."""
+    yield from _fresh(postgres, database_passwords, "orchestrator", _orchestrator_template)
 
 
 @pytest.fixture(scope="session")

@@ -99,13 +99,17 @@ class Anchor:
                 await store.lock(connection)
                 before = await self._store.read()
                 anchored = self._read(before)
-                if self.rolled_back and not self._resumed_elsewhere(anchored):
+                resumed = self.rolled_back
+                if resumed and not self._resumed_elsewhere(anchored):
                     return
                 holds = await self._holds(connection, anchored)
                 if holds:
                     extended = await self._extend(connection)
             # After the commit: an anchor must never be ahead of its database.
-            self.rolled_back, noticed = not holds, not holds
+            noticed = not holds
+            # What `distrust` said meanwhile stays said.
+            if noticed or resumed:
+                self.rolled_back = noticed
             if holds:
                 self._frontier = extended
                 if await self._write(before, anchored or Position()):

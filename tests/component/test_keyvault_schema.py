@@ -10,9 +10,10 @@ from services.keyvault import migrate
 from services.keyvault.schema import metadata
 
 
-def test_models_and_migrations_agree(keyvault_database_url):
-    migrate.upgrade(keyvault_database_url)
-    url = sqlalchemy.make_url(keyvault_database_url).set(drivername="postgresql+psycopg")
+def test_models_and_migrations_agree(empty_database_url):
+    empty = empty_database_url("keyvault")
+    migrate.upgrade(empty)
+    url = sqlalchemy.make_url(empty).set(drivername="postgresql+psycopg")
     engine = sqlalchemy.create_engine(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection)
@@ -20,6 +21,7 @@ def test_models_and_migrations_agree(keyvault_database_url):
     engine.dispose()
 
 
-def test_migrating_twice_changes_nothing(keyvault_database_url):
-    migrate.upgrade(keyvault_database_url)
-    migrate.upgrade(keyvault_database_url)
+def test_migrating_twice_changes_nothing(empty_database_url):
+    empty = empty_database_url("keyvault")
+    migrate.upgrade(empty)
+    migrate.upgrade(empty)

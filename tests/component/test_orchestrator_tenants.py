@@ -30,12 +30,11 @@ def reason_of(refused: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> str:
     return error_info(refused.value).reason
 
 
-def test_models_and_migrations_agree(orchestrator_database_url: str) -> None:
-    migrate(orchestrator_database_url)
-    migrate(orchestrator_database_url)  # a second time changes nothing
-    engine = create_engine(
-        orchestrator_database_url.replace("postgresql://", "postgresql+psycopg://")
-    )
+def test_models_and_migrations_agree(empty_database_url) -> None:
+    empty = empty_database_url("orchestrator")
+    migrate(empty)
+    migrate(empty)  # a second time changes nothing
+    engine = create_engine(empty.replace("postgresql://", "postgresql+psycopg://"))
     with engine.connect() as connection:
         context = MigrationContext.configure(
             connection,
@@ -261,8 +260,8 @@ async def test_overrides_are_an_entitlement(stack: Stack) -> None:
     assert list((await override("")).model_overrides) == []
 
 
-async def test_no_start_without_a_schema(orchestrator_database_url: str) -> None:
-    database = Database(orchestrator_database_url, 2)
+async def test_no_start_without_a_schema(empty_database_url) -> None:
+    database = Database(empty_database_url("orchestrator"), 2)
     try:
         with pytest.raises(ConfigError, match="migrate"):
             await database.open()

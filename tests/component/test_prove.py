@@ -56,6 +56,7 @@ def test_an_attack_that_gets_through_fails_the_round(sabotaged) -> None:
     assert "not stopped: lease-as-auditor" in said
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(300)
 def test_all_else_is_stopped(sabotaged) -> None:
     """Every attack that neither waits nor breaks the stack."""

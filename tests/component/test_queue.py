@@ -183,6 +183,7 @@ async def test_stop_waits_for_handlers(queue: Queue, database: psycopg.AsyncConn
         await enqueue(queue, database, "att_running")
         await until(lambda: recorder.seen == ["att_running"])
         stop.set()
+        await asyncio.sleep(0.5)  # a fetch that runs may still end
         await enqueue(queue, database, "att_late")
         await asyncio.sleep(0.5)
         recorder.gate.set()
@@ -353,14 +354,15 @@ async def test_a_database_restart_stops_nothing() -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def test_a_database_without_schema_is_waited_for(orchestrator_database_url: str) -> None:
-    queue = Queue(orchestrator_database_url, concurrency=1)
+async def test_a_database_without_schema_is_waited_for(empty_database_url) -> None:
+    url = empty_database_url("orchestrator")
+    queue = Queue(url, concurrency=1)
     await queue.open()
     recorder = Recorder()
     async with running(queue, recorder):  # no schema yet: every query fails
         await asyncio.sleep(0.5)
         await queue.apply_schema()
-        async with await psycopg.AsyncConnection.connect(orchestrator_database_url) as database:
+        async with await psycopg.AsyncConnection.connect(url) as database:
             await queue.enqueue(database, "att_patient")
         await until(lambda: recorder.ended == ["att_patient"], 5)
     await queue.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import dataclasses
 import datetime
@@ -316,7 +315,7 @@ def lease_request(
 async def running(deployment: Deployment, **changes):
     """A keyvault that serves until the block ends."""
     settings = deployment.settings(**changes)
-    await asyncio.to_thread(migrate.upgrade, deployment.database_url)
+
     trust = await migrate.bootstrap(settings)
     app = App(settings, "all")
     await app.start()

@@ -37,7 +37,6 @@ from deploy.local.pki import CertificateAuthority
 from services.common import server
 from services.common.errors import ByokeepError
 from services.orchestrator.config import Settings
-from services.orchestrator.migrate import migrate
 from services.orchestrator.server import App
 
 DOMAIN = "byokeep.test"
@@ -567,7 +566,7 @@ def add_key_request(tenant: str = "acme", **values: Any) -> key_pb2.AddKeyReques
 @asynccontextmanager
 async def running(database_url: str, folder: Path, **overrides: Any) -> AsyncIterator[Stack]:
     """Start all, give the stack, stop all."""
-    await asyncio.to_thread(migrate, database_url)
+
     authority = CertificateAuthority.new(DOMAIN)
     authority.write(folder / "ca")
     keyvault, runner = FakeKeyvault(), FakeRunner()

@@ -111,7 +111,7 @@ class Replica(kv.Keyvault):
 async def replicas(deployment: kv.Deployment, number: int, **changes):
     """So many keyvaults on one database, killed when the block ends."""
     settings = deployment.settings(**changes)
-    await asyncio.to_thread(migrate.upgrade, deployment.database_url)
+
     trust = await migrate.bootstrap(settings)
     started = []
     try:

@@ -98,6 +98,7 @@ def _inputs(kind: str, part: object, count: int, valid: list[bytes]):
             yield data, f"BYOKEEP_FUZZ_SEED={SEED}: {kind}, part {part}, number {number}"
 
 
+@pytest.mark.fuzz
 @pytest.mark.timeout(600 * max(1, INPUTS // 1_000_000))
 @pytest.mark.parametrize("part", range(_PARTS))
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,11 +12,13 @@ import pytest
 from byokeep.keyvault.v1 import audit_pb2
 
 from deploy.local.postgres import EmbeddedPostgres, new_password
-from services.keyvault import chain
+from services.keyvault import chain, migrate
 from services.keyvault.database import DuplicateError
 from services.keyvault.store import leases as store
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import Child, grant_for, lease_request, refusal, try_lease
+
+pytestmark = pytest.mark.deep
 
 _OTHERS = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -205,6 +207,7 @@ async def test_a_database_that_stops_and_comes_back(tmp_path):
     try:
         await asyncio.to_thread(server.start)
         url = server.create_database("keyvault_stops", "byokeep_keyvault", new_password())
+        await asyncio.to_thread(migrate.upgrade, url)
         async with kv.running(kv.Deployment(tmp_path, url)) as keyvault:
             await keyvault.create_tenant()
             key = await keyvault.add_active()

@@ -26,6 +26,8 @@ from services.keyvault.kek.local import LocalBackend, load_keyring
 from tests.harness import memory
 from tests.security.test_canary import PREFIXES, add_key, fresh_key, review
 
+pytestmark = pytest.mark.deep
+
 KEYS, REVIEWS = 6, 8
 DEPLOYMENT = "local"
 MODULES = {

@@ -6,14 +6,11 @@ import re
 
 import psycopg
 
-from services.orchestrator.migrate import migrate
-
 USAGE = re.compile(r"token|usage|cost|price|billed|spend", re.IGNORECASE)
 
 
 def test_no_column_can_hold_usage_or_cost(orchestrator_database_url: str) -> None:
     """Shown by a column `prompt_tokens` added to `attempt` in the first migration."""
-    migrate(orchestrator_database_url)
     with psycopg.connect(orchestrator_database_url) as connection:
         columns = connection.execute(
             "SELECT table_name, column_name FROM information_schema.columns"

@@ -29,7 +29,7 @@ from tests.harness import keyvault as kv
 from tests.harness.replica import Process
 from tests.security.test_canary import DIFF, add_key, parent_of
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.deep, pytest.mark.timeout(600)]
 TRIES = 3
 SERVER = "keyvault.byokeep.internal"
 

@@ -22,6 +22,8 @@ from tests.harness import bulk
 from tests.harness import keyvault as kv
 from tests.security.test_rewrap import TENANT, open_all, until
 
+pytestmark = pytest.mark.deep
+
 _KEYS = 240
 _RATE = 80  # rows a second: a rewrap of three seconds, in a dozen batches
 _KILLS = 4

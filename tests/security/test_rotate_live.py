@@ -29,6 +29,8 @@ from services.keyvault.config import Settings
 from tests.harness import keyvault as kv
 from tests.security.test_canary import add_key, fresh_key, review
 
+pytestmark = pytest.mark.deep
+
 AGE, GRACE = 3, 2
 SERVICES = ("keyvault", "runner", "orchestrator")
 
