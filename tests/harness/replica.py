@@ -37,7 +37,10 @@ def environment(settings: Settings) -> dict[str, str]:
 class Process:
     """A keyvault process; it can be killed and started again."""
 
-    def __init__(self, environ: Mapping[str, str], folder: Path, name: str) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], folder: Path, name: str, role: str = "all"
+    ) -> None:
+        self._role = role
         self._ready = folder / f"{name}.ready"
         self._address = folder / f"{name}.sock"
         self._log = folder / f"{name}.log"
@@ -64,7 +67,7 @@ class Process:
         self._ready.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "services.keyvault", "serve"],
+                [sys.executable, "-m", "services.keyvault", "serve", "--role", self._role],
                 cwd=ROOT,
                 env=self._environ,
                 stderr=log,
@@ -110,13 +113,19 @@ class Replica(kv.Keyvault):
 @asynccontextmanager
 async def replicas(deployment: kv.Deployment, number: int, **changes):
     """So many keyvaults on one database, killed when the block ends."""
-    settings = deployment.settings(**changes)
+    async with in_roles(deployment, *["all"] * number, **changes) as started:
+        yield started
 
+
+@asynccontextmanager
+async def in_roles(deployment: kv.Deployment, *roles: str, **changes):
+    """A keyvault for each role on one database, killed when the block ends."""
+    settings = deployment.settings(**changes)
     trust = await migrate.bootstrap(settings)
     started = []
     try:
-        for index in range(number):
-            process = Process(environment(settings), deployment.folder, f"replica{index}")
+        for index, role in enumerate(roles):
+            process = Process(environment(settings), deployment.folder, f"replica{index}", role)
             started.append(Replica(deployment, process, trust))
             process.start()
         for one in started:

@@ -1012,4 +1012,11 @@ MUTANTS = (
         "        return",
         ("tests/unit/test_background.py",),
     ),
+    Mutant(
+        "the admin role serves leases",
+        _KV + "server.py",
+        '        if self._role in ("all", "data"):\n            custody_pb2_grpc',
+        "        if True:\n            custody_pb2_grpc",
+        (_SEC + "test_roles.py::test_a_role_does_not_serve_the_other_s_methods",),
+    ),
 )
