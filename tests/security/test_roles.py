@@ -25,7 +25,7 @@ async def _status(call) -> grpc.StatusCode | None:
 async def test_roles_share_a_key_s_life(deployment):
     """The admin role makes, rotates, trims and destroys KEKs; the data role wraps and opens.
 
-    That neither could do more is the KEK backend's to enforce: tests/integration/test_policy_matrix.
+    That neither could do more is for the KEK backend to enforce: test_policy_matrix.
     """
     async with in_roles(deployment, "admin", "data") as (admin, data):
         await admin.create_tenant()
