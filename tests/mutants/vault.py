@@ -156,4 +156,18 @@ MUTANTS = (
         "if not tenant:",
         ("tests/unit/test_vaultlog.py::test_openings_without_a_lease",),
     ),
+    Mutant(
+        "Vault: a shred sweep trims nothing",
+        "services/keyvault/rotation.py",
+        "            await self._backends.named(job.target_backend).trim(name, job.target_version)",
+        "            pass",
+        (_INT + "test_shred.py::test_shred_key",),
+    ),
+    Mutant(
+        "Vault: a destroyed tenant's KEK stays",
+        "services/keyvault/service/admin.py",
+        "            await backend.destroy(kek.tenant_kek(tenant))",
+        "            pass",
+        (_INT + "test_shred.py::test_shred_tenant",),
+    ),
 )
