@@ -102,7 +102,8 @@ async def test_rollback_row_whole_database(keyvault, deployment):
         assert await try_lease(restarted, key) == ""
         kinds = [event.type for event in await restarted.events("system")]
         assert audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED in kinds
-        assert kinds[-1] == audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED
+        # Refused leases may be noted after it.
+        assert audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED in kinds
 
 
 async def test_rollback_row_with_its_chain(keyvault, deployment):
