@@ -63,6 +63,7 @@ test-deep: $(VENV) $(STUBS) ## the long rounds: memory scans, live certificates,
 		-m "deep or fuzz" $(PYTEST_ARGS)
 
 test-integration: $(VENV) $(STUBS) ## tests on a real Vault; builds one the first time (ten minutes)
+	$(BIN)/python -m tests.harness.vault
 	$(BIN)/python -m pytest tests/integration --timeout 300 $(PYTEST_ARGS)
 
 mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fail (half an hour)

@@ -343,3 +343,8 @@ def write_secret(path: Path, text: str) -> Path:
     path.touch(mode=0o600)
     path.write_text(text)
     return path
+
+
+if __name__ == "__main__":
+    # Before the tests, whose time limits no build would fit into.
+    print(f"Vault for the integration tests: {binary()}")
