@@ -19,7 +19,6 @@ from services.common.errors import ByokeepError
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 Row = tuple[Any, ...]
-Cursor = psycopg.AsyncCursor[Row]
 Parameters = Sequence[Any] | Mapping[str, Any]
 _WAIT_SECONDS = 5.0
 # What keyvault rests on is not left to a server's or a role's defaults: a commit is on the

@@ -82,6 +82,10 @@ class Rotation:
         while (job := await store.claim(self._database, _OURS)) is not None:
             await each("kek_job", [job], steps[job.phase])
 
+    async def forget(self) -> None:
+        """Delete jobs that ended a month ago."""
+        await store.forget_ended(self._database)
+
     async def _start(self, job: Job) -> None:
         backend = self._backends.primary
         name = kek.tenant_kek(job.tenant)

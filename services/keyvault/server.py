@@ -61,6 +61,7 @@ from services.keyvault.service.lease import LeaseService
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
 _KEYS_SECONDS = 2.0
+_FORGET_SECONDS = 3600.0
 
 
 def open_database(settings: Settings) -> Database:
@@ -181,6 +182,7 @@ class App:
         self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
         if self._role in ("all", "admin"):
             self._run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
+            self._run("jobs", _FORGET_SECONDS, self._rotation.forget)
             self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
 
     async def serving(self) -> bool:

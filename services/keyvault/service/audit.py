@@ -137,16 +137,6 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         )
 
 
-def not_built(method: str, instead: str) -> ByokeepError:
-    """Return the error for a method that is in the contract and not built yet."""
-    return ByokeepError(
-        grpc.StatusCode.UNIMPLEMENTED,
-        "NOT_BUILT_YET",
-        f"{method} is not built yet; {instead}",
-        method=method,
-    )
-
-
 def _number(token: str) -> int:
     if not token:
         return 0

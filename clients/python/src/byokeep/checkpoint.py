@@ -108,13 +108,6 @@ def parse(text: str) -> Checkpoint:
     return Checkpoint(lines[0], int(lines[1]), root)
 
 
-def deployment_in(note: str) -> str:
-    """Return the deployment that a note claims to be of, before anything is verified."""
-    first = note.partition("\n")[0]
-    match = re.fullmatch(r"byokeep/(.+)/audit", first)
-    return match[1] if match else ""
-
-
 def _split(note: str) -> tuple[str, list[tuple[str, bytes, bytes]]]:
     text, blank, tail = note.rpartition("\n\n")
     lines = tail.split("\n")
