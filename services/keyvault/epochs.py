@@ -10,18 +10,21 @@ of the system chain; a destruction is written after it is done.
 from __future__ import annotations
 
 import datetime
+import logging
 from dataclasses import dataclass
 
 import grpc
 from byokeep.keyvault.v1 import audit_pb2
 from byokeep.sealing import MAX_WINDOW
 
+from services.common import logs
 from services.common.errors import ByokeepError
 from services.keyvault import chain, kek
 from services.keyvault.background import each
 from services.keyvault.database import Database
 from services.keyvault.store import epochs as store
 
+log = logging.getLogger(__name__)
 TICK_SECONDS = 20.0
 #: Seals to an intake key are taken so long after its window: clocks, and calls on their way.
 INTAKE_GRACE = datetime.timedelta(minutes=5)
@@ -49,6 +52,19 @@ class Kind:
 INTAKE = Kind("intake", datetime.timedelta(hours=1), "%Y-%m-%dT%H", ahead=6)
 CONTENT = Kind("content", datetime.timedelta(days=1), "%Y-%m-%d", ahead=3)
 _NAMES = {INTAKE.prefix: kek.intake_kek, CONTENT.prefix: kek.content_kek}
+
+
+def _is_epoch(name: str) -> bool:
+    """Say whether a row names a KEK of an epoch: another one is not ours to destroy."""
+    for kind in (INTAKE, CONTENT):
+        try:
+            begun = kind.end(name.removeprefix(f"{kind.prefix}/")) - kind.length
+        except ValueError:
+            continue
+        if _NAMES[kind.prefix](kind.at(begun)) == name:
+            return True
+    logs.event(log, "epoch_row_foreign", level=logging.ERROR)
+    return False
 
 
 def intake_close(epoch: str) -> datetime.datetime:
@@ -81,7 +97,7 @@ class Epochs:
     async def tick(self) -> None:
         """Make what is missing, destroy what is over; one failure does not stop the rest."""
         now = await store.now(self._database)
-        known = await store.all_keks(self._database)
+        known = {one for one in await store.all_keks(self._database) if _is_epoch(one.name)}
         primary = self._backends.primary.name
         missing = [name for name in self._wanted(now) if store.EpochKek(name, primary) not in known]
         await each("epoch_create", missing, self._create)

@@ -89,9 +89,13 @@ class Following:
         broken = []
         while frontier.size < position.size:
             rows = await log_store.leaf_heads(self._database, frontier.size, position.size)
-            for name in self._heads(frontier, rows):
+            # A copy: where a read fails, the leaves whose chains were not followed come again.
+            taken = merkle.Frontier(frontier.size, frontier.roots())
+            for name in self._heads(taken, rows):
                 broken += [name] * await self.follow(name)
                 await self._check_dropped(name, rows)
+                self._check_reached(name, rows)
+            self._log = frontier = taken
         if frontier.size == position.size and frontier.root() != position.root:
             raise ContradictionError("the leaves are not those that were anchored")
         return broken
@@ -193,6 +197,12 @@ class Following:
             return
         if await self._from_start(name) or gone > self.chains[name].start:
             raise ContradictionError(f"an event of {name} that the log names is missing")
+
+    def _check_reached(self, name: str, rows: list[Row]) -> None:
+        # The leaf was held against a row; what was followed is what was read after it.
+        last = max(row[2] for row in rows if row[1] == name)
+        if name not in self.broken and self.chains[name].sequence < last:
+            raise ContradictionError(f"the end of {name} was cut off")
 
     async def _from_start(self, name: str) -> bool:
         """Follow a chain from where its retention ends."""

@@ -47,15 +47,20 @@ def refused() -> ByokeepError:
 
 def load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
     """Load the orchestrator replicas' public keys, by id. Raises ConfigError."""
-    keys: dict[str, Ed25519PublicKey] = {}
-    for path in sorted(folder.glob("*.pem")):
-        key = serialization.load_pem_public_key(path.read_bytes())
-        if not isinstance(key, Ed25519PublicKey):
-            raise ConfigError(f"{path}: not an Ed25519 public key")
-        keys[public_key_id("gsk", key.public_bytes_raw())] = key
+    keys = {
+        public_key_id("gsk", key.public_bytes_raw()): key
+        for key in map(_load_key, sorted(folder.glob("*.pem")))
+    }
     if not keys:
         raise ConfigError(f"BYOKEEP_GRANT_KEYS_DIR: no *.pem in {folder}; no lease could be given")
     return keys
+
+
+def _load_key(path: Path) -> Ed25519PublicKey:
+    key = serialization.load_pem_public_key(path.read_bytes())
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigError(f"{path}: not an Ed25519 public key")
+    return key
 
 
 class GrantKeys:
@@ -70,19 +75,27 @@ class GrantKeys:
         self.trusted = load_keys(folder)
 
     async def follow(self) -> None:
-        """Take up changes; a folder that can't be loaded raises an alarm and changes nothing."""
+        """Take up changes. A file that can't be loaded raises an alarm, and what it held before is
+        not trusted any more; the others count, and a key whose file is gone never does."""
         seen = _snapshot(self._folder)
         if seen == self._seen:
             return
-        self._seen = seen
-        try:
-            found = load_keys(self._folder)
-        except (ConfigError, ValueError, OSError):
-            logs.event(log, "grant_keys_broken", level=logging.CRITICAL, folder=str(self._folder))
-            return
-        self.trusted.clear()
-        self.trusted.update(found)
-        logs.event(log, "grant_keys_changed", keys=" ".join(sorted(found)))
+        found: dict[str, Ed25519PublicKey] = {}
+        broken = False
+        for path in sorted(self._folder.glob("*.pem")):
+            try:
+                key = _load_key(path)
+            except (ConfigError, ValueError, OSError):
+                broken = True
+                logs.event(log, "grant_keys_broken", level=logging.CRITICAL, file=path.name)
+            else:
+                found[public_key_id("gsk", key.public_bytes_raw())] = key
+        if not broken:
+            self._seen = seen
+        if found.keys() != self.trusted.keys():
+            self.trusted.clear()
+            self.trusted.update(found)
+            logs.event(log, "grant_keys_changed", keys=" ".join(sorted(found)))
 
 
 def _snapshot(folder: Path) -> set[tuple[str, int, int, int]]:

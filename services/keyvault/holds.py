@@ -131,7 +131,7 @@ class Holds:
         count: int,
     ) -> None:
         current = await store.get(connection, tenant)
-        if held is (current is not None and current[0]) and not count:
+        if held is self._said(tenant, current) and not count:
             return  # said before
         event = audit_pb2.AuditEvent(
             type=_KINDS[held], caller=word.caller, detail=word.reason, count=count
@@ -139,6 +139,14 @@ class Holds:
         head = await chain.append(connection, head, self._deployment, [event])
         mac = self._mac(tenant, head.sequence, held=held)
         await store.put(connection, tenant, (held, head.sequence, mac))
+
+    def _said(self, tenant: str, current: store.Hold | None) -> bool | None:
+        """Return what was said before; None where somebody else wrote it."""
+        if current is None:
+            return False
+        held, sequence, mac = current
+        sound = hmac.compare_digest(mac, self._mac(tenant, sequence, held=held))
+        return held if sound else None
 
     def _mac(self, tenant: str, sequence: int, *, held: bool) -> bytes:
         message = fields("byokeep/hold/v1", self._deployment, tenant, int(held), sequence)

@@ -47,6 +47,9 @@ class Reconcile:
         self._broken_keys: dict[str, int] = {}
         #: Tenants of which the row and the chain differ on whether they are held.
         self._holds_differ: set[str] = set()
+        #: Something differed in this pass, and whether that is so could not be found out.
+        self._doubtful = False
+        self._unconfirmed: set[str] = set()
         self._after = ""
         self._passed = 0.0
         self._saved = time.monotonic()
@@ -76,6 +79,11 @@ class Reconcile:
             return stale("reconciled")
         return None
 
+    @property
+    def rolled_back(self) -> bool:
+        """Whether the database contradicts its anchor."""
+        return self._anchor.rolled_back
+
     async def once(self) -> None:
         """Do one pass: the log with its chains, heads, then rows."""
         async with self._passing:
@@ -90,6 +98,28 @@ class Reconcile:
             logs.event(log, "contradiction", level=logging.CRITICAL, what=contradiction)
             self._forget()
             await self._anchor.distrust()
+
+    async def head(self, name: str) -> chain.Head:
+        """Return a chain's head as this process followed it, link by link: what may be signed.
+
+        Raises:
+            ByokeepError: TENANT_KEY_MISSING where there is no such chain; RECONCILE_MISMATCH where
+                its links don't lead to the head that the database states.
+        """
+        async with self._passing, self._database.transaction() as connection:
+            head = await chain.lock(connection, name)
+            if await self.following.follow(name):
+                await self._broken(connection, head)
+            followed = self.following.chains[name]
+            broken = name in self.following.broken
+        if broken or (followed.sequence, followed.hash) != (head.sequence, head.hash):
+            raise ByokeepError(
+                grpc.StatusCode.DATA_LOSS,
+                MISMATCH,
+                "this chain's links are broken; its head is not signed",
+                chain=name,
+            )
+        return head
 
     async def save(self) -> None:
         """Keep what was followed, so that the next start need not follow it again."""
@@ -111,6 +141,7 @@ class Reconcile:
         return self.following.states.frozen + sum(self._broken_keys.values())
 
     async def _pass(self) -> None:
+        self._doubtful = False
         position = self._anchor.position
         if position.resumed != self.following.resumed:
             self._forget()
@@ -122,6 +153,8 @@ class Reconcile:
         for name in self.following.broken - self._broken_keys.keys():
             tenant = name.removeprefix("tenants/")
             self._broken_keys[name] = await store.keys(self._database, tenant)
+        if self._doubtful:
+            return  # no pass: after a minute of that, no lease is given
         self._passed = time.monotonic()
         self.last = datetime.datetime.now(datetime.UTC)
 
@@ -144,7 +177,9 @@ class Reconcile:
         tenants = stored.keys() | self.following.holds.keys()
         differ = {one for one in tenants if stored.get(one) != self.following.holds.get(one)}
         self._holds_differ &= differ
+        self._unconfirmed = set(differ)
         await each("reconcile_hold", differ, self._confirm_hold)
+        self._doubtful |= bool(self._unconfirmed)
 
     async def _confirm_hold(self, tenant: str) -> None:
         """Follow the chain under its lock, when neither it nor the row can change."""
@@ -153,6 +188,7 @@ class Reconcile:
             await chain.lock(connection, name)
             now = await store.hold(connection, tenant)
             await self.following.follow(name)
+        self._unconfirmed.discard(tenant)
         if now == self.following.holds.get(tenant):
             self._holds_differ.discard(tenant)
         elif tenant not in self._holds_differ:
@@ -162,7 +198,9 @@ class Reconcile:
     async def _agree(self, rows: list[Row]) -> bool:
         """Hold rows against the chains; freeze those that differ, once that is sure."""
         await each("reconcile_row", [row for row in rows if not self._settled(row)], self._confirm)
-        return all(map(self._settled, rows))
+        settled = all(map(self._settled, rows))
+        self._doubtful |= not settled
+        return settled
 
     def _settled(self, row: Row) -> bool:
         tenant, key_id, version, state, sequence = row

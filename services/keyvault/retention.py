@@ -25,6 +25,7 @@ from services.keyvault.following import (
     carried_digest,
     new_carried_digest,
 )
+from services.keyvault.store import audit as audit_store
 from services.keyvault.store import reconcile as carried_store
 from services.keyvault.store import retention as store
 
@@ -33,8 +34,11 @@ TICK_SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What is kept apart of a chain: sequences new there, those not needed any more, the digest."""
+    """What is dropped of a chain, up to a number and its hash; and what is kept apart: sequences
+    new there, those not needed any more, the digest."""
 
+    end: int
+    end_hash: bytes
     new: Sequence[int]
     over: Sequence[int]
     digest: bytes
@@ -68,53 +72,68 @@ class Retention:
             return
         # Only what the log has taken in, and what was verified here.
         cutoff = datetime.datetime.now(datetime.UTC) - self._age
-        end = await self._last_before(name, pruned, min(logged, followed.sequence), cutoff)
-        if end > pruned:
-            await self._prune(name, pruned, end)
+        prune = await self._plan(name, pruned, min(logged, followed.sequence), cutoff)
+        if prune is not None:
+            await self._prune(name, pruned, prune)
         while await store.drop(self._database, name):
             pass
 
-    async def _last_before(self, name: str, low: int, high: int, cutoff: datetime.datetime) -> int:
-        """Return the number of the last event before a time: they are in the order of time."""
-        while low < high:
-            middle = (low + high + 1) // 2
-            event, _ = await self._event(name, middle)
-            if event.event_time.ToDatetime(datetime.UTC) < cutoff:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    async def _plan(
+        self, name: str, pruned: int, high: int, cutoff: datetime.datetime
+    ) -> _Kept | None:
+        """Walk a chain link by link to where it was followed to, and decide what is dropped.
 
-    async def _prune(self, name: str, pruned: int, end: int) -> None:
-        kept = await self._kept(name, pruned, end)
-        _, digest = await self._event(name, end)
+        Raises LookupError where the links don't lead there: what somebody altered is not dropped
+        with the trace of it.
+        """
+        first = await store.event(self._database, name, pruned + 1)
+        if first is None or _time(first[0]) >= cutoff:
+            return None
+        followed = self._following.chains[name]
+        target, at = (followed.sequence, followed.hash), pruned
+        digest = (await carried_store.pruned(self._database, name))[1] or chain.GENESIS
+        end, end_digest, bodies = pruned, digest, list[tuple[int, bytes]]()
+        young = False
+        async for number, body, before, stated in audit_store.links(self._database, name, pruned):
+            if at == target[0]:
+                break
+            if (number, before, stated) != (at + 1, digest, chain.link_hash(digest, body)):
+                raise LookupError("the chain does not verify")
+            at, digest = number, stated
+            young = young or number > high or _time(body) >= cutoff
+            if not young:
+                end, end_digest = number, digest
+                if self._needed(name, number, body):
+                    bodies.append((number, body))
+        if (at, digest) != target:
+            raise LookupError("the chain does not verify")
+        return await self._kept(name, end, end_digest, bodies) if end > pruned else None
+
+    async def _prune(self, name: str, pruned: int, kept: _Kept) -> None:
         event = audit_pb2.AuditEvent(
             type=audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED,
-            pruned_sequence=end,
-            pruned_hash=digest,
+            pruned_sequence=kept.end,
+            pruned_hash=kept.end_hash,
             carried_hash=kept.digest,
         )
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, name)
-            if await store.prune(connection, name, pruned, end, digest):
+            if await store.prune(connection, name, pruned, kept.end, kept.end_hash):
                 await store.carry(connection, name, kept.new, kept.over)
                 await chain.append(connection, head, self._deployment, [event])
 
-    async def _kept(self, name: str, pruned: int, end: int) -> _Kept:
-        digest, new, over = new_carried_digest(), list[int](), list[int]()
+    async def _kept(
+        self, name: str, end: int, end_hash: bytes, bodies: list[tuple[int, bytes]]
+    ) -> _Kept:
+        digest, over = new_carried_digest(), list[int]()
         async for sequence, body in carried_store.carried(self._database, name):
             if self._needed(name, sequence, body):
                 carried_digest(digest, sequence, body)
             else:
                 over.append(sequence)
-        after = pruned
-        while rows := await store.bodies(self._database, name, after, end):
-            for sequence, body in rows:
-                if self._needed(name, sequence, body):
-                    carried_digest(digest, sequence, body)
-                    new.append(sequence)
-            after = rows[-1][0]
-        return _Kept(new, over, digest.digest())
+        for sequence, body in bodies:
+            carried_digest(digest, sequence, body)
+        return _Kept(end, end_hash, [sequence for sequence, _ in bodies], over, digest.digest())
 
     def _needed(self, name: str, sequence: int, body: bytes) -> bool:
         event = audit_pb2.AuditEvent.FromString(body)
@@ -128,8 +147,6 @@ class Retention:
         version = states.fingerprint(tenant, event.key_id, event.key_version)
         return states.get(version)[1] <= sequence
 
-    async def _event(self, name: str, sequence: int) -> tuple[audit_pb2.AuditEvent, bytes]:
-        row = await store.event(self._database, name, sequence)
-        if row is None:
-            raise LookupError("an event is missing")
-        return audit_pb2.AuditEvent.FromString(row[0]), row[1]
+
+def _time(body: bytes) -> datetime.datetime:
+    return audit_pb2.AuditEvent.FromString(body).event_time.ToDatetime(datetime.UTC)

@@ -171,13 +171,15 @@ class Rotation:
 
     async def _trim(self, job: Job) -> None:
         name = kek.tenant_kek(job.tenant)
+        if not await self._still_left_over(job):
+            return
         try:
             await self._backends.named(job.target_backend).trim(name, job.target_version)
         except kek.KekMissingError:
             await self._fail(job, "TENANT_KEY_MISSING")
             return
         for backend in self._backends:
-            if backend.name != job.target_backend:
+            if backend.name != job.target_backend and await self._still_left_over(job):
                 await backend.destroy(name)
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(job.tenant))
@@ -192,6 +194,19 @@ class Rotation:
             event.shred = self._backends.shred_of(job.target_backend)
             await chain.append(connection, head, self._deployment, [event])
             await store.move(connection, job, "DONE")
+
+    async def _still_left_over(self, job: Job) -> bool:
+        """Look at the rows again: a later job may have moved them back, while this one waited for
+        a backend. What a row needs is not destroyed; the job ends PARTIAL."""
+        async with self._database.transaction() as connection:
+            await chain.lock(connection, chain.tenant_chain(job.tenant))
+            locked = await store.lock(connection, job.job_id, "TRIM")
+            if locked is None:
+                return False
+            if await store.left(connection, locked, to_do=False):
+                await store.move(connection, locked, "PARTIAL", "")
+                return False
+        return True
 
     async def _fail(self, job: Job, reason: str) -> None:
         async with self._database.transaction() as connection:

@@ -44,7 +44,7 @@ chain = Table(
     Column("pruned_sequence", BigInteger, nullable=False, server_default=text("0")),
     Column("pruned_hash", LargeBinary),
     # What the log has to look at, without a look at every chain.
-    Index("chain_unlogged", "chain", postgresql_where=text("sequence > logged_sequence")),
+    Index("chain_unlogged", "chain", postgresql_where=text("sequence <> logged_sequence")),
 )
 
 audit_event = Table(

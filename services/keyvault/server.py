@@ -62,6 +62,7 @@ Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
 _KEYS_SECONDS = 2.0
 _FORGET_SECONDS = 3600.0
+_LAST_SECONDS = 5.0
 
 
 def open_database(settings: Settings) -> Database:
@@ -207,6 +208,7 @@ class App:
                     self._database,
                     self._signer,
                     self._checkpoints,
+                    self._reconcile,
                     self._settings.deployment,
                 ),
                 server,
@@ -241,7 +243,10 @@ class App:
             await self._denials.flush(0.0, everything=True)
 
         steps = (count, self._anchor.tick, self._reconcile.once, self._reconcile.save)
-        await background.each("last_write", steps, lambda step: step())
+        # A locked table must not hold a shutdown up.
+        await background.each(
+            "last_write", steps, lambda step: asyncio.wait_for(step(), _LAST_SECONDS)
+        )
         await self._backends.close()
         await self._database.close()
 

@@ -118,7 +118,13 @@ async def _export_unticked(keyvault) -> list[str]:
     service = keyvault.app
     from services.keyvault.service.audit import AuditService
 
-    audit = AuditService(service._database, service._signer, service._checkpoints, kv.DEPLOYMENT)
+    audit = AuditService(
+        service._database,
+        service._signer,
+        service._checkpoints,
+        service._reconcile,
+        kv.DEPLOYMENT,
+    )
     head = await audit._sign("tenants/acme", len(rows), links[-1].hash, 0)
     return [*map(auditlog.event_line, links), auditlog.head_line(head)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hmac
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,10 +14,12 @@ from byokeep.keyvault.v1 import audit_pb2 as pb
 from byokeep.keyvault.v1 import audit_pb2_grpc
 
 from services.common.errors import ByokeepError
+from services.keyvault import chain
 from services.keyvault.anchor import Position
 from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.database import Database
 from services.keyvault.domain import not_found
+from services.keyvault.reconcile import Reconcile
 from services.keyvault.signer import Signer, sign_statement
 from services.keyvault.store import audit as store
 from services.keyvault.store import log as log_store
@@ -30,10 +33,16 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
     """Serves auditors."""
 
     def __init__(
-        self, database: Database, signer: Signer, checkpoints: Checkpoints, deployment: str
+        self,
+        database: Database,
+        signer: Signer,
+        checkpoints: Checkpoints,
+        reconcile: Reconcile,
+        deployment: str,
     ) -> None:
         """Serve the chains of a database; heads and checkpoints are signed."""
         self._database = database
+        self._reconcile = reconcile
         self._signer = signer
         self._checkpoints = checkpoints
         self._deployment = deployment
@@ -104,22 +113,39 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         return signed
 
     async def _head(self, parent: str, since_size: int) -> pb.ExportEventsResponse:
-        signed = await self._checkpoints.now()
-        head = await store.head(self._database, parent)
-        if head is None:
+        stated = await store.head(self._database, parent)
+        if stated is None:
             raise not_found("audit chain")
-        if signed is None:
+        if self._reconcile.rolled_back:
             # A log that contradicts its anchor proves nothing; its events may still be read.
-            return pb.ExportEventsResponse(head=await self._sign(parent, *head, 0))
+            return pb.ExportEventsResponse(head=await self._sign(parent, *stated, 0))
+        # What this process followed, link by link: the database alone can't have a head signed.
+        head = await self._reconcile.head(parent)
+        signed = await self._checkpoints.now()
+        if signed is None or not head.sequence:
+            return pb.ExportEventsResponse(
+                head=await self._sign(parent, head.sequence, head.hash, 0)
+            )
         position, note = signed
         async with self._database.transaction() as connection:
             leaf = await log_store.newest_leaf(connection, parent, position.size)
-        if leaf is None:
-            return pb.ExportEventsResponse(head=await self._sign(parent, *head, 0))
+        if leaf is None or not await self._leads_to(parent, head, leaf[1], leaf[3]):
+            raise _not_logged()
         index, sequence, blind, digest = leaf
         proof = await self._checkpoints.prove(position, note, index, blind, since_size)
         statement = await self._sign(parent, sequence, digest, position.size)
         return pb.ExportEventsResponse(head=statement, proof=proof)
+
+    async def _leads_to(self, parent: str, head: chain.Head, sequence: int, digest: bytes) -> bool:
+        """Say whether a chain's links lead from a head that was followed to a newer one."""
+        at, previous = head.sequence, head.hash
+        async for number, body, before, stated in store.links(self._database, parent, at):
+            if at == sequence:
+                break
+            if (number, before, stated) != (at + 1, previous, chain.link_hash(previous, body)):
+                return False
+            at, previous = number, stated
+        return at == sequence and hmac.compare_digest(previous, digest)
 
     async def _sign(
         self, parent: str, sequence: int, digest: bytes, log_size: int
@@ -135,6 +161,16 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         return await sign_statement(
             self._signer, dsse.CHAIN_HEAD, statement.SerializeToString(deterministic=True)
         )
+
+
+def _not_logged() -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.UNAVAILABLE,
+        "AUDIT_UNAVAILABLE",
+        "the log of chain heads does not have this chain's newest one, so that no head is signed;"
+        " try again, and if it stays so, treat the database's password as stolen",
+        retry_after_seconds=2.0,
+    )
 
 
 def _number(token: str) -> int:

@@ -14,7 +14,7 @@ _BATCH = 1000
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('byokeep_log'))"
 # The predicate is that of the index chain_unlogged: nothing is read where nothing changed.
 _UNLOGGED = """
-SELECT chain, sequence, hash FROM chain WHERE sequence > logged_sequence ORDER BY chain LIMIT %s
+SELECT chain, sequence, hash FROM chain WHERE sequence <> logged_sequence ORDER BY chain LIMIT %s
 """
 _SIZE = "SELECT coalesce(max(index) + 1, 0) FROM log_leaf"
 _LEAVES = "SELECT leaf_hash FROM log_leaf WHERE index >= %s AND index < %s ORDER BY index"

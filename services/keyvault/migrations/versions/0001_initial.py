@@ -45,7 +45,7 @@ def upgrade() -> None:
         "chain",
         ["chain"],
         unique=False,
-        postgresql_where=sa.text("sequence > logged_sequence"),
+        postgresql_where=sa.text("sequence <> logged_sequence"),
     )
     op.create_table(
         "content_key",
