@@ -186,7 +186,8 @@ class Anchor:
             blind = os.urandom(32)
             leaf = merkle.leaf_hash(fields(blind, name, sequence, digest))
             index = frontier.size
-            new.append(store.Leaf(index, name, sequence, blind, leaf, frontier.append(leaf)))
+            nodes = frontier.append(leaf)
+            new.append(store.Leaf(index, name, sequence, blind, digest, leaf, nodes))
         if new:
             await store.add(connection, new)
         return frontier

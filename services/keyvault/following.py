@@ -179,11 +179,12 @@ class Following:
 
     def _heads(self, frontier: merkle.Frontier, rows: list[Row]) -> list[str]:
         """Hold leaves against the events that they name; return the chains that they are of."""
-        for index, name, sequence, blind, leaf, digest in rows:
-            expected = merkle.leaf_hash(fields(blind, name, sequence, digest or b""))
+        for index, name, sequence, blind, head, leaf, digest in rows:
+            expected = merkle.leaf_hash(fields(blind, name, sequence, head))
             if index != frontier.size:
                 raise ContradictionError("a leaf is missing")
-            if digest is not None and not hmac.compare_digest(leaf, expected):
+            # The leaf itself says of which chain it is, also where its event was dropped.
+            if not hmac.compare_digest(leaf, expected) or digest not in (None, head):
                 raise ContradictionError(f"the log has another head of {name}")
             frontier.append(leaf)
         if not rows:
@@ -192,7 +193,7 @@ class Following:
 
     async def _check_dropped(self, name: str, rows: list[Row]) -> None:
         # A head whose event is gone is right only where the chain itself says that it was dropped.
-        gone = max((row[2] for row in rows if row[1] == name and row[5] is None), default=0)
+        gone = max((row[2] for row in rows if row[1] == name and row[6] is None), default=0)
         if gone <= self.chains[name].start:
             return
         if await self._from_start(name) or gone > self.chains[name].start:

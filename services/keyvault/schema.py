@@ -77,6 +77,8 @@ log_leaf = Table(
     Column("chain", Text, nullable=False),
     Column("sequence", BigInteger, nullable=False),
     Column("blind", LargeBinary, nullable=False),
+    # Of that event, which retention may have dropped: the leaf can be checked without it.
+    Column("head_hash", LargeBinary, nullable=False),
     Column("leaf_hash", LargeBinary, nullable=False),
     Index("log_leaf_chain", "chain", "sequence"),
 )

@@ -20,9 +20,9 @@ _SIZE = "SELECT coalesce(max(index) + 1, 0) FROM log_leaf"
 _LEAVES = "SELECT leaf_hash FROM log_leaf WHERE index >= %s AND index < %s ORDER BY index"
 _ADD = """
 WITH leaf AS (
-    INSERT INTO log_leaf (index, chain, sequence, blind, leaf_hash)
+    INSERT INTO log_leaf (index, chain, sequence, blind, head_hash, leaf_hash)
     SELECT * FROM unnest(%(indexes)s::bigint[], %(chains)s::text[], %(sequences)s::bigint[],
-                         %(blinds)s::bytea[], %(leaves)s::bytea[])
+                         %(blinds)s::bytea[], %(heads)s::bytea[], %(leaves)s::bytea[])
 ), node AS (
     INSERT INTO log_node (level, index, hash)
     SELECT * FROM unnest(%(levels)s::smallint[], %(positions)s::bigint[], %(nodes)s::bytea[])
@@ -40,7 +40,7 @@ SELECT 0, index, leaf_hash FROM log_leaf
 WHERE index IN (SELECT unnest(%(leaves)s::bigint[]))
 """
 _LEAF_HEADS = """
-SELECT l.index, l.chain, l.sequence, l.blind, l.leaf_hash, e.hash
+SELECT l.index, l.chain, l.sequence, l.blind, l.head_hash, l.leaf_hash, e.hash
 FROM log_leaf l LEFT JOIN audit_event e ON e.chain = l.chain AND e.sequence = l.sequence
 WHERE l.index >= %s AND l.index < %s ORDER BY l.index LIMIT %s
 """
@@ -83,6 +83,7 @@ class Leaf:
     chain: str
     sequence: int
     blind: bytes
+    head: bytes
     hash: bytes
     completes: Sequence[tuple[int, int, bytes]]
 
@@ -119,6 +120,7 @@ async def add(connection: Connection, new: Sequence[Leaf]) -> None:
             "chains": [leaf.chain for leaf in new],
             "sequences": [leaf.sequence for leaf in new],
             "blinds": [leaf.blind for leaf in new],
+            "heads": [leaf.head for leaf in new],
             "leaves": [leaf.hash for leaf in new],
             "levels": [node[0] for node in nodes],
             "positions": [node[1] for node in nodes],

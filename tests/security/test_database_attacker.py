@@ -1,0 +1,162 @@
+"""Whoever can write keyvault's database: what an audit of the code tried, kept as tests.
+
+Each was found with a working attack; what stops it now is named beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from byokeep.errors import error_info
+from byokeep.keyvault.v1 import admin_pb2, audit_pb2
+
+from services.common.errors import ByokeepError
+from services.keyvault import following
+from services.keyvault.database import unreachable
+from tests.harness.keyvault import try_lease
+from tests.security.test_audit import export
+from tests.security.test_rewrap import kek_versions, rotate
+
+_HEAD = "SELECT sequence, hash FROM chain WHERE chain = 'tenants/acme'"
+
+
+async def _tick(keyvault) -> None:
+    await keyvault.app._anchor.tick()
+    await keyvault.app._reconcile.once()
+
+
+async def _exported(keyvault) -> str:
+    """Return why an export was not signed, or ""."""
+    try:
+        await export(keyvault)
+    except grpc.aio.AioRpcError as error:
+        return error_info(error).reason
+    return ""
+
+
+async def test_leaves_relabelled_to_hide_leases(keyvault):
+    """The newest leaf is what the database says: it must be what this process followed.
+
+    Shown to fail: with `_leads_to` returning True.
+    """
+    key = await keyvault.add_active()
+    await _tick(keyvault)
+    for _ in range(3):
+        assert await try_lease(keyvault, key) == ""
+        await _tick(keyvault)
+    assert await _exported(keyvault) == ""
+    await keyvault.sql(
+        "UPDATE log_leaf SET chain = 'tenants/zzz' WHERE chain = 'tenants/acme' AND sequence > 3"
+    )
+    assert await _exported(keyvault) == "AUDIT_UNAVAILABLE"
+
+
+async def test_chain_hidden_from_the_log(keyvault):
+    """Shown to fail: with `sequence > logged_sequence` in store.log."""
+    key = await keyvault.add_active()
+    await _tick(keyvault)
+    before = (await keyvault.sql(_HEAD))[0]
+    await keyvault.sql(
+        "UPDATE chain SET logged_sequence = 4000000000000000000 WHERE chain = 'tenants/acme'"
+    )
+    assert await try_lease(keyvault, key) == ""
+    await _tick(keyvault)
+    await keyvault.sql("DELETE FROM lease")
+    await keyvault.sql(
+        "DELETE FROM audit_event WHERE chain = 'tenants/acme' AND sequence > %s", before[0]
+    )
+    await keyvault.sql(
+        "UPDATE chain SET sequence = %s, hash = %s, logged_sequence = %s"
+        " WHERE chain = 'tenants/acme'",
+        *before,
+        before[0],
+    )
+    await _tick(keyvault)
+    assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
+
+
+async def test_leaf_passed_over_by_a_failed_read(keyvault, monkeypatch):
+    """A pass that fails between the log and the chain comes back to that leaf.
+
+    Shown to fail: with the frontier of the log advanced before its chains were followed.
+    """
+    key = await keyvault.add_active()
+    await _tick(keyvault)
+    columns = "state, state_sequence, state_mac"
+    row = (await keyvault.sql(f"SELECT {columns} FROM key_version"))[0]
+    head = (await keyvault.sql(_HEAD))[0]
+    await keyvault.change("RevokeKey", key.name)
+    await keyvault.app._anchor.tick()
+
+    def fails(*_):
+        raise unreachable()
+
+    with monkeypatch.context() as broken:
+        broken.setattr(following.audit_store, "links", fails)
+        with pytest.raises(ByokeepError):
+            await keyvault.app._reconcile.once()
+    await keyvault.sql(
+        "DELETE FROM audit_event WHERE chain = 'tenants/acme' AND sequence > %s", head[0]
+    )
+    await keyvault.sql(
+        "UPDATE chain SET sequence = %s, hash = %s, logged_sequence = %s"
+        " WHERE chain = 'tenants/acme'",
+        *head,
+        head[0],
+    )
+    await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *row)
+    await _tick(keyvault)
+    assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
+
+
+async def test_planted_trim_destroys_nothing_that_is_used(keyvault):
+    """Shown to fail: with `_still_left_over` returning True."""
+    key = await keyvault.add_active()
+    await rotate(keyvault)
+    await keyvault.sql(
+        "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase,"
+        " due_time, target_backend, target_version) VALUES"
+        " ('job_x', 'acme', 'r', 'op', false, true, true, 'TRIM', now(), 'local', 2)"
+    )
+    async with asyncio.timeout(20):
+        while await keyvault.sql("SELECT 1 FROM kek_job WHERE end_time IS NULL"):
+            await asyncio.sleep(0.1)
+    assert await kek_versions(keyvault) == [1, 2]
+    assert await try_lease(keyvault, key) == ""
+
+
+async def test_planted_hold_silences_no_operator(keyvault):
+    """Shown to fail: with the row's word taken without its MAC."""
+    await keyvault.add_active()
+    await keyvault.sql(
+        "INSERT INTO tenant_hold (tenant, held, state_sequence, state_mac)"
+        " VALUES ('acme', true, 1, '\\x00')"
+    )
+    await keyvault.admin.RevokeTenant(
+        admin_pb2.RevokeTenantRequest(tenant="tenants/acme", reason="now")
+    )
+    kinds = [event.type for event in await keyvault.events()]
+    assert audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED in kinds
+
+
+async def test_the_last_grant_key_can_be_withdrawn(keyvault, deployment):
+    """Shown to fail: with a folder without keys changing nothing."""
+    key = await keyvault.add_active()
+    for path in (deployment.folder / "grants").glob("*.pem"):
+        path.unlink()
+    await keyvault.app._grant_keys.follow()
+    assert await try_lease(keyvault, key) == "GRANT_REFUSED"
+
+
+async def test_epoch_rows_destroy_no_other_kek(keyvault):
+    """Shown to fail: with `_is_epoch` returning True."""
+    await keyvault.create_tenant("2020-01-01")
+    await keyvault.sql(
+        "INSERT INTO epoch_kek (name, kek_backend) VALUES ('tenant/2020-01-01', 'local'),"
+        " ('x', 'local'), ('content/2020-01-01', 'local')"
+    )
+    await keyvault.app._epochs.tick()
+    assert await keyvault.sql("SELECT 1 FROM local_kek WHERE name = 'tenant/2020-01-01'")
+    assert not await keyvault.sql("SELECT 1 FROM epoch_kek WHERE name = 'content/2020-01-01'")
