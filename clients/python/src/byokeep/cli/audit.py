@@ -110,6 +110,8 @@ def checkpoint(
     from byokeep.checkpoint import NoteError, open_checkpoint
     from byokeep.keyvault.v1 import audit_pb2
 
+    if listed and save is not None:
+        raise CliError("--list and --save exclude each other")
     if listed:
         _list_checkpoints(session)
         return

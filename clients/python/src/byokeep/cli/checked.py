@@ -56,7 +56,10 @@ def chain(text: str) -> str:
 def lease(text: str) -> str:
     """Return the id of a lease. Raises CliError."""
     return _check(
-        _LEASE, text, "a lease's id is lea_ and 26 letters and digits", "byokeep key trail KEY"
+        _LEASE,
+        text,
+        "a lease's id is lea_ and 26 letters and digits",
+        "byokeep key trail KEY --json",
     )
 
 

@@ -82,7 +82,7 @@ _FAILURE_HINTS: Mapping[str, str] = {
 }
 
 HINTS: Mapping[str, str] = {
-    "KEY_EXISTS": "byokeep key rotate {key}",
+    "KEY_EXISTS": "byokeep key rotate {key}; of a revoked one: byokeep key destroy {key}, then add",
     "KEY_NEEDS_REKEY": "byokeep key rotate {key}",
     "UNDECRYPTABLE": "byokeep key rotate {key}",
     "NO_ACTIVE_KEY": "byokeep key add {provider}",
@@ -93,7 +93,8 @@ HINTS: Mapping[str, str] = {
     " byokeep doctor shows your SPIFFE ID and roles",
     "USER_ASSERTION_NOT_ALLOWED": "an operator allows it: byokeep caller allow SPIFFE_ID"
     " --role ROLE --assert-users",
-    "TENANT_KEY_MISSING": "an operator creates it: byokeep admin create-tenant-key TENANT",
+    "TENANT_KEY_MISSING": "byokeep admin list-keks shows the tenants; an operator creates one:"
+    " byokeep tenant create TENANT",
     "TENANT_EXISTS": "byokeep tenant list",
     "PLAN_LACKS": "an operator changes the plan: byokeep tenant set-plan TENANT PLAN",
     "REQUEST_ID_CONFLICT": "leave --request-id out, or use a new one",

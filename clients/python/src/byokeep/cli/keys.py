@@ -199,7 +199,10 @@ def destroy(
 @app.command("roll-back", epilog=examples("byokeep key roll-back openai"))
 @command()
 def roll_back(session: Session, reference: Reference) -> None:
-    """Make the version before ACTIVE again, within 24 hours of its replacement."""
+    """Make the version before ACTIVE again, within 24 hours of its replacement.
+
+    The newer version is destroyed; that can't be undone.
+    """
     found = find_key(session, reference)
     request = key_pb2.RollBackKeyRequest(
         name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag

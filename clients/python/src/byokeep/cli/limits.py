@@ -21,7 +21,10 @@ _MEANING = {
     "max_reviews_per_day": ("reviews in 24 hours", "the plan's"),
 }
 
-Ceiling = Annotated[int | None, typer.Option(min=0, metavar="N", help="0: as before it was set.")]
+_UNSET = "0: as before it was set."
+Bytes = Annotated[int | None, typer.Option(min=0, max=4_194_304, metavar="N", help=_UNSET)]
+Calls = Annotated[int | None, typer.Option(min=0, max=1000, metavar="N", help=_UNSET)]
+Daily = Annotated[int | None, typer.Option(min=0, max=1_000_000, metavar="N", help=_UNSET)]
 
 
 @app.callback()
@@ -51,10 +54,10 @@ def show(session: Session) -> None:
 @command()
 def set_(
     session: Session,
-    max_diff_bytes: Ceiling = None,
-    max_calls_per_review: Ceiling = None,
-    max_calls_per_day: Ceiling = None,
-    max_reviews_per_day: Ceiling = None,
+    max_diff_bytes: Bytes = None,
+    max_calls_per_review: Calls = None,
+    max_calls_per_day: Daily = None,
+    max_reviews_per_day: Daily = None,
 ) -> None:
     """Set some of the tenant's ceilings; the others stay."""
     given = {

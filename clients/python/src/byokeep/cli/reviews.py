@@ -74,7 +74,9 @@ def review(
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Default: git's origin, else the directory."),
     ] = None,
-    pr: Annotated[int, typer.Option(min=0, help="Pull request, as a label.")] = 0,
+    pr: Annotated[
+        int, typer.Option(min=0, max=2_147_483_647, help="Pull request, as a label.")
+    ] = 0,
     head: Annotated[
         str | None, typer.Option(metavar="COMMIT", help="Head commit, as a label; default: git's.")
     ] = None,

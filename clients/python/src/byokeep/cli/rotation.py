@@ -53,6 +53,8 @@ def rotate_kek(
     trim: Trim = False,
 ) -> None:
     """Make a new version of a tenant's KEK: what is stored from now on is under it."""
+    if trim and not rewrap:
+        raise CliError("--trim needs --rewrap: old versions go when nothing is left under them")
     answer = session.connection.admin.RotateTenantKey(
         admin_pb2.RotateTenantKeyRequest(tenant=resource(name), request_id=request_id())
     )

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from byokeep.cli.errors import Exit
-from byokeep.cli.keyref import key_state, label_of, list_keys
+from byokeep.cli.keyref import Key, key_state, label_of, list_keys
 from byokeep.cli.output import message_dict, state_text
 from byokeep.cli.session import Session, command
 from byokeep.cli.text import clean
@@ -23,7 +23,7 @@ def status(session: Session) -> None:
 
     connection, profile = session.connection, session.profile
     identity = read_identity(profile)
-    keys = list_keys(session)
+    keys = _keys(session)
     vault = _vault(session)
     if session.out.as_json:
         session.out.json(
@@ -32,7 +32,7 @@ def status(session: Session) -> None:
                 "deployment": profile.trust.deployment,
                 "identity": identity.spiffe_id,
                 "tenant": connection.tenant,
-                "keys": [message_dict(key) for key in keys],
+                "keys": [message_dict(key) for key in keys or ()],
                 "keyvault": message_dict(vault) if vault else None,
             }
         )
@@ -45,9 +45,11 @@ def status(session: Session) -> None:
     out.print(f"deployment    {profile.trust.deployment} (profile {profile.name})")
     out.print(f"identity      {identity.spiffe_id}")
     out.print(f"tenant        {connection.tenant}")
-    if not keys:
+    if keys is None:
+        out.print("keys          not shown to this identity's roles")
+    elif not keys:
         out.print("keys          none; add one: byokeep key add openai")
-    for key in keys:
+    for key in keys or ():
         line = state_text(key_state(key))
         out.print(_labelled("key", label_of(key), line, clean(key.provider_key.hint)))
 
@@ -75,6 +77,18 @@ def doctor(session: Session) -> None:
         session.out.print(summary, style="bold")
     if counts[False]:
         raise typer.Exit(Exit.UNAVAILABLE)
+
+
+def _keys(session: Session) -> list[Key] | None:
+    """Return the tenant's keys; None where this identity may not see them."""
+    import grpc
+
+    try:
+        return list_keys(session)
+    except grpc.RpcError as error:
+        if error.code() != grpc.StatusCode.PERMISSION_DENIED or session.profile.keyvault is None:
+            raise
+    return None
 
 
 def _vault(session: Session) -> Any:
