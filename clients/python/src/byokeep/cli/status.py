@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from byokeep.cli.errors import Exit
-from byokeep.cli.keyref import Key, key_state, label_of, list_keys
+from byokeep.cli.keyref import key_state, label_of, list_keys
 from byokeep.cli.output import message_dict, state_text
 from byokeep.cli.session import Session, command
 from byokeep.cli.text import clean
@@ -79,7 +79,7 @@ def doctor(session: Session) -> None:
         raise typer.Exit(Exit.UNAVAILABLE)
 
 
-def _keys(session: Session) -> list[Key] | None:
+def _keys(session: Session) -> list[Any] | None:
     """Return the tenant's keys; None where this identity may not see them."""
     import grpc
 
