@@ -21,13 +21,12 @@ from pathlib import Path
 import hvac
 import psycopg
 from byokeep import transport
-from byokeep.keyvault.v1 import lease_pb2_grpc
 from byokeep.testing import Stack
 
 from services.common import config
 from services.keyvault.config import Settings
 from services.keyvault.kek.vault.backend import VaultBackend
-from tests.bench.leases import Call, _Tenant
+from tests.bench.keyvault_client import Call, Tenant
 from tests.bench.results import Row, percentile
 from tests.harness import vault as harness
 
@@ -63,12 +62,9 @@ def _environment(vault: harness.VaultServer, folder: Path) -> dict[str, str]:
 
 
 async def _lease(stack: Stack, vault: harness.VaultServer, seconds: float) -> Row:
-    tenant = _Tenant(stack)
+    tenant = Tenant(stack)
     await tenant.add_key()
-    leases = lease_pb2_grpc.LeaseServiceStub(tenant.channel("runner"))
-
-    async def lease() -> object:
-        return await leases.LeaseKey(tenant.request())
+    lease = tenant.leasing()
 
     # In turns, so that a busy machine is busy for all of them alike.
     parts: dict[str, list[float]] = {"lease": [], "decrypt": [], "commit": [], "echo": []}

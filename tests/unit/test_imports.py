@@ -35,3 +35,8 @@ def test_the_orchestrator_never_loads_what_opens_a_key():
 
 def test_a_serving_keyvault_never_loads_its_schema_tools():
     assert not {"sqlalchemy", "alembic", "httpx"} & _loaded("import services.keyvault.server")
+
+
+def test_the_bench_loads():
+    """`make lint` does not type-check tests: a name that moved would be noticed by nobody."""
+    import tests.bench.__main__  # noqa: F401

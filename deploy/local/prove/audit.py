@@ -44,7 +44,7 @@ def audit_row_edited(attacker: Attacker) -> str:
 
 @GROUP.attack("the newest audit rows cut off, with their head", holds=_HOLDS, disruptive=True)
 def audit_tail_cut(attacker: Attacker) -> str:
-    """The chain that is left is whole, and keyvault signs it; an older export knows more."""
+    """The chain that is left is whole. keyvault followed more of it; so does an older export."""
     chain = _chain_with_a_lease(attacker)
     older, newer = attacker.loot("older.jsonl"), attacker.loot("newer.jsonl")
     status, said = _export(attacker, chain, older)
@@ -102,10 +102,13 @@ def _short(said: str) -> str:
 
 
 def _broken(status: int, said: str, *links: int) -> str:
-    """Return how verify refused; it has to name one of these links, the first broken one."""
+    """Return how keyvault refused to sign, or verify to believe: then it has to name one of these
+    links, the first broken one."""
     if status != _INTEGRITY:
         raise GotThroughError(f"byokeep audit verify ends with {status}: {_short(said)}")
     error = json.loads(said)["error"]
+    if error["reason"] == "RECONCILE_MISMATCH":
+        return f"DATA_LOSS {error['reason']}: keyvault signs no head of such a chain"
     named = error["metadata"].get("sequence")
     if named not in map(str, links):
         raise GotThroughError(f"link {links[-1]} was touched, and verify names {named}")
