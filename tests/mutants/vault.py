@@ -96,13 +96,13 @@ MUTANTS = (
     Mutant(
         "Vault: a lease that Vault failed stays alive",
         _KV + "leasing.py",
-        "            await self._close(\n                lease.lease_id, lease_pb2.LEASE_OUTCOME_FAILED, failed, None, lease.holder\n            )\n",
+        "            await self._end(redeemed, audit_pb2.AUDIT_EVENT_TYPE_RELEASED, unavailable.reason)\n",
         "",
         (_INT + "test_vault_states.py::test_a_failed_lease_does_not_stay_alive",),
     ),
     Mutant(
         "Vault: a grant is spent on a Vault that is known to be away",
-        _KV + "leasing.py",
+        _KV + "redemption.py",
         "        if unavailable is not None:\n            # Before",
         "        if False:\n            # Before",
         (_INT + "test_vault_states.py::test_vault_states",),
