@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import grpc
 from byokeep.keyvault.v1 import audit_pb2
 
 from services.common.errors import ByokeepError
-from services.keyvault.database import Connection
+from services.keyvault.database import Connection, Row
 
 GENESIS = bytes(32)
 SYSTEM = "system"
@@ -94,6 +95,17 @@ def tenant_chain(tenant: str) -> str:
 def link_hash(previous: bytes, body: bytes) -> bytes:
     """Return the hash of a link."""
     return hashlib.sha256(_PREFIX + previous + body).digest()
+
+
+def continues(sequence: int, digest: bytes, row: Row) -> bool:
+    """Say whether a stored link (sequence, body, previous hash, hash) is the next one after a
+    sequence number and its hash."""
+    number, body, previous, stated = row
+    return (
+        number == sequence + 1
+        and hmac.compare_digest(previous, digest)
+        and hmac.compare_digest(stated, link_hash(previous, body))
+    )
 
 
 async def create(connection: Connection, chain: str) -> None:

@@ -40,6 +40,13 @@ STATE_AFTER = {
 }
 
 
+#: Whether an event holds a tenant's leases back, or lets them go again.
+HELD_AFTER = {
+    audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED: True,
+    audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED: False,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Version:
     """One version of a key, as stored."""

@@ -22,18 +22,13 @@ from google.protobuf.message import DecodeError
 from services.keyvault import chain, merkle
 from services.keyvault.anchor import Position, load
 from services.keyvault.database import Database, Row
-from services.keyvault.domain import STATE_AFTER
+from services.keyvault.domain import HELD_AFTER, STATE_AFTER
 from services.keyvault.states import States
 from services.keyvault.store import audit as audit_store
 from services.keyvault.store import log as log_store
 from services.keyvault.store import reconcile as store
 
 MISMATCH = "RECONCILE_MISMATCH"
-#: Events that hold a tenant's leases back, or let them go again.
-HOLDS = {
-    audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED: True,
-    audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED: False,
-}
 _CARRIED = b"byokeep/carried/v1\n"
 _PRUNED = audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED
 _STATE_PARTS = 16
@@ -110,7 +105,7 @@ class Following:
         async for row in audit_store.links(self._database, name, followed.sequence):
             if self._take(name, followed, row) is None:
                 # Retention may have dropped, just now, what was to be read.
-                if (await store.pruned(self._database, name))[0] > followed.sequence:
+                if (await audit_store.pruned(self._database, name))[0] > followed.sequence:
                     return await self._from_start(name)
                 self.broken.add(name)
                 return True
@@ -207,7 +202,7 @@ class Following:
 
     async def _from_start(self, name: str) -> bool:
         """Follow a chain from where its retention ends."""
-        start, digest = await store.pruned(self._database, name)
+        start, digest = await audit_store.pruned(self._database, name)
         followed = Followed(start, digest or chain.GENESIS, start)
         kept = new_carried_digest()
         if start:
@@ -231,13 +226,9 @@ class Following:
 
     def _take(self, name: str, followed: Followed, row: Row) -> audit_pb2.AuditEvent | None:
         """Take in the next link; None where it does not continue the chain."""
-        sequence, body, previous, digest = row
-        if (
-            sequence != followed.sequence + 1
-            or not hmac.compare_digest(previous, followed.hash)
-            or not hmac.compare_digest(digest, chain.link_hash(previous, body))
-        ):
+        if not chain.continues(followed.sequence, followed.hash, row):
             return None
+        sequence, body, _, digest = row
         try:
             event = audit_pb2.AuditEvent.FromString(body)
         except DecodeError:
@@ -248,8 +239,8 @@ class Following:
 
     def _state(self, name: str, sequence: int, event: audit_pb2.AuditEvent) -> None:
         """Take in what an event says of a version's state, or of the whole tenant's."""
-        if event.type in HOLDS:
-            self.holds[name.removeprefix("tenants/")] = (HOLDS[event.type], sequence)
+        if event.type in HELD_AFTER:
+            self.holds[name.removeprefix("tenants/")] = (HELD_AFTER[event.type], sequence)
         frozen = event.reason == MISMATCH
         if not frozen and event.type not in STATE_AFTER:
             return

@@ -21,10 +21,7 @@ from services.keyvault.database import Connection, Database
 from services.keyvault.store import holds as store
 from services.keyvault.store import leases as lease_store
 
-_KINDS = {
-    True: audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED,
-    False: audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED,
-}
+_KINDS = {held: kind for kind, held in domain.HELD_AFTER.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +49,8 @@ class Holds:
         """
         if hold is None:
             return
-        held, sequence, mac = hold
-        if not hmac.compare_digest(mac, self._mac(tenant, sequence, held=held)):
+        held = self._said(tenant, hold)
+        if held is None:
             raise ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
                 "STATE_TAMPERED",

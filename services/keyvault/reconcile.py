@@ -49,7 +49,6 @@ class Reconcile:
         self._holds_differ: set[str] = set()
         #: Something differed in this pass, and whether that is so could not be found out.
         self._doubtful = False
-        self._unconfirmed: set[str] = set()
         self._after = ""
         self._passed = 0.0
         self._saved = time.monotonic()
@@ -177,9 +176,14 @@ class Reconcile:
         tenants = stored.keys() | self.following.holds.keys()
         differ = {one for one in tenants if stored.get(one) != self.following.holds.get(one)}
         self._holds_differ &= differ
-        self._unconfirmed = set(differ)
-        await each("reconcile_hold", differ, self._confirm_hold)
-        self._doubtful |= bool(self._unconfirmed)
+        unconfirmed = set(differ)
+
+        async def confirm(tenant: str) -> None:
+            await self._confirm_hold(tenant)
+            unconfirmed.discard(tenant)
+
+        await each("reconcile_hold", differ, confirm)
+        self._doubtful |= bool(unconfirmed)
 
     async def _confirm_hold(self, tenant: str) -> None:
         """Follow the chain under its lock, when neither it nor the row can change."""
@@ -188,7 +192,6 @@ class Reconcile:
             await chain.lock(connection, name)
             now = await store.hold(connection, tenant)
             await self.following.follow(name)
-        self._unconfirmed.discard(tenant)
         if now == self.following.holds.get(tenant):
             self._holds_differ.discard(tenant)
         elif tenant not in self._holds_differ:

@@ -17,9 +17,8 @@ from byokeep.keyvault.v1 import audit_pb2
 from services.keyvault import chain
 from services.keyvault.background import each
 from services.keyvault.database import Database, Row
-from services.keyvault.domain import STATE_AFTER
+from services.keyvault.domain import HELD_AFTER, STATE_AFTER
 from services.keyvault.following import (
-    HOLDS,
     MISMATCH,
     Following,
     carried_digest,
@@ -91,15 +90,16 @@ class Retention:
             return None
         followed = self._following.chains[name]
         target, at = (followed.sequence, followed.hash), pruned
-        digest = (await carried_store.pruned(self._database, name))[1] or chain.GENESIS
+        digest = (await audit_store.pruned(self._database, name))[1] or chain.GENESIS
         end, end_digest, bodies = pruned, digest, list[tuple[int, bytes]]()
         young = False
-        async for number, body, before, stated in audit_store.links(self._database, name, pruned):
+        async for row in audit_store.links(self._database, name, pruned):
             if at == target[0]:
                 break
-            if (number, before, stated) != (at + 1, digest, chain.link_hash(digest, body)):
+            if not chain.continues(at, digest, row):
                 raise LookupError("the chain does not verify")
-            at, digest = number, stated
+            number, body, _, digest = row
+            at = number
             young = young or number > high or _time(body) >= cutoff
             if not young:
                 end, end_digest = number, digest
@@ -140,7 +140,7 @@ class Retention:
         if event.reason == MISMATCH:
             return True
         tenant, states = name.removeprefix("tenants/"), self._following.states
-        if event.type in HOLDS:
+        if event.type in HELD_AFTER:
             return self._following.holds.get(tenant, (False, 0))[1] <= sequence
         if event.type not in STATE_AFTER:
             return False

@@ -68,7 +68,7 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         proven."""
         last = await self._head(request.parent, request.since_size)
         head = pb.ChainHead.FromString(last.head.payload)
-        start = await store.pruned(self._database, request.parent)
+        start, _ = await store.pruned(self._database, request.parent)
         async for sequence, body, previous, digest in store.links(
             self._database, request.parent, start
         ):
@@ -139,12 +139,12 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
     async def _leads_to(self, parent: str, head: chain.Head, sequence: int, digest: bytes) -> bool:
         """Say whether a chain's links lead from a head that was followed to a newer one."""
         at, previous = head.sequence, head.hash
-        async for number, body, before, stated in store.links(self._database, parent, at):
+        async for row in store.links(self._database, parent, at):
             if at == sequence:
                 break
-            if (number, before, stated) != (at + 1, previous, chain.link_hash(previous, body)):
+            if not chain.continues(at, previous, row):
                 return False
-            at, previous = number, stated
+            at, _, _, previous = row
         return at == sequence and hmac.compare_digest(previous, digest)
 
     async def _sign(

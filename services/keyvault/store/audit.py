@@ -16,7 +16,7 @@ _LINKS = """
 SELECT sequence, body, previous_hash, hash FROM audit_event
 WHERE chain = %s AND sequence > %s ORDER BY sequence LIMIT %s
 """
-_PRUNED = "SELECT pruned_sequence FROM chain WHERE chain = %s"
+_PRUNED = "SELECT pruned_sequence, pruned_hash FROM chain WHERE chain = %s"
 _HEAD = "SELECT sequence, hash FROM chain WHERE chain = %s"
 _BATCH = 1000
 
@@ -45,7 +45,7 @@ async def head(database: Database, chain: str) -> tuple[int, bytes] | None:
     return (row[0], row[1]) if row else None
 
 
-async def pruned(database: Database, chain: str) -> int:
-    """Return the number of the last event that retention dropped from a chain; 0: none."""
-    row = await database.one(_PRUNED, (chain,))
-    return int(row[0]) if row else 0
+async def pruned(database: Database, chain: str) -> tuple[int, bytes]:
+    """Return sequence and hash of the last event that retention dropped; 0 where none."""
+    found = await database.one(_PRUNED, (chain,))
+    return (found[0], found[1] or b"") if found else (0, b"")

@@ -36,7 +36,6 @@ _ROW = """
 SELECT state, state_sequence FROM key_version WHERE tenant = %s AND key_id = %s AND version = %s
 """
 _HEADS = "SELECT chain, sequence FROM chain WHERE chain > %s ORDER BY chain LIMIT %s"
-_PRUNED = "SELECT pruned_sequence, pruned_hash FROM chain WHERE chain = %s"
 _CARRIED = """
 SELECT sequence, body FROM audit_carried WHERE chain = %s AND sequence > %s
 ORDER BY sequence LIMIT %s
@@ -88,12 +87,6 @@ async def hold(connection: Connection, tenant: str) -> Row | None:
 async def heads(database: Database, after: str, limit: int) -> list[Row]:
     """Return (chain, sequence) of chains after a name."""
     return await database.all(_HEADS, (after, limit))
-
-
-async def pruned(database: Database, chain: str) -> tuple[int, bytes]:
-    """Return sequence and hash of the last event that retention dropped; 0 where none."""
-    found = await database.one(_PRUNED, (chain,))
-    return (found[0], found[1] or b"") if found else (0, b"")
 
 
 async def carried(database: Database, chain: str) -> AsyncIterator[Row]:

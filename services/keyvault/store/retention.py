@@ -11,10 +11,6 @@ SELECT chain, pruned_sequence, logged_sequence FROM chain
 WHERE chain > %s AND logged_sequence > pruned_sequence ORDER BY chain LIMIT %s
 """
 _EVENT = "SELECT body, hash FROM audit_event WHERE chain = %s AND sequence = %s"
-_BODIES = """
-SELECT sequence, body FROM audit_event
-WHERE chain = %s AND sequence > %s AND sequence <= %s ORDER BY sequence LIMIT %s
-"""
 _DROP_CARRIED = "DELETE FROM audit_carried WHERE chain = %s AND sequence = ANY(%s::bigint[])"
 _CARRY = """
 INSERT INTO audit_carried (chain, sequence, body)
@@ -43,11 +39,6 @@ async def chains(database: Database, after: str) -> list[Row]:
 async def event(database: Database, chain: str, sequence: int) -> Row | None:
     """Return (body, hash) of an event."""
     return await database.one(_EVENT, (chain, sequence))
-
-
-async def bodies(database: Database, chain: str, after: int, end: int) -> list[Row]:
-    """Return (sequence, body) of up to a thousand events above `after`, up to `end`."""
-    return await database.all(_BODIES, (chain, after, end, _PAGE))
 
 
 async def carry(
