@@ -82,6 +82,9 @@ class Rewrap:
         return len(rows)
 
     async def _work(self, connection: Connection, job: Job) -> tuple[list[Row], list[Failure]]:
+        if job.target_backend != self._backends.primary.name:
+            await store.move(connection, job, "CANCELLED")
+            return [], []
         total = await store.left(connection, job, to_do=False) if job.total is None else 0
         rows = await store.batch(connection, job, self._limit)
         if not rows:

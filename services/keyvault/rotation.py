@@ -1,9 +1,10 @@
 """Rotation, rewrap, migration and shred sweeps, as far as the admin role goes.
 
 A job goes QUEUED → START → REWRAP (the data role's part, see rewrap) → SETTLE → TRIM → DONE.
-It ends PARTIAL where rows are left that don't open: then nothing is trimmed. Every
-step may be repeated, so a process may be killed at any point; a step that leaves the
-database is claimed for a while first, and no transaction is open meanwhile.
+It ends PARTIAL where rows are left that don't open: then nothing is trimmed; and CANCELLED
+where the backend that it aims at is not the primary one any more. Every step may be repeated,
+so a process may be killed at any point; a step that leaves the database is claimed for a while
+first, and no transaction is open meanwhile.
 """
 
 from __future__ import annotations
@@ -78,17 +79,27 @@ class Rotation:
 
     async def tick(self) -> None:
         """Do every step that is due, one job at a time."""
-        steps = {"START": self._start, "SETTLE": self._settle, "TRIM": self._trim}
         while (job := await store.claim(self._database, _OURS)) is not None:
-            await each("kek_job", [job], steps[job.phase])
+            await each("kek_job", [job], self._step)
 
     async def forget(self) -> None:
         """Delete jobs that ended a month ago."""
         await store.forget_ended(self._database)
 
+    async def _step(self, job: Job) -> None:
+        if job.target_backend not in ("", self._backends.primary.name):
+            async with self._database.transaction() as connection:
+                await store.move(connection, job, "CANCELLED")
+            return
+        steps = {"START": self._start, "SETTLE": self._settle, "TRIM": self._trim}
+        await steps[job.phase](job)
+
     async def _start(self, job: Job) -> None:
         backend = self._backends.primary
         name = kek.tenant_kek(job.tenant)
+        if await store.elsewhere(self._database, job.tenant, backend.name):
+            await store.postpone(self._database, job)
+            return
         try:
             created, target = await self._target(job, name)
         except kek.KekMissingError:
@@ -106,8 +117,7 @@ class Rotation:
                 )
                 event = _event(job, kind, backend.name, target)
                 await chain.append(connection, head, self._deployment, [event])
-            if created:
-                await store.drop_minimum(connection, job.tenant, backend.name)
+            await store.lower_minimum(connection, job.tenant, backend.name, target)
             await store.started(
                 connection, job, "REWRAP" if job.rewrap else "DONE", backend.name, target
             )

@@ -833,6 +833,20 @@ MUTANTS = (
         (_SEC + "test_rewrap.py::test_an_envelope_of_another_version_is_said_as_such",),
     ),
     Mutant(
+        "a KEK made anew keeps the minimum of the one before it",
+        _KV + "rotation.py",
+        "            await store.lower_minimum(connection, job.tenant, backend.name, target)\n",
+        "",
+        (_SEC + "test_migrate_kek.py::test_migrate_forth_and_back",),
+    ),
+    Mutant(
+        "a job goes on although it aims at a backend that is not the primary one",
+        _KV + "rotation.py",
+        '        if job.target_backend not in ("", self._backends.primary.name):\n',
+        "        if False:\n",
+        (_SEC + "test_migrate_kek.py::test_back_before_the_old_kek_is_gone",),
+    ),
+    Mutant(
         "a lost KEK is made anew",
         _KV + "rotation.py",
         "        await self._elsewhere(name)\n",

@@ -72,15 +72,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         tenant = tenant_of(request.tenant)
         backend = self._backends.primary
         created = await backend.create(kek.tenant_kek(tenant))
+        version = await backend.newest(kek.tenant_kek(tenant))
         async with self._database.transaction() as connection:
             await chain.create(connection, request.tenant)
             head = await chain.lock(connection, request.tenant)
             if created or head.sequence == 0:
                 event = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED)
                 await chain.append(connection, head, self._deployment, [event])
-            if created:
-                await job_store.drop_minimum(connection, tenant, backend.name)
-        version = await backend.newest(kek.tenant_kek(tenant))
+            await job_store.lower_minimum(connection, tenant, backend.name, version)
         return pb.CreateTenantKeyResponse(backend=backend.name, version=version, created=created)
 
     async def RotateTenantKey(
@@ -90,6 +89,9 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         job = await self._rotation.order(
             tenant_of(request.tenant), request.request_id, authz.current().spiffe_id, _ROTATE
         )
+        while job.phase in ("QUEUED", "START"):
+            await asyncio.sleep(_PROGRESS_SECONDS)
+            job = await self._rotation.get(job.job_id)
         return pb.RotateTenantKeyResponse(version=job.target_version)
 
     async def RewrapTenant(

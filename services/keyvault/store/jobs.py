@@ -165,7 +165,16 @@ ON CONFLICT (tenant, backend) DO UPDATE SET version = greatest(kek_minimum.versi
     excluded.version)
 """
 _LOWER = "DELETE FROM kek_minimum WHERE tenant = %s"
-_LOWER_ONE = "DELETE FROM kek_minimum WHERE tenant = %s AND backend = %s"
+# A job that was begun when another backend was the primary one: it may be destroying a KEK that
+# is the tenant's again.
+_ELSEWHERE: LiteralString = """
+SELECT FROM kek_job WHERE tenant = %(tenant)s AND end_time IS NULL
+  AND target_backend NOT IN ('', %(backend)s)
+"""
+_LOWER_ONE = f"""
+DELETE FROM kek_minimum WHERE tenant = %(tenant)s AND backend = %(backend)s
+  AND version > %(newest)s AND NOT EXISTS ({_ELSEWHERE})
+"""  # noqa: S608
 _TENANT_KEKS = """
 SELECT substr(c.chain, 9), v.kek_backend, min(v.kek_version), max(v.kek_version), count(v.version)
 FROM (SELECT chain FROM chain WHERE chain <> 'system' AND chain > %s ORDER BY chain LIMIT %s) c
@@ -382,7 +391,7 @@ async def next_pass(connection: Connection, job: Job) -> None:
 
 
 async def postpone(database: Database, job: Job) -> None:
-    """Let a job wait whose batch failed as a whole."""
+    """Let a job wait for what is in its way."""
     async with database.transaction() as connection:
         await connection.execute(_POSTPONE, (job.job_id,))
 
@@ -426,9 +435,14 @@ async def raise_minimum(connection: Connection, tenant: str, backend: str, versi
     await connection.execute(_RAISE, (tenant, backend, version))
 
 
-async def drop_minimum(connection: Connection, tenant: str, backend: str) -> None:
-    """Forget it: the KEK is new in that backend."""
-    await connection.execute(_LOWER_ONE, (tenant, backend))
+async def lower_minimum(connection: Connection, tenant: str, backend: str, newest: int) -> None:
+    """Forget it where it is above the newest version: the KEK was made anew since."""
+    await connection.execute(_LOWER_ONE, {"tenant": tenant, "backend": backend, "newest": newest})
+
+
+async def elsewhere(database: Database, tenant: str, backend: str) -> bool:
+    """Say whether a job of a tenant is not over that aims at another backend."""
+    return await database.one(_ELSEWHERE, {"tenant": tenant, "backend": backend}) is not None
 
 
 async def tenant_keks(database: Database, after: str, limit: int) -> list[Row]:
