@@ -4,7 +4,8 @@ Intake keys are wrapped under the KEK of their hour, content keys under that of 
 day (UTC). The admin role makes and destroys these KEKs; the data role only uses them,
 and says EPOCH_MISSING where the current one is not there. Each is made in the primary
 backend, and destroyed in the one that its row names. Creation and destruction are events
-of the system chain; a destruction is written after it is done.
+of the system chain; a destruction is written after it is done. No backend lists its KEKs: one
+whose row is gone (a crash, a restored database, SQL) is looked for by its name, every day anew.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 20.0
 #: Seals to an intake key are taken so long after its window: clocks, and calls on their way.
 INTAKE_GRACE = datetime.timedelta(minutes=5)
+#: A KEK without a row is looked for so long after it should have been destroyed: longer than
+#: keyvault is away, and longer than the backups of its database are old.
+ORPHANED = datetime.timedelta(days=30)
+#: How many of them are looked for in a tick.
+_LOOKS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,9 @@ class Epochs:
         self._backends = backends
         self._deployment = deployment
         self._retention = retention
-        self._adopted = False
+        self._looked: datetime.date | None = None
+        #: Still to be looked for, the newest last.
+        self._looks: list[store.EpochKek] = []
 
     async def tick(self) -> None:
         """Make what is missing, destroy what is over; one failure does not stop the rest."""
@@ -101,10 +109,7 @@ class Epochs:
         primary = self._backends.primary.name
         missing = [name for name in self._wanted(now) if store.EpochKek(name, primary) not in known]
         await each("epoch_create", missing, self._create)
-        if not self._adopted:
-            past = [one for one in self._past(now) if store.EpochKek(one, primary) not in known]
-            await each("epoch_adopt", past, self._adopt)
-            self._adopted = True
+        await self._look(now, known)
         over = [one for one in known if self._close(one.name) <= now]
         await each("epoch_destroy", over, self._destroy)
 
@@ -115,14 +120,38 @@ class Epochs:
             for step in range(kind.ahead + 1)
         ]
 
-    def _past(self, now: datetime.datetime) -> list[str]:
+    async def _look(self, now: datetime.datetime, known: set[store.EpochKek]) -> None:
+        if self._looked != now.date():
+            self._looks, self._looked = self._past(now), now.date()
+        looks, self._looks = self._looks[-_LOOKS:], self._looks[:-_LOOKS]
+        failed = set(looks)
+        # A backend that does not answer is not asked a hundred times.
+        away = set[str]()
+
+        async def look(one: store.EpochKek) -> None:
+            if one.backend in away:
+                return
+            if one not in known:
+                away.add(one.backend)
+                await self._adopt(one)
+                away.discard(one.backend)
+            failed.discard(one)
+
+        await each("epoch_adopt", reversed(looks), look)
+        self._looks += [one for one in looks if one in failed]
+
+    def _past(self, now: datetime.datetime) -> list[store.EpochKek]:
         names = []
         for kind in (INTAKE, CONTENT):
             moment = now - kind.length
-            while self._close(name := _NAMES[kind.prefix](kind.at(moment))) > now:
-                names.append(name)
+            while self._close(name := _NAMES[kind.prefix](kind.at(moment))) > now - ORPHANED:
+                names.append((self._close(name), name))
                 moment -= kind.length
-        return names
+        return [
+            store.EpochKek(name, backend.name)
+            for _, name in sorted(names)
+            for backend in self._backends
+        ]
 
     def _close(self, name: str) -> datetime.datetime:
         prefix, _, epoch = name.partition("/")
@@ -139,15 +168,14 @@ class Epochs:
             if await store.insert(connection, store.EpochKek(name, backend.name)):
                 await chain.append(connection, head, self._deployment, [event])
 
-    async def _adopt(self, name: str) -> None:
-        """Take in a KEK that a restored, older database does not know: it must die in time."""
-        backend = self._backends.primary
+    async def _adopt(self, one: store.EpochKek) -> None:
+        """Take in a KEK that no row names, where it is there: it must die in time."""
         try:
-            await backend.newest(name)
+            await self._backends.named(one.backend).newest(one.name)
         except kek.KekMissingError:
             return
         async with self._database.transaction() as connection:
-            await store.insert(connection, store.EpochKek(name, backend.name))
+            await store.insert(connection, one)
 
     async def _destroy(self, one: store.EpochKek) -> None:
         backend = self._backends.named(one.backend)

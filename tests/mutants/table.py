@@ -990,13 +990,27 @@ MUTANTS = (
     Mutant(
         "KEKs that a restored database forgot live on",
         _KV + "epochs.py",
-        '            await each("epoch_adopt", past, self._adopt)\n',
+        "                await self._adopt(one)\n",
         "",
         (
             _SEC
             + "test_content_keys.py"
             + "::test_a_kek_that_an_older_database_does_not_know_dies_too",
         ),
+    ),
+    Mutant(
+        "a KEK that no row names is looked for only until it should have died",
+        _KV + "epochs.py",
+        "> now - ORPHANED:",
+        "> now:",
+        (_SEC + "test_content_keys.py::test_a_kek_that_no_row_names_dies_too",),
+    ),
+    Mutant(
+        "a KEK that could not be looked for is looked for no more",
+        _KV + "epochs.py",
+        "        self._looks += [one for one in looks if one in failed]\n",
+        "",
+        (_SEC + "test_content_keys.py::test_a_kek_that_no_row_names_dies_too",),
     ),
     Mutant(
         "an intake KEK dies before its keys' windows",

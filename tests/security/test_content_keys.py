@@ -212,6 +212,38 @@ async def test_a_kek_that_an_older_database_does_not_know_dies_too(keyvault, dep
         assert await keks(keyvault, "content") <= names
 
 
+async def test_a_kek_that_no_row_names_dies_too(keyvault, clock, monkeypatch):
+    """Its epoch is over, its row is gone (a crash, a restore, SQL), and the backend fails at
+    first: it is looked for until it is found, and destroyed.
+
+    Shown to fail: with epochs that are over not looked for; with a KEK that could not be looked
+    for taken as looked for.
+    """
+    day = min(await keks(keyvault, "content"))
+    await keyvault.sql("DELETE FROM epoch_kek WHERE name = %s", day)
+    clock.later = DAY * 92
+    backend, failed = keyvault.app._backends.primary, []
+    real = backend.newest
+
+    async def fails_once(name):
+        if name == day and not failed:
+            failed.append(name)
+            raise kek.KekUnavailableError("local", "slow", "the backend is slow")
+        return await real(name)
+
+    monkeypatch.setattr(backend, "newest", fails_once)
+    for _ in range(40):
+        await keyvault.app._epochs.tick()
+        if day not in await keks(keyvault, "content"):
+            break
+    assert failed
+    assert day in [
+        one.kek
+        for one in await keyvault.events("system")
+        if one.type == audit_pb2.AUDIT_EVENT_TYPE_EPOCH_KEY_DESTROYED
+    ]
+
+
 def test_no_statement_outlives_its_epoch():
     """The seal's window ends before the KEK of its epoch does, whenever it begins."""
     start = datetime.datetime(2026, 11, 23, tzinfo=datetime.UTC)
