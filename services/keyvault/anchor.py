@@ -3,29 +3,31 @@
 Every second the heads of chains that grew become leaves of one append-only Merkle
 log, and the log's size and root are written where the database can't reach. A
 database that does not contain what its anchor says was rolled back: no lease is
-given until an operator says so. A tick costs the same however long the log is.
+given until an operator says so. That verdict stands beside the position, so that no
+restart forgets it. A tick costs the same however long the log is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
+import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 
 import grpc
 from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2
 
 from services.common import logs
-from services.common.config import ConfigError
 from services.common.errors import ByokeepError
-from services.keyvault import chain, merkle
+from services.keyvault import chain, merkle, position
 from services.keyvault.anchor_store import AnchorStore, Stored
+from services.keyvault.background import each
 from services.keyvault.database import Connection, Database
+from services.keyvault.position import Position
 from services.keyvault.store import log as store
 
 log = logging.getLogger(__name__)
@@ -35,25 +37,13 @@ STALE_SECONDS = 60.0
 
 
 def stale(what: str) -> ByokeepError:
-    """Return the error for a check of the audit log that has not succeeded for a minute."""
+    """Return the error for a check of the audit log that does not succeed, or not for a minute."""
     return ByokeepError(
         grpc.StatusCode.UNAVAILABLE,
         "AUDIT_UNAVAILABLE",
-        f"keyvault's audit log could not be {what} for {STALE_SECONDS:.0f} s; no lease is given",
+        f"keyvault's audit log could not be {what}; no lease is given",
         retry_after_seconds=5.0,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """A position of the log: how many leaves, and the root over them."""
-
-    size: int = 0
-    root: bytes = merkle.EMPTY
-    #: Leaves before this one were accepted by an operator and are not held against chains.
-    accepted: int = 0
-    #: How often an operator has resumed leases: replicas and snapshots follow it.
-    resumed: int = 0
 
 
 class Anchor:
@@ -66,9 +56,11 @@ class Anchor:
         self._deployment = deployment
         self._frontier = merkle.Frontier()
         self._ticking = asyncio.Lock()
-        self._held = 0.0
+        self._held = -math.inf
+        self._owed: set[str] = set()
         self.rolled_back = False
         #: What is anchored, as this process knows it: the log's leaves are held against it.
+        #: Another object after every tick that succeeded.
         self.position = Position()
 
     def refusal(self) -> ByokeepError | None:
@@ -84,39 +76,26 @@ class Anchor:
             return stale("anchored")
         return None
 
+    def owe(self, name: str) -> None:
+        """Take a chain's head into the log at the next tick, whatever its row says of the log."""
+        self._owed.add(name)
+
     async def distrust(self) -> None:
         """Give no lease: the log's own leaves contradict the chains."""
         if not self.rolled_back:
             self.rolled_back = True
             logs.event(log, "log_contradicts_chains", level=logging.CRITICAL)
-            await self._note(audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED, "", "")
+            await self._tell()
 
     async def tick(self) -> None:
         """Compare the database with the anchor; where it holds, extend both."""
-        noticed = False
         async with self._ticking:
-            async with self._database.transaction() as connection:
-                await store.lock(connection)
-                before = await self._store.read()
-                anchored = self._read(before)
-                resumed = self.rolled_back
-                if resumed and not self._resumed_elsewhere(anchored):
-                    return
-                holds = await self._holds(connection, anchored)
-                if holds:
-                    extended = await self._extend(connection)
-            # After the commit: an anchor must never be ahead of its database.
-            noticed = not holds
-            # What `distrust` said meanwhile stays said.
-            if noticed or resumed:
-                self.rolled_back = noticed
-            if holds:
-                self._frontier = extended
-                if await self._write(before, anchored or Position()):
-                    self._held = time.monotonic()
+            if self.rolled_back and await self._verdict_stands():
+                return
+            noticed = await self._tick()
         if noticed:
             logs.event(log, "database_rolled_back", level=logging.CRITICAL)
-            await self._note(audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED, "", "")
+            await self._tell()
 
     async def resume(self, caller: str, reason: str) -> None:
         """Take the database as it is for the truth again, on an operator's word.
@@ -132,9 +111,7 @@ class Anchor:
                 await store.lock(connection)
                 before = await self._store.read()
                 anchored = self._read(before) or Position()
-                await store.reset(connection)
-                rebuilt = await _rebuild(connection)
-            self._frontier = rebuilt
+                self._frontier = await store.reset(connection)
             accepted = Position(
                 accepted=self._frontier.size,
                 resumed=max(anchored.resumed, self.position.resumed) + 1,
@@ -144,8 +121,58 @@ class Anchor:
             self.rolled_back = False
             self._held = time.monotonic()
 
-    def _resumed_elsewhere(self, anchored: Position | None) -> bool:
-        return anchored is not None and anchored.resumed != self.position.resumed
+    async def _tick(self) -> bool:
+        """Extend database and anchor; True where the one was just found to contradict the other."""
+        owed = set(self._owed)
+        async with self._database.transaction() as connection:
+            await store.lock(connection)
+            before = await self._store.read()
+            anchored = self._read(before)
+            if anchored is not None and anchored.distrusted:
+                # Said before this process started, or by another replica.
+                self.position, self.rolled_back = anchored, True
+                return False
+            resumed = self.rolled_back
+            holds = await self._holds(connection, anchored)
+            if holds:
+                extended = await self._extend(connection, owed)
+        # After the commit: an anchor must never be ahead of its database.
+        if not holds:
+            self.position = anchored or Position(resumed=self.position.resumed)
+            self.rolled_back = True
+            return True
+        if resumed:  # what `distrust` said meanwhile stays said
+            self.rolled_back = False
+        self._frontier = extended
+        self._owed -= owed
+        if await self._write(before, anchored or Position()):
+            self._held = time.monotonic()
+        return False
+
+    async def _tell(self) -> None:
+        """Put the verdict on the record: beside the anchor, and in the system chain."""
+
+        async def keep() -> None:
+            async with self._ticking:
+                await self._verdict_stands()
+
+        async def note() -> None:
+            await self._note(audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED, "", "")
+
+        # One place that does not answer must not keep it from the other.
+        await each("verdict", (keep, note), lambda step: step())
+
+    async def _verdict_stands(self) -> bool:
+        """Keep the verdict beside the anchor; False where an operator resumed leases elsewhere."""
+        before = await self._store.read()
+        anchored = self._read(before) or replace(self.position, distrusted=False)
+        if not anchored.distrusted:
+            if anchored.resumed != self.position.resumed:
+                return False
+            anchored = replace(anchored, distrusted=True)
+            await self._store.write(anchored.text(self._deployment), before)
+        self.position = anchored
+        return True
 
     async def _holds(self, connection: Connection, anchored: Position | None) -> bool:
         size = await store.size(connection)
@@ -154,7 +181,7 @@ class Anchor:
             return size == 0
         if anchored.resumed != self.position.resumed or not self._frontier.size:
             # A start, or another replica's operator: what this process knew of the log is past.
-            loaded = await load(connection, anchored.size)
+            loaded = await store.frontier(connection, anchored.size)
             if loaded is None:
                 return False
             self._frontier = loaded
@@ -165,7 +192,7 @@ class Anchor:
         if self._frontier.size == anchored.size:
             return hmac.compare_digest(self._frontier.root(), anchored.root)
         # Another replica, or a crash before the anchor was written: the log went on.
-        past = await load(connection, anchored.size)
+        past = await store.frontier(connection, anchored.size)
         return past is not None and hmac.compare_digest(past.root(), anchored.root)
 
     async def _follow(self, connection: Connection, end: int) -> None:
@@ -176,12 +203,12 @@ class Anchor:
             for leaf in leaves:
                 self._frontier.append(leaf)
 
-    async def _extend(self, connection: Connection) -> merkle.Frontier:
+    async def _extend(self, connection: Connection, owed: set[str]) -> merkle.Frontier:
         await self._follow(connection, await store.size(connection))
         # A copy: where the transaction fails, no leaf stays that the log never had.
         frontier = merkle.Frontier(self._frontier.size, self._frontier.roots())
         new = []
-        for name, sequence, digest in await store.unlogged(connection):
+        for name, sequence, digest in await store.unlogged(connection, owed):
             # Blinded: who holds a checkpoint and one tenant's record learns nothing of others.
             blind = os.urandom(32)
             leaf = merkle.leaf_hash(fields(blind, name, sequence, digest))
@@ -201,56 +228,16 @@ class Anchor:
             await chain.append(connection, head, self._deployment, [event])
 
     def _read(self, stored: Stored) -> Position | None:
-        if stored.text is None:
-            return None
-        try:
-            data = json.loads(stored.text)
-            if data["deployment"] != self._deployment:
-                raise ValueError
-            return Position(
-                int(data["size"]),
-                bytes.fromhex(data["root"]),
-                int(data["accepted"]),
-                int(data.get("resumed", 0)),
-            )
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError("the anchor's text is not an anchor of this deployment") from None
+        return position.read(stored.text, self._deployment)
 
     async def _write(self, before: Stored, anchored: Position) -> bool:
         """Anchor the log as it is committed; False where another replica was faster."""
-        position = Position(
-            self._frontier.size, self._frontier.root(), anchored.accepted, anchored.resumed
-        )
-        text = json.dumps(
-            {
-                "deployment": self._deployment,
-                "size": position.size,
-                "root": position.root.hex(),
-                "accepted": position.accepted,
-                "resumed": position.resumed,
-            }
-        )
+        new = replace(anchored, size=self._frontier.size, root=self._frontier.root())
+        text = new.text(self._deployment)
         if text != before.text and not await self._store.write(text, before):
             return False
-        self.position = position
+        self.position = new
         return True
-
-
-async def load(connection: Connection, size: int) -> merkle.Frontier | None:
-    """Return the frontier of the log at a size, from O(log n) nodes; None where one is missing."""
-    wanted = merkle.nodes_of((0, size))
-    found = await store.nodes(connection, wanted)
-    if any(node not in found for node in wanted):
-        return None
-    return merkle.Frontier(size, [found[node] for node in wanted])
-
-
-async def _rebuild(connection: Connection) -> merkle.Frontier:
-    frontier = merkle.Frontier()
-    while leaves := await store.leaves(connection, frontier.size, 1 << 62):
-        nodes = [node for leaf in leaves for node in frontier.append(leaf)]
-        await store.add_nodes(connection, nodes)
-    return frontier
 
 
 def _moved() -> ByokeepError:

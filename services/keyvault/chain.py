@@ -24,6 +24,8 @@ from services.keyvault.database import Connection, Row
 
 GENESIS = bytes(32)
 SYSTEM = "system"
+#: What the names of tenants' chains begin with.
+TENANTS = "tenants/"
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _PREFIX = b"byokeep/audit/v1\n"
 
@@ -89,7 +91,7 @@ class Link:
 
 def tenant_chain(tenant: str) -> str:
     """Return the name of a tenant's chain."""
-    return f"tenants/{tenant}"
+    return TENANTS + tenant
 
 
 def link_hash(previous: bytes, body: bytes) -> bytes:

@@ -12,9 +12,10 @@ from byokeep import checkpoint
 from byokeep.keyvault.v1 import audit_pb2
 
 from services.keyvault import merkle
-from services.keyvault.anchor import Anchor, Position, load
+from services.keyvault.anchor import Anchor
 from services.keyvault.database import Connection, Database
 from services.keyvault.domain import not_found
+from services.keyvault.position import Position
 from services.keyvault.signer import Signer
 from services.keyvault.store import log as store
 
@@ -77,7 +78,7 @@ class Checkpoints:
                 ),
             )
             if since_size:
-                older = await load(connection, since_size)
+                older = await store.frontier(connection, since_size)
                 proof.since_root = older.root() if older else b""
         return proof
 

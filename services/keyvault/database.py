@@ -26,6 +26,9 @@ _WAIT_SECONDS = 5.0
 _OPTIONS = r"-c synchronous_commit=on -c default_transaction_isolation=read\ committed"
 
 
+_LOST = "DEPENDENCY_UNAVAILABLE"
+
+
 class DuplicateError(Exception):
     """A row with the same unique value is there."""
 
@@ -113,7 +116,7 @@ def _seam() -> Iterator[None]:
     try:
         yield
     except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout):
-        failed = "DEPENDENCY_UNAVAILABLE"
+        failed = _LOST
     except psycopg.errors.UniqueViolation:
         failed = "DUPLICATE"
     except psycopg.Error:
@@ -124,7 +127,12 @@ def _seam() -> Iterator[None]:
         raise unreachable(failed)
 
 
-def unreachable(reason: str = "DEPENDENCY_UNAVAILABLE") -> ByokeepError:
+def is_lost(error: Exception) -> bool:
+    """Say whether an error is that of a database that does not answer."""
+    return isinstance(error, ByokeepError) and error.reason == _LOST
+
+
+def unreachable(reason: str = _LOST) -> ByokeepError:
     """Return the error for a database that does not answer, or does not take what is written."""
     return ByokeepError(
         grpc.StatusCode.UNAVAILABLE,

@@ -1,8 +1,8 @@
 """Following the chains, and the log that says which of them grew.
 
-What a process has followed it holds in memory; a snapshot in the database, under a
-MAC of keyvault's own, spares the next start from following everything again. An older
-snapshot put back by SQL only makes that start follow more.
+What a process has followed it holds in memory; a snapshot in the database spares the
+next start from following everything again. An older snapshot put back by SQL only
+makes that start follow more.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2
 from google.protobuf.message import DecodeError
 
-from services.keyvault import chain, merkle
-from services.keyvault.anchor import Position, load
+from services.keyvault import chain, merkle, snapshot
+from services.keyvault.carried import Carried
 from services.keyvault.database import Database, Row
 from services.keyvault.domain import HELD_AFTER, STATE_AFTER
-from services.keyvault.states import States
+from services.keyvault.position import Position
+from services.keyvault.states import SEQUENCES, States
 from services.keyvault.store import audit as audit_store
 from services.keyvault.store import log as log_store
 from services.keyvault.store import reconcile as store
 
 MISMATCH = "RECONCILE_MISMATCH"
-_CARRIED = b"byokeep/carried/v1\n"
 _PRUNED = audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED
 _STATE_PARTS = 16
 _CHAINS_IN_PART = 10_000
@@ -47,6 +47,8 @@ class Followed:
     hash: bytes = chain.GENESIS
     #: Events up to this one were dropped by retention before it was followed.
     start: int = 0
+    #: The newest event of which a leaf of the log was seen.
+    logged: int = 0
 
 
 class Following:
@@ -58,7 +60,7 @@ class Following:
         """Start with nothing followed. The key is keyvault's own; `changed` is told of every
         version that an event gives another state."""
         self._database = database
-        self._key = hmac.digest(key, b"byokeep/reconcile/v1", hashlib.sha256)
+        self._key = hmac.digest(key, b"byokeep/reconcile/v2", hashlib.sha256)
         self._changed = changed
         self.forget(Position())
 
@@ -97,11 +99,11 @@ class Following:
 
     async def follow(self, name: str) -> bool:
         """Follow a chain to its end; True where that shows that it is broken."""
-        if name in self.broken:
-            return False
         followed = self.chains.get(name)
         if followed is None:
             return await self._from_start(name)
+        if name in self.broken:
+            return False
         async for row in audit_store.links(self._database, name, followed.sequence):
             if self._take(name, followed, row) is None:
                 # Retention may have dropped, just now, what was to be read.
@@ -116,10 +118,18 @@ class Following:
         followed = self.chains.get(name)
         return followed is not None and sequence < followed.sequence
 
+    def logged(self, name: str) -> int:
+        """Return the newest event of a chain that the log was seen to have."""
+        followed = self.chains.get(name)
+        return followed.logged if followed is not None else 0
+
+    def carried(self, name: str, sequence: int, digest: bytes) -> Carried:
+        """Return the MAC of what retention keeps of a chain's events up to one of them."""
+        return Carried(self._key, name, sequence, digest)
+
     def snapshot(self) -> list[bytes]:
         """Return what was followed, in parts; the first authenticates the others."""
         log = self._log or merkle.Frontier()
-        parts = [*self.states.dump(), *self._dump_chains()]
         head = {
             "resumed": self.resumed,
             "leaves": log.size,
@@ -127,59 +137,59 @@ class Following:
             "states": _STATE_PARTS,
             "order": sys.byteorder,
             "holds": self.holds,
-            "digest": _digest(parts),
         }
-        text = json.dumps(head).encode()
-        return [hmac.digest(self._key, text, hashlib.sha256) + text, *parts]
+        return snapshot.seal(self._key, head, [*self.states.dump(), *self._dump_chains()])
 
     async def _start(self, position: Position) -> merkle.Frontier:
         restored = self._restore(await store.parts(self._database), position)
         if restored is not None:
             return restored
         async with self._database.transaction() as connection:
-            found = await load(connection, position.accepted)
+            found = await log_store.frontier(connection, position.accepted)
         if found is None:
             raise ContradictionError("nodes of the log are missing")
         return found
 
-    def _restore(self, parts: list[bytes], position: Position) -> merkle.Frontier | None:
-        if not parts:
+    def _restore(self, sealed: list[bytes], position: Position) -> merkle.Frontier | None:
+        opened = snapshot.opened(self._key, sealed)
+        if opened is None:
             return None
-        mac, text = parts[0][:32], parts[0][32:]
-        if not hmac.compare_digest(mac, hmac.digest(self._key, text, hashlib.sha256)):
-            return None
-        head, parts = json.loads(text), parts[1:]
-        expected = (_digest(parts), position.resumed, sys.byteorder, _STATE_PARTS)
-        if (head["digest"], head["resumed"], head["order"], head["states"]) != expected:
+        head, parts = opened
+        expected = (position.resumed, sys.byteorder, _STATE_PARTS)
+        if (head["resumed"], head["order"], head["states"]) != expected:
             return None
         if head["leaves"] > position.size:
             raise ContradictionError("the log is shorter than what was verified of it")
         self.holds = {tenant: (held, at) for tenant, (held, at) in head["holds"].items()}
         self.states.restore(iter(parts[:_STATE_PARTS]))
         for part in parts[_STATE_PARTS:]:
-            for name, *numbers, digest in json.loads(part):
-                self.chains[name] = Followed(numbers[0], bytes.fromhex(digest), numbers[1])
-                self.broken.update([name] * numbers[2])
+            for name, broken, digest, sequence, start, logged in json.loads(part):
+                self.chains[name] = Followed(sequence, bytes.fromhex(digest), start, logged)
+                self.broken.update([name] * broken)
         return merkle.Frontier(head["leaves"], [bytes.fromhex(root) for root in head["roots"]])
 
     def _dump_chains(self) -> Iterator[bytes]:
         every = iter(self.chains.items())
         while part := list(islice(every, _CHAINS_IN_PART)):
-            yield json.dumps(
-                [
-                    (name, one.sequence, one.start, int(name in self.broken), one.hash.hex())
-                    for name, one in part
-                ]
-            ).encode()
+            rows = [
+                (name, int(name in self.broken), at.hash.hex(), at.sequence, at.start, at.logged)
+                for name, at in part
+            ]
+            yield json.dumps(rows).encode()
 
     def _heads(self, frontier: merkle.Frontier, rows: list[Row]) -> list[str]:
         """Hold leaves against the events that they name; return the chains that they are of."""
         for index, name, sequence, blind, head, leaf, digest in rows:
-            expected = merkle.leaf_hash(fields(blind, name, sequence, head))
             if index != frontier.size:
                 raise ContradictionError("a leaf is missing")
             # The leaf itself says of which chain it is, also where its event was dropped.
-            if not hmac.compare_digest(leaf, expected) or digest not in (None, head):
+            if (
+                sequence < 1
+                or not hmac.compare_digest(
+                    leaf, merkle.leaf_hash(fields(blind, name, sequence, head))
+                )
+                or digest not in (None, head)
+            ):
                 raise ContradictionError(f"the log has another head of {name}")
             frontier.append(leaf)
         if not rows:
@@ -197,27 +207,30 @@ class Following:
     def _check_reached(self, name: str, rows: list[Row]) -> None:
         # The leaf was held against a row; what was followed is what was read after it.
         last = max(row[2] for row in rows if row[1] == name)
-        if name not in self.broken and self.chains[name].sequence < last:
+        followed = self.chains[name]
+        if name not in self.broken and followed.sequence < last:
             raise ContradictionError(f"the end of {name} was cut off")
+        followed.logged = max(followed.logged, last)
 
     async def _from_start(self, name: str) -> bool:
         """Follow a chain from where its retention ends."""
         start, digest = await audit_store.pruned(self._database, name)
-        followed = Followed(start, digest or chain.GENESIS, start)
-        kept = new_carried_digest()
+        followed = Followed(start, digest or chain.GENESIS, start, self.logged(name))
+        kept = self.carried(name, start, followed.hash)
+        explained = not start
         if start:
             async for sequence, body in store.carried(self._database, name):
-                carried_digest(kept, sequence, body)
-                self._state(name, sequence, audit_pb2.AuditEvent.FromString(body))
-        explained = not start
+                kept.add(sequence, body)
+                self._event(name, sequence, body)
         async for row in audit_store.links(self._database, name, start):
             event = self._take(name, followed, row)
             if event is None:
                 explained = False
                 break
             explained = explained or (
-                (event.type, event.pruned_sequence, event.pruned_hash, event.carried_hash)
-                == (_PRUNED, start, digest, kept.digest())
+                event.type == _PRUNED
+                and (event.pruned_sequence, event.pruned_hash) == (start, digest)
+                and hmac.compare_digest(event.carried_hash, kept.digest())
             )
         self.chains[name] = followed
         if not explained:
@@ -229,46 +242,39 @@ class Following:
         if not chain.continues(followed.sequence, followed.hash, row):
             return None
         sequence, body, _, digest = row
+        event = self._event(name, sequence, body)
+        if event is not None:
+            followed.sequence, followed.hash = sequence, digest
+        return event
+
+    def _event(self, name: str, sequence: int, body: bytes) -> audit_pb2.AuditEvent | None:
+        """Take in what an event says of a version's state, or of the whole tenant's; None where
+        it is no event."""
+        if sequence >= SEQUENCES:
+            return None
         try:
             event = audit_pb2.AuditEvent.FromString(body)
         except DecodeError:
             return None
-        self._state(name, sequence, event)
-        followed.sequence, followed.hash = sequence, digest
+        if _froze(event) and not event.key_id:
+            self.broken.add(name)
+        # A chain of another name must not speak for a tenant.
+        elif name.startswith(chain.TENANTS):
+            self._state(name.removeprefix(chain.TENANTS), sequence, event)
         return event
 
-    def _state(self, name: str, sequence: int, event: audit_pb2.AuditEvent) -> None:
-        """Take in what an event says of a version's state, or of the whole tenant's."""
+    def _state(self, tenant: str, sequence: int, event: audit_pb2.AuditEvent) -> None:
         if event.type in HELD_AFTER:
-            self.holds[name.removeprefix("tenants/")] = (HELD_AFTER[event.type], sequence)
-        frozen = event.reason == MISMATCH
-        if not frozen and event.type not in STATE_AFTER:
-            return
-        if frozen and not event.key_id:
-            self.broken.add(name)
-            return
-        bound = (name.removeprefix("tenants/"), event.key_id, event.key_version)
+            self.holds[tenant] = (HELD_AFTER[event.type], sequence)
+        bound = (tenant, event.key_id, event.key_version)
         version = self.states.fingerprint(*bound)
-        if frozen:
+        if _froze(event):
             # What was frozen stays so in the chain: no column that SQL could clear.
             self.states.freeze(version)
-        else:
+        elif event.type in STATE_AFTER:
             self.states.set(version, STATE_AFTER[event.type], sequence)
             self._changed(bound)
 
 
-def _digest(parts: list[bytes]) -> str:
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(hashlib.sha256(part).digest())
-    return whole.hexdigest()
-
-
-def carried_digest(digest: hashlib._Hash, sequence: int, body: bytes) -> None:
-    """Take an event that retention keeps into the digest that RETENTION_PRUNED states."""
-    digest.update(sequence.to_bytes(8, "big") + hashlib.sha256(body).digest())
-
-
-def new_carried_digest() -> hashlib._Hash:
-    """Return the digest of no event."""
-    return hashlib.sha256(_CARRIED)
+def _froze(event: audit_pb2.AuditEvent) -> bool:
+    return event.type == audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED and event.reason == MISMATCH

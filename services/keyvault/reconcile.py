@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+import math
 import time
+from collections.abc import Iterable
 
 import grpc
 from byokeep.keyvault.v1 import audit_pb2
@@ -22,7 +24,7 @@ from services.common.errors import ByokeepError
 from services.keyvault import chain
 from services.keyvault.anchor import STALE_SECONDS, Anchor, stale
 from services.keyvault.background import each
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Database, Row, is_lost
 from services.keyvault.following import MISMATCH, ContradictionError, Following
 from services.keyvault.pages import Pages
 from services.keyvault.store import reconcile as store
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 20.0
 SAVE_SECONDS = 600.0
 _HEADS = 20_000
+#: In the place of a version: the tenant's hold.
+_HOLD = ("", 0)
 
 
 class Reconcile:
@@ -47,10 +51,13 @@ class Reconcile:
         self._broken_keys: dict[str, int] = {}
         #: Tenants of which the row and the chain differ on whether they are held.
         self._holds_differ: set[str] = set()
-        #: Something differed in this pass, and whether that is so could not be found out.
-        self._doubtful = False
+        #: By tenant, what differed where it could not be found out which of both is right.
+        self._unsettled: dict[str, set[store.Bound]] = {}
+        #: Heads that their rows say are logged, and the log was not seen to have.
+        self._claimed: dict[str, int] = {}
+        self._position = anchor.position
         self._after = ""
-        self._passed = 0.0
+        self._passed = -math.inf
         self._saved = time.monotonic()
         self.last: datetime.datetime | None = None
 
@@ -74,7 +81,7 @@ class Reconcile:
                 f" says; none is given: byokeep admin revoke-tenant {tenant}, then resume-tenant",
                 tenant=tenant,
             )
-        if time.monotonic() - self._passed > STALE_SECONDS:
+        if tenant in self._unsettled or time.monotonic() - self._passed > STALE_SECONDS:
             return stale("reconciled")
         return None
 
@@ -88,11 +95,17 @@ class Reconcile:
         async with self._passing:
             if self._anchor.rolled_back:
                 return
+            contradiction = ""
             try:
                 await self._pass()
             except ContradictionError as error:
                 contradiction = str(error)
-            else:
+            except Exception as error:
+                # A lost connection is forgiven for a minute; what is stored is not.
+                if not is_lost(error):
+                    self._passed = -math.inf
+                raise
+            if not contradiction:
                 return
             logs.event(log, "contradiction", level=logging.CRITICAL, what=contradiction)
             self._forget()
@@ -111,6 +124,8 @@ class Reconcile:
                 await self._broken(connection, head)
             followed = self.following.chains[name]
             broken = name in self.following.broken
+            if followed.logged < head.sequence:
+                self._anchor.owe(name)
         if broken or (followed.sequence, followed.hash) != (head.sequence, head.hash):
             raise ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
@@ -123,7 +138,7 @@ class Reconcile:
     async def save(self) -> None:
         """Keep what was followed, so that the next start need not follow it again."""
         async with self._passing:
-            if self._anchor.rolled_back or not self._passed:
+            if self._anchor.rolled_back or self._passed == -math.inf:
                 return
             async with self._database.transaction() as connection:
                 await store.save(connection, self.following.snapshot())
@@ -140,20 +155,17 @@ class Reconcile:
         return self.following.states.frozen + sum(self._broken_keys.values())
 
     async def _pass(self) -> None:
-        self._doubtful = False
         position = self._anchor.position
         if position.resumed != self.following.resumed:
             self._forget()
-        for name in await self.following.log(position):
-            await self._freeze_tenant(name)
+        await each("freeze_tenant", await self.following.log(position), self._freeze_tenant)
         await self._check_heads()
+        await self._settle([one for open_ in self._unsettled.values() for one in open_])
         await self._check_holds()
         await self._pages.look()
         for name in self.following.broken - self._broken_keys.keys():
-            tenant = name.removeprefix("tenants/")
+            tenant = name.removeprefix(chain.TENANTS)
             self._broken_keys[name] = await store.keys(self._database, tenant)
-        if self._doubtful:
-            return  # no pass: after a minute of that, no lease is given
         self._passed = time.monotonic()
         self.last = datetime.datetime.now(datetime.UTC)
 
@@ -161,14 +173,26 @@ class Reconcile:
         self.following.forget(self._anchor.position)
         self._pages.forget()
         self._broken_keys.clear()
+        self._claimed.clear()
 
     async def _check_heads(self) -> None:
-        """Look at some thousand heads: none may be before what was followed."""
+        """Look at some thousand heads: none may be before what was followed, and what is said to
+        be in the log must be there by the next pass."""
         heads = await store.heads(self._database, self._after, _HEADS)
-        for name, sequence in heads:
+        claimed = {}
+        for name, sequence, logged in heads:
             if self.following.behind(name, sequence):
                 raise ContradictionError(f"the end of {name} was cut off")
+            if logged >= sequence > self.following.logged(name):
+                claimed[name] = sequence
         self._after = heads[-1][0] if len(heads) == _HEADS else ""
+        if self._position is self._anchor.position:
+            return  # nothing was anchored since: what was claimed then may still come
+        for name, sequence in self._claimed.items():
+            if self.following.logged(name) < sequence:
+                logs.event(log, "head_kept_from_log", level=logging.CRITICAL, chain=name)
+                self._anchor.owe(name)
+        self._claimed, self._position = claimed, self._anchor.position
 
     async def _check_holds(self) -> None:
         """Hold what is stored of tenants' holds against their chains."""
@@ -176,14 +200,25 @@ class Reconcile:
         tenants = stored.keys() | self.following.holds.keys()
         differ = {one for one in tenants if stored.get(one) != self.following.holds.get(one)}
         self._holds_differ &= differ
-        unconfirmed = set(differ)
+        await self._settle([(tenant, *_HOLD) for tenant in differ])
 
-        async def confirm(tenant: str) -> None:
-            await self._confirm_hold(tenant)
-            unconfirmed.discard(tenant)
+    async def _settle(self, differing: Iterable[store.Bound]) -> None:
+        """Find out what is right, under the chains' locks. Where that fails, whatever it is that
+        fails, the tenant has no lease until it succeeds."""
 
-        await each("reconcile_hold", differ, confirm)
-        self._doubtful |= bool(unconfirmed)
+        async def settle(one: store.Bound) -> None:
+            tenant = one[0]
+            open_ = self._unsettled.get(tenant, set())
+            try:
+                await (self._confirm_hold(tenant) if one[1:] == _HOLD else self._confirm(*one))
+            except Exception:
+                self._unsettled[tenant] = open_ | {one}
+                raise
+            if open_ == {one}:
+                del self._unsettled[tenant]
+            open_.discard(one)
+
+        await each("settle", differing, settle)
 
     async def _confirm_hold(self, tenant: str) -> None:
         """Follow the chain under its lock, when neither it nor the row can change."""
@@ -200,10 +235,9 @@ class Reconcile:
 
     async def _agree(self, rows: list[Row]) -> bool:
         """Hold rows against the chains; freeze those that differ, once that is sure."""
-        await each("reconcile_row", [row for row in rows if not self._settled(row)], self._confirm)
-        settled = all(map(self._settled, rows))
-        self._doubtful |= not settled
-        return settled
+        # One by one: what settles a row may settle those after it.
+        await self._settle((row[0], row[1], row[2]) for row in rows if not self._settled(row))
+        return all(map(self._settled, rows))
 
     def _settled(self, row: Row) -> bool:
         tenant, key_id, version, state, sequence = row
@@ -212,11 +246,8 @@ class Reconcile:
             states.fingerprint(tenant, key_id, version), state, sequence
         )
 
-    async def _confirm(self, row: Row) -> None:
+    async def _confirm(self, tenant: str, key_id: str, version: int) -> None:
         """Follow the chain once more under its lock, when neither it nor the row can change."""
-        if self._settled(row):
-            return
-        tenant, key_id, version = row[:3]
         name = chain.tenant_chain(tenant)
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, name)

@@ -1,7 +1,7 @@
 """Retention: old events are dropped, and the chain says so.
 
 An event RETENTION_PRUNED states up to which link events were dropped, that link's hash,
-and a digest over what is kept of them: the last state of each key version, and what
+and a MAC over what is kept of them: the last state of each key version, and what
 froze one, which the reconcile pass needs for as long as the version is there. An
 export then starts after the dropped events, and is believed only with that event in it.
 """
@@ -18,12 +18,7 @@ from services.keyvault import chain
 from services.keyvault.background import each
 from services.keyvault.database import Database, Row
 from services.keyvault.domain import HELD_AFTER, STATE_AFTER
-from services.keyvault.following import (
-    MISMATCH,
-    Following,
-    carried_digest,
-    new_carried_digest,
-)
+from services.keyvault.following import MISMATCH, Following
 from services.keyvault.store import audit as audit_store
 from services.keyvault.store import reconcile as carried_store
 from services.keyvault.store import retention as store
@@ -34,13 +29,13 @@ TICK_SECONDS = 3600.0
 @dataclass(frozen=True, slots=True)
 class _Kept:
     """What is dropped of a chain, up to a number and its hash; and what is kept apart: sequences
-    new there, those not needed any more, the digest."""
+    new there, those not needed any more, the MAC."""
 
     end: int
     end_hash: bytes
     new: Sequence[int]
     over: Sequence[int]
-    digest: bytes
+    mac: bytes
 
 
 class Retention:
@@ -65,13 +60,13 @@ class Retention:
             after = found[-1][0]
 
     async def _chain(self, row: Row) -> None:
-        name, pruned, logged = row
+        name, pruned = row
         followed = self._following.chains.get(name)
         if followed is None or name in self._following.broken:
             return
-        # Only what the log has taken in, and what was verified here.
+        # Only what the log has taken in, as was verified here.
         cutoff = datetime.datetime.now(datetime.UTC) - self._age
-        prune = await self._plan(name, pruned, min(logged, followed.sequence), cutoff)
+        prune = await self._plan(name, pruned, followed.logged, cutoff)
         if prune is not None:
             await self._prune(name, pruned, prune)
         while await store.drop(self._database, name):
@@ -114,7 +109,7 @@ class Retention:
             type=audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED,
             pruned_sequence=kept.end,
             pruned_hash=kept.end_hash,
-            carried_hash=kept.digest,
+            carried_hash=kept.mac,
         )
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, name)
@@ -125,21 +120,21 @@ class Retention:
     async def _kept(
         self, name: str, end: int, end_hash: bytes, bodies: list[tuple[int, bytes]]
     ) -> _Kept:
-        digest, over = new_carried_digest(), list[int]()
+        kept, over = self._following.carried(name, end, end_hash), list[int]()
         async for sequence, body in carried_store.carried(self._database, name):
             if self._needed(name, sequence, body):
-                carried_digest(digest, sequence, body)
+                kept.add(sequence, body)
             else:
                 over.append(sequence)
         for sequence, body in bodies:
-            carried_digest(digest, sequence, body)
-        return _Kept(end, end_hash, [sequence for sequence, _ in bodies], over, digest.digest())
+            kept.add(sequence, body)
+        return _Kept(end, end_hash, [sequence for sequence, _ in bodies], over, kept.digest())
 
     def _needed(self, name: str, sequence: int, body: bytes) -> bool:
         event = audit_pb2.AuditEvent.FromString(body)
         if event.reason == MISMATCH:
             return True
-        tenant, states = name.removeprefix("tenants/"), self._following.states
+        tenant, states = name.removeprefix(chain.TENANTS), self._following.states
         if event.type in HELD_AFTER:
             return self._following.holds.get(tenant, (False, 0))[1] <= sequence
         if event.type not in STATE_AFTER:

@@ -158,9 +158,10 @@ class App:
             settings.deployment,
             settings.audit_retention_days,
         )
-        # All have passed once before anything is served.
+        # Both have looked once before anything is served. What the pass fails of gives no lease,
+        # and must not keep an operator from seeing why.
         await self._anchor.tick()
-        await self._reconcile.once()
+        await background.each("reconcile", (self._reconcile.once,), lambda step: step())
         await self._revocations.start()
         if self._role in ("all", "admin"):
             # A backend that is away now must not keep the admin role from starting.

@@ -18,6 +18,8 @@ _BUCKETS = 1024
 _SHIFT = 64 - 10
 _FROZEN = 8
 _STATE = 7
+#: A state's event has a number below this: more than any chain reaches.
+SEQUENCES = 1 << 60
 
 
 class States:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
+import psycopg
 from byokeep import dsse, hpke, sealing, transport
 from byokeep.common.v1 import options_pb2
 from byokeep.errors import error_info
@@ -328,6 +329,14 @@ async def running(deployment: Deployment, **changes):
         await keyvault.close_channels()
         await grpc_server.stop(None)
         await app.stop()
+
+
+@asynccontextmanager
+async def database(deployment: Deployment):
+    """The database as somebody with its password has it, also while no keyvault runs."""
+    connection = await psycopg.AsyncConnection.connect(deployment.database_url, autocommit=True)
+    async with connection:
+        yield connection
 
 
 async def try_lease(keyvault: Keyvault, key: custody_pb2.ProviderKey, **changes) -> str:

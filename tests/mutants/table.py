@@ -196,8 +196,8 @@ MUTANTS = (
     Mutant(
         "a resume reaches one replica only",
         _KV + "anchor.py",
-        "        return anchored is not None and anchored.resumed != self.position.resumed",
-        "        return False",
+        "            if anchored.resumed != self.position.resumed:\n                return False",
+        "            pass",
         (_SEC + "test_rollback.py::test_a_resume_reaches_every_replica",),
     ),
     Mutant(
@@ -216,9 +216,9 @@ MUTANTS = (
     ),
     Mutant(
         "a forged snapshot is believed",
-        _KV + "following.py",
-        "        if not hmac.compare_digest(mac, hmac.digest(self._key, text, hashlib.sha256)):",
-        "        if False:",
+        _KV + "snapshot.py",
+        "    if not hmac.compare_digest(mac, hmac.digest(key, text, hashlib.sha256)):",
+        "    if False:",
         (_SEC + "test_rollback.py::test_a_start_does_not_follow_everything_again",),
     ),
     Mutant(
@@ -729,8 +729,8 @@ MUTANTS = (
     Mutant(
         "chains are not held against the log",
         _KV + "reconcile.py",
-        "        for name in await self.following.log(position):",
-        "        for name in list[str]():",
+        "await self.following.log(position)",
+        "list[str]()",
         (_SEC + "test_rows.py::test_rollback_row_with_its_chain",),
     ),
     Mutant(
@@ -1057,8 +1057,8 @@ MUTANTS = (
     Mutant(
         "a chain that says it is logged is not",
         _KV + "store/log.py",
-        "WHERE sequence <> logged_sequence ORDER BY",
-        "WHERE sequence > logged_sequence ORDER BY",
+        "WHERE sequence <> logged_sequence AND",
+        "WHERE sequence > logged_sequence AND",
         (_SEC + "test_database_attacker.py::test_chain_hidden_from_the_log",),
     ),
     Mutant(
@@ -1088,5 +1088,84 @@ MUTANTS = (
         "if _is_epoch(one.name)}",
         "}",
         (_SEC + "test_database_attacker.py::test_epoch_rows_destroy_no_other_kek",),
+    ),
+    Mutant(
+        "any statement of retention is believed",
+        _KV + "following.py",
+        "and hmac.compare_digest(event.carried_hash, kept.digest())",
+        "",
+        (_SEC + "test_chain_attacker.py::test_retention_that_somebody_else_states",),
+    ),
+    Mutant(
+        "any chain speaks for a tenant",
+        _KV + "following.py",
+        "        elif name.startswith(chain.TENANTS):",
+        "        else:",
+        (_SEC + "test_chain_attacker.py::test_a_chain_of_another_name_lifts_no_hold",),
+    ),
+    Mutant(
+        "what retention kept may have any number",
+        _KV + "following.py",
+        "        if sequence >= SEQUENCES:",
+        "        if False:",
+        (_SEC + "test_chain_attacker.py::test_carried_garbage_breaks_its_chain_and_nothing_else",),
+    ),
+    Mutant(
+        "a broken chain is known without being read",
+        _KV + "following.py",
+        "        followed = self.chains.get(name)\n        if followed is None:\n            return await self._from_start(name)\n        if name in self.broken:\n            return False\n",
+        "        if name in self.broken:\n            return False\n        followed = self.chains.get(name)\n        if followed is None:\n            return await self._from_start(name)\n",
+        (
+            _SEC
+            + "test_chain_attacker.py::test_a_chain_broken_in_a_read_that_fails_is_not_forgotten",
+        ),
+    ),
+    Mutant(
+        "what can't be settled is leased",
+        _KV + "reconcile.py",
+        "        if tenant in self._unsettled or time",
+        "        if time",
+        (
+            _SEC
+            + "test_chain_attacker.py::test_a_difference_that_can_t_be_settled_refuses_its_tenant_at_once",
+        ),
+    ),
+    Mutant(
+        "every failed pass is forgiven for a minute",
+        _KV + "reconcile.py",
+        "                if not is_lost(error):",
+        "                if False:",
+        (
+            _SEC
+            + "test_chain_attacker.py::test_a_pass_that_fails_of_what_is_stored_stops_leases_at_once",
+        ),
+    ),
+    Mutant(
+        "what says that it is logged is believed",
+        _KV + "reconcile.py",
+        '                logs.event(log, "head_kept_from_log", level=logging.CRITICAL, chain=name)\n                self._anchor.owe(name)\n',
+        "                pass\n",
+        (_SEC + "test_chain_attacker.py::test_a_chain_that_always_says_it_is_logged",),
+    ),
+    Mutant(
+        "a head below zero is logged",
+        _KV + "store/log.py",
+        "sequence <> logged_sequence AND sequence > 0",
+        "sequence <> logged_sequence",
+        (_SEC + "test_chain_attacker.py::test_a_head_below_zero_stops_no_log",),
+    ),
+    Mutant(
+        "a verdict is kept in memory",
+        _KV + "anchor.py",
+        "            await self._store.write(anchored.text(self._deployment), before)\n",
+        "",
+        (_SEC + "test_chain_attacker.py::test_a_verdict_outlives_a_restart",),
+    ),
+    Mutant(
+        "the anchor's verdict is not read",
+        _KV + "anchor.py",
+        "            if anchored is not None and anchored.distrusted:",
+        "            if False:",
+        (_SEC + "test_chain_attacker.py::test_a_verdict_outlives_a_restart",),
     ),
 )

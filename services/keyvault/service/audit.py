@@ -15,10 +15,10 @@ from byokeep.keyvault.v1 import audit_pb2_grpc
 
 from services.common.errors import ByokeepError
 from services.keyvault import chain
-from services.keyvault.anchor import Position
 from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.database import Database
 from services.keyvault.domain import not_found
+from services.keyvault.position import Position
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.signer import Signer, sign_statement
 from services.keyvault.store import audit as store

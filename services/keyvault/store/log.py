@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from services.keyvault.database import Connection, Database, Row
-from services.keyvault.merkle import Node
+from services.keyvault.merkle import Frontier, Node, nodes_of
 
 #: Heads that one tick takes in.
 HEADS = 5000
@@ -14,7 +14,10 @@ _BATCH = 1000
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('byokeep_log'))"
 # The predicate is that of the index chain_unlogged: nothing is read where nothing changed.
 _UNLOGGED = """
-SELECT chain, sequence, hash FROM chain WHERE sequence <> logged_sequence ORDER BY chain LIMIT %s
+(SELECT chain, sequence, hash FROM chain
+ WHERE sequence <> logged_sequence AND sequence > 0 ORDER BY chain LIMIT %s)
+UNION
+SELECT chain, sequence, hash FROM chain WHERE chain = ANY(%s) AND sequence > 0
 """
 _SIZE = "SELECT coalesce(max(index) + 1, 0) FROM log_leaf"
 _LEAVES = "SELECT leaf_hash FROM log_leaf WHERE index >= %s AND index < %s ORDER BY index"
@@ -93,9 +96,10 @@ async def lock(connection: Connection) -> None:
     await connection.execute(_LOCK)
 
 
-async def unlogged(connection: Connection) -> list[Row]:
-    """Return (chain, sequence, hash) of heads that the log has not taken in."""
-    return await (await connection.execute(_UNLOGGED, (HEADS,))).fetchall()
+async def unlogged(connection: Connection, owed: Iterable[str]) -> list[Row]:
+    """Return (chain, sequence, hash) of heads that the log has not taken in, as their rows say;
+    and of chains that are owed to it whatever those say."""
+    return await (await connection.execute(_UNLOGGED, (HEADS, list(owed)))).fetchall()
 
 
 async def size(connection: Connection) -> int:
@@ -144,6 +148,15 @@ async def nodes(connection: Connection, wanted: Iterable[Node]) -> dict[Node, by
     return {(level, index): digest for level, index, digest in await cursor.fetchall()}
 
 
+async def frontier(connection: Connection, log_size: int) -> Frontier | None:
+    """Return the frontier of the log at a size, from O(log n) nodes; None where one is missing."""
+    wanted = nodes_of((0, log_size))
+    found = await nodes(connection, wanted)
+    if any(node not in found for node in wanted):
+        return None
+    return Frontier(log_size, [found[node] for node in wanted])
+
+
 async def leaf_heads(database: Database, start: int, end: int) -> list[Row]:
     """Return (index, chain, sequence, blind, leaf hash, hash of that event or None) of leaves
     from `start` up to, not with, `end`: at most 1,000."""
@@ -172,15 +185,16 @@ async def checkpoints(database: Database, below: int, limit: int) -> list[Row]:
     return await database.all(_CHECKPOINTS, (below, limit))
 
 
-async def reset(connection: Connection) -> None:
-    """Take the leaves as they are for the truth: drop what follows a gap, and what was derived."""
+async def reset(connection: Connection) -> Frontier:
+    """Take the leaves as they are for the truth: drop what follows a gap, and derive the nodes
+    again. Return the log's frontier."""
     row = await (await connection.execute(_FIRST_GAP)).fetchone()
     gap = row[0] if row and row[0] is not None else _NO_GAP
     for statement in _RESET:
         await connection.execute(statement, {"gap": gap})
-
-
-async def add_nodes(connection: Connection, new: Sequence[tuple[int, int, bytes]]) -> None:
-    """Store nodes (level, index, hash)."""
-    columns = [list(column) for column in zip(*new, strict=True)] or [[], [], []]
-    await connection.execute(_ADD_NODES, columns)
+    rebuilt = Frontier()
+    while found := await leaves(connection, rebuilt.size, _NO_GAP):
+        new = [node for leaf in found for node in rebuilt.append(leaf)]
+        columns = [list(column) for column in zip(*new, strict=True)] or [[], [], []]
+        await connection.execute(_ADD_NODES, columns)
+    return rebuilt

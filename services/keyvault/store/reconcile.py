@@ -35,7 +35,9 @@ _DIGEST = _HASHED + _RANGE
 _ROW = """
 SELECT state, state_sequence FROM key_version WHERE tenant = %s AND key_id = %s AND version = %s
 """
-_HEADS = "SELECT chain, sequence FROM chain WHERE chain > %s ORDER BY chain LIMIT %s"
+_HEADS = """
+SELECT chain, sequence, logged_sequence FROM chain WHERE chain > %s ORDER BY chain LIMIT %s
+"""
 _CARRIED = """
 SELECT sequence, body FROM audit_carried WHERE chain = %s AND sequence > %s
 ORDER BY sequence LIMIT %s
@@ -85,7 +87,7 @@ async def hold(connection: Connection, tenant: str) -> Row | None:
 
 
 async def heads(database: Database, after: str, limit: int) -> list[Row]:
-    """Return (chain, sequence) of chains after a name."""
+    """Return (chain, sequence, how far its row says it is logged) of chains after a name."""
     return await database.all(_HEADS, (after, limit))
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from services.keyvault.database import Connection, Database, Row
 
 _CHAINS = """
-SELECT chain, pruned_sequence, logged_sequence FROM chain
-WHERE chain > %s AND logged_sequence > pruned_sequence ORDER BY chain LIMIT %s
+SELECT chain, pruned_sequence FROM chain
+WHERE chain > %s AND sequence > pruned_sequence ORDER BY chain LIMIT %s
 """
 _EVENT = "SELECT body, hash FROM audit_event WHERE chain = %s AND sequence = %s"
 _DROP_CARRIED = "DELETE FROM audit_carried WHERE chain = %s AND sequence = ANY(%s::bigint[])"
@@ -32,7 +32,7 @@ _PAGE = 1000
 
 
 async def chains(database: Database, after: str) -> list[Row]:
-    """Return (chain, pruned sequence, logged sequence) of chains that have something to drop."""
+    """Return (chain, pruned sequence) of chains that may have something to drop."""
     return await database.all(_CHAINS, (after, _PAGE))
 
 
