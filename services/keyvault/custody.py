@@ -28,6 +28,7 @@ from services.keyvault.store import intake as intake_store
 from services.keyvault.store import jobs as job_store
 from services.keyvault.store import keys as store
 from services.keyvault.store import leases as lease_store
+from services.keyvault.wraps import Wraps
 
 Decide = Callable[[Key, chain.Head], list[Change]]
 #: A tenant may send in this many times what one caller may.
@@ -75,6 +76,7 @@ class Custody:
         backends: kek.Backends,
         intake: IntakeKeys,
         mac_key: bytes,
+        wraps: Wraps,
         deployment: str,
         intake_per_hour: int,
         shred_after_seconds: int,
@@ -84,6 +86,7 @@ class Custody:
         self._backends = backends
         self._intake = intake
         self._mac_key = mac_key
+        self._wraps = wraps
         self._deployment = deployment
         self._intake_per_hour = intake_per_hour
         self._shred_after = datetime.timedelta(seconds=shred_after_seconds)
@@ -121,9 +124,9 @@ class Custody:
             raise chain.tenant_key_missing(order.tenant) from None
         with data_key.plaintext as clear:
             opened = await self._open(order, clear.reveal(), context)
-        secret = store.StoredSecret(
-            opened.hint, backend.name, data_key.kek_version, data_key.wrapped, opened.envelope
-        )
+        wrap = backend.name, data_key.kek_version, data_key.wrapped
+        mac = self._wraps.mac(order.tenant, order.key_id, number, *wrap)
+        secret = store.StoredSecret(opened.hint, *wrap, mac, opened.envelope)
         async with self._database.transaction() as connection:
             stored = await self._store(connection, order, origin, number, secret)
         return number if stored else None

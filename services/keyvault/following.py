@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -72,6 +73,8 @@ class Following:
         self.broken: set[str] = set()
         #: Tenants that were ever held: whether they are, and by which event.
         self.holds: dict[str, tuple[bool, int]] = {}
+        #: How many key versions each tenant's chain tells of.
+        self.versions: Counter[str] = Counter()
         self.resumed = position.resumed
         self._log: merkle.Frontier | None = None
 
@@ -163,8 +166,9 @@ class Following:
         self.holds = {tenant: (held, at) for tenant, (held, at) in head["holds"].items()}
         self.states.restore(iter(parts[:_STATE_PARTS]))
         for part in parts[_STATE_PARTS:]:
-            for name, broken, digest, sequence, start, logged in json.loads(part):
+            for name, broken, versions, digest, sequence, start, logged in json.loads(part):
                 self.chains[name] = Followed(sequence, bytes.fromhex(digest), start, logged)
+                self.versions[name.removeprefix(chain.TENANTS)] = versions
                 self.broken.update([name] * broken)
         return merkle.Frontier(head["leaves"], [bytes.fromhex(root) for root in head["roots"]])
 
@@ -172,7 +176,15 @@ class Following:
         every = iter(self.chains.items())
         while part := list(islice(every, _CHAINS_IN_PART)):
             rows = [
-                (name, int(name in self.broken), at.hash.hex(), at.sequence, at.start, at.logged)
+                (
+                    name,
+                    int(name in self.broken),
+                    self.versions[name.removeprefix(chain.TENANTS)],
+                    at.hash.hex(),
+                    at.sequence,
+                    at.start,
+                    at.logged,
+                )
                 for name, at in part
             ]
             yield json.dumps(rows).encode()
@@ -272,6 +284,7 @@ class Following:
             # What was frozen stays so in the chain: no column that SQL could clear.
             self.states.freeze(version)
         elif event.type in STATE_AFTER:
+            self.versions[tenant] += not self.states.get(version)[1]
             self.states.set(version, STATE_AFTER[event.type], sequence)
             self._changed(bound)
 

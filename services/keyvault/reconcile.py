@@ -14,7 +14,8 @@ import datetime
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
 
 import grpc
 from byokeep.keyvault.v1 import audit_pb2
@@ -35,6 +36,7 @@ SAVE_SECONDS = 600.0
 _HEADS = 20_000
 #: In the place of a version: the tenant's hold.
 _HOLD = ("", 0)
+T = TypeVar("T")
 
 
 class Reconcile:
@@ -118,6 +120,20 @@ class Reconcile:
             ByokeepError: TENANT_KEY_MISSING where there is no such chain; RECONCILE_MISMATCH where
                 its links don't lead to the head that the database states.
         """
+
+        async def that(connection: Connection, head: chain.Head, versions: int) -> chain.Head:
+            return head
+
+        return await self.at_head(name, that)
+
+    async def at_head(
+        self, name: str, act: Callable[[Connection, chain.Head, int], Awaitable[T]]
+    ) -> T:
+        """Act at a chain's followed head, under its lock; told how many key versions the chain has.
+
+        Raises:
+            ByokeepError: as `head`; nothing was done.
+        """
         async with self._passing, self._database.transaction() as connection:
             head = await chain.lock(connection, name)
             if await self.following.follow(name):
@@ -126,14 +142,15 @@ class Reconcile:
             broken = name in self.following.broken
             if followed.logged < head.sequence:
                 self._anchor.owe(name)
-        if broken or (followed.sequence, followed.hash) != (head.sequence, head.hash):
-            raise ByokeepError(
-                grpc.StatusCode.DATA_LOSS,
-                MISMATCH,
-                "this chain's links are broken; its head is not signed",
-                chain=name,
-            )
-        return head
+            if not broken and (followed.sequence, followed.hash) == (head.sequence, head.hash):
+                versions = self.following.versions.get(name.removeprefix(chain.TENANTS), 0)
+                return await act(connection, head, versions)
+        raise ByokeepError(
+            grpc.StatusCode.DATA_LOSS,
+            MISMATCH,
+            "this chain's links are broken; its head is not signed",
+            chain=name,
+        )
 
     async def save(self) -> None:
         """Keep what was followed, so that the next start need not follow it again."""

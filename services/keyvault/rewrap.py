@@ -27,6 +27,7 @@ from services.keyvault.envelope import (
 )
 from services.keyvault.store import jobs as store
 from services.keyvault.store.jobs import Failure, Job, Swap
+from services.keyvault.wraps import Wraps
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
@@ -40,11 +41,17 @@ class Rewrap:
     """Works off jobs (see the module)."""
 
     def __init__(
-        self, database: Database, backends: kek.Backends, deployment: str, rows_per_second: int
+        self,
+        database: Database,
+        backends: kek.Backends,
+        wraps: Wraps,
+        deployment: str,
+        rows_per_second: int,
     ) -> None:
         """Rewrap a database's rows, at most so many a second."""
         self._database = database
         self._backends = backends
+        self._wraps = wraps
         self._deployment = deployment
         self._rows_per_second = max(1, rows_per_second)
         # Small enough that the pace is held within every quarter of a second.
@@ -129,11 +136,18 @@ class Rewrap:
         except kek.KekMissingError:
             return [Failure(row[0], row[1], "UNDECRYPTABLE") for row in rows]
         return [
-            Swap(row[0], row[1], row[3], result.wrapped, result.kek_version, None)
+            self._swap(job, row, result.wrapped, result.kek_version, None)
             if isinstance(result, kek.Rewrapped)
             else Failure(row[0], row[1], result.reason)
             for row, result in zip(rows, results, strict=True)
         ]
+
+    def _swap(
+        self, job: Job, row: Row, wrapped: bytes, kek_version: int, envelope: bytes | None
+    ) -> Swap:
+        key_id, version, _, old = row
+        mac = self._wraps.mac(job.tenant, key_id, version, job.target_backend, kek_version, wrapped)
+        return Swap(key_id, version, old, wrapped, kek_version, mac, envelope)
 
     async def _moved(
         self, connection: Connection, job: Job, rows: Sequence[Row]
@@ -171,7 +185,7 @@ class Rewrap:
                 fresh = await self._backends.named(job.target_backend).generate_data_key(name)
                 with fresh.plaintext as new:
                     moved = encrypt(new.reveal(), plaintext.reveal(), context)
-            return Swap(key_id, version, wrapped, fresh.wrapped, fresh.kek_version, moved)
+            return self._swap(job, row, fresh.wrapped, fresh.kek_version, moved)
         except (kek.KekMissingError, UnknownEnvelopeError):
             pass
         except (kek.UnwrapError, EnvelopeError):

@@ -10,17 +10,24 @@ first, and no transaction is open meanwhile.
 from __future__ import annotations
 
 import datetime
+import logging
 
 import grpc
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import audit_pb2
 
+from services.common import logs
 from services.common.errors import ByokeepError
 from services.keyvault import chain, kek
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database
+from services.keyvault.following import MISMATCH
+from services.keyvault.reconcile import Reconcile
 from services.keyvault.store import jobs as store
 from services.keyvault.store.jobs import Job, Order
+from services.keyvault.wraps import Wraps
+
+log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
 _OURS: tuple[store.Phase, ...] = ("QUEUED", "START", "SETTLE", "TRIM")
@@ -41,10 +48,19 @@ async def queue_sweep(connection: Connection, tenant: str, wait: datetime.timede
 class Rotation:
     """Starts, settles and trims jobs (see the module)."""
 
-    def __init__(self, database: Database, backends: kek.Backends, deployment: str) -> None:
+    def __init__(
+        self,
+        database: Database,
+        backends: kek.Backends,
+        reconcile: Reconcile,
+        wraps: Wraps,
+        deployment: str,
+    ) -> None:
         """Administer the KEKs of a database's tenants."""
         self._database = database
         self._backends = backends
+        self._reconcile = reconcile
+        self._wraps = wraps
         self._deployment = deployment
 
     async def order(self, tenant: str, request_id: str, caller: str, order: Order) -> Job:
@@ -181,7 +197,9 @@ class Rotation:
 
     async def _trim(self, job: Job) -> None:
         name = kek.tenant_kek(job.tenant)
-        if not await self._still_left_over(job):
+        # What this database is, now: one that was put back has rows that don't count.
+        await self._reconcile.once()
+        if self._reconcile.rolled_back or not await self._proven(job):
             return
         try:
             await self._backends.named(job.target_backend).trim(name, job.target_version)
@@ -189,7 +207,7 @@ class Rotation:
             await self._fail(job, "TENANT_KEY_MISSING")
             return
         for backend in self._backends:
-            if backend.name != job.target_backend and await self._still_left_over(job):
+            if backend.name != job.target_backend and await self._proven(job):
                 await backend.destroy(name)
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(job.tenant))
@@ -205,18 +223,40 @@ class Rotation:
             await chain.append(connection, head, self._deployment, [event])
             await store.move(connection, job, "DONE")
 
-    async def _still_left_over(self, job: Job) -> bool:
-        """Look at the rows again: a later job may have moved them back, while this one waited for
-        a backend. What a row needs is not destroyed; the job ends PARTIAL."""
-        async with self._database.transaction() as connection:
-            await chain.lock(connection, chain.tenant_chain(job.tenant))
+    async def _proven(self, job: Job) -> bool:
+        """Have it proven that no row needs what is to be destroyed (see wraps): whoever writes the
+        database could say so. A row that proves nothing is wrapped again; where one is missing,
+        the job ends PARTIAL."""
+
+        async def look(connection: Connection, _: chain.Head, versions: int) -> bool:
             locked = await store.lock(connection, job.job_id, "TRIM")
             if locked is None:
                 return False
-            if await store.left(connection, locked, to_do=False):
-                await store.move(connection, locked, "PARTIAL", "")
-                return False
-        return True
+            proof = await self._wraps.proof(connection, locked)
+            if proof.versions == versions and not proof.unproven:
+                return True
+            again = await store.doubt(connection, job.tenant, proof.unproven)
+            whole = proof.versions == versions and again == len(proof.unproven)
+            if whole and locked.passes < store.PASSES:
+                await store.next_pass(connection, locked)
+            else:
+                await self._partial(connection, locked, MISMATCH)
+            return False
+
+        reason = ""
+        try:
+            return await self._reconcile.at_head(chain.tenant_chain(job.tenant), look)
+        except ByokeepError as error:
+            if error.reason not in (MISMATCH, "STATE_TAMPERED"):
+                raise
+            reason = error.reason
+        async with self._database.transaction() as connection:
+            await self._partial(connection, job, reason)
+        return False
+
+    async def _partial(self, connection: Connection, job: Job, reason: str) -> None:
+        logs.event(log, "trim_refused", level=logging.CRITICAL, tenant=job.tenant, reason=reason)
+        await store.move(connection, job, "PARTIAL", reason)
 
     async def _fail(self, job: Job, reason: str) -> None:
         async with self._database.transaction() as connection:

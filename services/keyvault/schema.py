@@ -234,8 +234,9 @@ key_version = Table(
     Column("hint", Text, nullable=False),
     Column("kek_backend", Text, nullable=False),
     Column("kek_version", Integer, nullable=False),
-    # Both are NULL once the version is destroyed.
+    # All are NULL once the version is destroyed.
     Column("wrapped_dek", LargeBinary),
+    Column("wrap_mac", LargeBinary),
     Column("envelope", LargeBinary),
     _time("create_time"),
     ForeignKeyConstraint(["tenant", "key_id"], ["provider_key.tenant", "provider_key.key_id"]),

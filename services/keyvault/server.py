@@ -57,6 +57,7 @@ from services.keyvault.service.audit import AuditService
 from services.keyvault.service.content import ContentKeyService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
+from services.keyvault.wraps import Wraps
 
 Role = Literal["all", "data", "admin"]
 _SWEEP_SECONDS = 10.0
@@ -112,19 +113,21 @@ class App:
         kept = datetime.timedelta(days=settings.content_retention_days)
         self._content = ContentKeys(self._database, self._backends, settings.deployment, kept)
         self._epochs = Epochs(self._database, self._backends, settings.deployment, kept)
+        wraps = Wraps(self._keys.state_mac, settings.deployment)
         self._custody = Custody(
             self._database,
             self._backends,
             self._intake,
             self._keys.state_mac,
+            wraps,
             settings.deployment,
             settings.intake_per_hour,
             settings.shred_after_seconds,
         )
-        self._rotation = Rotation(self._database, self._backends, settings.deployment)
         self._rewrap = Rewrap(
             self._database,
             self._backends,
+            wraps,
             settings.deployment,
             settings.rewrap_rows_per_second,
         )
@@ -151,6 +154,9 @@ class App:
         )
         self._reconcile = Reconcile(
             self._database, self._anchor, self._keys.state_mac, settings.deployment
+        )
+        self._rotation = Rotation(
+            self._database, self._backends, self._reconcile, wraps, settings.deployment
         )
         self._retention = Retention(
             self._database,

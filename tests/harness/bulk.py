@@ -14,6 +14,7 @@ from services.keyvault.database import Database
 from services.keyvault.domain import Key, State, Version
 from services.keyvault.envelope import Context, encrypt
 from services.keyvault.kek.local import LocalBackend
+from services.keyvault.wraps import Wraps
 
 _KEYS = """
 INSERT INTO provider_key (tenant, key_id, provider, owner, display_name)
@@ -21,10 +22,11 @@ SELECT %s, k, 'openai', '', k FROM unnest(%s::text[]) AS i (k)
 """
 _VERSIONS = """
 INSERT INTO key_version (tenant, key_id, version, state, state_sequence, state_mac, hint,
-                         kek_backend, kek_version, wrapped_dek, envelope)
-SELECT %s, i.key_id, 1, %s, i.sequence, i.mac, 'sk-...', %s, i.kek_version, i.wrapped, i.envelope
-FROM unnest(%s::text[], %s::bigint[], %s::bytea[], %s::int[], %s::bytea[], %s::bytea[])
-  AS i (key_id, sequence, mac, kek_version, wrapped, envelope)
+                         kek_backend, kek_version, wrapped_dek, wrap_mac, envelope)
+SELECT %s, i.key_id, 1, %s, i.sequence, i.mac, 'sk-...', %s, i.kek_version, i.wrapped,
+       i.wrap_mac, i.envelope
+FROM unnest(%s::text[], %s::bigint[], %s::bytea[], %s::int[], %s::bytea[], %s::bytea[], %s::bytea[])
+  AS i (key_id, sequence, mac, kek_version, wrapped, wrap_mac, envelope)
 """
 
 
@@ -40,7 +42,7 @@ async def add_active_keys(
     values = {new_id("key"): f"sk-proj-{number:040d}" for number in range(count)}
     # The newest version is asked for once, not ten thousand times.
     newest = await backend._newest_cipher(kek.tenant_kek(tenant))
-    rows: dict[str, list] = {"wrapped": [], "kek_version": [], "envelope": []}
+    rows: dict[str, list] = {"wrapped": [], "kek_version": [], "wrap_mac": [], "envelope": []}
     for key_id, value in values.items():
         data_key = _data_key(backend, newest, kek.tenant_kek(tenant))
         with data_key.plaintext as clear:
@@ -48,6 +50,11 @@ async def add_active_keys(
             rows["envelope"].append(encrypt(clear.reveal(), value.encode(), context))
         rows["wrapped"].append(data_key.wrapped)
         rows["kek_version"].append(data_key.kek_version)
+        rows["wrap_mac"].append(
+            Wraps(mac_key, deployment).mac(
+                tenant, key_id, 1, backend.name, data_key.kek_version, data_key.wrapped
+            )
+        )
     async with database.transaction() as connection:
         head = await chain.lock(connection, chain.tenant_chain(tenant))
         events, sequences, macs = [], [], []
@@ -80,6 +87,7 @@ async def add_active_keys(
                 macs,
                 rows["kek_version"],
                 rows["wrapped"],
+                rows["wrap_mac"],
                 rows["envelope"],
             ),
         )

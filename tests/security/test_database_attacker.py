@@ -13,11 +13,11 @@ from byokeep.errors import error_info
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2
 
 from services.common.errors import ByokeepError
-from services.keyvault import following
+from services.keyvault import following, rotation
 from services.keyvault.database import unreachable
 from tests.harness.keyvault import try_lease
 from tests.security.test_audit import export
-from tests.security.test_rewrap import kek_versions, rotate
+from tests.security.test_rewrap import kek_versions, rewrap, rotate
 
 _HEAD = "SELECT sequence, hash FROM chain WHERE chain = 'tenants/acme'"
 
@@ -111,20 +111,69 @@ async def test_leaf_passed_over_by_a_failed_read(keyvault, monkeypatch):
     assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
 
 
-async def test_planted_trim_destroys_nothing_that_is_used(keyvault):
-    """Shown to fail: with `_still_left_over` returning True."""
-    key = await keyvault.add_active()
-    await rotate(keyvault)
-    await keyvault.sql(
-        "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase,"
-        " due_time, target_backend, target_version) VALUES"
-        " ('job_x', 'acme', 'r', 'op', false, true, true, 'TRIM', now(), 'local', 2)"
-    )
-    async with asyncio.timeout(20):
+async def over(keyvault) -> None:
+    """Wait for the end of every job."""
+    async with asyncio.timeout(40):
         while await keyvault.sql("SELECT 1 FROM kek_job WHERE end_time IS NULL"):
             await asyncio.sleep(0.1)
-    assert await kek_versions(keyvault) == [1, 2]
+
+
+PLANT = (
+    "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase,"
+    " due_time, target_backend, target_version) VALUES"
+    " ('job_x', 'acme', 'r', 'op', false, true, true, %s, now(), %s, 2)"
+)
+
+
+@pytest.fixture
+def _soon(monkeypatch):
+    monkeypatch.setattr(rotation, "TRIM_DELAY", rotation.TRIM_DELAY / 20)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        "UPDATE key_version SET kek_version = 99",
+        "UPDATE key_version SET kek_backend = 'local', kek_version = 2,"
+        " wrap_mac = sha256(wrapped_dek)",
+        "SELECT",
+    ],
+)
+async def test_planted_trim_destroys_nothing_that_is_used(keyvault, lie):
+    """The order to trim is planted, and what rows say of their versions is a lie: what proves
+    nothing is wrapped again first.
+
+    Shown to fail: with `_proven` returning True; with a MAC that is not compared.
+    """
+    key = await keyvault.add_active()
+    await rotate(keyvault)
+    await keyvault.sql(lie)
+    await keyvault.sql(PLANT, "TRIM", "local")
+    await over(keyvault)
     assert await try_lease(keyvault, key) == ""
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        "DELETE FROM key_version",
+        "UPDATE key_version SET wrapped_dek = NULL",
+        "UPDATE key_version SET state = 6",
+    ],
+)
+async def test_rows_hidden_while_their_kek_is_trimmed(keyvault, hidden):
+    """Rows are hidden while a KEK's old versions are to be destroyed: what a backup of them
+    needs stays, and the job says that it is not done.
+
+    Shown to fail: with `_proven` returning True; with rows not counted; with their states'
+    MACs not looked at.
+    """
+    await keyvault.add_active()
+    await keyvault.sql(hidden)
+    await rotate(keyvault)
+    assert (await rewrap(keyvault, trim=True)).phase == admin_pb2.KEK_JOB_PHASE_PARTIAL
+    assert await kek_versions(keyvault) == [1, 2]
 
 
 async def test_planted_hold_silences_no_operator(keyvault):

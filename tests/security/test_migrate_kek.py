@@ -16,6 +16,7 @@ from services.keyvault import kek, migrate, rotation, server
 from services.keyvault.kek.local import LocalBackend, load_keyring
 from tests.harness import bulk
 from tests.harness import keyvault as kv
+from tests.security.test_database_attacker import PLANT, over
 from tests.security.test_rewrap import TENANT, open_all, rewrap
 
 
@@ -180,6 +181,23 @@ async def test_back_before_the_old_kek_is_gone(deployment, moved, monkeypatch):
         key = await keyvault.add_active(name="new")
         assert key.versions[-1].kek_backend == "local"
         await open_all(keyvault, values)
+
+
+async def test_planted_migration_to_a_weaker_backend(deployment, moved):
+    """During a migration, and with the old backend's keyring in hand, rows would be worth having
+    back there: a job that aims elsewhere than at the primary backend is not done.
+
+    Shown to fail: without the look at the target in Rewrap._work.
+    """
+    await _filled(deployment, 2)
+    moved()
+    async with kv.running(deployment) as keyvault:
+        assert (await rewrap(keyvault)).phase == admin_pb2.KEK_JOB_PHASE_DONE
+        await keyvault.sql(PLANT, "REWRAP", "local")
+        await over(keyvault)
+        assert await keyvault.sql("SELECT DISTINCT kek_backend FROM key_version") == [
+            ("elsewhere",)
+        ]
 
 
 async def test_a_lost_kek_is_not_replaced(deployment, moved):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, LiteralString
 
@@ -108,18 +108,29 @@ _SWAP = """
 WITH input AS (
     SELECT * FROM unnest(
         %(keys)b::text[], %(versions)b::int[], %(old)b::bytea[], %(new)b::bytea[],
-        %(kek_versions)b::int[], %(envelopes)b::bytea[]
-    ) AS i (key_id, version, old, new, kek_version, envelope)
+        %(kek_versions)b::int[], %(macs)b::bytea[], %(envelopes)b::bytea[]
+    ) AS i (key_id, version, old, new, kek_version, mac, envelope)
 ), free AS (
-    SELECT v.key_id, v.version, i.new, i.kek_version, i.envelope
+    SELECT v.key_id, v.version, i.new, i.kek_version, i.mac, i.envelope
     FROM key_version v JOIN input i ON v.key_id = i.key_id AND v.version = i.version
     WHERE v.tenant = %(tenant)s AND v.wrapped_dek = i.old
     FOR UPDATE OF v SKIP LOCKED
 )
 UPDATE key_version v
 SET wrapped_dek = f.new, kek_version = f.kek_version, kek_backend = %(backend)s,
-    envelope = coalesce(f.envelope, v.envelope)
+    wrap_mac = f.mac, envelope = coalesce(f.envelope, v.envelope)
 FROM free f WHERE v.tenant = %(tenant)s AND v.key_id = f.key_id AND v.version = f.version
+"""
+_WRAPS = """
+SELECT key_id, version, kek_backend, kek_version, wrapped_dek, wrap_mac
+FROM key_version WHERE tenant = %s
+"""
+# Under no version that there is: the next pass wraps it again.
+_DOUBT = """
+UPDATE key_version v SET kek_version = 0
+FROM unnest(%s::text[], %s::int[]) AS i (key_id, version)
+WHERE v.tenant = %s AND v.key_id = i.key_id AND v.version = i.version
+  AND v.wrapped_dek IS NOT NULL
 """
 _PROGRESS = """
 UPDATE kek_job SET total = coalesce(total, %(total)s), done = done + %(done)s,
@@ -224,6 +235,7 @@ class Swap:
     old: bytes
     new: bytes
     kek_version: int
+    mac: bytes
     envelope: bytes | None
 
 
@@ -362,10 +374,22 @@ async def swap(connection: Connection, job: Job, swaps: Sequence[Swap]) -> int:
             "old": [one.old for one in swaps],
             "new": [one.new for one in swaps],
             "kek_versions": [one.kek_version for one in swaps],
+            "macs": [one.mac for one in swaps],
             "envelopes": [one.envelope for one in swaps],
         },
     )
     return cursor.rowcount
+
+
+async def wraps(connection: Connection, tenant: str) -> list[Row]:
+    """Return (key id, version, backend, KEK version, wrapped data key, MAC) of every version."""
+    return await (await connection.execute(_WRAPS, (tenant,), binary=True)).fetchall()
+
+
+async def doubt(connection: Connection, tenant: str, versions: Collection[tuple[str, int]]) -> int:
+    """Have versions wrapped again, whatever their rows say; return how many can be."""
+    keys, numbers = [one[0] for one in versions], [one[1] for one in versions]
+    return (await connection.execute(_DOUBT, (keys, numbers, tenant))).rowcount
 
 
 async def progress(

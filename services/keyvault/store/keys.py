@@ -34,12 +34,13 @@ VALUES (%s, %s, %s, %s, %s)
 """
 _INSERT_VERSION = """
 INSERT INTO key_version (tenant, key_id, version, state, state_sequence, state_mac, hint,
-                         kek_backend, kek_version, wrapped_dek, envelope)
-VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+                         kek_backend, kek_version, wrapped_dek, wrap_mac, envelope)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
 _SET_STATE = """
 UPDATE key_version SET state = %s, state_sequence = %s, state_mac = %s, state_time = now(),
     wrapped_dek = CASE WHEN %s THEN NULL ELSE wrapped_dek END,
+    wrap_mac = CASE WHEN %s THEN NULL ELSE wrap_mac END,
     envelope = CASE WHEN %s THEN NULL ELSE envelope END
 WHERE tenant = %s AND key_id = %s AND version = %s
 """
@@ -66,6 +67,7 @@ class StoredSecret:
     kek_backend: str
     kek_version: int
     wrapped_dek: bytes
+    wrap_mac: bytes
     envelope: bytes
 
 
@@ -125,6 +127,7 @@ async def insert_version(
             secret.kek_backend,
             secret.kek_version,
             secret.wrapped_dek,
+            secret.wrap_mac,
             secret.envelope,
         ),
     )
@@ -139,6 +142,7 @@ async def set_state(connection: Connection, key: Key, version: Version) -> None:
             int(version.state),
             version.state_sequence,
             version.state_mac,
+            gone,
             gone,
             gone,
             key.tenant,

@@ -368,6 +368,7 @@ def upgrade() -> None:
         sa.Column("kek_backend", sa.Text(), nullable=False),
         sa.Column("kek_version", sa.Integer(), nullable=False),
         sa.Column("wrapped_dek", sa.LargeBinary(), nullable=True),
+        sa.Column("wrap_mac", sa.LargeBinary(), nullable=True),
         sa.Column("envelope", sa.LargeBinary(), nullable=True),
         sa.Column(
             "create_time",

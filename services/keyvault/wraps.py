@@ -1,0 +1,95 @@
+"""What wraps a data key, said so that SQL alone can't say it: a MAC over each row's wrapping.
+
+Old versions of a KEK are destroyed for good, in backups of the database too. So whoever
+destroys them asks not what the rows say, but whether every version of every key, as the
+tenant's chain counts them, has a row that keyvault itself wrapped anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from byokeep.encoding import fields
+
+from services.keyvault import domain
+from services.keyvault.database import Connection
+from services.keyvault.domain import State
+from services.keyvault.store import jobs as store
+from services.keyvault.store import keys as key_store
+from services.keyvault.store.jobs import Job
+
+# Rows that are looked at before others have a turn.
+_STRIDE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a tenant's rows prove: how many versions have a sound state, and of those that live,
+    which are not known to be wrapped by what a job leaves."""
+
+    versions: int
+    unproven: Collection[tuple[str, int]]
+
+
+class Wraps:
+    """Makes and checks the MACs (see the module)."""
+
+    def __init__(self, mac_key: bytes, deployment: str) -> None:
+        """Use keyvault's state MAC key."""
+        self._mac_key = mac_key
+        self._deployment = deployment
+
+    def mac(
+        self, tenant: str, key_id: str, version: int, backend: str, kek_version: int, wrapped: bytes
+    ) -> bytes:
+        """Return the MAC of what wraps a version's data key."""
+        message = fields(
+            "byokeep/wrap/v1",
+            self._deployment,
+            tenant,
+            key_id,
+            version,
+            backend,
+            kek_version,
+            wrapped,
+        )
+        return hmac.digest(self._mac_key, message, hashlib.sha256)
+
+    async def proof(self, connection: Connection, job: Job) -> Proof:
+        """Look at a tenant's rows; its chain is locked.
+
+        Raises:
+            ByokeepError: STATE_TAMPERED.
+        """
+        found = {row[:2]: row[2:] for row in await store.wraps(connection, job.tenant)}
+        versions, unproven = 0, list[tuple[str, int]]()
+        for key in await key_store.of_tenant(connection, job.tenant):
+            for one in key.versions:
+                versions += 1
+                if versions % _STRIDE == 0:
+                    await asyncio.sleep(0)
+                domain.check_state(self._mac_key, self._deployment, key, one)
+                bound = key.key_id, one.version
+                if one.state is not State.DESTROYED and not self._proven(job, bound, *found[bound]):
+                    unproven.append(bound)
+        return Proof(versions, unproven)
+
+    def _proven(
+        self,
+        job: Job,
+        bound: tuple[str, int],
+        backend: str,
+        kek_version: int,
+        wrapped: bytes | None,
+        mac: bytes | None,
+    ) -> bool:
+        if backend != job.target_backend or kek_version < job.target_version:
+            return False
+        if wrapped is None or mac is None:
+            return False
+        expected = self.mac(job.tenant, *bound, backend, kek_version, wrapped)
+        return hmac.compare_digest(mac, expected)
