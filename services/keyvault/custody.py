@@ -191,7 +191,7 @@ class Custody:
         if touched:
             destroyed = all(one.state is State.DESTROYED for one in versions.values())
             await store.touch(connection, key, destroyed=destroyed)
-            if destroyed:
+            if any(one.state is State.DESTROYED for one in touched):
                 await queue_sweep(connection, key.tenant, self._shred_after)
 
     async def get(self, tenant: str, key_id: str) -> Key:

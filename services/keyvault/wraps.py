@@ -8,7 +8,6 @@ tenant's chain counts them, has a row that keyvault itself wrapped anew.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -42,22 +41,14 @@ class Wraps:
         """Use keyvault's state MAC key."""
         self._mac_key = mac_key
         self._deployment = deployment
+        self._prefix = fields("byokeep/wrap/v1", deployment)
 
     def mac(
         self, tenant: str, key_id: str, version: int, backend: str, kek_version: int, wrapped: bytes
     ) -> bytes:
         """Return the MAC of what wraps a version's data key."""
-        message = fields(
-            "byokeep/wrap/v1",
-            self._deployment,
-            tenant,
-            key_id,
-            version,
-            backend,
-            kek_version,
-            wrapped,
-        )
-        return hmac.digest(self._mac_key, message, hashlib.sha256)
+        own = fields(tenant, key_id, version, backend, kek_version, wrapped)
+        return hmac.digest(self._mac_key, self._prefix + own, "sha256")
 
     async def proof(self, connection: Connection, job: Job) -> Proof:
         """Look at a tenant's rows; its chain is locked.

@@ -208,9 +208,13 @@ class Keyvault:
         answer = await self.custody.StageKey(await self.stage_request(*args, **kwargs))
         return answer.key
 
-    async def add_active(self, *args, **kwargs) -> custody_pb2.ProviderKey:
+    async def add_active(
+        self, *args, destroy_previous: bool = False, **kwargs
+    ) -> custody_pb2.ProviderKey:
         key = await self.stage(*args, **kwargs)
-        return await self.promote(key.name, key.versions[-1].version)
+        return await self.promote(
+            key.name, key.versions[-1].version, destroy_previous=destroy_previous
+        )
 
     async def promote(self, name: str, version: int, **extra) -> custody_pb2.ProviderKey:
         answer = await self.custody.PromoteKeyVersion(

@@ -821,9 +821,16 @@ MUTANTS = (
     Mutant(
         "a destroyed key queues no shred sweep",
         _KV + "custody.py",
-        "            if destroyed:\n                await queue_sweep",
-        "            if False:\n                await queue_sweep",
+        "            if any(one.state is State.DESTROYED for one in touched):\n",
+        "            if False:\n",
         (_SEC + "test_rewrap.py::test_shred_sweep_after_destroy",),
+    ),
+    Mutant(
+        "only a destroyed key queues a shred sweep, not a version of one that lives on",
+        _KV + "custody.py",
+        "            if any(one.state is State.DESTROYED for one in touched):\n",
+        "            if destroyed:\n",
+        (_SEC + "test_rewrap.py::test_shred_sweep_after_a_version",),
     ),
     Mutant(
         "an envelope of another version is called damaged",

@@ -265,6 +265,37 @@ async def test_shred_sweep_after_destroy(swift):
         assert [(one.detail, one.shred) for one in trimmed] == [("local v2", "none")]
 
 
+@pytest.mark.parametrize("when", ["now", "grace", "invalid"])
+async def test_shred_sweep_after_a_version(swift, when):
+    """A version's data key dies as its key's would: replaced, past its grace, or found invalid.
+
+    Shown to fail: with queue_sweep for destroyed keys alone.
+    """
+    async with kv.running(swift, shred_after_seconds=1) as keyvault:
+        await keyvault.create_tenant()
+        key = await keyvault.add_active()
+        _, _, _, key_id = key.name.split("/")
+        if when == "invalid":
+            await keyvault.stage(key_id=key_id, operation="rotate")
+            await keyvault.change("DestroyKeyVersion", key.name, version=2)
+        else:
+            await keyvault.add_active(
+                key_id=key_id, operation="rotate", destroy_previous=when == "now"
+            )
+        if when == "grace":
+            await keyvault.sql(
+                "UPDATE key_version SET state_time = now() - interval '25 hours' WHERE version = 1"
+            )
+            await keyvault.app._custody.sweep()
+
+        async def swept() -> bool:
+            return await kek_versions(keyvault) == [2]
+
+        await until(swept)
+        current = await keyvault.custody.GetKey(custody_pb2.GetKeyRequest(name=key.name))
+        assert await kv.try_lease(keyvault, current.key) == ""
+
+
 async def test_shred_tenant_ends_its_jobs(swift):
     """9. The tenant's KEK is gone, its waiting sweep too, and the tombstones say what it is
     worth; a tenant of the same name starts anew."""
