@@ -23,7 +23,11 @@ Parameters = Sequence[Any] | Mapping[str, Any]
 _WAIT_SECONDS = 5.0
 # What keyvault rests on is not left to a server's or a role's defaults: a commit is on the
 # disk when it is answered, and each statement sees what was committed before it.
-_OPTIONS = r"-c synchronous_commit=on -c default_transaction_isolation=read\ committed"
+# And a statement is planned once a connection: to plan a lease costs more than to run it.
+_OPTIONS = (
+    r"-c synchronous_commit=on -c default_transaction_isolation=read\ committed"
+    " -c plan_cache_mode=force_generic_plan"
+)
 
 
 _LOST = "DEPENDENCY_UNAVAILABLE"

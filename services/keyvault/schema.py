@@ -22,8 +22,9 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
-#: Ordered by bytes, as Python orders it: the reconcile pass cuts the table into ranges.
-_ORDERED = Text(collation="C")
+#: Ordered by bytes, as Python orders it: the reconcile pass cuts tables into ranges. All text is:
+#: an index in one collation serves no join with a column of another.
+_TEXT = Text(collation="C")
 
 
 def _time(name: str, *, nullable: bool = False) -> Column[object]:
@@ -35,7 +36,7 @@ def _time(name: str, *, nullable: bool = False) -> Column[object]:
 chain = Table(
     "chain",
     metadata,
-    Column("chain", Text, primary_key=True),
+    Column("chain", _TEXT, primary_key=True),
     Column("sequence", BigInteger, nullable=False, server_default=text("0")),
     Column("hash", LargeBinary, nullable=False),
     # How far the Merkle log has taken it in.
@@ -50,10 +51,10 @@ chain = Table(
 audit_event = Table(
     "audit_event",
     metadata,
-    Column("chain", Text, primary_key=True),
+    Column("chain", _TEXT, primary_key=True),
     Column("sequence", BigInteger, primary_key=True, autoincrement=False),
     # For queries alone; what counts is in the body, which the hash covers.
-    Column("key_id", Text, nullable=False),
+    Column("key_id", _TEXT, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("previous_hash", LargeBinary, nullable=False),
     Column("hash", LargeBinary, nullable=False),
@@ -64,7 +65,7 @@ audit_event = Table(
 audit_carried = Table(
     "audit_carried",
     metadata,
-    Column("chain", Text, primary_key=True),
+    Column("chain", _TEXT, primary_key=True),
     Column("sequence", BigInteger, primary_key=True, autoincrement=False),
     Column("body", LargeBinary, nullable=False),
 )
@@ -74,7 +75,7 @@ log_leaf = Table(
     "log_leaf",
     metadata,
     Column("index", BigInteger, primary_key=True, autoincrement=False),
-    Column("chain", Text, nullable=False),
+    Column("chain", _TEXT, nullable=False),
     Column("sequence", BigInteger, nullable=False),
     Column("blind", LargeBinary, nullable=False),
     # Of that event, which retention may have dropped: the leaf can be checked without it.
@@ -97,7 +98,7 @@ log_checkpoint = Table(
     "log_checkpoint",
     metadata,
     Column("size", BigInteger, primary_key=True, autoincrement=False),
-    Column("note", Text, nullable=False),
+    Column("note", _TEXT, nullable=False),
     _time("create_time"),
 )
 
@@ -114,9 +115,9 @@ reconcile_part = Table(
 local_kek = Table(
     "local_kek",
     metadata,
-    Column("name", Text, primary_key=True),
+    Column("name", _TEXT, primary_key=True),
     Column("version", Integer, primary_key=True, autoincrement=False),
-    Column("root_id", Text, nullable=False),
+    Column("root_id", _TEXT, nullable=False),
     Column("wrapped", LargeBinary, nullable=False),
 )
 
@@ -125,8 +126,8 @@ local_kek = Table(
 kek_minimum = Table(
     "kek_minimum",
     metadata,
-    Column("tenant", Text, primary_key=True),
-    Column("backend", Text, primary_key=True),
+    Column("tenant", _TEXT, primary_key=True),
+    Column("backend", _TEXT, primary_key=True),
     Column("version", Integer, nullable=False),
 )
 
@@ -135,28 +136,28 @@ kek_minimum = Table(
 kek_job = Table(
     "kek_job",
     metadata,
-    Column("job_id", Text, primary_key=True),
-    Column("tenant", Text, nullable=False),
-    Column("request_id", Text, nullable=False),
-    Column("caller", Text, nullable=False),
+    Column("job_id", _TEXT, primary_key=True),
+    Column("tenant", _TEXT, nullable=False),
+    Column("request_id", _TEXT, nullable=False),
+    Column("caller", _TEXT, nullable=False),
     Column("rotate", Boolean, nullable=False),
     Column("rewrap", Boolean, nullable=False),
     Column("trim", Boolean, nullable=False),
-    Column("phase", Text, nullable=False),
+    Column("phase", _TEXT, nullable=False),
     # Nothing is done before; while one process is at it, the others wait until then.
     _time("due_time"),
     # Both are known once the first step is done.
-    Column("target_backend", Text, nullable=False, server_default=text("''")),
+    Column("target_backend", _TEXT, nullable=False, server_default=text("''")),
     Column("target_version", Integer, nullable=False, server_default=text("0")),
     Column("total", BigInteger),
     Column("done", BigInteger, nullable=False, server_default=text("0")),
     Column("failed", BigInteger, nullable=False, server_default=text("0")),
     # Where the pass over the rows stands, and how many passes there were.
-    Column("after_key_id", Text, nullable=False, server_default=text("''")),
+    Column("after_key_id", _TEXT, nullable=False, server_default=text("''")),
     Column("after_version", Integer, nullable=False, server_default=text("0")),
     Column("passes", Integer, nullable=False, server_default=text("0")),
     # Where it failed as a whole: an ErrorReason name.
-    Column("reason", Text, nullable=False, server_default=text("''")),
+    Column("reason", _TEXT, nullable=False, server_default=text("''")),
     _time("create_time"),
     _time("update_time"),
     _time("end_time", nullable=True),
@@ -175,12 +176,12 @@ kek_job = Table(
 unopened_version = Table(
     "unopened_version",
     metadata,
-    Column("tenant", Text, primary_key=True),
-    Column("key_id", Text, primary_key=True),
+    Column("tenant", _TEXT, primary_key=True),
+    Column("key_id", _TEXT, primary_key=True),
     Column("version", Integer, primary_key=True, autoincrement=False),
-    Column("reason", Text, nullable=False),
+    Column("reason", _TEXT, nullable=False),
     # The job that met it, which leaves it alone from then on; NULL: a lease did.
-    Column("job_id", Text),
+    Column("job_id", _TEXT),
     _time("update_time"),
 )
 
@@ -188,9 +189,9 @@ unopened_version = Table(
 system_key = Table(
     "system_key",
     metadata,
-    Column("kind", Text, primary_key=True),
-    Column("key_id", Text, primary_key=True),
-    Column("kek_backend", Text, nullable=False),
+    Column("kind", _TEXT, primary_key=True),
+    Column("key_id", _TEXT, primary_key=True),
+    Column("kek_backend", _TEXT, nullable=False),
     Column("kek_version", Integer, nullable=False),
     Column("wrapped_dek", LargeBinary, nullable=False),
     Column("envelope", LargeBinary, nullable=False),
@@ -202,11 +203,11 @@ system_key = Table(
 provider_key = Table(
     "provider_key",
     metadata,
-    Column("tenant", _ORDERED, primary_key=True),
-    Column("key_id", _ORDERED, primary_key=True),
-    Column("provider", Text, nullable=False),
-    Column("owner", Text, nullable=False),
-    Column("display_name", Text, nullable=False),
+    Column("tenant", _TEXT, primary_key=True),
+    Column("key_id", _TEXT, primary_key=True),
+    Column("provider", _TEXT, nullable=False),
+    Column("owner", _TEXT, nullable=False),
+    Column("display_name", _TEXT, nullable=False),
     Column("revision", BigInteger, nullable=False, server_default=text("1")),
     _time("create_time"),
     _time("destroy_time", nullable=True),
@@ -224,15 +225,15 @@ provider_key = Table(
 key_version = Table(
     "key_version",
     metadata,
-    Column("tenant", _ORDERED, primary_key=True),
-    Column("key_id", _ORDERED, primary_key=True),
+    Column("tenant", _TEXT, primary_key=True),
+    Column("key_id", _TEXT, primary_key=True),
     Column("version", Integer, primary_key=True, autoincrement=False),
     Column("state", SmallInteger, nullable=False),
     Column("state_sequence", BigInteger, nullable=False),
     Column("state_mac", LargeBinary, nullable=False),
     _time("state_time"),
-    Column("hint", Text, nullable=False),
-    Column("kek_backend", Text, nullable=False),
+    Column("hint", _TEXT, nullable=False),
+    Column("kek_backend", _TEXT, nullable=False),
     Column("kek_version", Integer, nullable=False),
     # All are NULL once the version is destroyed.
     Column("wrapped_dek", LargeBinary),
@@ -246,8 +247,8 @@ key_version = Table(
 epoch_kek = Table(
     "epoch_kek",
     metadata,
-    Column("name", Text, primary_key=True),
-    Column("kek_backend", Text, primary_key=True),
+    Column("name", _TEXT, primary_key=True),
+    Column("kek_backend", _TEXT, primary_key=True),
     _time("create_time"),
 )
 
@@ -255,9 +256,9 @@ epoch_kek = Table(
 content_key = Table(
     "content_key",
     metadata,
-    Column("tenant", Text, primary_key=True),
-    Column("epoch", Text, primary_key=True),
-    Column("kek_backend", Text, nullable=False),
+    Column("tenant", _TEXT, primary_key=True),
+    Column("epoch", _TEXT, primary_key=True),
+    Column("kek_backend", _TEXT, nullable=False),
     Column("kek_version", Integer, nullable=False),
     Column("wrapped_dek", LargeBinary, nullable=False),
     _time("create_time"),
@@ -267,10 +268,10 @@ content_key = Table(
 intake_key = Table(
     "intake_key",
     metadata,
-    Column("key_id", Text, primary_key=True),
+    Column("key_id", _TEXT, primary_key=True),
     Column("suite", SmallInteger, nullable=False),
     Column("public", LargeBinary, nullable=False),
-    Column("kek_backend", Text, nullable=False),
+    Column("kek_backend", _TEXT, nullable=False),
     Column("kek_version", Integer, nullable=False),
     Column("wrapped_dek", LargeBinary, nullable=False),
     Column("envelope", LargeBinary, nullable=False),
@@ -282,15 +283,15 @@ intake_key = Table(
 intake_request = Table(
     "intake_request",
     metadata,
-    Column("tenant", Text, primary_key=True),
-    Column("request_id", Text, primary_key=True),
+    Column("tenant", _TEXT, primary_key=True),
+    Column("request_id", _TEXT, primary_key=True),
     Column("digest", LargeBinary, nullable=False),
-    Column("actor", Text, nullable=False),
-    Column("key_id", Text, nullable=False),
+    Column("actor", _TEXT, nullable=False),
+    Column("key_id", _TEXT, nullable=False),
     # How often it was opened: a repeat of what was refused counts too.
     Column("openings", Integer, nullable=False, server_default=text("1")),
     # Why it was refused for good, or NULL.
-    Column("refusal", Text),
+    Column("refusal", _TEXT),
     # NULL until the key is staged.
     Column("version", Integer),
     _time("create_time"),
@@ -300,14 +301,14 @@ intake_request = Table(
 lease = Table(
     "lease",
     metadata,
-    Column("lease_id", Text, primary_key=True),
-    Column("grant_id", Text, nullable=False),
-    Column("tenant", Text, nullable=False),
-    Column("key_id", Text, nullable=False),
+    Column("lease_id", _TEXT, primary_key=True),
+    Column("grant_id", _TEXT, nullable=False),
+    Column("tenant", _TEXT, nullable=False),
+    Column("key_id", _TEXT, nullable=False),
     Column("version", Integer, nullable=False),
-    Column("holder", Text, nullable=False),
-    Column("attempt_id", Text, nullable=False),
-    Column("review_id", Text, nullable=False),
+    Column("holder", _TEXT, nullable=False),
+    Column("attempt_id", _TEXT, nullable=False),
+    Column("review_id", _TEXT, nullable=False),
     Column("fence", BigInteger, nullable=False),
     Column("purpose", SmallInteger, nullable=False),
     _time("issue_time"),
@@ -325,8 +326,8 @@ lease = Table(
 lease_meter = Table(
     "lease_meter",
     metadata,
-    Column("tenant", Text, primary_key=True),
-    Column("key_id", Text, primary_key=True),
+    Column("tenant", _TEXT, primary_key=True),
+    Column("key_id", _TEXT, primary_key=True),
     Column("in_flight", BigInteger, nullable=False),
     Column("minute", BigInteger, nullable=False),
     Column("minute_count", BigInteger, nullable=False),
@@ -338,7 +339,7 @@ lease_meter = Table(
 tenant_hold = Table(
     "tenant_hold",
     metadata,
-    Column("tenant", Text, primary_key=True),
+    Column("tenant", _TEXT, primary_key=True),
     Column("held", Boolean, nullable=False),
     Column("state_sequence", BigInteger, nullable=False),
     Column("state_mac", LargeBinary, nullable=False),
@@ -350,7 +351,7 @@ revocation = Table(
     "revocation",
     metadata,
     Column("sequence", BigInteger, primary_key=True, autoincrement=True),
-    Column("lease_id", Text, nullable=False),
-    Column("holder", Text, nullable=False),
+    Column("lease_id", _TEXT, nullable=False),
+    Column("holder", _TEXT, nullable=False),
     _time("create_time"),
 )

@@ -2,7 +2,8 @@
 
 Two keyvaults on two databases of one server are leased from in turns, one lease at a time, so
 that what else the machine does falls on both. The rows are what staging, promoting and one
-lease of each key would have left: chains that verify, a real envelope, a lease, meters.
+lease of each key would have left: chains that verify, a real envelope, a lease, meters. Both
+start on rows that are there, and have followed and reconciled them before they are measured.
 `BENCH_KEYS` says how many keys the large one has: 1,000,000, or 20,000 in a short run.
 """
 
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import psycopg
 from byokeep.keyvault.v1 import audit_pb2
 from byokeep.testing import Stack
@@ -34,7 +36,10 @@ _SHORT = 20_000
 _PER_TENANT = 1_000
 _TURNS = 4
 
-_CHAIN = "COPY chain (chain, sequence, hash, logged_sequence) FROM STDIN"
+_QUIET_SECONDS, _QUIET_CPU = 2.0, 0.1
+_SETTLED_SECONDS = 1800.0
+
+_CHAIN = "COPY chain (chain, sequence, hash) FROM STDIN"
 _EVENT = "COPY audit_event (chain, sequence, key_id, body, previous_hash, hash) FROM STDIN"
 _KEY = "COPY provider_key (tenant, key_id, provider, owner, display_name) FROM STDIN"
 # The bytes of the key that is real: as long as any, and nobody opens them.
@@ -72,7 +77,7 @@ def _fill(url: str, keys: int) -> None:
                 heads.append(_chain(copy, start, min(keys, start + _PER_TENANT)))
         with cursor.copy(_CHAIN) as copy:
             for name, sequence, head in heads:
-                copy.write_row((name, sequence, head, sequence))
+                copy.write_row((name, sequence, head))
         with cursor.copy(_KEY) as copy:
             for number in range(keys):
                 name = f"bench-{number // _PER_TENANT}"
@@ -104,14 +109,14 @@ def _key_id(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _second(stack: Stack) -> Iterator[tuple[Process, str]]:
-    """A second keyvault, on a database of its own; and that database's URL."""
+def _keyvault(stack: Stack, name: str) -> Iterator[tuple[Process, str]]:
+    """A keyvault on a database of its own, not started; and that database's URL."""
     local = stack._running
     first = stack.database_url("keyvault")
     password = psycopg.conninfo.conninfo_to_dict(first)["password"]
-    url = local.postgres.create_database("keyvault_scale", "byokeep_keyvault", str(password))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    url = local.postgres.create_database(f"keyvault_{name}", "byokeep_keyvault", str(password))
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
         secret = folder / "database"
         secret.touch(mode=0o600)
         secret.write_text(url)
@@ -120,7 +125,6 @@ def _second(stack: Stack) -> Iterator[tuple[Process, str]]:
             "BYOKEEP_DATABASE_URL_FILE": str(secret),
             "BYOKEEP_ANCHOR_FILE": str(folder / "anchor"),
         }
-        process = Process(environ, folder, "scale")
         subprocess.run(
             [sys.executable, "-m", "services.keyvault", "migrate"],
             env={**environ, "PATH": os.environ["PATH"]},
@@ -128,12 +132,34 @@ def _second(stack: Stack) -> Iterator[tuple[Process, str]]:
             stdout=subprocess.DEVNULL,
             timeout=120,
         )
-        process.start()
+        process = Process(environ, folder, name)
         try:
-            process.wait()
             yield process, url
         finally:
             process.kill()
+
+
+async def _leasing(stack: Stack, process: Process, url: str, keys: int) -> Call:
+    """Start a keyvault that stores so many keys; return a call that leases one of them."""
+    tenant = Tenant(stack, process.address)
+    process.start()
+    await asyncio.to_thread(process.wait)
+    await tenant.create()
+    await tenant.add_key()
+    process.kill()
+    await asyncio.to_thread(_fill, url, keys)
+    process.start()
+    await asyncio.to_thread(process.wait)
+    await asyncio.to_thread(_settle, process)
+    return tenant.leasing()
+
+
+def _settle(process: Process) -> None:
+    """Wait until a keyvault has nothing more to catch up with."""
+    running, end = psutil.Process(process.pid), time.monotonic() + _SETTLED_SECONDS
+    while running.cpu_percent(_QUIET_SECONDS) > _QUIET_CPU * 100:
+        if time.monotonic() > end:
+            raise TimeoutError("keyvault does not come to rest")
 
 
 async def _sequential(call: Call, seconds: float) -> list[float]:
@@ -147,16 +173,11 @@ async def _sequential(call: Call, seconds: float) -> list[float]:
 
 async def _measure(stack: Stack, seconds: float) -> Row:
     many = int(os.environ.get("BENCH_KEYS") or (_MANY if seconds >= _SHORT_SECONDS else _SHORT))
-    with _second(stack) as (process, url):
-        small, large = Tenant(stack), Tenant(stack, process.address)
-        await large.create()
-        for tenant, address, keys in (
-            (small, stack.database_url("keyvault"), _FEW),
-            (large, url, many),
-        ):
-            await tenant.add_key()
-            await asyncio.to_thread(_fill, address, keys)
-        calls = {"few": small.leasing(), "many": large.leasing()}
+    with _keyvault(stack, "few") as few, _keyvault(stack, "many") as large:
+        calls = {
+            "few": await _leasing(stack, *few, _FEW),
+            "many": await _leasing(stack, *large, many),
+        }
         latencies: dict[str, list[float]] = {name: [] for name in calls}
         for call in calls.values():
             await _sequential(call, min(1.0, seconds))
