@@ -149,7 +149,8 @@ async def _leasing(stack: Stack, process: Process, url: str, keys: int) -> Call:
     process.kill()
     await asyncio.to_thread(_fill, url, keys)
     process.start()
-    await asyncio.to_thread(process.wait)
+    # Before it serves, it follows every chain: this once, there is nothing saved to start from.
+    await asyncio.to_thread(process.wait, _SETTLED_SECONDS)
     await asyncio.to_thread(_settle, process)
     return tenant.leasing()
 

@@ -73,10 +73,10 @@ class Process:
                 stderr=log,
             )
 
-    def wait(self) -> None:
+    def wait(self, seconds: float = _SECONDS) -> None:
         """Wait until it serves."""
         assert self._process is not None
-        end = time.monotonic() + _SECONDS
+        end = time.monotonic() + seconds
         while not _written(self._ready):
             assert self._process.poll() is None, self._log.read_text()
             assert time.monotonic() < end, "keyvault does not start"
