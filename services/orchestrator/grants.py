@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Final
 
 from byokeep import dsse, ids
 from byokeep.common.v1.options_pb2 import Provider, SignedEnvelope
+from byokeep.identity import Followed
 from byokeep.keyvault.v1 import grant_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from services.common import logs
 from services.common.config import ConfigError, read_secret_file
 
-log = logging.getLogger(__name__)
 GRANT_SECONDS: Final = 60
 _LOOK_SECONDS: Final = 2.0
 
@@ -46,10 +44,7 @@ class GrantSigner:
 
     def __init__(self, key_file: Path, deployment: str, runner_class: str) -> None:
         """Read the key. Raises ConfigError: missing, readable by others, or not Ed25519."""
-        self._file = key_file
-        self._seen = _snapshot(key_file)
-        self._key = _load(key_file)
-        self.key_id = _key_id(self._key)
+        self._key = Followed((key_file,), lambda: _load(key_file), "grant_signing_key")
         self._deployment = deployment
         self._runner_class = runner_class
 
@@ -59,17 +54,7 @@ class GrantSigner:
         into BYOKEEP_GRANT_KEYS_DIR first."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            seen = _snapshot(self._file)
-            if seen == self._seen:
-                continue
-            self._seen = seen
-            try:
-                key = _load(self._file)
-            except ConfigError:
-                logs.event(log, "grant_signing_key_broken", level=logging.CRITICAL)
-                continue
-            self._key, self.key_id = key, _key_id(key)
-            logs.event(log, "grant_signing_key_changed", key=self.key_id)
+            self._key.refresh()
 
     def sign(self, subject: Subject, recipient_public_key: bytes) -> SignedEnvelope:
         """Return a signed grant that only the holder of the recipient's key can make use of."""
@@ -95,10 +80,11 @@ class GrantSigner:
             issue_time=issued,
             expire_time=expires,
         )
-        return dsse.sign(dsse.GRANT, grant.SerializeToString(), self.key_id, self._key)
+        key_id, key = self._key.value
+        return dsse.sign(dsse.GRANT, grant.SerializeToString(), key_id, key)
 
 
-def _load(file: Path) -> Ed25519PrivateKey:
+def _load(file: Path) -> tuple[str, Ed25519PrivateKey]:
     pem = read_secret_file(file).encode()
     try:
         key = load_pem_private_key(pem, None)
@@ -106,16 +92,4 @@ def _load(file: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{file}: must be PEM of an Ed25519 private key (PKCS 8)")
-    return key
-
-
-def _key_id(key: Ed25519PrivateKey) -> str:
-    return ids.public_key_id("gsk", key.public_key().public_bytes_raw())
-
-
-def _snapshot(file: Path) -> tuple[int, int, int]:
-    try:
-        status = file.stat()
-    except OSError:
-        return (0, 0, 0)
-    return (status.st_ino, status.st_mtime_ns, status.st_size)
+    return ids.public_key_id("gsk", key.public_key().public_bytes_raw()), key

@@ -152,18 +152,23 @@ async def test_the_orchestrator_signs_with_the_new_key(tmp_path, monkeypatch):
     first, second = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     write(pem(first))
     signer = orchestrator_grants.GrantSigner(file, "test", "default")
+    subject = orchestrator_grants.Subject("acme", "", "a", 1, "key", 1, "rev", "att", 1, 1)
+
+    def signed_by(private: Ed25519PrivateKey) -> bool:
+        envelope = signer.sign(subject, b"x" * 32)
+        return envelope.key_id == dsse_key_id(private)
+
     task = asyncio.create_task(signer.follow())
     try:
         write(b"broken")
         await asyncio.sleep(0.2)
-        assert signer.key_id == dsse_key_id(first)
+        assert signed_by(first)
         write(pem(second))
 
         async def changed() -> bool:
-            return signer.key_id == dsse_key_id(second)
+            return signed_by(second)
 
         await until(changed)
-        subject = orchestrator_grants.Subject("acme", "", "a", 1, "key", 1, "rev", "att", 1, 1)
         envelope = signer.sign(subject, b"x" * 32)
         assert dsse.verify(envelope, dsse.GRANT, {dsse_key_id(second): second.public_key()})
     finally:

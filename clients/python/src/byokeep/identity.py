@@ -94,10 +94,13 @@ def checked(pem: Pem) -> Pem:
 class Followed(Generic[T]):
     """What some files hold: loaded again when they change, the last good one otherwise."""
 
-    def __init__(self, paths: Sequence[Path], load: Callable[[], T]) -> None:
-        """Load once. Raises whatever `load` raises."""
+    def __init__(
+        self, paths: Sequence[Path], load: Callable[[], T], what: str = "certificate"
+    ) -> None:
+        """Load once; `what` the log's events are about. Raises whatever `load` raises."""
         self._paths = tuple(paths)
         self._load = load
+        self._reloaded, self._reload_failed = f"{what}_reloaded", f"{what}_reload_failed"
         self._lock = threading.Lock()
         self._seen = self._stamp()
         self._failed: _Stamp | None = None
@@ -122,11 +125,11 @@ class Followed(Generic[T]):
                 failed = error
             if failed is None:
                 self._seen = stamp
-                log.info("certificate_reloaded")
+                log.info(self._reloaded)
                 return True
             self._failed = stamp
             self._alarm_time = time.monotonic()
-            log.error("certificate_reload_failed", exc_info=failed)
+            log.error(self._reload_failed, exc_info=failed)
             return False
 
     def _stamp(self) -> _Stamp:
