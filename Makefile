@@ -31,6 +31,7 @@ help: ## this list
 	@echo "  BYOKEEP_STATE=DIR make up, down, status, clean: where the stack lives"
 	@echo "  PYTEST_ARGS=...   make test: arguments for pytest"
 	@echo "  WORKERS=N         make test: processes that run tests (3)"
+	@echo "  BYOKEEP_TEST_VAULT=openbao  make test-integration: on OpenBao, not on Vault"
 	@echo "  BENCH_SECONDS=N   make bench: seconds per measurement"
 	@echo "  PYTHON=python3.x  the Python >= 3.11 that .venv is made with"
 
@@ -62,8 +63,8 @@ test-deep: $(VENV) $(STUBS) ## the long rounds: memory scans, live certificates,
 	BYOKEEP_FUZZ_INPUTS=1000000 $(BIN)/python -m pytest -n $(WORKERS) --dist load \
 		-m "deep or fuzz" $(PYTEST_ARGS)
 
-test-integration: $(VENV) $(STUBS) ## tests on a real Vault; builds one the first time (ten minutes)
-	$(BIN)/python -m tests.harness.vault
+test-integration: $(VENV) $(STUBS) ## tests on a real Vault or OpenBao; a Vault is built the first time (ten minutes)
+	$(BIN)/python -m tests.harness.vault_binary
 	$(BIN)/python -m pytest tests/integration --timeout 300 $(PYTEST_ARGS)
 
 mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fail (half an hour)
@@ -86,6 +87,8 @@ protos: $(STUBS) ## make the Python stubs from protos/
 lock: $(VENV) ## pin and hash requirements/*.txt anew from the pyproject files
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-emit-index-url --no-annotate requirements/bootstrap.in -o requirements/bootstrap.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-emit-index-url --no-annotate requirements/openbao.in -o requirements/openbao.txt
 	for service in $(LOCKED); do \
 		$(COMPILE) --extra $$service pyproject.toml -o requirements/$$service.txt || exit 1; done
 	$(COMPILE) $(foreach extra,$(LOCKED) local dev,--extra $(extra)) pyproject.toml \

@@ -43,7 +43,12 @@ from services.keyvault.denials import Denials
 from services.keyvault.epochs import Epochs
 from services.keyvault.holds import Holds
 from services.keyvault.intake import IntakeKeys
-from services.keyvault.kek.configured import open_anchor, open_backends, open_signer
+from services.keyvault.kek.configured import (
+    check_logins,
+    open_anchor,
+    open_backends,
+    open_signer,
+)
 from services.keyvault.leasing import Leasing
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.redemption import Redemption
@@ -77,6 +82,7 @@ class App:
     def __init__(self, settings: Settings, role: Role) -> None:
         """Check the settings; connect only in `start`."""
         settings.check()
+        check_logins(settings, role)
         self._settings = settings
         self._role = role
         self._database = open_database(settings)

@@ -28,7 +28,8 @@ from services.keyvault.config import Settings
 from services.keyvault.kek.vault.backend import VaultBackend
 from tests.bench.keyvault_client import Call, Tenant
 from tests.bench.results import Row, percentile
-from tests.harness import vault as harness
+from tests.harness.vault import VaultServer
+from tests.harness.vault_binary import chosen
 
 _ROWS = 2000
 _BATCH = 500
@@ -36,13 +37,13 @@ _BATCH = 500
 
 def run(seconds: float, uncapped: dict[str, dict[str, str]]) -> list[Row]:
     """Measure; nothing where no Vault is at hand, and say so."""
-    if not harness.available():
+    if not chosen().found():
         print(
             "no vault: lease_vault_ratio and rewrap_vault_ratio are not measured", file=sys.stderr
         )
         return []
     folder = Path(tempfile.mkdtemp(prefix="byokeep-bench-vault-"))
-    vault = harness.VaultServer(folder)
+    vault = VaultServer(folder)
     try:
         vault.start()
         vault.set_up("approle")
@@ -56,12 +57,12 @@ def run(seconds: float, uncapped: dict[str, dict[str, str]]) -> list[Row]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _environment(vault: harness.VaultServer, folder: Path) -> dict[str, str]:
+def _environment(vault: VaultServer, folder: Path) -> dict[str, str]:
     settings = vault.settings(folder, vault_deadline_ms=5000)
     return {f"BYOKEEP_{name.upper()}": str(value) for name, value in settings.items()}
 
 
-async def _lease(stack: Stack, vault: harness.VaultServer, seconds: float) -> Row:
+async def _lease(stack: Stack, vault: VaultServer, seconds: float) -> Row:
     tenant = Tenant(stack)
     await tenant.add_key()
     lease = tenant.leasing()
@@ -103,7 +104,7 @@ def _timed_here(call: Callable[[], object], times: int) -> list[float]:
     return found
 
 
-def _hvac_decrypt(vault: harness.VaultServer) -> Callable[[], object]:
+def _hvac_decrypt(vault: VaultServer) -> Callable[[], object]:
     client = hvac.Client(vault.address, token=vault.token("keyvault-data"), verify=str(vault.ca))
     vault.api("POST", "transit/keys/byokeep-tenant-bare", type="aes256-gcm96")
     made = client.secrets.transit.generate_data_key("byokeep-tenant-bare", "plaintext")
@@ -142,7 +143,7 @@ class _echo_server:
             pass
 
 
-async def _rewrap(vault: harness.VaultServer, folder: Path, environment: dict[str, str]) -> Row:
+async def _rewrap(vault: VaultServer, folder: Path, environment: dict[str, str]) -> Row:
     placeholder = dict.fromkeys(
         ("TLS_CERT", "TLS_KEY", "TLS_CA", "DATABASE_URL_FILE", "GRANT_KEYS_DIR"), "/dev/null"
     )

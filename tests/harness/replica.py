@@ -118,14 +118,21 @@ async def replicas(deployment: kv.Deployment, number: int, **changes):
 
 
 @asynccontextmanager
-async def in_roles(deployment: kv.Deployment, *roles: str, **changes):
-    """A keyvault for each role on one database, killed when the block ends."""
-    settings = deployment.settings(**changes)
-    trust = await migrate.bootstrap(settings)
+async def in_roles(
+    deployment: kv.Deployment, *roles: str, only: Mapping[str, dict] | None = None, **changes
+):
+    """A keyvault for each role on one database, killed when the block ends.
+
+    `only` has settings of a role's own. The first role's are those that the database is
+    migrated with.
+    """
+    settings = [deployment.settings(**{**changes, **(only or {}).get(role, {})}) for role in roles]
+    trust = await migrate.bootstrap(settings[0])
     started = []
     try:
         for index, role in enumerate(roles):
-            process = Process(environment(settings), deployment.folder, f"replica{index}", role)
+            environ = environment(settings[index])
+            process = Process(environ, deployment.folder, f"replica{index}", role)
             started.append(Replica(deployment, process, trust))
             process.start()
         for one in started:

@@ -1,165 +1,19 @@
-"""A real Vault in a test: found, or built; run with TLS; set up by deploy/vault itself.
-
-Where the binary comes from, in this order:
-
-1. `BYOKEEP_VAULT_BIN`, a path
-2. `vault` on PATH
-3. the cache, `${BYOKEEP_CACHE:-~/.cache/byokeep}/vault-1.21.1/vault`
-4. the image `hashicorp/vault:1.21.1` (testcontainers' Docker client), into the cache
-5. a build from the Go module proxy, into the cache: about ten minutes, once
-
-No source, no test: it raises, and is never a skip.
-"""
+"""A real Vault in a test, HashiCorp's or OpenBao: run with TLS; set up by deploy/vault itself."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import shutil
 import socket
 import ssl
 import subprocess
-import sys
-import tarfile
-import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from deploy.local.pki import CertificateAuthority
-
-VERSION = "1.21.1"
-IMAGE = f"hashicorp/vault:{VERSION}"
-ROOT = Path(__file__).resolve().parents[2]
-# HashiCorp's module builds unpatched with these two replacements (Go 1.26); 1.21.3 and 1.21.4
-# do not: no vault/sdk is published that matches them.
-_GO_MOD = f"""module vault-build
-
-go 1.26
-
-require github.com/hashicorp/vault v{VERSION}
-
-replace github.com/99designs/keyring => github.com/Jeffail/keyring v1.2.3
-
-replace github.com/ma314smith/signedxml v1.1.1 => github.com/moov-io/signedxml v1.1.1
-"""
-_BUILD_SECONDS = 3600
-
-
-def binary() -> Path:
-    """Return a Vault binary; raises RuntimeError where none can be had."""
-    named = os.environ.get("BYOKEEP_VAULT_BIN")
-    if named:
-        if not Path(named).is_file():
-            raise RuntimeError(f"BYOKEEP_VAULT_BIN: {named} is not a file")
-        return Path(named)
-    found = shutil.which("vault")
-    if found:
-        return Path(found)
-    cached = cache() / "vault"
-    if not cached.is_file():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        reasons = [reason for get in (_from_image, _from_source) if (reason := get(cached))]
-        if not cached.is_file():
-            raise RuntimeError("no Vault for the integration tests: " + "; ".join(reasons))
-    return cached
-
-
-def available() -> bool:
-    """Say whether a Vault can be had without a build."""
-    return bool(
-        os.environ.get("BYOKEEP_VAULT_BIN")
-        or shutil.which("vault")
-        or (cache() / "vault").is_file()
-    )
-
-
-def cache() -> Path:
-    """Return the folder that a binary is kept in between runs."""
-    base = Path(os.environ.get("BYOKEEP_CACHE") or Path.home() / ".cache" / "byokeep")
-    return base / f"vault-{VERSION}"
-
-
-def _from_image(target: Path) -> str:
-    """Take the binary out of the public image; return why not, or ""."""
-    if not sys.platform.startswith("linux"):
-        return "the image's binary is for Linux"
-    try:
-        from testcontainers.core.docker_client import DockerClient
-
-        client = DockerClient().client
-        client.images.pull(IMAGE)
-        container = client.containers.create(IMAGE)
-        try:
-            stream, _ = container.get_archive("/bin/vault")
-            with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
-                data = archive.extractfile("vault")
-                assert data is not None
-                _keep(target, data.read())
-        finally:
-            container.remove()
-    except Exception as error:  # Docker's client raises what it likes
-        return f"{IMAGE} can't be pulled ({type(error).__name__})"
-    return ""
-
-
-def _from_source(target: Path) -> str:
-    """Build from the Go module proxy; return why not, or ""."""
-    go = shutil.which("go") or next(iter(Path("/usr/local/go/bin").glob("go")), None)
-    if go is None:
-        return "and there is no Go >= 1.26 to build one with"
-    print(f"building Vault {VERSION} once, into {target.parent}: about ten minutes", flush=True)
-    with tempfile.TemporaryDirectory(prefix="byokeep-vault-") as folder:
-        (Path(folder) / "go.mod").write_text(_GO_MOD)
-        command = [str(go), "build", "-ldflags=-s -w", "-o", "vault", "github.com/hashicorp/vault"]
-        with subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**os.environ, "GOFLAGS": "-mod=mod"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as build:
-            assert build.stderr is not None
-            watchdog = threading.Timer(_BUILD_SECONDS, build.kill)
-            watchdog.start()
-            ticker = _Ticker()
-            last = ""
-            for line in build.stderr:
-                last = line.strip() or last
-            ticker.stop()
-            watchdog.cancel()
-        if build.returncode != 0:
-            return f"and the build failed: {last}"
-        _keep(target, (Path(folder) / "vault").read_bytes())
-    return ""
-
-
-class _Ticker:
-    """Says every half minute that a build still goes on."""
-
-    def __init__(self) -> None:
-        self._stopped = threading.Event()
-        self._start = time.monotonic()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(30):
-            print(f"  … building Vault, {time.monotonic() - self._start:.0f} s", flush=True)
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-
-def _keep(target: Path, data: bytes) -> None:
-    # Whole or not at all: another run may look for it now.
-    temporary = target.with_name(f"vault.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.chmod(0o755)
-    temporary.replace(target)
+from tests.harness.vault_binary import OPENBAO, ROOT, Product, chosen
 
 
 def free_port() -> int:
@@ -170,11 +24,13 @@ def free_port() -> int:
 
 
 class VaultServer:
-    """A Vault with TLS, file storage and an audit device; not in development mode, so that it
+    """A Vault with TLS, raft storage and an audit device; not in development mode, so that it
     can be sealed, and lives through a restart."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, product: Product | None = None) -> None:
         self.folder = folder
+        self.product = product or chosen()
+        self._binary = self.product.binary()
         self.port = free_port()
         self.address = f"https://localhost:{self.port}"
         self.authority = CertificateAuthority.new("vault.test")
@@ -182,23 +38,34 @@ class VaultServer:
         self.ca.write_text(self.authority.pem)
         self.audit_log = folder / "vault-audit.jsonl"
         self.root_token = ""
+        #: The namespace that `api`, `cli`, `set_up` and `settings` mean; "" is the root.
+        self.namespace = ""
         #: What `api` says that it opens data keys for.
         self.lease_header = ""
         self._unseal_key = ""
         self._process: subprocess.Popen[bytes] | None = None
         self.client_context = ssl.create_default_context(cafile=self.ca)
         self.authority.issue(folder / "vault", spiffe_id="vault", dns=["localhost"])
+        (folder / "storage").mkdir()
+        cluster = free_port()
         (folder / "vault.hcl").write_text(
             f"""
-            storage "file" {{ path = "{folder}/storage" }}
+            storage "raft" {{
+              path                   = "{folder}/storage"
+              node_id                = "one"
+              performance_multiplier = 1
+            }}
             listener "tcp" {{
-              address       = "127.0.0.1:{self.port}"
-              tls_cert_file = "{folder}/vault.pem"
-              tls_key_file  = "{folder}/vault.key"
+              address         = "127.0.0.1:{self.port}"
+              cluster_address = "127.0.0.1:{cluster}"
+              tls_cert_file   = "{folder}/vault.pem"
+              tls_key_file    = "{folder}/vault.key"
             }}
             disable_mlock = true
             api_addr      = "{self.address}"
+            cluster_addr  = "https://127.0.0.1:{cluster}"
             log_level     = "error"
+            {self._declared_audit()}
             """
         )
 
@@ -206,7 +73,7 @@ class VaultServer:
         """Start, initialise (the first time), unseal."""
         log = (self.folder / "vault.log").open("ab")
         self._process = subprocess.Popen(
-            [str(binary()), "server", f"-config={self.folder}/vault.hcl"],
+            [str(self._binary), "server", f"-config={self.folder}/vault.hcl"],
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -216,7 +83,8 @@ class VaultServer:
             answer = self.api("PUT", "sys/init", secret_shares=1, secret_threshold=1)
             self.root_token, self._unseal_key = answer["root_token"], answer["keys"][0]
             self.unseal()
-            self.cli("audit", "enable", "file", f"file_path={self.audit_log}")
+            if not self._declared_audit():
+                self.cli("audit", "enable", "file", f"file_path={self.audit_log}")
         else:
             self.unseal()
 
@@ -242,12 +110,14 @@ class VaultServer:
         self._run(["sh", str(ROOT / "deploy/vault/setup.sh"), *arguments], environment)
 
     def cli(self, *arguments: str) -> str:
-        """Run the `vault` command with the root token; return what it prints."""
-        return self._run([str(binary()), *arguments], {})
+        """Run the `vault` (`bao`) command with the root token; return what it prints."""
+        return self._run([str(self._binary), *arguments], {})
 
     def api(self, method: str, path: str, /, token: str | None = None, **body: object) -> dict:
         """Call the API; raises urllib.error.HTTPError."""
         headers = {"X-Vault-Token": self.root_token if token is None else token}
+        if self.namespace:
+            headers["X-Vault-Namespace"] = self.namespace
         if self.lease_header:
             headers["X-Byokeep-Lease"] = self.lease_header
         request = urllib.request.Request(  # noqa: S310 our own address
@@ -293,12 +163,20 @@ class VaultServer:
             "kek_backend": "vault",
             "vault_address": self.address,
             "vault_ca": self.ca,
+            "vault_namespace": self.namespace,
             "vault_data_login": self.approle(folder, "keyvault-data"),
             "vault_admin_login": self.approle(folder, "keyvault-admin"),
             # Other helpers share the cores: a slow machine is not a slow Vault.
             "vault_deadline_ms": 10_000,
             **changes,
         }
+
+    def _declared_audit(self) -> str:
+        # OpenBao takes audit devices from its configuration alone, Vault through its API alone.
+        if self.product != OPENBAO:
+            return ""
+        options = f'{{ file_path = "{self.audit_log}" }}'
+        return f'audit "file" "file" {{ options {options} }}'
 
     def _wait_for_answer(self) -> None:
         deadline = time.monotonic() + 60
@@ -312,20 +190,15 @@ class VaultServer:
                 time.sleep(0.05)
 
     def _run(self, command: list[str], environment: dict[str, str]) -> str:
-        # setup.sh calls `vault`; ours may have another name, or not be on PATH.
-        folder = self.folder / "bin"
-        folder.mkdir(exist_ok=True)
-        link = folder / "vault"
-        if not link.exists():
-            link.symlink_to(binary())
         done = subprocess.run(
             command,
             env={
                 **os.environ,
-                "PATH": f"{folder}:{os.environ['PATH']}",
+                "VAULT_CLI": str(self._binary),
                 "VAULT_ADDR": self.address,
                 "VAULT_CACERT": str(self.ca),
                 "VAULT_TOKEN": self.root_token,
+                "VAULT_NAMESPACE": self.namespace,
                 **environment,
             },
             capture_output=True,
@@ -343,8 +216,3 @@ def write_secret(path: Path, text: str) -> Path:
     path.touch(mode=0o600)
     path.write_text(text)
     return path
-
-
-if __name__ == "__main__":
-    # Before the tests, whose time limits no build would fit into.
-    print(f"Vault for the integration tests: {binary()}")

@@ -60,6 +60,8 @@ class FaultProxy:
     def __init__(self, vault: VaultServer, folder: Path) -> None:
         self.rule: Rule = lambda method, path: None
         self.seen: list[tuple[str, str]] = []
+        #: The tokens that requests came with.
+        self.tokens: set[str] = set()
         self._vault = vault
         self._released = threading.Event()
         vault.authority.issue(folder / "proxy", spiffe_id="proxy", dns=["localhost"])
@@ -123,6 +125,7 @@ class FaultProxy:
     def _handle(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         self.seen.append((handler.command, handler.path))
+        self.tokens |= {handler.headers["X-Vault-Token"]} - {None}
         fault = self.rule(handler.command, handler.path)
         if isinstance(fault, Hang):
             self._released.wait(60)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness import keyvault as kv
 from tests.harness.vault import VaultServer
+from tests.harness.vault_backend import KEK, started
+from tests.harness.vault_binary import OPENBAO, Product
 from tests.harness.vault_faults import FaultProxy
+
+#: What setup.sh can't do from within a namespace.
+HEADER = ("write", "sys/config/auditing/request-headers/X-Byokeep-Lease", "hmac=false")
 
 
 @pytest.fixture(scope="session")
@@ -30,12 +35,36 @@ def own_vault() -> Iterator[VaultServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def in_namespace() -> Iterator[VaultServer]:
+    """An OpenBao, which has namespaces in its open version, set up in one of them."""
+    with _started(OPENBAO) as server:
+        server.cli("namespace", "create", "teams")
+        server.cli("namespace", "create", "-namespace=teams", "byokeep")
+        server.cli(*HEADER)
+        server.namespace = "teams/byokeep"
+        server.set_up("approle")
+        yield server
+
+
 @pytest.fixture
 def proxy(vault: VaultServer, tmp_path: Path) -> Iterator[FaultProxy]:
     """A fault proxy in front of the run's Vault."""
     proxy = FaultProxy(vault, tmp_path)
     yield proxy
     proxy.close()
+
+
+@pytest.fixture
+async def wrapped(vault, deployment: kv.Deployment, tmp_path: Path) -> AsyncIterator[bytes]:
+    """A data key of the KEK `KEK`, wrapped."""
+    folder = tmp_path / "maker"
+    folder.mkdir()
+    async with started(deployment, vault.settings(folder)) as backend:
+        await backend.create(KEK)
+        with (made := await backend.generate_data_key(KEK)).plaintext:
+            yield made.wrapped
+        await backend.destroy(KEK)
 
 
 @pytest.fixture
@@ -47,9 +76,9 @@ def deployment(tmp_path: Path, keyvault_database_url: str) -> kv.Deployment:
 
 
 class _started:
-    def __init__(self) -> None:
+    def __init__(self, product: Product | None = None) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="byokeep-vault-"))
-        self._server = VaultServer(self._folder)
+        self._server = VaultServer(self._folder, product)
 
     def __enter__(self) -> VaultServer:
         try:

@@ -202,6 +202,31 @@ def test_policy_matrix_anchor_and_checkpoints(vault, request, identity):
     assert vault.status("transit/keys/byokeep-checkpoint", token=token) == 200
 
 
+def test_policy_matrix_two_deployments(vault, keys):
+    """Each with names of its own at one Vault: neither reaches the other's keys or anchor.
+
+    Shown to fail with the first's policies under the second's names (no `ROLES` in setup.sh)."""
+    vault.set_up("approle", PREFIX="eu-", ROLES="keyvault-eu-", KV="byokeep-eu")
+    vault.api("POST", "transit/keys/eu-tenant-matrix", type="aes256-gcm96")
+    made = vault.api("POST", "transit/datakey/plaintext/eu-tenant-matrix", bits=256)
+    theirs = made["data"]["ciphertext"]
+    deployments = {
+        "keyvault-": ("byokeep-tenant-matrix", keys["tenant-matrix"], "byokeep"),
+        "keyvault-eu-": ("eu-tenant-matrix", theirs, "byokeep-eu"),
+    }
+    for role, (own, _, _) in deployments.items():
+        data, admin = vault.token(f"{role}data"), vault.token(f"{role}admin")
+        for key, ciphertext, anchor in deployments.values():
+            rights = 403 if key != own else 200
+            path = f"transit/decrypt/{key}"
+            assert vault.status(path, "POST", data, ciphertext=ciphertext) == rights
+            assert vault.status(f"transit/keys/{key}", token=admin) == rights
+            read = vault.status(f"{anchor}/data/anchor", token=data)
+            assert read == 403 if rights == 403 else read in (200, 404)
+    login = vault.api("GET", "auth/approle/role/keyvault-eu-data")["data"]
+    assert login["token_policies"] == ["keyvault-eu-data"]
+
+
 def _check(vault, token, allowed, refused) -> None:
     got = [
         (method, path, vault.status(path, method, token, **body)) for method, path, body in allowed

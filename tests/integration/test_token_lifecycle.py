@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 
 from services.keyvault import kek
-from services.keyvault.kek.vault.backend import VaultBackend
-from tests.harness.token_review import TokenReview
 from tests.harness.vault import write_secret
-
-
-@contextlib.asynccontextmanager
-async def started(deployment, settings) -> AsyncIterator[VaultBackend]:
-    backend = VaultBackend(deployment.settings(**settings))
-    try:
-        await backend.start()
-        yield backend
-    finally:
-        await backend.close()
-
-
-async def until(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        await asyncio.sleep(0.05)
+from tests.harness.vault_backend import opened, started, until, until_opened, until_refused
 
 
 def short_role(vault, folder, name: str, ttl: str, max_ttl: str) -> str:
@@ -42,22 +22,6 @@ def short_role(vault, folder, name: str, ttl: str, max_ttl: str) -> str:
         token_max_ttl=max_ttl,
     )
     return vault.approle(folder, name)
-
-
-async def opened(backend: VaultBackend, wrapped: bytes) -> None:
-    with await backend.unwrap("tenant/lifecycle", wrapped):
-        pass
-
-
-@pytest.fixture
-async def wrapped(vault, deployment, tmp_path) -> AsyncIterator[bytes]:
-    folder = tmp_path / "maker"
-    folder.mkdir()
-    async with started(deployment, vault.settings(folder)) as backend:
-        await backend.create("tenant/lifecycle")
-        with (made := await backend.generate_data_key("tenant/lifecycle")).plaintext:
-            yield made.wrapped
-        await backend.destroy("tenant/lifecycle")
 
 
 async def test_token_lifecycle_renewed(vault, proxy, deployment, tmp_path, wrapped):
@@ -125,48 +89,6 @@ async def test_token_lifecycle_a_wrong_policy_is_said_and_not_hammered(
         assert proxy.calls("/login") <= 4
 
 
-async def test_token_lifecycle_jwt_is_read_again(vault, proxy, deployment, tmp_path, wrapped):
-    """Kubernetes: the projected token is replaced in its file; the next login takes the new
-    one. Real Vault, its real Kubernetes login, and a TokenReview that knows the tokens.
-
-    Shown to fail with the JWT kept from the first login."""
-    review = TokenReview()
-    try:
-        vault.set_up("kubernetes", TOKEN_TTL="3s", TOKEN_MAX_TTL="5s")
-        vault.cli(
-            "write",
-            "auth/kubernetes/config",
-            f"kubernetes_host={review.address}",
-            "disable_local_ca_jwt=true",
-            f"token_reviewer_jwt={review.token('reviewer')}",
-        )
-        jwt = tmp_path / "jwt"
-        first = review.token("keyvault-data")
-        jwt.write_text(first)
-        settings = vault.settings(
-            tmp_path,
-            vault_address=proxy.address,
-            vault_data_login=f"kubernetes role=keyvault-data jwt={jwt}",
-            vault_admin_login="",
-        )
-        async with started(deployment, settings) as backend:
-            await opened(backend, wrapped)
-            review.withdraw(first)
-            jwt.write_text(review.token("keyvault-data"))
-            await until(lambda: proxy.calls("/login") >= 3)
-            await opened(backend, wrapped)
-        # Another service account is refused at its login.
-        jwt.write_text(review.token("somebody"))
-        backend = VaultBackend(deployment.settings(**settings))
-        await backend._watch.look()
-        with pytest.raises(kek.KekUnavailableError) as refused:
-            await backend.session("data").start()
-        assert refused.value.state == "login_refused"
-        await backend.close()
-    finally:
-        review.close()
-
-
 async def test_token_lifecycle_token_file(vault, proxy, deployment, tmp_path, wrapped):
     """Somebody else keeps a token fresh in a file: it is taken up when the old one is refused,
     and never renewed by us."""
@@ -199,22 +121,8 @@ async def test_token_lifecycle_login_lost_and_found(vault, proxy, deployment, tm
         vault.cli(
             "write", "auth/approle/role/lost/secret-id/destroy", f"secret_id={secret.read_text()}"
         )
-
-        async def refused() -> bool:
-            try:
-                await opened(backend, wrapped)
-            except kek.KekUnavailableError:
-                return True
-            return False
-
-        end = time.monotonic() + 60
-        while not await refused():
-            assert time.monotonic() < end
-            await asyncio.sleep(0.2)
+        await until_refused(backend, wrapped, "login_refused")
         await until(lambda: not backend._watch.health().ok)
         answer = vault.api("POST", "auth/approle/role/lost/secret-id")
         secret.write_text(answer["data"]["secret_id"])
-        end = time.monotonic() + 60
-        while await refused():
-            assert time.monotonic() < end
-            await asyncio.sleep(0.2)
+        await until_opened(backend, wrapped)

@@ -11,9 +11,9 @@ _INT = "tests/integration/"
 MUTANTS = (
     Mutant(
         "Vault: one Transit key for every tenant",
-        _VT + "backend.py",
-        'name = self._prefix + kek.replace("/", "-")',
-        'name = self._prefix + "tenant-all"',
+        _VT + "transit.py",
+        'name = self.prefix + kek.replace("/", "-")',
+        'name = self.prefix + "tenant-all"',
         (_INT + "test_transit.py::test_transit_wrong_tenant",),
     ),
     Mutant(
@@ -40,7 +40,7 @@ MUTANTS = (
     Mutant(
         "Vault: tokens are not renewed",
         _VT + "session.py",
-        'if self._renewable and self._login.method != "token_file":',
+        "if self._renewable:",
         "if False:",
         (_INT + "test_token_lifecycle.py::test_token_lifecycle_renewed",),
     ),
@@ -82,8 +82,8 @@ MUTANTS = (
     Mutant(
         "Vault: an answer's text goes into an exception",
         _VT + "reply.py",
-        'pass\n        raise WireError("broken")',
-        "pass\n        raise ValueError(bytes(self.body))",
+        'raise states.unavailable("broken")',
+        "raise ValueError(bytes(self.body))",
         (_INT + "test_vault_states.py::test_vault_error_text",),
     ),
     Mutant(
@@ -137,7 +137,7 @@ MUTANTS = (
     ),
     Mutant(
         "Vault's log is not told the lease",
-        _VT + "backend.py",
+        _VT + "data.py",
         "return {LEASE_HEADER: what} if what else {}",
         "return {}",
         (_INT + "test_vault_reconcile.py::test_vault_reconcile",),
@@ -169,5 +169,40 @@ MUTANTS = (
         "            await backend.destroy(kek.tenant_kek(tenant))",
         "            pass",
         (_INT + "test_shred.py::test_shred_tenant",),
+    ),
+    Mutant(
+        "Vault: a missing engine is taken for a missing key",
+        _VT + "reply.py",
+        "return self.status == 404 and self.says(b'\"errors\":[]')",
+        "return self.status == 404",
+        (_INT + "test_namespaces.py::test_nothing_is_taken_for_destroyed_in_a_wrong_namespace",),
+    ),
+    Mutant(
+        "Vault: a missing namespace is taken for a missing mount",
+        _VT + "session.py",
+        "if reply.status == 404 and reply.says(_NO_NAMESPACE):",
+        "if False:",
+        (_INT + "test_namespaces.py::test_a_namespace_that_is_not_there",),
+    ),
+    Mutant(
+        "Vault: a role may have the other's login",
+        _KV + "kek/configured.py",
+        'if login and role not in (identity, "all"):',
+        "if False:",
+        ("tests/unit/test_vault_parts.py::test_a_role_has_its_own_logins_and_no_other",),
+    ),
+    Mutant(
+        "Vault: two deployments share their policies",
+        "deploy/vault/setup.sh",
+        'roles="${ROLES:-keyvault-}data ${ROLES:-keyvault-}admin"',
+        'roles="keyvault-data keyvault-admin"',
+        (_INT + "test_policy_matrix.py::test_policy_matrix_two_deployments",),
+    ),
+    Mutant(
+        "Vault's log: openings of every namespace are one's own",
+        "clients/python/src/byokeep/vaultlog.py",
+        'return namespace is None or path.strip("/") == namespace.strip("/")',
+        "return True",
+        ("tests/unit/test_vaultlog.py::test_openings_of_one_namespace",),
     ),
 )

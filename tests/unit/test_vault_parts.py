@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from services.common.config import ConfigError
 from services.keyvault.kek import Backends
-from services.keyvault.kek.configured import open_anchor
+from services.keyvault.kek.configured import check_logins, open_anchor
 from services.keyvault.kek.local import Keyring, LocalBackend
 from services.keyvault.kek.vault import plaintext, states
 from services.keyvault.kek.vault.backend import VaultBackend
 from services.keyvault.kek.vault.log import KvAnchor
 from services.keyvault.kek.vault.login import CredentialError, Login
+from services.keyvault.kek.vault.transit import Place
 from tests.harness.keyvault import Deployment
 
 
@@ -79,8 +80,8 @@ def settings(tmp_path, **changes):
     )
 
 
-def test_names_of_transit_keys_are_injective_and_valid(tmp_path):
-    backend = VaultBackend(settings(tmp_path))
+def test_names_of_transit_keys_are_injective_and_valid():
+    place = Place("transit", "byokeep-")
     names = [
         "system",
         "tenant/acme",
@@ -92,13 +93,13 @@ def test_names_of_transit_keys_are_injective_and_valid(tmp_path):
         "intake/2026-11-23",
         "content/2026-11-23",
     ]
-    keys = [backend._key(name) for name in names]
+    keys = [place.key(name) for name in names]
     assert len(set(keys)) == len(names)
-    assert backend._key("tenant/acme") == "byokeep-tenant-acme"
+    assert place.key("tenant/acme") == "byokeep-tenant-acme"
     assert all(key[-1].isalnum() or key[-1] == "_" for key in keys)
     for name in ("tenant/", "tenant/a/b", "tenant/../x", "other/a", "tenant/A", "system/x", ""):
         with pytest.raises(ValueError, match="not the name"):
-            backend._key(name)
+            place.key(name)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,24 @@ async def test_a_role_without_an_identity_can_not_use_it(tmp_path):
         await admin.generate_data_key("tenant/acme")
     with pytest.raises(RuntimeError):
         await admin.rewrap("tenant/acme", [b"vault:v1:AAAA"])
+
+
+@pytest.mark.parametrize("role", ["data", "admin", "all"])
+@pytest.mark.parametrize("logins", [("data",), ("admin",), ("data", "admin")], ids="-".join)
+@pytest.mark.parametrize("where", ["kek_backend", "kek_backends_read"])
+def test_a_role_has_its_own_logins_and_no_other(tmp_path, role, logins, where):
+    """Shown to fail without the first raise in `check_logins`."""
+    backends = {"kek_backend": "local", where: "vault"}
+    changes = {
+        f"vault_{one}_login": f"kubernetes role=keyvault-{one}" if one in logins else ""
+        for one in ("data", "admin")
+    }
+    given = settings(tmp_path, **backends, **changes)
+    if set(logins) == ({"data", "admin"} if role == "all" else {role}):
+        check_logins(given, role)
+        return
+    with pytest.raises(ConfigError, match=f"role {role} (needs|is not to have) BYOKEEP_VAULT_"):
+        check_logins(given, role)
 
 
 def test_the_anchor_needs_a_place_that_is_configured(tmp_path):

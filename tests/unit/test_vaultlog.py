@@ -63,6 +63,23 @@ def test_openings_without_a_lease():
     assert found([batch], leased())[0].startswith("3 data keys were opened at once")
 
 
+def test_openings_of_one_namespace():
+    """Each namespace has its own keys, of the same names.
+
+    Shown to fail with `_in` always true."""
+    request = json.loads(entry(lease=""))["request"]
+    theirs = entry(request={**request, "namespace": {"id": "x", "path": "teams/other/"}})
+    ours = entry(request={**request, "namespace": {"id": "y", "path": "teams/byokeep/"}})
+    root = entry(request={**request, "namespace": {"id": "root"}})
+
+    def openings(namespace: str | None) -> int:
+        lines = [theirs, ours, root, entry()]
+        read_ones = read(lines, mount="transit", prefix="byokeep-", namespace=namespace)
+        return len(list(read_ones))
+
+    assert [openings(one) for one in ("teams/byokeep", "/teams/other/", "", None)] == [1, 1, 2, 4]
+
+
 def test_moves_between_backends_need_the_chains_word():
     move = entry(lease="job_1")
     later = leased(lease="", time=NOW + datetime.timedelta(minutes=3), kind="REWRAPPED")

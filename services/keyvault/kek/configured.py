@@ -18,6 +18,28 @@ if TYPE_CHECKING:
     from services.keyvault.kek.vault.backend import VaultBackend
 
 
+def check_logins(settings: Settings, role: str) -> None:
+    """Hold the logins at Vault against the role: it has its own identities, and no other.
+
+    Raises:
+        ConfigError.
+    """
+    if "vault" not in (settings.kek_backend, *settings.read_backends()):
+        return
+    for identity, login in (
+        ("data", settings.vault_data_login),
+        ("admin", settings.vault_admin_login),
+    ):
+        setting = f"BYOKEEP_VAULT_{identity.upper()}_LOGIN"
+        if login and role not in (identity, "all"):
+            raise ConfigError(
+                f"role {role} is not to have {setting}: whoever takes this process over could do"
+                " what the other role may"
+            )
+        if not login and role in (identity, "all"):
+            raise ConfigError(f"role {role} needs {setting} for backend vault")
+
+
 def open_backends(settings: Settings, database: Database) -> Backends:
     """Return the configured backends, not yet started. Raises ConfigError."""
     primary = settings.kek_backend

@@ -70,8 +70,11 @@ class Chains:
             self.moves.setdefault(tenant, []).append(time)
 
 
-def read(lines: Iterable[str], *, mount: str, prefix: str) -> Iterator[Access]:
-    """Yield what the log tells of Transit keys with a prefix, at a mount.
+def read(
+    lines: Iterable[str], *, mount: str, prefix: str, namespace: str | None = None
+) -> Iterator[Access]:
+    """Yield what the log tells of Transit keys with a prefix, at a mount; of one namespace, or
+    of all of them.
 
     Raises:
         VaultLogError: a line is not of an audit log.
@@ -81,7 +84,8 @@ def read(lines: Iterable[str], *, mount: str, prefix: str) -> Iterator[Access]:
             continue
         try:
             entry = json.loads(line)
-            found = _access(entry, mount, prefix) if entry["type"] == "response" else None
+            asked = entry["type"] == "response" and _in(entry["request"], namespace)
+            found = _access(entry, mount, prefix) if asked else None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise VaultLogError(f"line {number} is not of a Vault audit log") from None
         if found is not None:
@@ -119,6 +123,11 @@ def _fault(access: Access, chains: Chains, used: set[str]) -> str:
     if abs(access.time - time) > WINDOW:
         return f"the lease it names was given at another time, {time:%Y-%m-%d %H:%M:%S}Z"
     return ""
+
+
+def _in(request: Mapping[str, Any], namespace: str | None) -> bool:
+    path: str = (request.get("namespace") or {}).get("path", "")
+    return namespace is None or path.strip("/") == namespace.strip("/")
 
 
 def _access(entry: Mapping[str, Any], mount: str, prefix: str) -> Access | None:

@@ -15,7 +15,6 @@ from services.keyvault.anchor_store import Stored
 from services.keyvault.kek.vault import states
 from services.keyvault.kek.vault.session import Session
 
-_NO_ROUTE = b"no handler for route"
 _CHANGED = b"check-and-set parameter did not match"
 
 
@@ -37,13 +36,13 @@ class KvAnchor:
                 self._path, mount_point=self._mount, raise_on_deleted_version=True
             )
         )
-        if reply.status == 404 and reply.says(_NO_ROUTE):
-            raise states.unavailable("no_mount")
-        if reply.status not in (200, 404):
-            raise states.unavailable("misconfigured")
-        data = reply.json().get("data") or {}
-        version = (data.get("metadata") or {}).get("version", 0)
-        return Stored((data.get("data") or {}).get("text"), str(version))
+        if reply.is_nothing():
+            return Stored(None, "0")
+        # A version that was deleted is a 404 as well, with its metadata.
+        if reply.status != 200 and not reply.says(b'"metadata"'):
+            raise states.unavailable("no_mount" if reply.status == 404 else "misconfigured")
+        data = reply.fields("data", "data", "metadata")
+        return Stored((data["data"] or {}).get("text"), str(data["metadata"]["version"]))
 
     async def write(self, text: str, after: Stored) -> bool:
         """Write a version over `after`; False where that is not the newest any more."""
@@ -78,7 +77,7 @@ class TransitSigner:
         reply = await session.ask(lambda call: call.transit.read_key(key, mount_point=mount))
         if reply.status != 200:
             raise states.unavailable("no_mount")
-        data = reply.json()["data"]
+        data = reply.fields("data", "type", "latest_version", "keys")
         if data["type"] != "ed25519":
             raise states.unavailable("misconfigured")
         version = int(data["latest_version"])
@@ -95,7 +94,7 @@ class TransitSigner:
         )
         signature = b""
         if reply.status == 200:
-            _, _, encoded = reply.json()["data"]["signature"].rpartition(":")
+            _, _, encoded = reply.fields("data", "signature")["signature"].rpartition(":")
             try:
                 signature = base64.b64decode(encoded, validate=True)
             except binascii.Error:

@@ -6,11 +6,14 @@ copied into the text of an exception. A body here is a bytearray from the socket
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
 from dataclasses import dataclass
 from typing import Any
+
+from services.keyvault.kek.vault import states
 
 _BUFFER = 16 * 1024
 _MAX_BODY = 16 * 1024 * 1024
@@ -37,13 +40,24 @@ class Reply:
         """Say whether the body has a phrase, without making anything else of it."""
         return phrase in self.body
 
-    def json(self) -> Any:
-        """Parse a body that holds no data key. Raises WireError where it is not JSON."""
-        try:
-            return json.loads(self.body)
-        except ValueError:
-            pass
-        raise WireError("broken")
+    def is_nothing(self) -> bool:
+        """Say whether this is Vault's 404 for nothing at a path, which no engine's or
+        namespace's absence is."""
+        return self.status == 404 and self.says(b'"errors":[]')
+
+    def fields(self, part: str, *names: str) -> dict[str, Any]:
+        """Return one object of a body that holds no data key; it has fields of these names.
+
+        Raises:
+            KekUnavailableError: the body is none of Vault's.
+        """
+        found = None
+        with contextlib.suppress(ValueError):
+            answer = json.loads(self.body)
+            found = answer.get(part) if isinstance(answer, dict) else None
+        if not isinstance(found, dict) or not found.keys() >= set(names):
+            raise states.unavailable("broken")
+        return found
 
     def wipe(self) -> None:
         """Overwrite the body with zeros."""

@@ -29,6 +29,7 @@ _RETRY_SECONDS = (0.5, 15.0)
 # its age: another login would not help, and each call would bring one.
 _FRESH_SECONDS = 1.0
 _FOREVER = 3600.0
+_NO_NAMESPACE = b"namespace not found"
 
 
 class Session:
@@ -83,8 +84,8 @@ class Session:
         reply = await self._send(build, token, headers or {})
         if reply.status == 403 and await self._replaced(token):
             reply = await self._send(build, self._token, headers or {})
-        state = states.of_answer(reply.status)
-        if reply.status == 404:
+        state = _state(reply)
+        if state == "no_mount":
             state = "ok"
         self._watch.note(state)
         if state != "ok":
@@ -98,7 +99,7 @@ class Session:
             reply = await self._send(lambda call: call.token.lookup_self(), self._token, {})
         except KekUnavailableError as error:
             return error.state
-        return states.of_answer(reply.status)
+        return _state(reply)
 
     async def _send(
         self, build: Callable[[Call], Reply], token: str, headers: Mapping[str, str]
@@ -135,11 +136,9 @@ class Session:
                 elif reply.status in (400, 403):
                     state = "login_refused"
                 else:
-                    state = states.of_answer(reply.status)
+                    state = _state(reply)
             except CredentialError:
                 state = "no_credential"
-            except WireError as error:
-                state = error.state
             if state:
                 self._watch.note(state)
                 raise states.unavailable(state)
@@ -147,15 +146,13 @@ class Session:
             logs.event(log, "vault_login", identity=self.name, seconds=self._seconds)
 
     def _take(self, reply: Reply, token: str) -> None:
-        answer = reply.json()
-        reply.wipe()
         if token:
-            data = answer["data"]
-            self._token, seconds, self._renewable = token, data["ttl"], data["renewable"]
+            self._token, seconds = token, reply.fields("data", "ttl")["ttl"]
         else:
-            auth = answer["auth"]
+            auth = reply.fields("auth", "client_token", "lease_duration", "renewable")
             self._token, seconds = auth["client_token"], auth["lease_duration"]
             self._renewable = auth["renewable"]
+        reply.wipe()
         # A root or orphan token in a file may have no end: 0.
         self._seconds = float(seconds) or _FOREVER
         self._since = time.monotonic()
@@ -184,7 +181,7 @@ class Session:
 
     async def _renew(self) -> None:
         token, full = self._token, self._seconds
-        if self._renewable and self._login.method != "token_file":
+        if self._renewable:
             reply = await self._send(lambda call: call.token.renew_self(), token, {})
             if reply.status == 200 and self._token == token:
                 self._take(reply, "")
@@ -192,3 +189,9 @@ class Session:
             if reply.status == 200 and self._seconds > full / 2:
                 return
         await self._log_in(self._token)
+
+
+def _state(reply: Reply) -> str:
+    if reply.status == 404 and reply.says(_NO_NAMESPACE):
+        return "no_namespace"
+    return states.of_answer(reply.status)

@@ -46,6 +46,7 @@ SENTENCES = {
     "login_refused": "Vault refuses keyvault's login",
     "no_credential": "the file with keyvault's credential for Vault can't be read",
     "no_mount": "Vault has no such secrets engine or login method; see deploy/vault",
+    "no_namespace": "Vault has no such namespace; see BYOKEEP_VAULT_NAMESPACE",
     "misconfigured": "Vault does not take the request: does the set-up match deploy/vault?",
 }
 

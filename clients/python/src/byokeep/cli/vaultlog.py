@@ -51,6 +51,13 @@ def reconcile_vault(
     prefix: Annotated[str, typer.Option(help="What keyvault's Transit keys start with.")] = (
         "byokeep-"
     ),
+    namespace: Annotated[
+        str | None,
+        typer.Option(
+            help="Vault's namespace that keyvault's keys are in; default: every one.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Hold Vault's audit log against leases: show every data key that was opened without one.
 
@@ -63,7 +70,9 @@ def reconcile_vault(
     from byokeep import vaultlog
 
     try:
-        accesses = list(vaultlog.read(_lines(file), mount=mount, prefix=prefix))
+        accesses = list(
+            vaultlog.read(_lines(file), mount=mount, prefix=prefix, namespace=namespace)
+        )
     except vaultlog.VaultLogError as error:
         name = "standard input" if file == "-" else file
         raise CliError(f"{name}: {error}", "vault audit enable file format=json …") from None
