@@ -28,6 +28,13 @@ def vault() -> Iterator[VaultServer]:
 
 
 @pytest.fixture
+def bare_vault() -> Iterator[VaultServer]:
+    """A Vault of the test's own with an audit device, and nothing else."""
+    with _started() as server:
+        yield server
+
+
+@pytest.fixture
 def own_vault() -> Iterator[VaultServer]:
     """A Vault of the test's own, set up like `vault`: to seal, stop or alter."""
     with _started() as server:

@@ -20,25 +20,26 @@ KEK = "byokeep-tenant-acme"
 
 
 @pytest.fixture
-def proxies(vault, tmp_path) -> Iterator[dict[str, FaultProxy]]:
+def proxies(own_vault, tmp_path) -> Iterator[dict[str, FaultProxy]]:
     """A way to Vault for each role, which sees what goes through it."""
     with contextlib.ExitStack() as stack:
         proxies = {}
         for role in ("admin", "data"):
             folder = tmp_path / role
             folder.mkdir()
-            proxies[role] = FaultProxy(vault, folder)
+            proxies[role] = FaultProxy(own_vault, folder)
             stack.callback(proxies[role].close)
         yield proxies
 
 
-async def test_each_role_has_its_own_identity_alone(vault, deployment, tmp_path, proxies):
+async def test_each_role_has_its_own_identity_alone(own_vault, deployment, tmp_path, proxies):
     """A tenant's whole life through both processes. Then with the token that the data process
     has, nobody creates, rotates, trims or deletes a KEK; with the admin process's, nobody opens
     or makes a data key.
 
     Shown to fail with both logins given to both processes: they do not start (without
     `check_logins` the data process's tokens are two)."""
+    vault = own_vault
     settings = vault.settings(
         tmp_path, vault_anchor="byokeep/anchor", vault_checkpoint_key="byokeep-checkpoint"
     )
