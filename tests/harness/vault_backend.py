@@ -25,6 +25,19 @@ async def started(deployment, settings) -> AsyncIterator[VaultBackend]:
         await backend.close()
 
 
+async def first_login(deployment, settings) -> str:
+    """Return the state that the data identity's first login fails with; "" where it does not."""
+    backend = VaultBackend(deployment.settings(**settings))
+    try:
+        await backend._watch.look()
+        await backend.session("data").start()
+    except KekUnavailableError as error:
+        return error.state
+    finally:
+        await backend.close()
+    return ""
+
+
 async def until(condition, seconds: float = 60.0) -> None:
     """Wait for a condition to come about."""
     end = time.monotonic() + seconds

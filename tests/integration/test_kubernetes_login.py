@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from services.keyvault import kek
-from services.keyvault.kek.vault.backend import VaultBackend
 from tests.harness.kubernetes_api import REVIEWER, KubernetesApi
 from tests.harness.vault_backend import (
+    first_login,
     opened,
     refusal,
     started,
@@ -20,6 +19,18 @@ from tests.harness.vault_backend import (
 ACCOUNT = "byokeep/keyvault-data"
 
 
+def configure(vault, api: KubernetesApi, reviewer: str) -> None:
+    """Point Vault at the API server; it asks there with an account's token."""
+    vault.cli(
+        "write",
+        "auth/kubernetes/config",
+        f"kubernetes_host={api.address}",
+        f"kubernetes_ca_cert=@{api.ca}",
+        "disable_local_ca_jwt=true",
+        f"token_reviewer_jwt={api.token(reviewer)}",
+    )
+
+
 @pytest.fixture
 def api(vault, tmp_path):
     """An API server that knows keyvault's service account, and a Vault that asks it."""
@@ -27,14 +38,7 @@ def api(vault, tmp_path):
     try:
         api.create(ACCOUNT)
         vault.set_up("kubernetes", TOKEN_TTL="3s", TOKEN_MAX_TTL="5s")
-        vault.cli(
-            "write",
-            "auth/kubernetes/config",
-            f"kubernetes_host={api.address}",
-            f"kubernetes_ca_cert=@{api.ca}",
-            "disable_local_ca_jwt=true",
-            f"token_reviewer_jwt={api.token(REVIEWER)}",
-        )
+        configure(vault, api, REVIEWER)
         yield api
     finally:
         api.stop()
@@ -56,19 +60,6 @@ def settings(vault, proxy, tmp_path, jwt):
         vault_data_login=f"kubernetes role=keyvault-data jwt={jwt}",
         vault_admin_login="",
     )
-
-
-async def login_state(deployment, settings) -> str:
-    """Return the state that a first login fails with; "" where it does not."""
-    backend = VaultBackend(deployment.settings(**settings))
-    try:
-        await backend._watch.look()
-        await backend.session("data").start()
-    except kek.KekUnavailableError as error:
-        return error.state
-    finally:
-        await backend.close()
-    return ""
 
 
 async def test_kubernetes_jwt_is_read_again(proxy, deployment, wrapped, api, jwt, settings):
@@ -106,11 +97,11 @@ async def test_kubernetes_accounts_that_are_denied(deployment, api, jwt, setting
     }
     for name, token in wrong.items():
         jwt.write_text(token)
-        assert await login_state(deployment, settings) == "login_refused", name
+        assert await first_login(deployment, settings) == "login_refused", name
     jwt.unlink()
-    assert await login_state(deployment, settings) == "no_credential"
+    assert await first_login(deployment, settings) == "no_credential"
     jwt.write_text(good)
-    assert await login_state(deployment, settings) == ""
+    assert await first_login(deployment, settings) == ""
 
 
 async def test_kubernetes_jwt_expires_in_its_file(deployment, wrapped, api, jwt, settings):
@@ -142,13 +133,6 @@ async def test_kubernetes_api_server_is_down(deployment, wrapped, api, settings)
 
 async def test_kubernetes_reviewer_without_the_right(vault, deployment, api, settings):
     """Vault's own account may not create TokenReviews: nobody logs in."""
-    vault.cli(
-        "write",
-        "auth/kubernetes/config",
-        f"kubernetes_host={api.address}",
-        f"kubernetes_ca_cert=@{api.ca}",
-        "disable_local_ca_jwt=true",
-        f"token_reviewer_jwt={api.token(ACCOUNT)}",
-    )
-    assert await login_state(deployment, settings) == "login_refused"
+    configure(vault, api, ACCOUNT)
+    assert await first_login(deployment, settings) == "login_refused"
     assert api.reviews == []

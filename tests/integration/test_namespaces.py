@@ -13,6 +13,7 @@ from services.keyvault import kek
 from services.keyvault.kek.vault.backend import VaultBackend
 from tests.harness import keyvault as kv
 from tests.harness.vault import write_secret
+from tests.harness.vault_backend import first_login
 
 
 async def test_a_whole_life_in_a_namespace(in_namespace, deployment, tmp_path):
@@ -79,7 +80,7 @@ async def test_the_audit_log_says_which_namespace(in_namespace, deployment, tmp_
 async def test_a_namespace_that_is_not_there(in_namespace, deployment, tmp_path, namespace):
     """Shown to fail without `_state` in `Session`: it is said that a mount is missing."""
     settings = in_namespace.settings(tmp_path, vault_namespace=namespace)
-    assert await _start_state(deployment, settings) == "no_namespace"
+    assert await first_login(deployment, settings) == "no_namespace"
 
 
 @pytest.mark.parametrize("namespace", ["", "teams"])
@@ -87,7 +88,7 @@ async def test_another_namespace(in_namespace, deployment, tmp_path, namespace):
     """It is there, and not set up for keyvault: to whoever has no token, a login method that is
     not there is one that refuses."""
     settings = in_namespace.settings(tmp_path, vault_namespace=namespace)
-    assert await _start_state(deployment, settings) == "login_refused"
+    assert await first_login(deployment, settings) == "login_refused"
 
 
 async def test_nothing_is_taken_for_destroyed_in_a_wrong_namespace(
@@ -118,15 +119,3 @@ async def test_nothing_is_taken_for_destroyed_in_a_wrong_namespace(
                 assert refused.value.state == state
         finally:
             await backend.close()
-
-
-async def _start_state(deployment, settings) -> str:
-    backend = VaultBackend(deployment.settings(**settings))
-    try:
-        await backend._watch.look()
-        await backend.session("data").start()
-    except kek.KekUnavailableError as error:
-        return error.state
-    finally:
-        await backend.close()
-    return ""
