@@ -3,6 +3,8 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .SUFFIXES:
+# Tests start hundreds of processes, which need not compile their modules each anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -56,8 +58,9 @@ clean: ## stop the stack; erase its data, .venv, build and generated stubs
 	rm -rf $(PACKAGE)/common $(PACKAGE)/keyvault $(PACKAGE)/orchestrator $(PACKAGE)/runner $(PACKAGE)/_buf
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# In the order of the folders, the many quick unit tests last: they fill up the end.
 test: $(VENV) $(STUBS) ## unit, component and security tests, on a real PostgreSQL and real processes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not deep" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not deep" $(PYTEST_ARGS)
 
 test-deep: $(VENV) $(STUBS) ## the long rounds: memory scans, live certificates, kill -9, a million fuzzed inputs
 	BYOKEEP_FUZZ_INPUTS=1000000 $(BIN)/python -m pytest -n $(WORKERS) --dist load \

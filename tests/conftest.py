@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from byokeep.testing import Stack
 
 from deploy.local.postgres import ROLES, EmbeddedPostgres, new_password
+from tests.harness import scratch
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedPostgres]:
-    """One server for the whole run; below /tmp, for pytest's own folders are closed to
-    the system user that PostgreSQL runs as where the tests run as root."""
-    directory = Path(tempfile.mkdtemp(prefix="byokeep-test-", dir="/tmp"))
+    """One server for the whole run."""
+    directory = scratch.folder()
     server = EmbeddedPostgres(directory)
     try:
         server.start()

@@ -17,7 +17,7 @@ from deploy.local.processes import StackError
 CHECKOUT = Path(__file__).resolve().parents[2]
 _MARKER = ".byokeep-state"
 # An empty cluster is 60 MiB, and a burst of writes may bring its log to a few hundred.
-_MEMORY_BYTES = 1024**3
+_STACK_BYTES = 1024**3
 
 
 class State:
@@ -143,7 +143,7 @@ def throwaway_state(*, in_memory: bool = False) -> Iterator[State]:
     ``in_memory``: where there is room, so that its keys never reach a disk. Durable
     writes cost nothing there: not for measurements.
     """
-    base = (_memory() if in_memory else None) or _reachable_temporary()
+    base = (memory_folder() if in_memory else None) or _reachable_temporary()
     root = Path(tempfile.mkdtemp(prefix="byokeep-", dir=base))
     try:
         yield open_state(root)
@@ -151,9 +151,10 @@ def throwaway_state(*, in_memory: bool = False) -> Iterator[State]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _memory() -> Path | None:
+def memory_folder(room: int = _STACK_BYTES) -> Path | None:
+    """A folder in memory with this many bytes to spare; None where there is none."""
     memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a private folder there
-    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < _MEMORY_BYTES:
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < room:
         return None
     return memory
 

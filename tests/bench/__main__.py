@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     load_before = os.getloadavg()[0]
-    with Stack(environment=UNCAPPED) as stack:
+    with Stack(environment=UNCAPPED, in_memory=False) as stack:
         print("measuring idle memory, leases, reviews …", file=sys.stderr)
         rows += idle.run(stack)
         rows += leases.run(stack, arguments.seconds)

@@ -49,7 +49,7 @@ def run(seconds: float, uncapped: dict[str, dict[str, str]]) -> list[Row]:
         vault.set_up("approle")
         environment = _environment(vault, folder)
         merged = {**uncapped, "keyvault": {**uncapped["keyvault"], **environment}}
-        with Stack(environment=merged) as stack:
+        with Stack(environment=merged, in_memory=False) as stack:
             lease = asyncio.run(_lease(stack, vault, seconds))
         return [lease, asyncio.run(_rewrap(vault, folder, environment))]
     finally:

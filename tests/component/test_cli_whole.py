@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+pytest_plugins = ["tests.harness.cli_fixtures"]
+
 DIFF = """diff --git a/app.py b/app.py
 --- a/app.py
 +++ b/app.py
@@ -35,40 +37,35 @@ MODE_ONLY = "diff --git a/run.sh b/run.sh\nold mode 100644\nnew mode 100755\n"
 BINARY = "diff --git a/x.png b/x.png\nindex 1..2 100644\nBinary files a/x.png and b/x.png differ\n"
 
 
-@pytest.fixture
-def byokeep(stack):
-    def run(*arguments: str, stdin: str = "", **environment: str):
-        return subprocess.run(
+@pytest.fixture(autouse=True)
+def _profile(stack, monkeypatch):
+    monkeypatch.setenv("BYOKEEP_CONFIG", str(stack.config))
+
+
+def fresh(prefix: str = "sk-proj-") -> bytes:
+    return f"{prefix}{secrets.token_hex(20)}\n".encode()
+
+
+@pytest.fixture(scope="module")
+def key(byokeep_stack):
+    """The name of an active key for the tests that only use it. Added by the command as a
+    process of its own; elsewhere it runs in this one, which spares a start per line."""
+    name = "whole"
+
+    def process(*arguments, stdin=b""):
+        done = subprocess.run(
             [sys.executable, "-m", "byokeep.cli", *arguments],
             input=stdin,
             capture_output=True,
-            text=True,
             timeout=60,
             check=False,
-            env={
-                **os.environ,
-                "BYOKEEP_CONFIG": str(stack.config),
-                "NO_COLOR": "1",
-                "COLUMNS": "200",
-                **environment,
-            },
+            env=os.environ | {"BYOKEEP_CONFIG": str(byokeep_stack.config)},
         )
+        assert done.returncode == 0, done.stderr
 
-    return run
-
-
-def fresh(prefix: str = "sk-proj-") -> str:
-    return prefix + secrets.token_hex(20)
-
-
-@pytest.fixture
-def key(byokeep):
-    """An active key of its own name, gone at the end."""
-    name = f"k{secrets.token_hex(4)}"
-    done = byokeep("key", "add", "openai", "--name", name, "--stdin", stdin=fresh() + "\n")
-    assert done.returncode == 0, done.stderr
+    process("key", "add", "openai", "--name", name, "--stdin", stdin=fresh())
     yield name
-    byokeep("key", "destroy", name, "--yes")
+    process("key", "destroy", name, "--yes")
 
 
 @pytest.mark.parametrize(
@@ -76,29 +73,29 @@ def key(byokeep):
     {"plain": DIFF, "crlf": CRLF, "long line": LONG, "no end": NO_END, "rename": RENAME}.items(),
 )
 def test_a_review_finds_the_defect(byokeep, key, name, diff):
-    done = byokeep("review", "--diff", "-", "--model", "openai/gpt-6.1-terra", stdin=diff)
-    assert done.returncode == 0, done.stderr
-    assert "1 finding" in done.stdout, done.stdout
+    done = byokeep("review", "--diff", "-", "--model", "openai/gpt-6.1-terra", stdin=diff.encode())
+    assert done.code == 0, done.err
+    assert "1 finding" in done.out, done.out
     if name == "rename":
-        assert "café y.py:2" in done.stdout
+        assert "café y.py:2" in done.out
 
 
 def test_fail_on_and_formats(byokeep, key):
     base = ("review", "--diff", "-", "--model", "openai/gpt-6.1-terra")
-    assert byokeep(*base, "--fail-on", "high", stdin=DIFF).returncode == 1
-    sarif = byokeep(*base, "--format", "sarif", stdin=DIFF)
-    assert json.loads(sarif.stdout)["version"] == "2.1.0"
-    github = byokeep(*base, "--format", "github", stdin=DIFF)
-    assert json.loads(github.stdout)["comments"][0]["path"] == "app.py"
-    body = byokeep(*base, "--format", "json", stdin=DIFF).stdout
+    assert byokeep(*base, "--fail-on", "high", stdin=DIFF.encode()).code == 1
+    sarif = byokeep(*base, "--format", "sarif", stdin=DIFF.encode())
+    assert json.loads(sarif.out)["version"] == "2.1.0"
+    github = byokeep(*base, "--format", "github", stdin=DIFF.encode())
+    assert json.loads(github.out)["comments"][0]["path"] == "app.py"
+    body = byokeep(*base, "--format", "json", stdin=DIFF.encode()).out
     assert '"findings"' in body
 
 
 def test_a_dry_run_makes_no_call(byokeep, key, stack):
     before = len(stack.emulator.calls())
-    done = byokeep("review", "--diff", "-", "--dry-run", stdin=DIFF)
-    assert done.returncode == 0, done.stderr
-    assert "app.py" in done.stdout
+    done = byokeep("review", "--diff", "-", "--dry-run", stdin=DIFF.encode())
+    assert done.code == 0, done.err
+    assert "app.py" in done.out
     assert len(stack.emulator.calls()) == before
 
 
@@ -114,10 +111,10 @@ BAD_DIFFS = {
 
 @pytest.mark.parametrize(("diff", "reason"), BAD_DIFFS.values(), ids=BAD_DIFFS)
 def test_a_bad_diff_is_refused_by_reason(byokeep, key, diff, reason):
-    done = byokeep("review", "--diff", "-", stdin=diff)
-    assert done.returncode == 2, done.stdout
-    assert reason in done.stderr
-    assert "CANARY" not in done.stdout + done.stderr
+    done = byokeep("review", "--diff", "-", stdin=diff.encode())
+    assert done.code == 2, done.out
+    assert reason in done.err
+    assert "CANARY" not in done.out + done.err
 
 
 BAD_KEYS = {
@@ -132,10 +129,10 @@ BAD_KEYS = {
 
 @pytest.mark.parametrize(("text", "reason"), BAD_KEYS.values(), ids=BAD_KEYS)
 def test_a_bad_key_is_refused_by_reason(byokeep, text, reason):
-    done = byokeep("key", "add", "openai", "--name", "bad", "--stdin", stdin=text)
-    assert done.returncode == 2
-    assert reason in done.stderr
-    assert "CANARY" not in done.stdout + done.stderr
+    done = byokeep("key", "add", "openai", "--name", "bad", "--stdin", stdin=text.encode())
+    assert done.code == 2
+    assert reason in done.err
+    assert "CANARY" not in done.out + done.err
 
 
 @pytest.mark.parametrize(
@@ -151,8 +148,8 @@ def test_a_bad_key_is_refused_by_reason(byokeep, text, reason):
 )
 def test_a_key_as_an_argument_is_refused_and_not_echoed(byokeep, arguments):
     done = byokeep(*arguments)
-    assert done.returncode == 2
-    assert "CANARY" not in done.stdout + done.stderr
+    assert done.code == 2
+    assert "CANARY" not in done.out + done.err
 
 
 @pytest.mark.parametrize(
@@ -170,39 +167,43 @@ def test_a_key_as_an_argument_is_refused_and_not_echoed(byokeep, arguments):
     ],
 )
 def test_wrong_lines_say_what_is_wrong(byokeep, key, arguments, status, says):
-    done = byokeep(*arguments, stdin=DIFF)
-    assert done.returncode == status, done.stderr + done.stdout
-    assert says.lower() in (done.stderr + done.stdout).lower()
-    assert "Traceback" not in done.stderr
+    done = byokeep(*arguments, stdin=DIFF.encode())
+    assert done.code == status, done.err + done.out
+    assert says.lower() in (done.err + done.out).lower()
+    assert "Traceback" not in done.err
 
 
-def test_the_life_of_a_key(byokeep, key, tmp_path):
-    assert key in byokeep("key", "list").stdout
-    assert "ACTIVE" in byokeep("key", "show", key).stdout
+def test_the_life_of_a_key(byokeep):
+    key = f"k{secrets.token_hex(4)}"
+    added = byokeep("key", "add", "openai", "--name", key, "--stdin", stdin=fresh())
+    assert added.code == 0, added.err
+    assert key in byokeep("key", "list").out
+    assert "ACTIVE" in byokeep("key", "show", key).out
     again = byokeep("key", "add", "openai", "--name", key, "--stdin", stdin=fresh())
-    assert again.returncode == 2
-    assert "byokeep key rotate" in again.stderr
+    assert again.code == 2
+    assert "byokeep key rotate" in again.err
     rotated = byokeep("key", "rotate", key, "--stdin", stdin=fresh())
-    assert rotated.returncode == 0, rotated.stderr
-    trail = byokeep("key", "trail", key).stdout
+    assert rotated.code == 0, rotated.err
+    trail = byokeep("key", "trail", key).out
     assert "recorded" in trail
     assert "reported" in trail
     revoked = byokeep("key", "revoke", key)
-    assert revoked.returncode == 0, revoked.stderr
-    assert "REVOKED" in byokeep("key", "show", key).stdout
+    assert revoked.code == 0, revoked.err
+    assert "REVOKED" in byokeep("key", "show", key).out
+    assert byokeep("key", "destroy", key, "--yes").code == 0
 
 
 def test_an_invalid_key_is_never_kept(byokeep):
     done = byokeep("key", "add", "openai", "--name", "inv", "--stdin", stdin=fresh("sk-invalid-"))
-    assert done.returncode == 4, done.stderr
-    assert "inv " not in byokeep("key", "list").stdout
+    assert done.code == 4, done.err
+    assert "inv " not in byokeep("key", "list").out
 
 
 def test_audit_export_verify_and_tampering(byokeep, key, tmp_path):
     """35. `audit_tamper`: any change that the signed head covers is found, and named."""
     file = tmp_path / "audit.jsonl"
-    assert byokeep("audit", "export", "--output", str(file)).returncode == 0
-    assert byokeep("audit", "verify", str(file)).returncode == 0
+    assert byokeep("audit", "export", "--output", str(file)).code == 0
+    assert byokeep("audit", "verify", str(file)).code == 0
     lines = file.read_text().splitlines()
     middle = len(lines) // 2
     for changed in (
@@ -212,16 +213,16 @@ def test_audit_export_verify_and_tampering(byokeep, key, tmp_path):
         lines[:-1],
     ):
         file.write_text("\n".join(changed) + "\n")
-        assert byokeep("audit", "verify", str(file)).returncode == 6
+        assert byokeep("audit", "verify", str(file)).code == 6
 
 
 def test_status_and_doctor(byokeep):
-    assert byokeep("status").returncode == 0
+    assert byokeep("status").code == 0
     doctor = byokeep("doctor")
-    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert doctor.code == 0, doctor.out + doctor.err
 
 
 def test_json_is_json(byokeep, key):
-    assert "keys" in json.loads(byokeep("--json", "key", "list").stdout)
+    assert "keys" in json.loads(byokeep("--json", "key", "list").out)
     error = byokeep("--json", "key", "show", "key_nothere")
-    assert json.loads(error.stderr)
+    assert json.loads(error.err)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from procrastinate.schema import SchemaManager
 
 from deploy.local.postgres import EmbeddedPostgres, new_password
 from services.orchestrator.queue import Handler, Queue
+from tests.harness import scratch
 
 SECRET = "text-of-an-exception"
 
@@ -322,7 +322,7 @@ async def test_a_failed_fetch_stops_nothing(
 async def test_a_database_restart_stops_nothing() -> None:
     """Fetching and notifications go on while an older handler still runs; was shown to fail
     with the library's own listen_for_jobs, which goes deaf."""
-    directory = Path(tempfile.mkdtemp(prefix="byokeep-test-", dir="/tmp"))
+    directory = scratch.folder()
     server = EmbeddedPostgres(directory)
     recorder = Recorder()
     recorder.gate.clear()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -16,6 +14,7 @@ from services.keyvault import chain, migrate
 from services.keyvault.database import DuplicateError
 from services.keyvault.store import leases as store
 from tests.harness import keyvault as kv
+from tests.harness import scratch
 from tests.harness.keyvault import Child, grant_for, lease_request, refusal, try_lease
 
 pytestmark = pytest.mark.deep
@@ -202,7 +201,7 @@ async def test_a_database_that_stops_and_comes_back(tmp_path):
 
     The grant that met the stopped database is unused.
     """
-    folder = Path(tempfile.mkdtemp(prefix="byokeep-test-", dir="/tmp"))
+    folder = scratch.folder()
     server = EmbeddedPostgres(folder)
     try:
         await asyncio.to_thread(server.start)

@@ -49,11 +49,18 @@ class Stack:
     """
 
     def __init__(
-        self, *, live: bool = False, environment: Mapping[str, Mapping[str, str]] | None = None
+        self,
+        *,
+        live: bool = False,
+        environment: Mapping[str, Mapping[str, str]] | None = None,
+        in_memory: bool = True,
     ) -> None:
         """``environment`` adds variables by process name (`keyvault`, `orchestrator`,
-        `runner`); ``live`` dials the real providers, and there is no emulator then."""
+        `runner`); ``live`` dials the real providers, and there is no emulator then.
+        ``in_memory``: no file on a disk, where memory has room; durable writes cost nothing
+        then, so measurements need False."""
         self._live = live
+        self._in_memory = in_memory
         self._environment = environment
         self._resources = ExitStack()
         self._local: Any = None
@@ -63,7 +70,7 @@ class Stack:
         """Start all; returns once it serves. Raises RuntimeError with the log of what failed."""
         state_module, supervisor = _deploy("state"), _deploy("supervisor")
         with ExitStack() as resources:
-            state = resources.enter_context(state_module.throwaway_state())
+            state = resources.enter_context(state_module.throwaway_state(in_memory=self._in_memory))
             local = supervisor.LocalStack(state, live=self._live, extra=self._environment)
             resources.callback(local.stop, discard=True)
             local.start()
