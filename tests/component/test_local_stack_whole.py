@@ -47,6 +47,7 @@ def root() -> Iterator[Path]:
         _run(root, "clean")
 
 
+@pytest.mark.timeout(300)
 def test_up_twice_killed_up_again_down(root, stack) -> None:
     """Beside the session's stack: neither minds the other."""
     first = _run(root, "up")
