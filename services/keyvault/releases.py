@@ -73,19 +73,21 @@ class Releases:
             await self._group.do(end)
 
     async def expire(self) -> None:
-        """End leases that were never released, on the record."""
-        while overdue := await store.overdue(self._database, LARGEST):
+        """End leases that were never released, on the record; one that can't be ended stays, and
+        keeps no other from it."""
+        last = store.OLDEST
+        failures: list[Exception] = []
+        while overdue := await store.overdue(self._database, last, LARGEST):
             kind, outcome = (
                 audit_pb2.AUDIT_EVENT_TYPE_LEASE_EXPIRED,
                 lease_pb2.LEASE_OUTCOME_UNSPECIFIED,
             )
-            ends = [_End(one, kind, outcome, None, None) for one in overdue]
+            ends = [_End(one, kind, outcome, None, None) for _, one in overdue]
             results = await asyncio.gather(*map(self._group.do, ends), return_exceptions=True)
-            failures = [one for one in results if isinstance(one, Exception)]
-            for failure in failures[:1]:
-                logs.failure(log, "expiry_failed", failure, leases=len(failures))
-            if failures:
-                return  # the next sweep tries again
+            failures += [one for one in results if isinstance(one, Exception)]
+            last = overdue[-1]
+        for failure in failures[:1]:
+            logs.failure(log, "expiry_failed", failure, leases=len(failures))
 
     async def _close(self, ends: Sequence[_End]) -> list[Exception | None]:
         outcomes: list[Exception | None] = []

@@ -1076,6 +1076,17 @@ MUTANTS = (
         (_SEC + "test_database_attacker.py::test_leaf_passed_over_by_a_failed_read",),
     ),
     Mutant(
+        "leases that can't be ended are looked at for ever",
+        _KV + "releases.py",
+        "            last = overdue[-1]\n",
+        "            if failures:\n                return\n",
+        (
+            _SEC
+            + "test_database_attacker.py"
+            + "::test_leases_without_a_key_keep_no_other_from_expiring",
+        ),
+    ),
+    Mutant(
         "a trim asks for no proof",
         _KV + "rotation.py",
         "        if self._reconcile.rolled_back or not await self._proven(job):\n",

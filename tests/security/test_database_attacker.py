@@ -176,6 +176,33 @@ async def test_rows_hidden_while_their_kek_is_trimmed(keyvault, hidden):
     assert await kek_versions(keyvault) == [1, 2]
 
 
+async def test_leases_without_a_key_keep_no_other_from_expiring(keyvault):
+    """Leases whose tenant, key or version is not there, or not readable, as many as are ended at
+    once: the others end.
+
+    Shown to fail: with every round beginning at the oldest lease.
+    """
+    key = await keyvault.add_active()
+    broken = await keyvault.add_active(name="broken")
+    assert await try_lease(keyvault, broken) == ""
+    await keyvault.sql("UPDATE lease SET expire_time = '-infinity'")
+    await keyvault.sql("UPDATE key_version SET state = 77 WHERE key_id = %s", broken.name[-30:])
+    await keyvault.sql(
+        "INSERT INTO lease (lease_id, grant_id, tenant, key_id, version, holder, attempt_id,"
+        " review_id, fence, purpose, expire_time) SELECT 'lea_' || i, 'gra_' || i, 'nobody', 'k',"
+        " 1, '', '', '', 1, 2, now() - interval '3 hours' FROM generate_series(1, 64) AS i"
+    )
+    assert await try_lease(keyvault, key) == ""
+    await keyvault.sql(
+        "UPDATE lease SET expire_time = now() - interval '1 hour' WHERE key_id = %s",
+        key.name[-30:],
+    )
+    await keyvault.app._releases.expire()
+    assert await keyvault.sql(
+        "SELECT count(*) FROM lease WHERE key_id = %s AND release_time IS NULL", key.name[-30:]
+    ) == [(0,)]
+
+
 async def test_planted_hold_silences_no_operator(keyvault):
     """Shown to fail: with the row's word taken without its MAC."""
     await keyvault.add_active()

@@ -129,14 +129,19 @@ WITH ended AS (
 _NUMBER_ENDED = " SELECT count(*) FROM ended"
 _REVOKE = _REVOKE_ENDED + _UNCOUNTED + _NUMBER_ENDED
 _LIVE_COUNT = "SELECT count(*) FROM lease WHERE end_time IS NULL AND expire_time > now()"
+# A time as text: not every time that a row can have is one in Python.
 _OVERDUE = """
-SELECT lease_id FROM lease
+SELECT expire_time::text, lease_id FROM lease
 WHERE release_time IS NULL AND expire_time < now() - interval '5 seconds'
-ORDER BY expire_time LIMIT %s
+  AND (expire_time, lease_id) > (%s::timestamptz, %s)
+ORDER BY expire_time, lease_id LIMIT %s
 """
 
 #: Tenant, key id, version.
 VersionName = tuple[str, str, int]
+#: When a lease expired, as the database writes it, and its id.
+Overdue = tuple[str, str]
+OLDEST: Overdue = ("-infinity", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +302,6 @@ async def live_count(database: Database) -> int:
     return int(row[0]) if row else 0
 
 
-async def overdue(database: Database, limit: int) -> list[str]:
-    """Return ids of leases that were never released."""
-    return [row[0] for row in await database.all(_OVERDUE, (limit,))]
+async def overdue(database: Database, after: Overdue, limit: int) -> list[Overdue]:
+    """Return leases that were never released, the oldest first."""
+    return [(row[0], row[1]) for row in await database.all(_OVERDUE, (*after, limit))]
