@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import boto3
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from moto.server import ThreadedMotoServer
 
 from services.common.config import ConfigError
@@ -138,6 +139,34 @@ async def test_health(backend, environment):
         await unreachable.generate_data_key(TENANT)
     assert (await unreachable.health()).state == "unreachable"
     await unreachable.close()
+
+
+async def test_health_is_not_asked_every_second(backend, monkeypatch):
+    """KMS bills each call, and keyvault asks every second; a call that fails ends the peace.
+
+    Shown to fail: without `_well_until` looked at; without it put back by a failure.
+    """
+    await backend.create("system")
+    described, calls = backend._kms.describe_key, []
+
+    def describe_key(**parameters):
+        calls.append(1)
+        return described(**parameters)
+
+    def fails(**parameters):
+        raise EndpointConnectionError(endpoint_url="test")
+
+    monkeypatch.setattr(backend._kms, "describe_key", describe_key)
+    assert [(await backend.health()).ok for _ in range(5)] == [True] * 5
+    assert len(calls) == 1
+    monkeypatch.setattr(backend._kms, "describe_key", fails)
+    monkeypatch.setattr(backend._kms, "decrypt", fails)
+    assert (await backend.health()).ok
+    with pytest.raises(KekUnavailableError):
+        await backend.unwrap("system", bytes(64))
+    assert (await backend.health()).state == "unreachable"
+    monkeypatch.setattr(backend._kms, "describe_key", describe_key)
+    assert (await backend.health()).ok
 
 
 def test_settings_that_kms_does_not_take(environment):

@@ -1087,6 +1087,20 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "KMS is asked every second how it is",
+        _KV + "kek/aws_kms.py",
+        "        if time.monotonic() < self._well_until:\n",
+        "        if False:\n",
+        ("tests/component/test_aws_kms.py::test_health_is_not_asked_every_second",),
+    ),
+    Mutant(
+        "KMS is said to be well after a call that failed",
+        _KV + "kek/aws_kms.py",
+        "                self._well_until = 0.0\n",
+        "                pass\n",
+        ("tests/component/test_aws_kms.py::test_health_is_not_asked_every_second",),
+    ),
+    Mutant(
         "a trim asks for no proof",
         _KV + "rotation.py",
         "        if self._reconcile.rolled_back or not await self._proven(job):\n",

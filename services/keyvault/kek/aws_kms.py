@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -46,12 +47,15 @@ from services.keyvault.kek import (
 
 _CALL_SECONDS = 3
 _DEADLINE_SECONDS = 8.0  # of a call, with its wait for a thread
+# keyvault asks every second whether to serve, and KMS bills each call.
+_WELL_SECONDS = 30.0
 _THREADS = 16
 # A wrapped data key: version of the KEK ‖ KMS's CiphertextBlob.
 _VERSION_BYTES = 4
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _DESCRIPTION = re.compile(r"byokeep [^ ]+ [^ ]+ v([0-9]{1,9})")
 
+_WELL = Health(True, "ok", "AWS KMS answers")
 _MISSING = ("NotFoundException", "KMSInvalidStateException")
 _NOT_OURS = ("InvalidCiphertextException", "IncorrectKeyException", "ValidationException")
 _STATES = {
@@ -84,6 +88,7 @@ class KmsBackend:
         self._deletion_days = deletion_days
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kms")
         self._versions: dict[str, int] = {}
+        self._well_until = 0.0
         config = Config(
             connect_timeout=_CALL_SECONDS,
             read_timeout=_CALL_SECONDS,
@@ -186,14 +191,18 @@ class KmsBackend:
         await self._gone(self._kms.delete_alias, AliasName=self._alias(kek))
 
     async def health(self) -> Health:
-        """Ask KMS for the KEK of keyvault's own keys."""
+        """Ask KMS for the KEK of keyvault's own keys; not again for half a minute, unless a call
+        failed meanwhile."""
+        if time.monotonic() < self._well_until:
+            return _WELL
         try:
             found = await self._described(self._alias(SYSTEM))
         except KekUnavailableError as error:
             return Health(False, error.state, str(error))
         if found is None:
             return Health(False, "uninitialized", "no KMS key of keyvault's own: run migrate")
-        return Health(True, "ok", "AWS KMS answers")
+        self._well_until = time.monotonic() + _WELL_SECONDS
+        return _WELL
 
     def refusal(self) -> None:
         """Return nothing: KMS is asked each time."""
@@ -306,7 +315,10 @@ class KmsBackend:
         except TimeoutError:
             problem = "ThrottlingException"
         if problem:
-            raise _error(problem)
+            error = _error(problem)
+            if isinstance(error, KekUnavailableError):
+                self._well_until = 0.0
+            raise error
         return answer
 
 
