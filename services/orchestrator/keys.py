@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
 import grpc
@@ -177,7 +177,8 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         rights.require_active()
         await self._changeable(rights, request)
         key = await self._keyvault.roll_back(request.name, request.request_id, rights.actor())
-        return key_pb2.RollBackKeyResponse(key=await self._changed(key))
+        newer = [one.version for one in key.versions if one.version > key.active_version]
+        return key_pb2.RollBackKeyResponse(key=await self._changed(key), destroyed_versions=newer)
 
     async def ListKeyUses(
         self, request: key_pb2.ListKeyUsesRequest, context: object
@@ -269,16 +270,32 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         return (await self._messages([key]))[0]
 
     async def _messages(self, keys: Sequence[custody_pb2.ProviderKey]) -> list[key_pb2.Key]:
-        versions = [(names.last_of(key.name), _newest(key).version) for key in keys]
+        versions = [
+            (names.last_of(key.name), number)
+            for key in keys
+            for number in (_newest(key).version, key.active_version)
+        ]
         known = await self._store.validations(access.current().tenant.id, versions)
         return [
-            key_pb2.Key(provider_key=key, validation=_validation_message(known.get(version)))
-            for key, version in zip(keys, versions, strict=True)
+            key_pb2.Key(provider_key=key, validation=_validation_message(_telling(key, known)))
+            for key in keys
         ]
 
 
 def _newest(key: custody_pb2.ProviderKey) -> custody_pb2.KeyVersion:
     return max(key.versions, key=lambda one: one.version, default=custody_pb2.KeyVersion())
+
+
+def _telling(
+    key: custody_pb2.ProviderKey, known: Mapping[tuple[str, int], Validation]
+) -> Validation | None:
+    """Return the validation that says how a key is: a version that was rolled back says nothing."""
+    key_id, newest = names.last_of(key.name), _newest(key)
+    validation = known.get((key_id, newest.version))
+    accepted = validation is not None and domain.action_of(validation.verdict) == "PROMOTE"
+    if newest.state == custody_pb2.KEY_VERSION_STATE_DESTROYED and key.active_version and accepted:
+        return known.get((key_id, key.active_version))
+    return validation
 
 
 def _validation_message(row: Validation | None) -> key_pb2.KeyValidation | None:

@@ -370,6 +370,24 @@ async def test_uses_tell_who_held_the_key(stack: Stack) -> None:
     assert use.close_time.seconds
 
 
+async def test_a_rollback_tells_of_the_version_that_is_active_again(stack: Stack) -> None:
+    """Its verdict, not the destroyed one's, which is named; then and afterwards.
+
+    Shown to fail: with the newest version's validation in every answer.
+    """
+    key = await stack.validated(await stack.add_key())
+    name, client = key.provider_key.name, stack.client("acme").keys
+    rotated = await stack.validated((await client.RotateKey(rotate_request(name))).key)
+    assert rotated.validation.version == 2
+    answer = await client.RollBackKey(
+        key_pb2.RollBackKeyRequest(name=name, request_id=request_id())
+    )
+    assert list(answer.destroyed_versions) == [2]
+    assert (answer.key.provider_key.active_version, answer.key.validation.version) == (1, 1)
+    later = await client.GetKey(key_pb2.GetKeyRequest(name=name))
+    assert later.key.validation.version == 1
+
+
 async def test_reviews_run_on_the_new_version_at_once(stack: Stack) -> None:
     key = await stack.validated(await stack.add_key())
     await stack.validated(

@@ -183,7 +183,17 @@ class FakeKeyvault(
 
     async def RollBackKey(self, request, context):
         await self._heard(request, context)
-        return custody_pb2.RollBackKeyResponse(key=await self._find(request.name, context))
+        key = await self._find(request.name, context)
+        previous = [
+            one for one in key.versions if one.state == custody_pb2.KEY_VERSION_STATE_SUPERSEDED
+        ]
+        for version in key.versions if previous else ():
+            if version.state == custody_pb2.KEY_VERSION_STATE_ACTIVE:
+                version.state = custody_pb2.KEY_VERSION_STATE_DESTROYED
+        for version in previous[-1:]:
+            version.state = custody_pb2.KEY_VERSION_STATE_ACTIVE
+        self._settle(key)
+        return custody_pb2.RollBackKeyResponse(key=key)
 
     async def RevokeKey(self, request, context):
         await self._heard(request, context)

@@ -315,10 +315,10 @@ class KmsBackend:
         except TimeoutError:
             problem = "ThrottlingException"
         if problem:
-            error = _error(problem)
-            if isinstance(error, KekUnavailableError):
+            refusal = _error(problem)
+            if isinstance(refusal, KekUnavailableError):
                 self._well_until = 0.0
-            raise error
+            raise refusal
         return answer
 
 

@@ -207,8 +207,10 @@ def roll_back(session: Session, reference: Reference) -> None:
     request = key_pb2.RollBackKeyRequest(
         name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag
     )
-    key = session.connection.keys.RollBackKey(request).key
-    print_change(session, key, f"rolled back to version {key.provider_key.active_version}")
+    answer = session.connection.keys.RollBackKey(request)
+    gone = "".join(f"; version {number} is destroyed" for number in answer.destroyed_versions)
+    active = answer.key.provider_key.active_version
+    print_change(session, answer.key, f"rolled back to version {active}{gone}")
 
 
 @app.command(
