@@ -94,7 +94,7 @@ def test_a_lost_zygote_ends_the_service_after_its_attempts(bench):
     attempt = in_flight(bench)
 
     os.kill(bench.zygote, signal.SIGKILL)
-    outcome = attempt.finish()
+    outcome = attempt.finish(runner_ends=True)
 
     assert outcome.failure == review_pb2.FAILURE_REASON_CHILD_LOST
     assert not alive(attempt.pid)
@@ -109,7 +109,7 @@ def test_sigterm_lets_attempts_end(bench):
     assert alive(attempt.pid)
     bench.emulator.control.release()
 
-    assert attempt.finish().failure == review_pb2.FAILURE_REASON_UNSPECIFIED
+    assert attempt.finish(runner_ends=True).failure == review_pb2.FAILURE_REASON_UNSPECIFIED
     assert bench.process.wait(15) == 0
 
 
