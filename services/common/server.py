@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -136,6 +137,8 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
         temporary = settings.ready_file.with_suffix(".new")
         temporary.write_text(json.dumps({"pid": os.getpid()}))
         temporary.replace(settings.ready_file)
+    # What is loaded stays: the collector need not look through it again and again.
+    gc.freeze()
     logs.event(log, "serving", listen=settings.listen, deployment=settings.deployment)
     following = asyncio.create_task(_follow(app, status))
     await stop.wait()
