@@ -71,19 +71,34 @@ class Database:
 
     @asynccontextmanager
     async def statement(self) -> AsyncIterator[Session]:
-        """Give a session on which each statement is a transaction of its own."""
-        async with _domain_errors(), self._pool.connection() as connection:
+        """Give a session on which each statement is a transaction of its own.
+
+        Raises ByokeepError: DEPENDENCY_UNAVAILABLE.
+        """
+        connection, failed = None, None
+        try:
+            # The pool's own context manager costs a quarter of what a statement does.
+            connection = await self._pool.getconn()
             yield Session(connection)
+        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
+            failed = error
+        finally:
+            if connection is not None:
+                await self._pool.putconn(connection)
+        if failed is not None:
+            logs.failure(log, "database_unavailable", failed)
+            raise ByokeepError(
+                grpc.StatusCode.UNAVAILABLE,
+                "DEPENDENCY_UNAVAILABLE",
+                "the database does not answer; try again",
+                dependency="database",
+            )
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Session]:
         """Give a session in a transaction: committed at the end, rolled back on error."""
-        async with (
-            _domain_errors(),
-            self._pool.connection() as connection,
-            connection.transaction(),
-        ):
-            yield Session(connection)
+        async with self.statement() as session, session.connection.transaction():
+            yield session
 
     async def open(self) -> None:
         """Connect, and wait until the database answers: services start in any order.
@@ -107,20 +122,3 @@ class Database:
     async def close(self) -> None:
         """Close every connection."""
         await self._pool.close()
-
-
-@asynccontextmanager
-async def _domain_errors() -> AsyncIterator[None]:
-    failed: Exception | None = None
-    try:
-        yield
-    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
-        failed = error
-    if failed is not None:
-        logs.failure(log, "database_unavailable", failed)
-        raise ByokeepError(
-            grpc.StatusCode.UNAVAILABLE,
-            "DEPENDENCY_UNAVAILABLE",
-            "the database does not answer; try again",
-            dependency="database",
-        )

@@ -37,6 +37,22 @@ _FIRST_RETRY_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 30.0
 _SCHEMA_LOCK = 0x62796F6B  # any number that every `migrate` of ours agrees on
 
+# What the library's deferrer does, which takes twice as long to say it.
+_ENQUEUE = f"""
+SELECT procrastinate_defer_jobs_v1(ARRAY[ROW(
+    '{QUEUE}', '{_TASK}', 0, NULL, NULL,
+    jsonb_build_object('attempt_id', CAST(%(attempt_id)s AS text)),
+    CASE WHEN %(delay)s > 0 THEN now() + make_interval(secs => %(delay)s) END
+)]::procrastinate_job_to_defer_v1[])
+"""
+# Nobody reads the library's journal of jobs: our own tables say what became of an attempt.
+_NO_JOURNAL = """
+ALTER TABLE procrastinate_jobs
+    DISABLE TRIGGER procrastinate_trigger_status_events_insert_v1,
+    DISABLE TRIGGER procrastinate_trigger_status_events_update_v1,
+    DISABLE TRIGGER procrastinate_trigger_scheduled_events_v1
+"""
+
 _log = logging.getLogger(__name__)
 
 
@@ -111,6 +127,7 @@ class Queue:
             if await found.fetchone() == (True,):
                 return
             await raw.execute(self._app.schema_manager.get_schema())
+            await raw.execute(_NO_JOURNAL)
 
     async def enqueue(
         self, raw: psycopg.AsyncConnection[Any], attempt_id: str, *, delay_seconds: float = 0
@@ -122,11 +139,7 @@ class Queue:
             attempt_id: what the handler will get.
             delay_seconds: the earliest start, from now.
         """
-        delay = {"milliseconds": round(delay_seconds * 1000)} if delay_seconds > 0 else None
-        task = self._app.configure_task(
-            _TASK, allow_unknown=False, connection=raw, schedule_in=delay
-        )
-        await task.defer_async(attempt_id=attempt_id)
+        await raw.execute(_ENQUEUE, {"attempt_id": attempt_id, "delay": delay_seconds})
 
     async def run(self, handler: Handler, stop: asyncio.Event) -> None:
         """Run attempts until `stop` is set, then until the running handlers are done.
