@@ -19,7 +19,7 @@ class Mutant:
 _KV = "services/keyvault/"
 _SEC = "tests/security/"
 
-_AUDITLOG = "clients/python/src/byokeep/auditlog.py"
+_AUDITLOG = "clients/python/src/byokeep/auditlog/"
 _OR = "services/orchestrator/"
 _FENCE = _SEC + "test_fence.py::test_paused_attempt_changes_nothing_after_its_turn"
 _GUARD = "AND fence = %(fence)s AND state = 'RUNNING'"
@@ -265,29 +265,29 @@ MUTANTS = (
     ),
     Mutant(
         "verify: an export may be older than the checkpoint",
-        _AUDITLOG,
+        _AUDITLOG + "end.py",
         "    if newer.size < older.size:",
         "    if False:",
         (_SEC + "test_audit.py::test_audit_tamper_an_old_export_for_a_new_one",),
     ),
     Mutant(
         "verify: a head's line may be written otherwise",
-        _AUDITLOG,
+        _AUDITLOG + "end.py",
         "    if head_line(envelope, proof) != line:",
         "    if False:",
         (_SEC + "test_audit.py::test_audit_tamper_any_byte",),
     ),
     Mutant(
         "verify: a proof may be taken out",
-        _AUDITLOG,
+        _AUDITLOG + "end.py",
         "    if head.log_size and proof is None:",
         "    if False:",
         (_SEC + "test_audit.py::test_a_head_without_its_proof",),
     ),
     Mutant(
         "verify: a chain may begin anywhere",
-        _AUDITLOG,
-        "        if self.dropped and (self.dropped, self._before) not in stated:",
+        _AUDITLOG + "chain.py",
+        "        if self.dropped and (self.dropped, self._before) not in self._stated:",
         "        if False:",
         (_SEC + "test_audit.py::test_retention_is_stated_by_the_chain",),
     ),
@@ -1230,5 +1230,40 @@ MUTANTS = (
         "            if anchored is not None and anchored.distrusted:",
         "            if False:",
         (_SEC + "test_chain_attacker.py::test_a_verdict_outlives_a_restart",),
+    ),
+    Mutant(
+        "verify: a run's line may be written otherwise",
+        _AUDITLOG + "runs.py",
+        "            or link_line(encoded, encoded_hash.decode(), written.decode(), shown) != line\n",
+        "",
+        ("tests/unit/test_auditlog_runs.py::test_runs_give_the_verdict_of_single_links",),
+    ),
+    Mutant(
+        "verify: a run may leave numbers out",
+        _AUDITLOG + "runs.py",
+        "            or event.sequence != number + 1\n",
+        "",
+        ("tests/unit/test_auditlog.py::test_a_link_that_leaves_numbers_out",),
+    ),
+    Mutant(
+        "verify: a run may be of two chains",
+        _AUDITLOG + "runs.py",
+        "            or event.chain != name\n",
+        "",
+        ("tests/unit/test_auditlog.py::test_links_of_two_chains",),
+    ),
+    Mutant(
+        "verify: runs need not follow from each other",
+        _AUDITLOG + "chain.py",
+        "            (run.start, run.start_hash) != (self.sequence, self.hash)\n            or ",
+        "            ",
+        ("tests/unit/test_auditlog_runs.py::test_runs_give_the_verdict_of_single_links",),
+    ),
+    Mutant(
+        "verify: a run need not contain the older head",
+        _AUDITLOG + "chain.py",
+        "            or (older is not None and run.asked not in (None, older.hash))\n",
+        "",
+        ("tests/unit/test_auditlog_runs.py::test_an_older_head_inside_a_run_must_be_that_link",),
     ),
 )

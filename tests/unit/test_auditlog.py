@@ -169,8 +169,9 @@ def test_a_signed_head_of_something_else(changes, what):
 def test_a_head_signed_by_nobody_that_is_pinned():
     made = chain()
     made.key = SigningKey("alk")
-    with pytest.raises(VerificationError, match="not trusted"):
+    with pytest.raises(auditlog.UnpinnedKeyError, match="not pinned") as caught:
         verify(made.export(), TRUSTED)
+    assert caught.value.key_id == made.key.key_id
 
 
 def test_a_head_whose_signature_is_of_another_type():
@@ -190,6 +191,23 @@ def test_links_of_two_chains(field):
     setattr(stray, field, "another")
     made.append(stray)
     with pytest.raises(VerificationError, match=f"another {field}") as caught:
+        verify(made.export(), TRUSTED)
+    assert caught.value.sequence == 3
+
+
+@pytest.mark.parametrize("sequence", [2, 4, 0])
+def test_a_link_that_leaves_numbers_out(sequence):
+    """Shown to fail: without the comparison of numbers in run_of."""
+    made = chain(2)
+    made.append(
+        audit_pb2.AuditEvent(
+            deployment="test",
+            chain="tenants/demo",
+            sequence=sequence,
+            type=audit_pb2.AUDIT_EVENT_TYPE_STAGED,
+        )
+    )
+    with pytest.raises(VerificationError, match=f"missing.* link {sequence}") as caught:
         verify(made.export(), TRUSTED)
     assert caught.value.sequence == 3
 

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from tests.harness.chain import SigningKey
+
 pytest_plugins = ["tests.harness.cli_fixtures"]
 
 
@@ -120,3 +122,57 @@ def test_checkpoints_are_listed(edge, byokeep, exported):
 def test_a_file_without_a_checkpoint_is_nothing_to_start_from(byokeep, exported, tmp_path):
     (tmp_path / "other").write_text("nothing\n")
     assert byokeep("audit", "export", "--since", "other").code == 2
+
+
+def test_a_key_that_is_not_pinned_is_named_and_is_no_tampering(edge, byokeep, exported):
+    """Shown to fail: with UnpinnedKeyError treated as any VerificationError."""
+    edge.chain.key = SigningKey("alk")
+    exporting = byokeep("audit", "export", "-o", "newer.jsonl")
+    assert exporting.code == 0
+    assert edge.chain.key.key_id in exporting.err
+    for ran in (
+        byokeep("audit", "verify", "newer.jsonl", "--json"),
+        byokeep("audit", "verify", "chain.jsonl", "--against", "newer.jsonl", "--json"),
+        byokeep("audit", "checkpoint", "--json"),
+    ):
+        assert ran.code == 6
+        error = json.loads(ran.err.splitlines()[-1])["error"]
+        assert error["reason"] == "AUDIT_KEY_UNKNOWN"
+        assert error["metadata"] == {"key": edge.chain.key.key_id}
+        assert "trust.json from your operator" in error["hint"]
+        assert ran.out == ""
+
+
+def test_doctor_sees_an_audit_key_that_is_not_pinned(edge, byokeep):
+    def audit_key() -> dict:
+        checks = byokeep("doctor", "--json").json["checks"]
+        return next(one for one in checks if one["what"] == "audit log key")
+
+    assert audit_key()["ok"] is True
+    edge.chain.key = SigningKey("alk")
+    assert audit_key()["ok"] is False
+    assert edge.chain.key.key_id in audit_key()["found"]
+
+
+def test_what_was_written_is_said_as_json(edge, byokeep, exported):
+    said = byokeep("audit", "export", "-o", "chain.jsonl", "--json").json
+    assert (said["output"], said["events"]) == ("chain.jsonl", 5)
+    assert (said["head"]["sequence"], said["head"]["chain"]) == ("5", edge.chain.name)
+    saved = byokeep("audit", "checkpoint", "--save", "held.json", "--json").json
+    assert saved["output"] == "held.json"
+    assert saved["logSize"] == int(saved["head"]["logSize"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [("export", "-o", "{}"), ("checkpoint", "--save", "{}")], ids=lambda one: one[0]
+)
+@pytest.mark.parametrize(
+    ("place", "said"), [("nope/x", "No such file"), (".", "is a folder")], ids=["gone", "folder"]
+)
+def test_a_place_that_can_t_be_written(edge, byokeep, arguments, place, said):
+    """It is said before keyvault is asked for anything."""
+    ran = byokeep("audit", *(one.format(place) for one in arguments))
+    assert ran.code == 2
+    assert said in ran.err
+    assert place in ran.err
+    assert not edge.requests

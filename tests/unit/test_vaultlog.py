@@ -144,3 +144,19 @@ def test_the_command_exits_6_and_names_the_opening(edge, byokeep, tmp_path):
     log.write_text("not a log\n")
     assert byokeep("admin", "reconcile-vault", "vault.log").code == 2
     assert byokeep("admin", "reconcile-vault", "nowhere").code == 2
+
+
+@pytest.mark.parametrize("text", ["", entry("transit/decrypt/byokeep-system") + "\n"])
+def test_an_empty_log_proves_nothing(edge, byokeep, tmp_path, text):
+    """Shown to fail: without the look at what keyvault has, it passed for a log without faults."""
+    (tmp_path / "vault.log").write_text(text)
+    ran = byokeep("admin", "reconcile-vault", "vault.log")
+    assert ran.code == 0
+    assert "nothing was compared" in ran.err
+    edge.chain.add("LEASED", lease_id="lea_1")
+    byokeep("audit", "export", "-o", "acme.jsonl")
+    for arguments in ((), ("--export", "acme.jsonl")):
+        ran = byokeep("admin", "reconcile-vault", "vault.log", *arguments)
+        assert ran.code == 6
+        assert "VAULT_LOG_EMPTY" in ran.err
+        assert "nothing was compared" in ran.err

@@ -67,6 +67,8 @@ def all_checks(session: Session) -> Iterator[Check]:
         yield _tenant(session)
         yield _intake(session)
         yield from _roles(session, keyvault=bool(vault and vault.ok))
+        if vault and vault.ok:
+            yield from _audit_key(session)
 
 
 def _trust(profile: Profile) -> Check:
@@ -169,6 +171,22 @@ def _intake(session: Session) -> Check:
         remedy = "set this machine's clock" if "window" in str(error) else "do not add keys here"
         return Check("intake key, clock", False, str(error), remedy)
     return Check("intake key, clock", True, "signed by a pinned key, and its hour is now")
+
+
+def _audit_key(session: Session) -> Iterator[Check]:
+    connection = session.connection
+    request = audit_pb2.GetCheckpointRequest(parent=connection.parent)
+    try:
+        key_id = connection.audit.GetCheckpoint(request, timeout=_SECONDS).head.key_id
+    except grpc.RpcError as error:
+        if error.code() != grpc.StatusCode.PERMISSION_DENIED:
+            yield Check("audit log key", None, f"not looked at: {_said(error)}")
+        return
+    if key_id in connection.trust.audit_log_keys:
+        yield Check("audit log key", True, f"{key_id} signs exports, and is pinned")
+    else:
+        found = f"{clean(key_id)} signs exports, and trust.json does not pin it"
+        yield Check("audit log key", False, found, "get trust.json again from whom you trust")
 
 
 def _roles(session: Session, *, keyvault: bool) -> Iterator[Check]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from byokeep.cli.errors import CliError, Exit
-from byokeep.cli.session import Session, command, examples
+from byokeep.cli.session import Session, command, examples, pages
 from byokeep.cli.text import clean
+from byokeep.names import tenant_of
 
 if TYPE_CHECKING:
     from byokeep.vaultlog import Access, Chains, Finding
@@ -63,7 +64,7 @@ def reconcile_vault(
 
     Each opening of a tenant's data key must name a lease of that tenant, given within a minute
     of it, and no lease opens two. Keys that are taken out of Vault are shown as well. Exits 6
-    where there is anything to show.
+    where there is anything to show, and where keyvault gave leases and the log has no opening.
 
     What is not in Vault's log can't be seen: keep it where Vault's administrators can't edit it.
     """
@@ -80,6 +81,8 @@ def reconcile_vault(
     chains = _from_files(export) if export else _from_keyvault(session, tenants)
     findings = list(vaultlog.unexplained(accesses, chains))
     _report(session, accesses, findings)
+    if not tenants:
+        _nothing_compared(session, bool(chains.leases) if export else _any_lease(session))
     if findings:
         raise CliError(
             f"{len(findings)} of {len(accesses)} accesses in Vault's log have no lease",
@@ -93,6 +96,30 @@ def _advice(accesses: list[Access]) -> str:
     if not any(access.purpose for access in accesses):
         return "does Vault audit the header X-Byokeep-Lease? deploy/vault/setup.sh makes it"
     return "treat the token with that accessor as stolen: revoke it, then re-key the tenant"
+
+
+def _nothing_compared(session: Session, leased: bool) -> None:
+    # An empty log is what somebody leaves who wants nothing to be seen.
+    what = "nothing was compared: the log has no opening of a tenant's data key"
+    if leased:
+        raise CliError(
+            f"{what}, and keyvault gave leases",
+            "is it the log of keyvault's Vault, from the time of those leases, and are --mount and"
+            " --prefix right?",
+            Exit.INTEGRITY,
+            "VAULT_LOG_EMPTY",
+        )
+    session.out.warn(f"{what}, and keyvault gave no lease")
+
+
+def _any_lease(session: Session) -> bool:
+    """Say whether any tenant's chain has a lease."""
+    from byokeep.keyvault.v1 import admin_pb2
+
+    request = admin_pb2.ListTenantKeysRequest()
+    listed = pages(session.connection.admin.ListTenantKeys, request, "tenant_keys")
+    tenants = [tenant_of(one.tenant) for one in listed]
+    return any(_from_keyvault(session, [tenant]).leases for tenant in tenants)
 
 
 def _from_keyvault(session: Session, tenants: list[str]) -> Chains:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from byokeep import auditview
+from byokeep.auditlog import view as auditview
 from byokeep.keyvault.v1 import audit_pb2
 from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
