@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import time
 
 from byokeep import dsse
-from byokeep.keyvault.v1 import audit_pb2
+from byokeep.keyvault.v1 import admin_pb2, audit_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from services.keyvault.anchor_store import Stored
@@ -64,6 +65,12 @@ async def test_rollback_is_noticed_by_the_anchor_in_vault(own_vault, deployment,
         await keyvault.sql("DELETE FROM log_leaf WHERE index = %s", size - 1)
     async with kv.running(deployment, **settings) as keyvault:
         assert await kv.try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
+        # The verdict stands beside the position, where SQL does not reach.
+        anchored = own_vault.api("GET", "byokeep/data/anchor")["data"]["data"]["text"]
+        assert json.loads(anchored)["distrusted"] is True
+        word = admin_pb2.ResumeLeasesRequest(reason="a drill")
+        await keyvault.admin.ResumeLeases(word)
+        assert await kv.try_lease(keyvault, key) == ""
 
 
 async def test_two_replicas_share_the_anchor(own_vault, deployment, tmp_path):
