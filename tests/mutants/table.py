@@ -1266,4 +1266,11 @@ MUTANTS = (
         "",
         ("tests/unit/test_auditlog_runs.py::test_an_older_head_inside_a_run_must_be_that_link",),
     ),
+    Mutant(
+        "verify: links may follow the head",
+        _AUDITLOG + "__init__.py",
+        "if end is None and run is not None and",
+        "if run is not None and",
+        ("tests/unit/test_auditlog_runs.py::test_a_link_after_the_head_is_not_taken",),
+    ),
 )

@@ -124,6 +124,16 @@ def test_an_older_head_inside_a_run_must_be_that_link():
     assert verdict(raw, older)[1:] == (7, "it is not the link that the older head names")
 
 
+def test_a_link_after_the_head_is_not_taken(monkeypatch):
+    """Also where the head ends a chunk, and the link goes on where the chain is.
+
+    Shown to fail: with runs joined after the head (Hypothesis found it).
+    """
+    monkeypatch.setattr(runs, "_CHUNK_BYTES", 1)
+    raw = b"".join([*WHOLE[:-2], WHOLE[-1], WHOLE[-2]])
+    assert verdict(raw, None)[2] == "there is something after the signed head"
+
+
 def test_a_file_is_never_held_whole(monkeypatch):
     """Of a long file only a few chunks wait for processes at any time."""
     monkeypatch.setattr(runs, "_CHUNK_BYTES", 1)

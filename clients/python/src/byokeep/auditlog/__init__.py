@@ -86,15 +86,7 @@ def verify_chunks(
         UnpinnedKeyError: nothing is broken up to the head, which no pinned key signed.
     """
     chain = Chain(deployment, against)
-    end: End | None = None
-    for number, line in _beyond_runs(chain, chunks, against.sequence if against else 0, processes):
-        if end is not None:
-            raise VerificationError(0, "there is something after the signed head")
-        record = _record(number, line)
-        if "head" in record:
-            end = end_of(line, record, trusted)
-        else:
-            chain.add(line, record)
+    end = _to_end(chain, chunks, trusted, against.sequence if against else 0, processes)
     if end is None:
         raise VerificationError(
             0, f"it ends after link {chain.sequence} without a signed head: it was cut"
@@ -143,19 +135,28 @@ def read_head(lines: Iterable[str], trusted: Keys) -> audit_pb2.ChainHead:
     return _last(lines, trusted).head
 
 
-def _beyond_runs(
-    chain: Chain, chunks: Iterable[bytes], ask: int, processes: int
-) -> Iterator[tuple[int, str]]:
-    """Join what runs there are to the chain; yield every other line with its number."""
+def _to_end(
+    chain: Chain, chunks: Iterable[bytes], trusted: Keys, ask: int, processes: int
+) -> End | None:
+    """Take every link into the chain, in runs where that can be; return the file's last line."""
+    end: End | None = None
     before = 0
     for chunk, run in runs_of(chunks, ask, processes):
         count = chunk.removesuffix(b"\n").count(b"\n") + 1
-        joined = run.lines if run is not None and chain.join(run) else 0
-        if joined < count:
-            for number, line in enumerate(lines_of(chunk)[joined:], before + joined + 1):
-                if line:
-                    yield number, line
+        joined = run.lines if end is None and run is not None and chain.join(run) else 0
+        rest = lines_of(chunk)[joined:] if joined < count else []
+        for number, line in enumerate(rest, before + joined + 1):
+            if not line:
+                continue
+            if end is not None:
+                raise VerificationError(0, "there is something after the signed head")
+            record = _record(number, line)
+            if "head" in record:
+                end = end_of(line, record, trusted)
+            else:
+                chain.add(line, record)
         before += count
+    return end
 
 
 def _packed(lines: Iterable[str]) -> Iterator[bytes]:
