@@ -32,6 +32,11 @@ class Settings(config.ServiceSettings):
     kek_backends_read: str = config.setting(
         "other backends that stored rows may still name, separated by commas", default=""
     )
+    kek_backends_lost: str = config.setting(
+        "backends that stored rows name and that are gone for good, separated by commas: what they"
+        " held is undecryptable",
+        default="",
+    )
     allow_local_kek: bool = config.setting(
         "yes: allow backend local in production mode", default=False
     )
@@ -113,7 +118,11 @@ class Settings(config.ServiceSettings):
 
     def read_backends(self) -> list[str]:
         """Return the names of the other backends."""
-        return [name.strip() for name in self.kek_backends_read.split(",") if name.strip()]
+        return _names(self.kek_backends_read)
+
+    def lost_backends(self) -> list[str]:
+        """Return the names of backends that are not to be waited for."""
+        return _names(self.kek_backends_lost)
 
     @property
     def tenant_caps(self) -> Caps:
@@ -138,3 +147,7 @@ class Settings(config.ServiceSettings):
                 "BYOKEEP_KEK_BACKEND is local in production mode: the keyring is only as safe as"
                 " its copies. Use Vault, or set BYOKEEP_ALLOW_LOCAL_KEK=yes on purpose"
             )
+
+
+def _names(setting: str) -> list[str]:
+    return [name.strip() for name in setting.split(",") if name.strip()]

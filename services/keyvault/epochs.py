@@ -60,7 +60,7 @@ CONTENT = Kind("content", datetime.timedelta(days=1), "%Y-%m-%d", ahead=3)
 _NAMES = {INTAKE.prefix: kek.intake_kek, CONTENT.prefix: kek.content_kek}
 
 
-def _is_epoch(name: str) -> bool:
+def is_epoch(name: str) -> bool:
     """Say whether a row names a KEK of an epoch: another one is not ours to destroy."""
     for kind in (INTAKE, CONTENT):
         try:
@@ -81,6 +81,12 @@ def intake_close(epoch: str) -> datetime.datetime:
 def content_close(epoch: str, retention: datetime.timedelta) -> datetime.datetime:
     """Return when a content epoch's KEK is destroyed."""
     return CONTENT.end(epoch) + retention
+
+
+def close(name: str, retention: datetime.timedelta) -> datetime.datetime:
+    """Return when the KEK of an epoch is destroyed, by its name."""
+    prefix, _, epoch = name.partition("/")
+    return intake_close(epoch) if prefix == INTAKE.prefix else content_close(epoch, retention)
 
 
 class Epochs:
@@ -105,12 +111,12 @@ class Epochs:
     async def tick(self) -> None:
         """Make what is missing, destroy what is over; one failure does not stop the rest."""
         now = await store.now(self._database)
-        known = {one for one in await store.all_keks(self._database) if _is_epoch(one.name)}
+        known = {one for one in await store.all_keks(self._database) if is_epoch(one.name)}
         primary = self._backends.primary.name
         missing = [name for name in self._wanted(now) if store.EpochKek(name, primary) not in known]
         await each("epoch_create", missing, self._create)
         await self._look(now, known)
-        over = [one for one in known if self._close(one.name) <= now]
+        over = [one for one in known if close(one.name, self._retention) <= now]
         await each("epoch_destroy", over, self._destroy)
 
     def _wanted(self, now: datetime.datetime) -> list[str]:
@@ -144,20 +150,18 @@ class Epochs:
         names = []
         for kind in (INTAKE, CONTENT):
             moment = now - kind.length
-            while self._close(name := _NAMES[kind.prefix](kind.at(moment))) > now - ORPHANED:
-                names.append((self._close(name), name))
+            while True:
+                name = _NAMES[kind.prefix](kind.at(moment))
+                end = close(name, self._retention)
+                if end <= now - ORPHANED:
+                    break
+                names.append((end, name))
                 moment -= kind.length
         return [
             store.EpochKek(name, backend.name)
             for _, name in sorted(names)
             for backend in self._backends
         ]
-
-    def _close(self, name: str) -> datetime.datetime:
-        prefix, _, epoch = name.partition("/")
-        if prefix == INTAKE.prefix:
-            return intake_close(epoch)
-        return content_close(epoch, self._retention)
 
     async def _create(self, name: str) -> None:
         backend = self._backends.primary

@@ -26,6 +26,7 @@ from services.keyvault import (
     epochs,
     grants,
     kek,
+    needed,
     reconcile,
     retention,
     revocations,
@@ -99,6 +100,9 @@ class App:
         settings = self._settings
         try:
             await self._database.open()
+            kept = datetime.timedelta(days=settings.content_retention_days)
+            usable = {*settings.lost_backends(), *(one.name for one in self._backends)}
+            needed.require(await needed.needs(self._database, kept), usable)
             await self._backends.start()
             self._keys = await system_keys.load(self._database, self._backends, settings.deployment)
             self._signer = await open_signer(settings, self._backends, lambda: self._keys.audit_log)
@@ -116,7 +120,6 @@ class App:
             lambda: self._keys.intake_signing,
             settings.deployment,
         )
-        kept = datetime.timedelta(days=settings.content_retention_days)
         self._content = ContentKeys(self._database, self._backends, settings.deployment, kept)
         self._epochs = Epochs(self._database, self._backends, settings.deployment, kept)
         wraps = Wraps(self._keys.state_mac, settings.deployment)
@@ -235,6 +238,7 @@ class App:
                     self._anchor,
                     self._reconcile,
                     self._holds,
+                    datetime.timedelta(days=self._settings.content_retention_days),
                     self._settings.deployment,
                 ),
                 server,

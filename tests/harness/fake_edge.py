@@ -53,6 +53,9 @@ class Edge:
     verdicts: list[str] = field(default_factory=lambda: ["VALID"])
     keys: dict[str, key_pb2.Key] = field(default_factory=dict)
     uses: list[key_pb2.KeyUse] = field(default_factory=list)
+    kek_backends: admin_pb2.ListKekBackendsResponse = field(
+        default_factory=admin_pb2.ListKekBackendsResponse
+    )
     opened: list[bytes] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     reviews: dict[str, review_pb2.Review] = field(default_factory=dict)
@@ -520,6 +523,10 @@ class _Admin(_Fake, admin_pb2_grpc.AdminServiceServicer):
                 version=2,
                 phase=admin_pb2.KekJobPhase.Value(f"KEK_JOB_PHASE_{phase}"),
             )
+
+    def ListKekBackends(self, request, context):
+        self.edge.meet(request, context)
+        return self.edge.kek_backends
 
     def ListTenantKeys(self, request, context):
         self.edge.meet(request, context)

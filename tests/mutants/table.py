@@ -1101,6 +1101,13 @@ MUTANTS = (
         ("tests/component/test_aws_kms.py::test_health_is_not_asked_every_second",),
     ),
     Mutant(
+        "keyvault starts without a backend that something needs",
+        _KV + "needed.py",
+        "        if backend not in usable and need.sentence():\n",
+        "        if False:\n",
+        (_SEC + "test_migrate_kek.py::test_until_when_the_old_backend_is_needed",),
+    ),
+    Mutant(
         "a trim asks for no proof",
         _KV + "rotation.py",
         "        if self._reconcile.rolled_back or not await self._proven(job):\n",
@@ -1148,7 +1155,7 @@ MUTANTS = (
     Mutant(
         "any row of epochs is believed",
         _KV + "epochs.py",
-        "if _is_epoch(one.name)}",
+        "if is_epoch(one.name)}",
         "}",
         (_SEC + "test_database_attacker.py::test_epoch_rows_destroy_no_other_kek",),
     ),

@@ -227,7 +227,7 @@ async def test_the_last_grant_key_can_be_withdrawn(keyvault, deployment):
 
 
 async def test_epoch_rows_destroy_no_other_kek(keyvault):
-    """Shown to fail: with `_is_epoch` returning True."""
+    """Shown to fail: with `is_epoch` returning True."""
     await keyvault.create_tenant("2020-01-01")
     await keyvault.sql(
         "INSERT INTO epoch_kek (name, kek_backend) VALUES ('tenant/2020-01-01', 'local'),"

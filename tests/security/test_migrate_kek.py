@@ -12,6 +12,7 @@ from byokeep.ids import new_id
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2
 from byokeep.names import key_name
 
+from services.common.config import ConfigError
 from services.keyvault import kek, migrate, rotation, server
 from services.keyvault.kek.local import LocalBackend, load_keyring
 from tests.harness import bulk
@@ -213,6 +214,41 @@ async def test_a_lost_kek_is_not_replaced(deployment, moved):
                 admin_pb2.RotateTenantKeyRequest(tenant=TENANT, request_id=new_id("req"))
             )
         assert error_info(caught.value).reason == "TENANT_KEY_MISSING"
+
+
+async def test_until_when_the_old_backend_is_needed(deployment, moved, monkeypatch):
+    """Its epochs are not moved: it is said how long they live, and without it keyvault does not
+    start until they are over, unless an operator says that it is lost.
+
+    Shown to fail: with needed.require saying nothing; with the epochs left out.
+    """
+    await _filled(deployment, 2)
+    moved()
+    async with kv.running(deployment) as keyvault:
+        assert (await rewrap(keyvault, trim=True)).phase == admin_pb2.KEK_JOB_PHASE_DONE
+        answer = await keyvault.admin.ListKekBackends(admin_pb2.ListKekBackendsRequest())
+        new, old = answer.backends
+        assert (new.backend, new.primary, new.data_keys, new.tenants) == ("elsewhere", True, 2, 1)
+        assert new.system_keys == 3
+        assert (old.backend, old.primary, old.configured) == ("local", False, True)
+        assert (old.data_keys, old.system_keys) == (0, 0)
+        until = old.epochs_end_time.ToDatetime(datetime.UTC)
+        days = (until - datetime.datetime.now(datetime.UTC)).days
+        assert days in range(90, 95)
+
+    def alone(settings, database):
+        keyring = load_keyring(settings.keyring_file)
+        return kek.Backends(Elsewhere(database, keyring, settings.deployment))
+
+    monkeypatch.setattr(server, "open_backends", alone)
+    monkeypatch.setattr(migrate, "open_backends", alone)
+    said = rf"local is not configured.*epochs until {until:%Y-%m-%d %H:%M} UTC.*BACKENDS_READ"
+    with pytest.raises(ConfigError, match=said):
+        async with kv.running(deployment):
+            pass
+    async with kv.running(deployment, kek_backends_lost="local") as keyvault:
+        key = await keyvault.add_active(name="new")
+        assert await kv.try_lease(keyvault, key) == ""
 
 
 async def test_an_old_backend_that_is_not_configured_any_more(deployment, moved, monkeypatch):

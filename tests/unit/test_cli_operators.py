@@ -160,7 +160,7 @@ def test_migrate_takes_one_tenant_or_all(edge, byokeep):
     assert byokeep("admin", "migrate-kek", "acme", "--all").code == 2
     assert edge.requests == []
     assert byokeep("admin", "migrate-kek", "acme", "--to", "vault").code == 0
-    assert edge.requests[-1].target_backend == "vault"
+    assert edge.sent(admin_pb2.RewrapTenantRequest)[0].target_backend == "vault"
     # A tenant without data keys has nothing to move.
     assert byokeep("admin", "migrate-kek", "--all", "--trim").code == 0
     assert [one.tenant for one in edge.sent(admin_pb2.RewrapTenantRequest)] == [
@@ -174,6 +174,20 @@ def test_where_data_keys_are(edge, byokeep):
     assert "v1 to v3" in listed
     assert "empty" in listed
     assert byokeep("admin", "list-keks", "--json").json["tenantKeys"][0]["tenant"] == "tenants/demo"
+
+
+def test_until_when_the_old_backend_is_needed(edge, byokeep):
+    edge.kek_backends.backends.add(backend="vault", primary=True, configured=True, data_keys=4)
+    old = edge.kek_backends.backends.add(backend="local", configured=True)
+    ran = byokeep("admin", "migrate-kek", "acme")
+    assert "backend local: nothing needs it" in " ".join(ran.err.split())
+    old.epochs_end_time.FromJsonString("2027-02-22T00:00:00Z")
+    for command in (("migrate-kek", "acme"), ("list-keks",)):
+        said = " ".join(byokeep("admin", *command).err.split())
+        assert "backend local: still needed for content and intake keys until" in said
+        assert "2027-02-22 00:00 UTC" in said
+    assert "backend vault" not in said
+    assert byokeep("admin", "list-keks", "--json").json["backends"][1]["backend"] == "local"
 
 
 def test_a_signing_key_is_prepared_then_activated(edge, byokeep):

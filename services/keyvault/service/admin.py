@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import itertools
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +16,7 @@ from byokeep.names import tenant_name, tenant_of
 
 from services.common import authz
 from services.common.errors import ByokeepError
-from services.keyvault import chain, kek, system_keys
+from services.keyvault import chain, kek, needed, system_keys
 from services.keyvault.anchor import Anchor
 from services.keyvault.custody import Custody, Origin
 from services.keyvault.database import Database
@@ -53,6 +54,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         anchor: Anchor,
         reconcile: Reconcile,
         holds: Holds,
+        retention: datetime.timedelta,
         deployment: str,
     ) -> None:
         """Administer KEKs and keyvault's own state."""
@@ -63,6 +65,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self._anchor = anchor
         self._reconcile = reconcile
         self._holds = holds
+        self._retention = retention
         self._deployment = deployment
 
     async def CreateTenantKey(
@@ -132,6 +135,27 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                     )
         if len(answer.tenant_keys) == size:
             answer.next_page_token = rows[-1][0]
+        return answer
+
+    async def ListKekBackends(
+        self, request: pb.ListKekBackendsRequest, context: Any
+    ) -> pb.ListKekBackendsResponse:
+        """Say what each backend holds, and until when it is needed."""
+        found = await needed.needs(self._database, self._retention)
+        configured = [backend.name for backend in self._backends]
+        answer = pb.ListKekBackendsResponse()
+        for name in sorted({*found, *configured}):
+            need = found.get(name, needed.Need())
+            one = answer.backends.add(
+                backend=name,
+                primary=name == self._backends.primary.name,
+                configured=name in configured,
+                data_keys=need.data_keys,
+                tenants=need.tenants,
+                system_keys=need.system_keys,
+            )
+            if need.epochs_end is not None:
+                one.epochs_end_time.FromDatetime(need.epochs_end)
         return answer
 
     async def PrepareSystemKey(

@@ -98,7 +98,8 @@ def migrate_kek(
 ) -> None:
     """Move tenants' data keys to keyvault's primary KEK backend, while they are in use.
 
-    With --json: a line for each step.
+    At the end it says until when the backend that was left is still needed. With --json: a line
+    for each step, and one for that.
     """
     if (name is None) is not every:
         raise CliError("name one tenant, or --all")
@@ -111,6 +112,11 @@ def migrate_kek(
                 raise
             failed.append(tenant)
             session.out.warn(error.message)
+    backends = session.connection.admin.ListKekBackends(admin_pb2.ListKekBackendsRequest())
+    if session.out.as_json:
+        session.out.json_line(message_dict(backends))
+    else:
+        _say_what_is_needed(session, backends)
     if failed:
         raise CliError(
             f"not all data keys of {len(failed)} tenants could be moved: {', '.join(failed)}",
@@ -126,8 +132,10 @@ def list_keks(session: Session) -> None:
     """List tenants, and which backends and KEK versions wrap their data keys."""
     request = admin_pb2.ListTenantKeysRequest(page_size=500)
     found = list(pages(session.connection.admin.ListTenantKeys, request, "tenant_keys"))
+    backends = session.connection.admin.ListKekBackends(admin_pb2.ListKekBackendsRequest())
     if session.out.as_json:
-        session.out.json({"tenantKeys": [message_dict(entry) for entry in found]})
+        tenants = [message_dict(entry) for entry in found]
+        session.out.json({"tenantKeys": tenants} | message_dict(backends))
         return
     rows = [
         (
@@ -140,6 +148,7 @@ def list_keks(session: Session) -> None:
         for holding in entry.holdings or (admin_pb2.KekHolding(),)
     ]
     session.out.table(("TENANT", "BACKEND", "VERSIONS", "DATA KEYS"), rows)
+    _say_what_is_needed(session, backends)
 
 
 @app.command(
@@ -207,6 +216,29 @@ def _rewrap(session: Session, name: str, *, trim: bool, to: str = "") -> None:
             Exit.INTEGRITY,
             "REWRAP_FAILED",
         )
+
+
+def _say_what_is_needed(session: Session, found: admin_pb2.ListKekBackendsResponse) -> None:
+    """Say of every backend that is not the primary one when it may be switched off."""
+    for one in found.backends:
+        if not one.primary:
+            session.out.note(f"backend {clean(one.backend)}: {_needed(one)}")
+
+
+def _needed(one: admin_pb2.KekBackend) -> str:
+    parts = []
+    if one.data_keys:
+        parts.append(
+            f"{one.data_keys} data keys of {one.tenants} tenants (byokeep admin migrate-kek --all)"
+        )
+    if one.system_keys:
+        parts.append(f"{one.system_keys} of keyvault's own keys (its migrate moves them)")
+    if one.HasField("epochs_end_time"):
+        end = one.epochs_end_time.ToDatetime()
+        parts.append(f"content and intake keys until {end:%Y-%m-%d %H:%M} UTC")
+    if not parts:
+        return "nothing needs it; take it out of keyvault's settings"
+    return f"still needed for {', '.join(parts)}; keyvault does not start without it"
 
 
 def _tenants(session: Session) -> list[str]:
