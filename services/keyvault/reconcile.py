@@ -14,18 +14,18 @@ import datetime
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import grpc
-from byokeep.keyvault.v1 import audit_pb2
 
 from services.common import logs
 from services.common.errors import ByokeepError
 from services.keyvault import chain
 from services.keyvault.anchor import STALE_SECONDS, Anchor, stale
 from services.keyvault.background import each
-from services.keyvault.database import Connection, Database, Row, is_lost
+from services.keyvault.database import Connection, Database, is_lost
+from services.keyvault.differences import Differences
 from services.keyvault.following import MISMATCH, ContradictionError, Following
 from services.keyvault.pages import Pages
 from services.keyvault.store import reconcile as store
@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 20.0
 SAVE_SECONDS = 600.0
 _HEADS = 20_000
-#: In the place of a version: the tenant's hold.
-_HOLD = ("", 0)
 T = TypeVar("T")
 
 
@@ -46,15 +44,11 @@ class Reconcile:
         """Reconcile a database."""
         self._database = database
         self._anchor = anchor
-        self._deployment = deployment
         self._passing = asyncio.Lock()
-        self._pages = Pages(database, self._agree)
-        self.following = Following(database, mac_key, self._pages.touch)
+        self.following = Following(database, mac_key, lambda version: self._pages.touch(version))
+        self._differences = Differences(database, self.following, deployment)
+        self._pages = Pages(database, self._differences.agree)
         self._broken_keys: dict[str, int] = {}
-        #: Tenants of which the row and the chain differ on whether they are held.
-        self._holds_differ: set[str] = set()
-        #: By tenant, what differed where it could not be found out which of both is right.
-        self._unsettled: dict[str, set[store.Bound]] = {}
         #: Heads that their rows say are logged, and the log was not seen to have.
         self._claimed: dict[str, int] = {}
         self._position = anchor.position
@@ -65,27 +59,10 @@ class Reconcile:
 
     def refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
         """Return why this version may not be leased now."""
-        states = self.following.states
-        frozen = states.get(states.fingerprint(tenant, key_id, version))[2]
-        if frozen or chain.tenant_chain(tenant) in self.following.broken:
-            return ByokeepError(
-                grpc.StatusCode.DATA_LOSS,
-                MISMATCH,
-                "this key's row and its audit chain disagree; it is frozen:"
-                f" byokeep key rotate {key_id}",
-                key=key_id,
-            )
-        if tenant in self._holds_differ:
-            return ByokeepError(
-                grpc.StatusCode.DATA_LOSS,
-                MISMATCH,
-                "whether this tenant may have leases is stored otherwise than its audit chain"
-                f" says; none is given: byokeep admin revoke-tenant {tenant}, then resume-tenant",
-                tenant=tenant,
-            )
-        if tenant in self._unsettled or time.monotonic() - self._passed > STALE_SECONDS:
+        differs = self._differences.refusal(tenant, key_id, version)
+        if differs is None and time.monotonic() - self._passed > STALE_SECONDS:
             return stale("reconciled")
-        return None
+        return differs
 
     @property
     def rolled_back(self) -> bool:
@@ -137,7 +114,7 @@ class Reconcile:
         async with self._passing, self._database.transaction() as connection:
             head = await chain.lock(connection, name)
             if await self.following.follow(name):
-                await self._broken(connection, head)
+                await self._differences.broken(connection, head)
             followed = self.following.chains[name]
             broken = name in self.following.broken
             if followed.logged < head.sequence:
@@ -175,10 +152,11 @@ class Reconcile:
         position = self._anchor.position
         if position.resumed != self.following.resumed:
             self._forget()
-        await each("freeze_tenant", await self.following.log(position), self._freeze_tenant)
+        broken = await self.following.log(position)
+        await each("freeze_tenant", broken, self._differences.freeze_tenant)
         await self._check_heads()
-        await self._settle([one for open_ in self._unsettled.values() for one in open_])
-        await self._check_holds()
+        await self._differences.again()
+        await self._differences.holds()
         await self._pages.look()
         for name in self.following.broken - self._broken_keys.keys():
             tenant = name.removeprefix(chain.TENANTS)
@@ -210,94 +188,3 @@ class Reconcile:
                 logs.event(log, "head_kept_from_log", level=logging.CRITICAL, chain=name)
                 self._anchor.owe(name)
         self._claimed, self._position = claimed, self._anchor.position
-
-    async def _check_holds(self) -> None:
-        """Hold what is stored of tenants' holds against their chains."""
-        stored = await store.holds(self._database)
-        tenants = stored.keys() | self.following.holds.keys()
-        differ = {one for one in tenants if stored.get(one) != self.following.holds.get(one)}
-        self._holds_differ &= differ
-        await self._settle([(tenant, *_HOLD) for tenant in differ])
-
-    async def _settle(self, differing: Iterable[store.Bound]) -> None:
-        """Find out what is right, under the chains' locks. Where that fails, whatever it is that
-        fails, the tenant has no lease until it succeeds."""
-
-        async def settle(one: store.Bound) -> None:
-            tenant = one[0]
-            open_ = self._unsettled.get(tenant, set())
-            try:
-                await (self._confirm_hold(tenant) if one[1:] == _HOLD else self._confirm(*one))
-            except Exception:
-                self._unsettled[tenant] = open_ | {one}
-                raise
-            if open_ == {one}:
-                del self._unsettled[tenant]
-            open_.discard(one)
-
-        await each("settle", differing, settle)
-
-    async def _confirm_hold(self, tenant: str) -> None:
-        """Follow the chain under its lock, when neither it nor the row can change."""
-        name = chain.tenant_chain(tenant)
-        async with self._database.transaction() as connection:
-            await chain.lock(connection, name)
-            now = await store.hold(connection, tenant)
-            await self.following.follow(name)
-        if now == self.following.holds.get(tenant):
-            self._holds_differ.discard(tenant)
-        elif tenant not in self._holds_differ:
-            self._holds_differ.add(tenant)
-            logs.event(log, "hold_differs", level=logging.CRITICAL, tenant=tenant)
-
-    async def _agree(self, rows: list[Row]) -> bool:
-        """Hold rows against the chains; freeze those that differ, once that is sure."""
-        # One by one: what settles a row may settle those after it.
-        await self._settle((row[0], row[1], row[2]) for row in rows if not self._settled(row))
-        return all(map(self._settled, rows))
-
-    def _settled(self, row: Row) -> bool:
-        tenant, key_id, version, state, sequence = row
-        states = self.following.states
-        return chain.tenant_chain(tenant) in self.following.broken or states.agrees(
-            states.fingerprint(tenant, key_id, version), state, sequence
-        )
-
-    async def _confirm(self, tenant: str, key_id: str, version: int) -> None:
-        """Follow the chain once more under its lock, when neither it nor the row can change."""
-        name = chain.tenant_chain(tenant)
-        async with self._database.transaction() as connection:
-            head = await chain.lock(connection, name)
-            now = await store.row(connection, tenant, key_id, version)
-            broken = await self.following.follow(name)
-            if broken:
-                await self._broken(connection, head)
-            elif now is not None and not self._settled((tenant, key_id, version, *now)):
-                await self._freeze(connection, head, tenant, key_id, version)
-
-    async def _freeze(
-        self, connection: Connection, head: chain.Head, tenant: str, key_id: str, version: int
-    ) -> None:
-        states = self.following.states
-        states.freeze(states.fingerprint(tenant, key_id, version))
-        logs.event(log, "key_frozen", level=logging.CRITICAL, tenant=tenant, key=key_id)
-        await self._record(connection, head, key_id, version)
-
-    async def _freeze_tenant(self, name: str) -> None:
-        async with self._database.transaction() as connection:
-            await self._broken(connection, await chain.lock(connection, name))
-
-    async def _broken(self, connection: Connection, head: chain.Head) -> None:
-        logs.event(log, "chain_broken", level=logging.CRITICAL, chain=head.chain)
-        await self._record(connection, head, "", 0)
-
-    async def _record(
-        self, connection: Connection, head: chain.Head, key_id: str, version: int
-    ) -> None:
-        event = audit_pb2.AuditEvent(
-            type=audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED,
-            key_id=key_id,
-            key_version=version,
-            reason=MISMATCH,
-        )
-        await chain.append(connection, head, self._deployment, [event])

@@ -167,7 +167,7 @@ MUTANTS = (
     ),
     Mutant(
         "reconcile freezes nothing",
-        _KV + "reconcile.py",
+        _KV + "differences.py",
         "                await self._freeze(connection, head, tenant, key_id, version)",
         "                pass",
         (_SEC + "test_rows.py::test_rollback_row_restored_whole",),
@@ -454,7 +454,7 @@ MUTANTS = (
     Mutant(
         "the reconcile pass knows no holds",
         _KV + "reconcile.py",
-        "        await self._check_holds()\n",
+        "        await self._differences.holds()\n",
         "",
         (_SEC + "test_holds.py::test_a_hold_that_sql_lifts_stays",),
     ),
@@ -1192,9 +1192,9 @@ MUTANTS = (
     ),
     Mutant(
         "what can't be settled is leased",
-        _KV + "reconcile.py",
-        "        if tenant in self._unsettled or time",
-        "        if time",
+        _KV + "differences.py",
+        '        return stale("reconciled") if tenant in self._unsettled else None',
+        "        return None",
         (
             _SEC
             + "test_chain_attacker.py::test_a_difference_that_can_t_be_settled_refuses_its_tenant_at_once",

@@ -70,7 +70,7 @@ async def test_rows_of_a_tenant_that_nobody_knows_stop_no_other(keyvault):
 async def test_a_difference_that_can_t_be_settled_refuses_its_tenant_at_once(keyvault, monkeypatch):
     """An old row put back, and whatever makes its confirmation fail: no lease in between.
 
-    Shown to fail: without the look at `_unsettled` in Reconcile.refusal.
+    Shown to fail: without the look at `_unsettled` in Differences.refusal.
     """
     await keyvault.create_tenant("other")
     key, other = await keyvault.add_active(), await keyvault.add_active(tenant="other")

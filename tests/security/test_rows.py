@@ -66,7 +66,7 @@ async def test_rollback_row_state_set_by_sql(keyvault):
 async def test_rollback_row_restored_whole(keyvault):
     """2. An old row restored whole has a valid MAC of its past; the reconcile pass freezes it.
 
-    Shown to fail: with Reconcile._confirm doing nothing, the revoked key was leased.
+    Shown to fail: with Differences._confirm doing nothing, the revoked key was leased.
     """
     key = await keyvault.add_active()
     columns = "state, state_sequence, state_mac"

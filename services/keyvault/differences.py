@@ -1,0 +1,160 @@
+"""Where a row and its chain differ: which is right, and what that stops.
+
+A difference is settled under the chain's lock, when neither can move. A version whose row
+is not what the chain says is frozen, on the record; where it can't be found out, its
+tenant has no lease until it can.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import grpc
+from byokeep.keyvault.v1 import audit_pb2
+
+from services.common import logs
+from services.common.errors import ByokeepError
+from services.keyvault import chain
+from services.keyvault.anchor import stale
+from services.keyvault.background import each
+from services.keyvault.database import Connection, Database, Row
+from services.keyvault.following import MISMATCH, Following
+from services.keyvault.store import reconcile as store
+
+log = logging.getLogger(__name__)
+#: In the place of a version: the tenant's hold.
+_HOLD = ("", 0)
+
+
+class Differences:
+    """Settles differences, and refuses what they stop (see the module)."""
+
+    def __init__(self, database: Database, following: Following, deployment: str) -> None:
+        """Hold a database's rows against what was followed."""
+        self._database = database
+        self._following = following
+        self._deployment = deployment
+        #: Tenants of which the row and the chain differ on whether they are held.
+        self._holds_differ: set[str] = set()
+        #: By tenant, what differed where it could not be found out which of both is right.
+        self._unsettled: dict[str, set[store.Bound]] = {}
+
+    def refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
+        """Return why this version may not be leased."""
+        states = self._following.states
+        frozen = states.get(states.fingerprint(tenant, key_id, version))[2]
+        if frozen or chain.tenant_chain(tenant) in self._following.broken:
+            return ByokeepError(
+                grpc.StatusCode.DATA_LOSS,
+                MISMATCH,
+                "this key's row and its audit chain disagree; it is frozen:"
+                f" byokeep key rotate {key_id}",
+                key=key_id,
+            )
+        if tenant in self._holds_differ:
+            return ByokeepError(
+                grpc.StatusCode.DATA_LOSS,
+                MISMATCH,
+                "whether this tenant may have leases is stored otherwise than its audit chain"
+                f" says; none is given: byokeep admin revoke-tenant {tenant}, then resume-tenant",
+                tenant=tenant,
+            )
+        return stale("reconciled") if tenant in self._unsettled else None
+
+    async def again(self) -> None:
+        """Try to settle what could not be settled before."""
+        await self._settle([one for open_ in self._unsettled.values() for one in open_])
+
+    async def holds(self) -> None:
+        """Hold what is stored of tenants' holds against their chains."""
+        stored = await store.holds(self._database)
+        tenants = stored.keys() | self._following.holds.keys()
+        differ = {one for one in tenants if stored.get(one) != self._following.holds.get(one)}
+        self._holds_differ &= differ
+        await self._settle([(tenant, *_HOLD) for tenant in differ])
+
+    async def _settle(self, differing: Iterable[store.Bound]) -> None:
+        """Find out what is right, under the chains' locks. Where that fails, whatever it is that
+        fails, the tenant has no lease until it succeeds."""
+
+        async def settle(one: store.Bound) -> None:
+            tenant = one[0]
+            open_ = self._unsettled.get(tenant, set())
+            try:
+                await (self._confirm_hold(tenant) if one[1:] == _HOLD else self._confirm(*one))
+            except Exception:
+                self._unsettled[tenant] = open_ | {one}
+                raise
+            if open_ == {one}:
+                del self._unsettled[tenant]
+            open_.discard(one)
+
+        await each("settle", differing, settle)
+
+    async def _confirm_hold(self, tenant: str) -> None:
+        """Follow the chain under its lock, when neither it nor the row can change."""
+        name = chain.tenant_chain(tenant)
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, name)
+            now = await store.hold(connection, tenant)
+            if await self._following.follow(name):
+                await self.broken(connection, head)
+        if now == self._following.holds.get(tenant):
+            self._holds_differ.discard(tenant)
+        elif tenant not in self._holds_differ:
+            self._holds_differ.add(tenant)
+            logs.event(log, "hold_differs", level=logging.CRITICAL, tenant=tenant)
+
+    async def agree(self, rows: list[Row]) -> bool:
+        """Hold rows against the chains; freeze those that differ, once that is sure."""
+        # One by one: what settles a row may settle those after it.
+        await self._settle((row[0], row[1], row[2]) for row in rows if not self._settled(row))
+        return all(map(self._settled, rows))
+
+    def _settled(self, row: Row) -> bool:
+        tenant, key_id, version, state, sequence = row
+        states = self._following.states
+        return chain.tenant_chain(tenant) in self._following.broken or states.agrees(
+            states.fingerprint(tenant, key_id, version), state, sequence
+        )
+
+    async def _confirm(self, tenant: str, key_id: str, version: int) -> None:
+        """Follow the chain once more under its lock, when neither it nor the row can change."""
+        name = chain.tenant_chain(tenant)
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, name)
+            now = await store.row(connection, tenant, key_id, version)
+            if await self._following.follow(name):
+                await self.broken(connection, head)
+            elif now is not None and not self._settled((tenant, key_id, version, *now)):
+                await self._freeze(connection, head, tenant, key_id, version)
+
+    async def _freeze(
+        self, connection: Connection, head: chain.Head, tenant: str, key_id: str, version: int
+    ) -> None:
+        states = self._following.states
+        states.freeze(states.fingerprint(tenant, key_id, version))
+        logs.event(log, "key_frozen", level=logging.CRITICAL, tenant=tenant, key=key_id)
+        await self._record(connection, head, key_id, version)
+
+    async def freeze_tenant(self, name: str) -> None:
+        """Put on the record that a chain is broken."""
+        async with self._database.transaction() as connection:
+            await self.broken(connection, await chain.lock(connection, name))
+
+    async def broken(self, connection: Connection, head: chain.Head) -> None:
+        """Put it on the record, under the chain's lock: every replica follows it."""
+        logs.event(log, "chain_broken", level=logging.CRITICAL, chain=head.chain)
+        await self._record(connection, head, "", 0)
+
+    async def _record(
+        self, connection: Connection, head: chain.Head, key_id: str, version: int
+    ) -> None:
+        event = audit_pb2.AuditEvent(
+            type=audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED,
+            key_id=key_id,
+            key_version=version,
+            reason=MISMATCH,
+        )
+        await chain.append(connection, head, self._deployment, [event])
