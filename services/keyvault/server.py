@@ -63,6 +63,7 @@ from services.keyvault.service.audit import AuditService
 from services.keyvault.service.content import ContentKeyService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
+from services.keyvault.staging import Staging
 from services.keyvault.wraps import Wraps
 
 Role = Literal["all", "data", "admin"]
@@ -126,12 +127,18 @@ class App:
         self._custody = Custody(
             self._database,
             self._backends,
-            self._intake,
             self._keys.state_mac,
+            settings.deployment,
+            settings.shred_after_seconds,
+        )
+        self._staging = Staging(
+            self._database,
+            self._backends,
+            self._intake,
+            self._custody,
             wraps,
             settings.deployment,
             settings.intake_per_hour,
-            settings.shred_after_seconds,
         )
         self._rewrap = Rewrap(
             self._database,
@@ -210,7 +217,7 @@ class App:
         """Add the servicers of the role."""
         if self._role in ("all", "data"):
             custody_pb2_grpc.add_CustodyServiceServicer_to_server(
-                CustodyService(self._custody, self._intake), server
+                CustodyService(self._custody, self._staging, self._intake), server
             )
             content_pb2_grpc.add_ContentKeyServiceServicer_to_server(
                 ContentKeyService(self._content), server

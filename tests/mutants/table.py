@@ -545,7 +545,7 @@ MUTANTS = (
     ),
     Mutant(
         "intake is not counted",
-        _KV + "custody.py",
+        _KV + "staging.py",
         "            raise _limit(self._intake_per_hour)",
         "            pass",
         (_SEC + "test_intake.py::test_intake_oracle",),
@@ -721,7 +721,7 @@ MUTANTS = (
     ),
     Mutant(
         "the tenant's own intake cap",
-        _KV + "custody.py",
+        _KV + "staging.py",
         " or of_tenant > TENANT_FACTOR * self._intake_per_hour:",
         ":",
         (_SEC + "test_intake.py::test_intake_oracle_repeats_count",),
@@ -813,7 +813,7 @@ MUTANTS = (
     ),
     Mutant(
         "a version is stored under a KEK version that was trimmed",
-        _KV + "custody.py",
+        _KV + "staging.py",
         "        if secret.kek_version < oldest:",
         "        if False:",
         (_SEC + "test_rewrap.py::test_what_is_staged_under_a_trimmed_version_is_staged_again",),

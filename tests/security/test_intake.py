@@ -131,7 +131,7 @@ async def test_intake_keys_live_an_hour_and_are_shared(keyvault, deployment):
 async def test_intake_oracle(deployment):
     """48. A caller that feeds many keys is stopped, per tenant; refused keys count too.
 
-    Shown to fail: with Custody._begin not counting.
+    Shown to fail: with Staging._begin not counting.
     """
     async with kv.running(deployment, intake_per_hour=3) as keyvault:
         await keyvault.create_tenant()

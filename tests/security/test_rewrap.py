@@ -203,11 +203,11 @@ async def test_a_row_that_changed_meanwhile_is_not_written(keyvault, monkeypatch
 async def test_what_is_staged_under_a_trimmed_version_is_staged_again(keyvault, monkeypatch):
     """A data key made before the rotation and stored after the trim could never be opened.
 
-    Shown to fail: without the minimum's check in Custody._store.
+    Shown to fail: without the minimum's check in Staging._store.
     """
     backend = keyvault.app._backends.primary
-    custody = keyvault.app._custody
-    real, calls = custody._open, []
+    staging = keyvault.app._staging
+    real, calls = staging._open, []
 
     async def slow(order, data_key, context):
         opened = await real(order, data_key, context)
@@ -217,7 +217,7 @@ async def test_what_is_staged_under_a_trimmed_version_is_staged_again(keyvault, 
             await rewrap(keyvault, trim=True)
         return opened
 
-    monkeypatch.setattr(custody, "_open", slow)
+    monkeypatch.setattr(staging, "_open", slow)
     key = await keyvault.stage()
     assert len(calls) == 2
     assert key.versions[-1].kek_version == 2

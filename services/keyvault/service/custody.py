@@ -10,9 +10,10 @@ from byokeep.names import key_name, last_of, provider_id, provider_value, tenant
 
 from services.common import authz
 from services.keyvault import domain
-from services.keyvault.custody import Custody, Decide, Order, Origin
+from services.keyvault.custody import Custody, Decide, Origin
 from services.keyvault.domain import Key, Version
 from services.keyvault.intake import IntakeKeys
+from services.keyvault.staging import Order, Staging
 
 _OPERATIONS = {pb.INTAKE_OPERATION_ADD: "add", pb.INTAKE_OPERATION_ROTATE: "rotate"}
 _DEFAULT_PAGE = 50
@@ -21,9 +22,10 @@ _DEFAULT_PAGE = 50
 class CustodyService(custody_pb2_grpc.CustodyServiceServicer):
     """Serves the orchestrator."""
 
-    def __init__(self, custody: Custody, intake: IntakeKeys) -> None:
+    def __init__(self, custody: Custody, staging: Staging, intake: IntakeKeys) -> None:
         """Serve a custody."""
         self._custody = custody
+        self._staging = staging
         self._intake = intake
 
     async def GetIntakeKey(
@@ -44,7 +46,7 @@ class CustodyService(custody_pb2_grpc.CustodyServiceServicer):
             request.request_id,
             request.sealed_key,
         )
-        key, version = await self._custody.stage(order, _origin(request))
+        key, version = await self._staging.stage(order, _origin(request))
         return pb.StageKeyResponse(key=key_message(key), version=version)
 
     async def PromoteKeyVersion(
