@@ -177,8 +177,8 @@ async def test_vault_error_text(keyvault, proxy, caplog, capfd):
     the exception, what is chained to it, the log, or the status. Every exception is one of the
     protocol's.
 
-    Shown to fail with `raise ValueError(self.body)` in `Reply.fields`, with a rewrap that does
-    not look at the status, and with hvac's own adapter instead of `Call`."""
+    Shown to fail with `raise ValueError(self.body)` in `Reply.fields`, and with hvac's own
+    adapter instead of `Call`."""
     key = await keyvault.add_active()
     canary = base64.b64encode(b"canary-data-key-canary-data-key!").decode()
     body = f'{{"errors":["{canary}"],"data":{{"plaintext":"{canary}","x":"{canary}'.encode()

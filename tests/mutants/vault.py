@@ -205,4 +205,18 @@ MUTANTS = (
         "return True",
         ("tests/unit/test_vaultlog.py::test_openings_of_one_namespace",),
     ),
+    Mutant(
+        "Vault: the service account's token is read once",
+        _VT + "login.py",
+        'jwt = _read(values["jwt"], private=False)',
+        'jwt = values.setdefault("held", _read(values["jwt"], private=False))',
+        (_INT + "test_kubernetes_login.py::test_kubernetes_jwt_is_read_again",),
+    ),
+    Mutant(
+        "Vault: the namespace is not named",
+        _VT + "client.py",
+        "        if namespace:\n",
+        "        if False:\n",
+        (_INT + "test_namespaces.py::test_a_whole_life_in_a_namespace",),
+    ),
 )
