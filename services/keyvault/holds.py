@@ -81,11 +81,14 @@ class Holds:
             await self._set(connection, head, tenant, word, held=True, count=ended)
         return ended
 
-    async def resume_tenant(self, tenant: str, word: Word) -> None:
-        """Give leases to a tenant again. Raises ByokeepError: TENANT_KEY_MISSING."""
+    async def resume_tenant(self, tenant: str, word: Word) -> bool:
+        """Give leases to a tenant again; False where it was not held.
+
+        Raises ByokeepError: TENANT_KEY_MISSING.
+        """
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
-            await self._set(connection, head, tenant, word, held=False, count=0)
+            return await self._set(connection, head, tenant, word, held=False, count=0)
 
     async def revoke_lease(self, lease_id: str, word: Word) -> bool:
         """End one lease; False where it had ended before. Raises ByokeepError: NOT_FOUND."""
@@ -126,16 +129,18 @@ class Holds:
         *,
         held: bool,
         count: int,
-    ) -> None:
+    ) -> bool:
+        """Store what is said, with its event; False where it was said before."""
         current = await store.get(connection, tenant)
         if held is self._said(tenant, current) and not count:
-            return  # said before
+            return False
         event = audit_pb2.AuditEvent(
             type=_KINDS[held], caller=word.caller, detail=word.reason, count=count
         )
         head = await chain.append(connection, head, self._deployment, [event])
         mac = self._mac(tenant, head.sequence, held=held)
         await store.put(connection, tenant, (held, head.sequence, mac))
+        return True
 
     def _said(self, tenant: str, current: store.Hold | None) -> bool | None:
         """Return what was said before; None where somebody else wrote it."""

@@ -148,6 +148,10 @@ class Reconcile:
         chain is broken."""
         return self.following.states.frozen + sum(self._broken_keys.values())
 
+    def differing_holds(self) -> frozenset[str]:
+        """Return the tenants that are held because row and chain differ on their hold."""
+        return frozenset(self._holds_differ)
+
     async def _pass(self) -> None:
         position = self._anchor.position
         if position.resumed != self.following.resumed:

@@ -9,7 +9,7 @@ from typing import Final
 import grpc
 from byokeep import ids, names
 from byokeep.keyvault.v1 import custody_pb2
-from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc
+from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc, settings_pb2
 
 from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
@@ -25,6 +25,7 @@ from services.orchestrator import (
 from services.orchestrator.config import Settings
 from services.orchestrator.events import REVIEW, Events
 from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.settings import ceilings
 from services.orchestrator.store_attempts import AttemptStore
 from services.orchestrator.store_reviews import ReviewRow, ReviewStore, Submission
 from services.orchestrator.store_tenants import TenantStore
@@ -199,7 +200,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 review_id,
                 key_id=names.last_of(key.name),
                 key_version=key.active_version,
-                max_calls=self._max_calls(rights),
+                max_calls=self._ceilings(rights).max_calls_per_review,
             )
             row = await self._reviews.get(rights.tenant.id, review_id)
         return review_pb2.RetryReviewResponse(review=_message(row))
@@ -245,15 +246,14 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 chunks_total=len(prepared.plan.chunks),
                 input=content_key.seal(review_id, content.INPUT, wanted.SerializeToString()),
             ),
-            _reviews_per_day(rights),
-            rights.tenant.max_calls_per_day,
+            self._ceilings(rights).max_reviews_per_day,
+            self._ceilings(rights).max_calls_per_day,
         )
 
     def _require_sender(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> None:
         rights.require_user(wanted.user, "input.user")
         rights.require_user_keys(wanted.user)
-        limit = rights.tenant.max_diff_bytes or self._settings.max_diff_bytes
-        planning.require_size(wanted, limit)
+        planning.require_size(wanted, self._ceilings(rights).max_diff_bytes)
 
     async def _prepare(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> _Prepared:
         keys = await self._keys(rights, wanted.user)
@@ -268,7 +268,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             model,
             key,
             await self._planner.plan(wanted, model),
-            self._max_calls(rights),
+            self._ceilings(rights).max_calls_per_review,
         )
 
     async def _keys(self, rights: access.Rights, owner: str) -> list[custody_pb2.ProviderKey]:
@@ -276,8 +276,8 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         # The owner's alone: never a silent fallback to another key.
         return [key for key in keys if key.owner == owner]
 
-    def _max_calls(self, rights: access.Rights) -> int:
-        return rights.tenant.max_calls_per_review or self._settings.max_calls_per_review
+    def _ceilings(self, rights: access.Rights) -> settings_pb2.Ceilings:
+        return ceilings(rights.tenant, self._settings)
 
     async def _whole(self, name: str) -> review_pb2.Review:
         row = await self._readable(access.current(), names.last_of(name))
@@ -302,11 +302,6 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
 def _scope(request: review_pb2.SubmitReviewRequest) -> str:
     wanted = request.input
     return f"{wanted.repository}#{wanted.pull_request}@{wanted.head_commit}:{request.request_id}"
-
-
-def _reviews_per_day(rights: access.Rights) -> int:
-    own = rights.tenant.max_reviews_per_day
-    return min(own, rights.plan.reviews_per_day) if own else rights.plan.reviews_per_day
 
 
 def _message(row: ReviewRow, findings: Sequence[review_pb2.Finding] = ()) -> review_pb2.Review:

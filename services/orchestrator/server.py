@@ -133,7 +133,8 @@ class App:
             server,
         )
         settings_pb2_grpc.add_SettingsServiceServicer_to_server(
-            SettingsServicer(self.tenants, self.keys, self.keyvault, self._catalog), server
+            SettingsServicer(self.tenants, self.keys, self.keyvault, self._catalog, self._settings),
+            server,
         )
         review_pb2_grpc.add_ReviewServiceServicer_to_server(
             ReviewServicer(

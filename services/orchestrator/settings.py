@@ -12,6 +12,8 @@ from byokeep.orchestrator.v1 import settings_pb2, settings_pb2_grpc, tenant_pb2
 from services.common.errors import ByokeepError
 from services.common.models import Catalog
 from services.orchestrator import access, domain, paging
+from services.orchestrator.config import Settings
+from services.orchestrator.domain import PLANS
 from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.store_keys import KeyStore
 from services.orchestrator.store_tenants import TenantRow, TenantStore
@@ -32,13 +34,20 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
     """A tenant's plan, models and ceilings."""
 
     def __init__(
-        self, store: TenantStore, key_store: KeyStore, keyvault: Keyvault, catalog: Catalog
+        self,
+        store: TenantStore,
+        key_store: KeyStore,
+        keyvault: Keyvault,
+        catalog: Catalog,
+        settings: Settings,
     ) -> None:
-        """Use the stores, keyvault's list of keys, and the models that are known."""
+        """Use the stores, keyvault's list of keys, the models that are known, and the
+        deployment's own ceilings."""
         self._store = store
         self._key_store = key_store
         self._keyvault = keyvault
         self._catalog = catalog
+        self._settings = settings
 
     async def GetSettings(
         self, request: settings_pb2.GetSettingsRequest, context: object
@@ -151,7 +160,19 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             max_calls_per_day=row.max_calls_per_day,
             max_reviews_per_day=row.max_reviews_per_day,
             etag=row.etag,
+            in_force=ceilings(row, self._settings),
         )
+
+
+def ceilings(row: TenantRow, deployment: Settings) -> settings_pb2.Ceilings:
+    """Return what holds for a tenant now. Its own ceiling on reviews can't exceed its plan's."""
+    reviews = PLANS[row.plan].reviews_per_day
+    return settings_pb2.Ceilings(
+        max_diff_bytes=row.max_diff_bytes or deployment.max_diff_bytes,
+        max_calls_per_review=row.max_calls_per_review or deployment.max_calls_per_review,
+        max_reviews_per_day=min(row.max_reviews_per_day or reviews, reviews),
+        max_calls_per_day=row.max_calls_per_day,
+    )
 
 
 def _invalid(field: str, expected: str) -> ByokeepError:

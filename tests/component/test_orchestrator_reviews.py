@@ -329,13 +329,17 @@ async def test_two_providers_need_a_chosen_model(stack: Stack) -> None:
 
 
 async def test_daily_limit(stack: Stack) -> None:
-    await stack.client("acme").settings.UpdateSettings(
+    changed = await stack.client("acme").settings.UpdateSettings(
         settings_pb2.UpdateSettingsRequest(
             settings=settings_pb2.Settings(name="tenants/acme/settings", max_reviews_per_day=2),
             update_mask={"paths": ["max_reviews_per_day"]},
             request_id=request_id(),
         )
     )
+    # In force: its own where it has one, else the deployment's.
+    in_force = changed.settings.in_force
+    assert (in_force.max_reviews_per_day, in_force.max_calls_per_review) == (2, 20)
+    assert (in_force.max_diff_bytes, in_force.max_calls_per_day) == (2 * 1024 * 1024, 0)
     await stack.submit()
     await stack.submit()
     with pytest.raises(grpc.aio.AioRpcError) as refused:

@@ -48,6 +48,7 @@ class Edge:
 
     directory: Path
     denied: set[str] = field(default_factory=set)
+    held: list[str] = field(default_factory=list)
     errors: dict[str, ByokeepError] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     verdicts: list[str] = field(default_factory=lambda: ["VALID"])
@@ -154,6 +155,16 @@ class Edge:
         if (error := self.errors.get(method)) is not None:
             context.set_trailing_metadata(error.trailing_metadata())
             context.abort(error.code, error.message)
+
+    def settings_now(self) -> settings_pb2.Settings:
+        """Return the settings, with the ceilings that hold."""
+        own, now = self.settings, settings_pb2.Settings()
+        now.CopyFrom(own)
+        now.in_force.max_diff_bytes = own.max_diff_bytes or 2_000_000
+        now.in_force.max_calls_per_review = own.max_calls_per_review or 20
+        now.in_force.max_reviews_per_day = own.max_reviews_per_day or 100
+        now.in_force.max_calls_per_day = own.max_calls_per_day
+        return now
 
     def fail(self, method: str, code: str, reason: str, message: str, **metadata: str) -> None:
         """Make a method fail."""
@@ -407,12 +418,12 @@ class _Reviews(_Fake, review_pb2_grpc.ReviewServiceServicer):
 class _Settings(_Fake, settings_pb2_grpc.SettingsServiceServicer):
     def GetSettings(self, request, context):
         self.edge.meet(request, context)
-        return settings_pb2.GetSettingsResponse(settings=self.edge.settings)
+        return settings_pb2.GetSettingsResponse(settings=self.edge.settings_now())
 
     def UpdateSettings(self, request, context):
         self.edge.meet(request, context)
         request.update_mask.MergeMessage(request.settings, self.edge.settings)
-        return settings_pb2.UpdateSettingsResponse(settings=self.edge.settings)
+        return settings_pb2.UpdateSettingsResponse(settings=self.edge.settings_now())
 
     def SetPlan(self, request, context):
         self.edge.meet(request, context)
@@ -562,7 +573,7 @@ class _Admin(_Fake, admin_pb2_grpc.AdminServiceServicer):
 
     def ResumeTenant(self, request, context):
         self.edge.meet(request, context)
-        return admin_pb2.ResumeTenantResponse()
+        return admin_pb2.ResumeTenantResponse(resumed="demo" in self.edge.held)
 
     def ResumeLeases(self, request, context):
         self.edge.meet(request, context)
@@ -577,4 +588,5 @@ class _Admin(_Fake, admin_pb2_grpc.AdminServiceServicer):
             shred="immediate",
             leases_allowed=True,
             tenants=1,
+            held_tenants=self.edge.held,
         )

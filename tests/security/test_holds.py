@@ -21,8 +21,12 @@ async def _revoke(keyvault) -> int:
     return (await keyvault.admin.RevokeTenant(admin_pb2.RevokeTenantRequest(**ACME))).ended_leases
 
 
-async def _resume(keyvault) -> None:
-    await keyvault.admin.ResumeTenant(admin_pb2.ResumeTenantRequest(**ACME))
+async def _resume(keyvault) -> bool:
+    return (await keyvault.admin.ResumeTenant(admin_pb2.ResumeTenantRequest(**ACME))).resumed
+
+
+async def _held(keyvault) -> list[str]:
+    return list((await keyvault.admin.GetStatus(admin_pb2.GetStatusRequest())).held_tenants)
 
 
 async def _told(stream, number: int) -> set[str]:
@@ -51,8 +55,10 @@ async def test_revoke_tenant_ends_leases_and_gives_none_until_it_is_resumed(keyv
     reasons = [await try_lease(keyvault, one) for one in (key, second, theirs)]
     assert reasons == ["TENANT_NOT_ACTIVE", "TENANT_NOT_ACTIVE", ""]
     assert await _revoke(keyvault) == 0
-    await _resume(keyvault)
-    await _resume(keyvault)
+    assert await _held(keyvault) == ["acme"]
+    assert await _resume(keyvault)
+    assert await _held(keyvault) == []
+    assert not await _resume(keyvault)
     assert await try_lease(keyvault, key) == ""
     said = [
         (one.type, one.count, one.detail, one.caller)

@@ -54,6 +54,26 @@ def test_each_refusal_has_its_exit_code_reason_and_hint(
     assert ran.out == ""
 
 
+@pytest.mark.parametrize(
+    ("field", "said", "shown"),
+    [
+        ("input.title", "must be at most 500 characters", "--title must be at most 500"),
+        (
+            "input.head_commit",
+            "does not match regex pattern `^([0-9a-f]{7,64})?$`",
+            "--head takes 7",
+        ),
+        ("input.context_files[3].path", "does not match regex pattern `x`", "--context has a form"),
+        ("etag", "must be at most 64 characters", "etag must be at most 64 characters"),
+    ],
+)
+def test_a_refused_field_is_told_by_what_was_typed(edge, byokeep, field, said, shown):
+    edge.fail("ListKeys", "INVALID_ARGUMENT", "INVALID_FIELD", f"{field}: {said}", field=field)
+    ran = byokeep("key", "list")
+    assert f"error: {shown}" in ran.err
+    assert "regex" not in ran.err
+
+
 def test_errors_are_json_where_output_is(edge, byokeep):
     edge.fail("ListKeys", "PERMISSION_DENIED", "TENANT_NOT_ALLOWED", "No.", tenant="demo")
     for arguments in (("key", "list", "--json"), ("--format", "json", "key", "list")):
@@ -62,6 +82,8 @@ def test_errors_are_json_where_output_is(edge, byokeep):
         assert error["code"] == "PERMISSION_DENIED"
         assert error["exit"] == 3
         assert error["metadata"] == {"tenant": "demo"}
+    error = json.loads(byokeep("model", "set", "gpt-5", "--json").err)["error"]
+    assert sorted(error) == ["exit", "hint", "message"]
 
 
 def test_usage_errors_are_json_too(edge, byokeep):

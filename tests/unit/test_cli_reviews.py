@@ -120,6 +120,7 @@ def test_a_failed_review_says_why(edge, byokeep, reason, code):
     assert "the reason in a sentence" in ran.err
     assert reason in ran.err
     assert "→ " in ran.err
+    assert "no findings" not in ran.out
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,15 @@ def test_exports(edge, byokeep, form):
     assert json.loads(ran.out) == {"export": True}
     (request,) = edge.sent(review_pb2.ExportReviewRequest)
     assert request.format == review_pb2.ExportFormat.Value(f"EXPORT_FORMAT_{form.upper()}")
+
+
+@pytest.mark.parametrize("form", ["sarif", "github"])
+def test_dry_run_has_nothing_to_export(edge, byokeep, form):
+    """An empty document would be taken for a review without findings."""
+    ran = submit(byokeep, "--dry-run", "--format", form)
+    assert (ran.code, ran.out) == (2, "")
+    assert "text or json" in ran.err
+    assert edge.requests == []
 
 
 def test_dry_run_submits_nothing(edge, byokeep):

@@ -25,6 +25,7 @@ from services.keyvault.holds import Holds, Word
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.rotation import Rotation
 from services.keyvault.store import epochs as epoch_store
+from services.keyvault.store import holds as hold_store
 from services.keyvault.store import jobs as job_store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store import leases as lease_store
@@ -39,6 +40,7 @@ _PROGRESS_SECONDS = 0.3
 # Named in an answer; all of them are in the job's table, and in the log.
 _FAILURES = 100
 _PAGE = 200
+_MOST_HELD = 100
 _TENANTS = "SELECT count(*) FROM chain WHERE chain <> 'system'"
 
 
@@ -213,10 +215,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: pb.ResumeLeasesRequest, context: Any
     ) -> pb.ResumeLeasesResponse:
         """Resume leases after a rollback was noticed."""
+        stopped = self._anchor.refusal() is not None
         await self._anchor.resume(authz.current().spiffe_id, request.reason)
         # What is taken for the truth now has not been compared yet.
         await self._reconcile.once()
-        return pb.ResumeLeasesResponse()
+        return pb.ResumeLeasesResponse(resumed=stopped)
 
     async def RevokeTenant(
         self, request: pb.RevokeTenantRequest, context: Any
@@ -231,8 +234,8 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> pb.ResumeTenantResponse:
         """Give leases to a tenant again."""
         word = Word(authz.current().spiffe_id, request.reason)
-        await self._holds.resume_tenant(tenant_of(request.tenant), word)
-        return pb.ResumeTenantResponse()
+        resumed = await self._holds.resume_tenant(tenant_of(request.tenant), word)
+        return pb.ResumeTenantResponse(resumed=resumed)
 
     async def RevokeLease(
         self, request: pb.RevokeLeaseRequest, context: Any
@@ -261,10 +264,15 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             kek_backend_detail=health.detail,
             undecryptable_keys=await job_store.undecryptable(self._database),
             open_kek_jobs=await job_store.open_count(self._database),
+            held_tenants=await self._held_tenants(),
         )
         if self._reconcile.last is not None:
             status.reconcile_time.FromDatetime(self._reconcile.last)
         return status
+
+    async def _held_tenants(self) -> list[str]:
+        held = await hold_store.held(self._database, _MOST_HELD)
+        return sorted({*held, *self._reconcile.differing_holds()})[:_MOST_HELD]
 
 
 def _event(kind: audit_pb2.AuditEventType.ValueType, shred: str = "") -> audit_pb2.AuditEvent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from byokeep.cli import admin_leases, checked
 from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.output import message_dict, when
 from byokeep.cli.session import Session, command, examples, group, request_id
-from byokeep.cli.tenants import Name
+from byokeep.cli.tenants import Name, resume_hint, shredded
 from byokeep.cli.text import clean
 from byokeep.keyvault.v1 import admin_pb2
 
@@ -45,6 +46,7 @@ def status(session: Session) -> None:
     out.print(f"leases       {leases}; live now: {answer.live_leases}")
     out.print(f"tenants      {answer.tenants}")
     out.print(f"reconcile    {reconcile}; frozen keys: {answer.frozen_keys}")
+    _print_held(session, answer.held_tenants)
     out.print(
         f"rewrap jobs  {answer.open_kek_jobs} open; undecryptable keys: {answer.undecryptable_keys}"
     )
@@ -80,7 +82,7 @@ def shred_tenant(
         session.out.json(message_dict(answer))
         return
     session.out.print(
-        f"tenant {name} is shredded ({clean(answer.shred)});"
+        f"tenant {name}: {shredded(answer.shred)};"
         f" versions that died with it: {answer.destroyed_versions}"
     )
 
@@ -94,11 +96,20 @@ def resume_leases(
     reason: Annotated[str, typer.Option(help="Why; goes into the audit log.", show_default=False)],
 ) -> None:
     """Give leases again, after the database was found to be older than its anchor."""
-    session.connection.admin.ResumeLeases(admin_pb2.ResumeLeasesRequest(reason=reason))
+    request = admin_pb2.ResumeLeasesRequest(reason=reason)
+    answer = session.connection.admin.ResumeLeases(request)
     if session.out.as_json:
-        session.out.json({})
-    else:
+        session.out.json(message_dict(answer))
+    elif answer.resumed:
         session.out.print("leases are given again; the audit log has the reason")
+    else:
+        session.out.print("nothing had stopped leases; the audit log has the reason all the same")
+
+
+def _print_held(session: Session, held: Sequence[str]) -> None:
+    for name in map(clean, held):
+        session.out.print(f"held         tenant {name} gets no lease", style="bold red")
+        session.out.print(f"    → {resume_hint(name)}", style="cyan")
 
 
 def resource(name: str) -> str:

@@ -11,7 +11,7 @@ from byokeep.cli import checked
 from byokeep.cli.confirm import confirm
 from byokeep.cli.output import message_dict
 from byokeep.cli.session import Session, command, examples
-from byokeep.cli.tenants import Name
+from byokeep.cli.tenants import Name, resume_hint
 from byokeep.keyvault.v1 import admin_pb2
 
 Reason = Annotated[
@@ -22,7 +22,7 @@ Reason = Annotated[
 @command()
 def revoke_lease(
     session: Session,
-    lease: Annotated[str, typer.Argument(metavar="LEASE", help="Its id, as in the audit trail.")],
+    lease: Annotated[str, typer.Argument(metavar="LEASE", help="Its id, as in byokeep key trail.")],
     reason: Reason,
 ) -> None:
     """End one lease: the process that holds the key is killed. Its key and attempt may go on."""
@@ -51,19 +51,21 @@ def revoke_tenant(
         session.out.json(message_dict(answer))
         return
     session.out.print(f"tenant {name} has no leases now; this ended {answer.ended_leases}")
-    session.out.note(f"to undo: byokeep admin resume-tenant {name} --reason …")
+    session.out.note(f"to undo: {resume_hint(name)}")
 
 
 @command()
 def resume_tenant(session: Session, name: Name, reason: Reason) -> None:
     """Give leases to a tenant again, after revoke-tenant."""
-    session.connection.admin.ResumeTenant(
+    answer = session.connection.admin.ResumeTenant(
         admin_pb2.ResumeTenantRequest(tenant=_resource(name), reason=reason)
     )
     if session.out.as_json:
-        session.out.json({})
-    else:
+        session.out.json(message_dict(answer))
+    elif answer.resumed:
         session.out.print(f"tenant {name} may have leases again")
+    else:
+        session.out.print(f"nothing had stopped leases of tenant {name}")
 
 
 def register(app: typer.Typer) -> None:

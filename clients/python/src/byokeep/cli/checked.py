@@ -59,7 +59,7 @@ def lease(text: str) -> str:
         _LEASE,
         text,
         "a lease's id is lea_ and 26 letters and digits",
-        "byokeep key trail KEY --json",
+        "byokeep key trail KEY shows them",
     )
 
 

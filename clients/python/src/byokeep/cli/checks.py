@@ -13,6 +13,7 @@ import grpc
 from byokeep import sealing
 from byokeep.cli.identity import Identity, read_identity
 from byokeep.cli.session import Session
+from byokeep.cli.tenants import resume_hint
 from byokeep.cli.text import clean
 from byokeep.common.v1 import options_pb2
 from byokeep.errors import error_info
@@ -66,6 +67,8 @@ def all_checks(session: Session) -> Iterator[Check]:
     if reached.ok:
         yield _tenant(session)
         yield _intake(session)
+        if vault is not None and vault.ok:
+            yield from _leases(session)
         yield from _roles(session, keyvault=bool(vault and vault.ok))
         if vault and vault.ok:
             yield from _audit_key(session)
@@ -152,6 +155,23 @@ def _tenant(session: Session) -> Check:
     if states[parent] != tenant_pb2.TENANT_STATE_ACTIVE:
         return Check("tenant", False, f"{name} is not in service", "an operator resumes it")
     return Check("tenant", True, name)
+
+
+def _leases(session: Session) -> Iterator[Check]:
+    """Whether keyvault gives leases at all, and to the tenant; for operators, who may know."""
+    connection, name = session.connection, session.connection.tenant
+    try:
+        status = connection.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=_SECONDS)
+    except grpc.RpcError:
+        return
+    if not status.leases_allowed:
+        reason = clean(status.refusal_reason)
+        remedy = "look into it; then byokeep admin resume-leases --reason TEXT"
+        yield Check("leases", False, f"refused to every tenant: {reason}", remedy)
+    elif name in status.held_tenants:
+        yield Check("leases", False, f"refused to tenant {name}: it is held", resume_hint(name))
+    else:
+        yield Check("leases", True, f"given to tenant {name}")
 
 
 def _intake(session: Session) -> Check:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from byokeep.cli.fieldnames import said_of
 from byokeep.cli.text import clean
 
 if TYPE_CHECKING:
@@ -89,10 +90,10 @@ HINTS: Mapping[str, str] = {
     "NO_MODEL": "byokeep model list, then byokeep model set PROVIDER/MODEL",
     "MODEL_INVALID": "byokeep model list",
     "CALLER_NOT_ALLOWED": "byokeep doctor shows which roles this identity has",
-    "TENANT_NOT_ALLOWED": "an operator allows it: byokeep caller allow SPIFFE_ID --role ROLE;"
-    " byokeep doctor shows your SPIFFE ID and roles",
+    "TENANT_NOT_ALLOWED": "an operator allows it: byokeep caller allow SPIFFE_ID --role ROLE"
+    " --tenant TENANT; byokeep doctor shows your SPIFFE ID and roles",
     "USER_ASSERTION_NOT_ALLOWED": "an operator allows it: byokeep caller allow SPIFFE_ID"
-    " --role ROLE --assert-users",
+    " --role ROLE --assert-users --tenant TENANT",
     "TENANT_KEY_MISSING": "byokeep admin list-keks shows the tenants; an operator creates one:"
     " byokeep tenant create TENANT",
     "TENANT_EXISTS": "byokeep tenant list",
@@ -138,17 +139,15 @@ class CliError(Exception):
         return self.message
 
     def to_dict(self) -> dict[str, object]:
-        """Return what `--json` prints on stderr."""
-        return {
-            "error": {
-                "message": self.message,
-                "reason": self.reason,
-                "code": self.code,
-                "hint": self.hint,
-                "exit": int(self.exit_code),
-                "metadata": dict(self.metadata),
-            }
+        """Return what `--json` prints on stderr; without what there is not."""
+        optional = {
+            "reason": self.reason,
+            "code": self.code,
+            "hint": self.hint,
+            "metadata": dict(self.metadata),
         }
+        given = {name: value for name, value in optional.items() if value}
+        return {"error": {"message": self.message, "exit": int(self.exit_code), **given}}
 
 
 def from_rpc(error: grpc.RpcError, profile: Profile | None) -> CliError:
@@ -160,6 +159,8 @@ def from_rpc(error: grpc.RpcError, profile: Profile | None) -> CliError:
     reason = info.reason.removeprefix("ERROR_REASON_")
     metadata = {clean(name): clean(value) for name, value in info.metadata.items()}
     message = clean(info.message) if reason else _transport_message(code, info, profile)
+    if reason == "INVALID_FIELD":
+        message = said_of(metadata.get("field", ""), message)
     return CliError(
         message=message,
         hint=_hint(reason, metadata) or _CODE_HINTS.get(code, ""),

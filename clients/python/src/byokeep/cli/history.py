@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from byokeep.cli.output import message_dict, short
-from byokeep.cli.text import clean
+from byokeep.cli.text import clean, count
 from byokeep.keyvault.v1 import audit_pb2, grant_pb2, lease_pb2
 from byokeep.orchestrator.v1 import key_pb2
 
@@ -167,7 +167,7 @@ def _recorded(event: audit_pb2.AuditEvent, use: key_pb2.KeyUse | None) -> Entry:
 def _details(event: audit_pb2.AuditEvent, use: key_pb2.KeyUse | None) -> Iterable[str]:
     if event.type == audit_pb2.AUDIT_EVENT_TYPE_LEASED:
         yield _attempt(event.attempt_id, event.review_id, use)
-        yield f"runner {clean(event.caller)}"
+        yield f"lease {clean(event.lease_id)}, runner {clean(event.caller)}"
     elif event.type not in _ENDS:
         through = f", through {clean(event.caller)}" if event.caller else ""
         if event.actor or event.caller:
@@ -184,9 +184,8 @@ def _attempt(attempt_id: str, review_id: str, use: key_pb2.KeyUse | None) -> str
         parts.append(clean(use.label))
     parts.append(f"attempt {lease_short(attempt_id)}")
     if use is not None:
-        calls = use.calls_started
         parts[-1] += f" (number {use.number})"
-        parts.append(f"{calls} provider call{'s' * (calls != 1)} started")
+        parts.append(f"{count(use.calls_started, 'provider call')} started")
     return ", ".join(parts)
 
 

@@ -15,10 +15,10 @@ from byokeep.orchestrator.v1 import settings_pb2
 app = typer.Typer(no_args_is_help=True)
 
 _MEANING = {
-    "max_diff_bytes": ("largest diff, bytes", "the deployment's"),
-    "max_calls_per_review": ("provider calls of one review", "the deployment's"),
-    "max_calls_per_day": ("provider calls in 24 hours", "none"),
-    "max_reviews_per_day": ("reviews in 24 hours", "the plan's"),
+    "max_diff_bytes": ("largest diff, bytes", "the deployment"),
+    "max_calls_per_review": ("provider calls of one review", "the deployment"),
+    "max_calls_per_day": ("provider calls in 24 hours", ""),
+    "max_reviews_per_day": ("reviews in 24 hours", "the plan"),
 }
 
 _UNSET = "0: as before it was set."
@@ -88,7 +88,12 @@ def _print(session: Session, settings: settings_pb2.Settings) -> None:
         session.out.json(message_dict(settings))
         return
     rows = []
-    for name, (meaning, unset) in _MEANING.items():
-        value = getattr(settings, name)
-        rows.append((meaning, f"{value:,}" if value else unset, f"--{name.replace('_', '-')}"))
-    session.out.table(("CEILING", "IS", "SET WITH"), rows)
+    for name, (meaning, elsewhere) in _MEANING.items():
+        own, value = getattr(settings, name), getattr(settings.in_force, name)
+        source = "the tenant's own" if value and value == own else elsewhere
+        rows.append((meaning, f"{value:,}" if value else "none", source, f"--{_dashed(name)}"))
+    session.out.table(("CEILING", "IS", "COMES FROM", "SET WITH"), rows)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

@@ -8,6 +8,7 @@ import typer
 from google.protobuf import field_mask_pb2
 
 from byokeep.cli import checked
+from byokeep.cli.errors import CliError
 from byokeep.cli.output import message_dict
 from byokeep.cli.session import Session, command, examples, group, pages, request_id
 from byokeep.cli.text import clean
@@ -84,7 +85,21 @@ def set_(
 @command()
 def unset(session: Session, repo: Pattern = None) -> None:
     """Take the tenant's default away, or the choice for some of its repositories."""
+    _need_choice(session, repo)
     _change(session, "", repo)
+
+
+def _need_choice(session: Session, repo: str | None) -> None:
+    connection = session.connection
+    settings = connection.settings.GetSettings(
+        settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
+    ).settings
+    chosen = [entry.repository_pattern for entry in settings.model_overrides]
+    if repo is None and not settings.default_model:
+        raise CliError("the tenant has no default model", "byokeep model list")
+    if repo is not None and checked.pattern(repo) not in chosen:
+        there = f"; there is one for {', '.join(map(clean, chosen))}" if chosen else ""
+        raise CliError(f"no model is chosen for that pattern of repositories{there}")
 
 
 def _models(session: Session) -> list[settings_pb2.Model]:

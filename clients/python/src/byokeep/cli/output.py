@@ -158,7 +158,7 @@ class Output:
 
             def update(done: int, total: int, text: str) -> None:
                 nonlocal shown
-                line = f"{text} {10 * done // total * 10 if total else 0} %"
+                line = f"{text} {10 * done // total * 10} %" if total else text
                 if line != shown:
                     self._err.print(line)
                     shown = line

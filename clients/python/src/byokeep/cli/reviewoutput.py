@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from byokeep import names
 from byokeep.cli.output import Output, short, state_text, when
-from byokeep.cli.text import clean
+from byokeep.cli.text import clean, count
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def progress_line(review: review_pb2.Review) -> str:
     state = short(review_pb2.ReviewState, review.state).lower()
     parts = [f"review {review_id(review)} {state}"]
     if review.chunks_total:
-        parts.append(f"{review.chunks_done} of {review.chunks_total} chunks")
+        parts.append(f"{review.chunks_done} of {count(review.chunks_total, 'chunk')}")
     if review.model:
         parts.append(clean(review.model))
     if review.finding_count or review.findings:
-        parts.append(f"{review.finding_count or len(review.findings)} findings")
+        parts.append(count(review.finding_count or len(review.findings), "finding"))
     if review.attempts > 1:
         parts.append(f"attempt {review.attempts}")
     return ", ".join(parts)
@@ -71,8 +71,8 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
     out.print(_closing(review))
     if review.ambiguous_calls:
         out.warn(
-            f"{review.ambiguous_calls} provider calls lost their answer;"
-            " they may be on the bill, so they were not repeated"
+            f"lost answers of provider calls: {review.ambiguous_calls};"
+            " such a call may be on the bill, so it was not repeated"
         )
 
 
@@ -107,9 +107,8 @@ def print_dry_run(out: Output, answer: review_pb2.DryRunReviewResponse) -> None:
     )
     for path in answer.skipped_files:
         out.print(f"skipped: {clean(path)} (nothing to review in it)", style="dim")
-    calls = f"{answer.calls} call{'s' * (answer.calls != 1)}"
     out.print(
-        f"{calls} to {clean(answer.model)} on key {clean(answer.key_id)};"
+        f"{count(answer.calls, 'call')} to {clean(answer.model)} on key {clean(answer.key_id)};"
         f" at most {answer.max_calls_per_review} are allowed; none was made"
     )
 
@@ -145,24 +144,20 @@ def _closing(review: review_pb2.Review) -> Text:
 
     line = Text()
     counts = Counter(severity(finding) for finding in review.findings)
-    if not counts:
-        line.append("no findings", style="green" if _completed(review) else "")
-    else:
-        line.append(f"{len(review.findings)} finding{'s' * (len(review.findings) != 1)}: ", "bold")
+    if counts:
+        line.append(f"{count(len(review.findings), 'finding')}: ", "bold")
         for number, level in enumerate(level for level in SEVERITIES if counts[level]):
             line.append(", " if number else "")
             line.append(f"{counts[level]} {level}", style=_STYLES[level])
+        line.append("; ")
+    elif review.state == review_pb2.REVIEW_STATE_COMPLETED:
+        line.append("no findings", style="green").append("; ", style="default")
     if review.dropped_findings:
-        line.append(f"; {review.dropped_findings} dropped (not on lines of the diff)")
-    calls = review.calls_started
-    line.append(f"; {calls} call{'s' * (calls != 1)} to {clean(review.model)}")
+        line.append(f"{review.dropped_findings} dropped (not on lines of the diff); ")
+    line.append(f"{count(review.calls_started, 'call')} to {clean(review.model)}")
     if review.HasField("end_time"):
         spent = review.end_time.ToDatetime() - review.create_time.ToDatetime()
         line.append(f" in {spent.total_seconds():.1f} s")
     line.append(f"; review {review_id(review)} ", style="")
     line.append_text(state_text(short(review_pb2.ReviewState, review.state)))
     return line
-
-
-def _completed(review: review_pb2.Review) -> bool:
-    return review.state == review_pb2.REVIEW_STATE_COMPLETED

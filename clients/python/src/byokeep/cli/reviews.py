@@ -116,6 +116,8 @@ def review(
         return
     if request is not None and not _REQUEST_ID.fullmatch(request):
         raise CliError("--request-id takes 8 to 64 letters, digits, hyphens and underscores")
+    if dry_run and session.format not in (Format.TEXT, Format.JSON):
+        raise CliError("--dry-run finds nothing that could be exported: it takes text or json")
     given = reviewinput.Given(
         diff, base, repo, pr, head, title, description, context or [], guidance, model, user
     )

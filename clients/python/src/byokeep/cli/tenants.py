@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
     from byokeep.client import Connection
 
+_SHREDDED = {
+    "immediate": "shredded, for good",
+    "delayed": "shredded when the waiting period of its KEK backend ends",
+    "none": "deleted; copies of the keyring, if there are any, still hold it",
+}
+
 app = typer.Typer(no_args_is_help=True)
 callers = typer.Typer(no_args_is_help=True)
 
@@ -151,15 +157,15 @@ def delete(
     deleted = connection.tenants.DeleteTenant(
         tenant_pb2.DeleteTenantRequest(name=resource, request_id=request_id())
     )
-    shredded = admin.ShredTenant(
+    answer = admin.ShredTenant(
         admin_pb2.ShredTenantRequest(tenant=resource, request_id=request_id())
     )
     if session.out.as_json:
-        session.out.json({**message_dict(deleted), **message_dict(shredded)})
+        session.out.json({**message_dict(deleted), **message_dict(answer)})
         return
     session.out.print(
         f"tenant {name} is deleted; keys destroyed: {deleted.destroyed_keys};"
-        f" its key-encryption key is shredded ({clean(shredded.shred)})"
+        f" {shredded(answer.shred)}"
     )
 
 
@@ -245,6 +251,16 @@ def list_callers(session: Session) -> None:
         return
     rows = [(clean(entry.spiffe_id), _roles(entry)) for entry in found]
     session.out.table(("SPIFFE ID", "ROLES"), rows)
+
+
+def resume_hint(name: str) -> str:
+    """Return the line that gives leases to a tenant again."""
+    return f"byokeep admin resume-tenant {name} --reason TEXT"
+
+
+def shredded(worth: str) -> str:
+    """Return what became of a tenant's KEK; `worth`: the backend's shredding, as it declares."""
+    return f"its key-encryption key is {_SHREDDED.get(worth, f'shredded ({clean(worth)})')}"
 
 
 def _create(

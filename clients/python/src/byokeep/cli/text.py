@@ -8,6 +8,11 @@ import unicodedata
 _UNFIT = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
+def count(number: int, one: str, many: str = "") -> str:
+    """Return `1 call`, `2 calls`; `many` where the plural is more than an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def clean(text: str, *, lines: bool = False) -> str:
     """Return text without control and invisible characters; with `lines`, newlines stay.
 

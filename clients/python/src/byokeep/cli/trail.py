@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from byokeep.cli.history import Entry, Summary, merge
 from byokeep.cli.keyref import key_id, key_state, provider_of
 from byokeep.cli.session import Session, pages
-from byokeep.cli.text import clean
+from byokeep.cli.text import clean, count
 from byokeep.keyvault.v1 import audit_pb2
 from byokeep.orchestrator.v1 import key_pb2
 
@@ -97,7 +97,7 @@ def _timeline(entries: Sequence[Entry], *, ascii_only: bool) -> Iterable[Text]:
 def _closing(summary: Summary) -> Iterable[Text]:
     from rich.text import Text
 
-    processes = _count(summary.processes, "process", "processes")
+    processes = count(summary.processes, "process", "processes")
     line = Text()
     line.append(f"plaintext existed in {processes}")
     line.append(f" for {summary.plaintext_ms} ms in all; ")
@@ -113,13 +113,9 @@ def _closing(summary: Summary) -> Iterable[Text]:
     yield line
     if summary.recorded:
         yield Text(
-            f"keyvault itself opened it {_count(summary.staged + summary.leased, 'time', 'times')}:"
+            f"keyvault itself opened it {count(summary.staged + summary.leased, 'time')}:"
             f" {summary.staged} to store it, {summary.leased} to lease it."
             " Recorded: keyvault's hash chain (byokeep audit export, then verify)."
             " Reported: the runner's word.",
             style="dim",
         )
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

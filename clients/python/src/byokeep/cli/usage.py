@@ -39,7 +39,7 @@ def _sentence(kind: str, error: Any, path: str) -> str:
     one_of = _choices(parameter)
     if kind == "MissingParameter":
         return f"{name} is missing{one_of}"
-    return f"{name} has a value that it can't have{one_of}"
+    return f"{name} " + (_number(parameter) or f"has a value that it can't have{one_of}")
 
 
 def _without_parameter(error: Any, path: str) -> str:
@@ -59,6 +59,18 @@ def _choices(parameter: Any) -> str:
     for holder in ("type_descriptor", "type"):
         if choices := getattr(getattr(parameter, holder, None), "choices", None):
             return f": one of {', '.join(str(choice) for choice in choices)}"
+    return ""
+
+
+def _number(parameter: Any) -> str:
+    for holder in ("type_descriptor", "type"):
+        kind = getattr(parameter, holder, None)
+        if not any(word in getattr(kind, "name", "") for word in ("int", "float")):
+            continue
+        low, high = getattr(kind, "min", None), getattr(kind, "max", None)
+        if low is not None and high is not None:
+            return f"takes a number from {low:,} to {high:,}"
+        return f"takes a number from {low:,} on" if low is not None else "takes a number"
     return ""
 
 

@@ -1,0 +1,51 @@
+"""Refused fields of a request, told by the option or argument that was typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_TYPED: Mapping[str, tuple[str, str]] = {
+    "display_name": ("--name", "takes 1 to 64 letters, digits, dots, hyphens and underscores"),
+    "input.context_files": ("--context", ""),
+    "input.description": ("--description", ""),
+    "input.diff": ("the diff", ""),
+    "input.guidance": ("--guidance", ""),
+    "input.head_commit": ("--head", "takes 7 to 64 hexadecimal digits, in lower case"),
+    "input.model": ("--model", "takes PROVIDER/MODEL"),
+    "input.pull_request": ("--pr", ""),
+    "input.repository": ("--repo", "takes OWNER/NAME"),
+    "input.title": ("--title", ""),
+    "input.user": ("--user", "takes letters, digits and . _ @ + -"),
+    "key_id": ("KEY_ID", "takes the id that the step before printed"),
+    "lease_id": ("LEASE", "takes a lease's id, as byokeep key trail shows it"),
+    "page_size": ("--limit", ""),
+    "reason": ("--reason", ""),
+    "repository": ("--repo", "takes OWNER/NAME"),
+    "repository_pattern": ("--repo", "takes a pattern such as acme/*"),
+    "request_id": ("--request-id", "takes 8 to 64 letters, digits, hyphens and underscores"),
+    "settings.default_model": ("PROVIDER/MODEL", "looks like openai/gpt-6.1-terra"),
+    "settings.max_calls_per_day": ("--max-calls-per-day", ""),
+    "settings.max_calls_per_review": ("--max-calls-per-review", ""),
+    "settings.max_diff_bytes": ("--max-diff-bytes", ""),
+    "settings.max_reviews_per_day": ("--max-reviews-per-day", ""),
+    "spiffe_id": ("SPIFFE_ID", "looks like spiffe://acme.example/ci"),
+    "target_backend": ("--to", "takes the name of a KEK backend"),
+    "tenant": ("TENANT", "takes lower-case letters, digits and hyphens"),
+    "user": ("--user", "takes letters, digits and . _ @ + -"),
+}
+
+
+def said_of(field: str, message: str) -> str:
+    """Return the server's sentence on a field of a request, in the words of the command line.
+
+    A pattern is told as what it takes; a field that nothing on the command line sets, as it is.
+    """
+    name = re.sub(r"\[[^]]*\]", "", field)
+    while name and name not in _TYPED:
+        name = name.rpartition(".")[0]
+    said = message.removeprefix(f"{field}: ")
+    typed, takes = _TYPED.get(name, (field, ""))
+    if "regex" in said or "expected" in said:
+        said = takes or "has a form that it can't have"
+    return f"{typed} {said}".strip()
