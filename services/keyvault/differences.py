@@ -36,7 +36,7 @@ class Differences:
         self._following = following
         self._deployment = deployment
         #: Tenants of which the row and the chain differ on whether they are held.
-        self._holds_differ: set[str] = set()
+        self.holds_differ: set[str] = set()
         #: By tenant, what differed where it could not be found out which of both is right.
         self._unsettled: dict[str, set[store.Bound]] = {}
 
@@ -52,7 +52,7 @@ class Differences:
                 f" byokeep key rotate {key_id}",
                 key=key_id,
             )
-        if tenant in self._holds_differ:
+        if tenant in self.holds_differ:
             return ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
                 MISMATCH,
@@ -71,7 +71,7 @@ class Differences:
         stored = await store.holds(self._database)
         tenants = stored.keys() | self._following.holds.keys()
         differ = {one for one in tenants if stored.get(one) != self._following.holds.get(one)}
-        self._holds_differ &= differ
+        self.holds_differ &= differ
         await self._settle([(tenant, *_HOLD) for tenant in differ])
 
     async def _settle(self, differing: Iterable[store.Bound]) -> None:
@@ -101,9 +101,9 @@ class Differences:
             if await self._following.follow(name):
                 await self.broken(connection, head)
         if now == self._following.holds.get(tenant):
-            self._holds_differ.discard(tenant)
-        elif tenant not in self._holds_differ:
-            self._holds_differ.add(tenant)
+            self.holds_differ.discard(tenant)
+        elif tenant not in self.holds_differ:
+            self.holds_differ.add(tenant)
             logs.event(log, "hold_differs", level=logging.CRITICAL, tenant=tenant)
 
     async def agree(self, rows: list[Row]) -> bool:

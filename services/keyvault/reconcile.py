@@ -150,7 +150,7 @@ class Reconcile:
 
     def differing_holds(self) -> frozenset[str]:
         """Return the tenants that are held because row and chain differ on their hold."""
-        return frozenset(self._holds_differ)
+        return frozenset(self._differences.holds_differ)
 
     async def _pass(self) -> None:
         position = self._anchor.position

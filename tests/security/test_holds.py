@@ -26,7 +26,11 @@ async def _resume(keyvault) -> bool:
 
 
 async def _held(keyvault) -> list[str]:
-    return list((await keyvault.admin.GetStatus(admin_pb2.GetStatusRequest())).held_tenants)
+    return list((await _status(keyvault)).held_tenants)
+
+
+async def _status(keyvault) -> admin_pb2.GetStatusResponse:
+    return await keyvault.admin.GetStatus(admin_pb2.GetStatusRequest())
 
 
 async def _told(stream, number: int) -> set[str]:
@@ -113,6 +117,7 @@ async def test_a_hold_that_sql_lifts_stays(keyvault):
     await keyvault.sql(put, *resumed[0])
     await keyvault.app._reconcile.once()
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
+    assert (await _status(keyvault)).contradicted_tenants == ["acme"]
     await keyvault.sql("DELETE FROM tenant_hold")
     await keyvault.app._reconcile.once()
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"

@@ -328,7 +328,7 @@ def test_repository_is_read_from_the_remote(edge, byokeep, checkout, url, name):
         (("--diff", "-"), "empty"),
         (("--request-id", "x", "--diff", "-"), "--request-id"),
         (("--diff", "app.py", "--context", "missing"), "can't be read"),
-        (("--pr", "x"), "--pr has a value"),
+        (("--pr", "x"), "--pr takes a number from 0 to"),
         (("--fail-on", "fatal"), "info, low, medium, high, critical"),
     ],
 )

@@ -264,15 +264,12 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             kek_backend_detail=health.detail,
             undecryptable_keys=await job_store.undecryptable(self._database),
             open_kek_jobs=await job_store.open_count(self._database),
-            held_tenants=await self._held_tenants(),
+            held_tenants=await hold_store.held(self._database, _MOST_HELD),
+            contradicted_tenants=sorted(self._reconcile.differing_holds()),
         )
         if self._reconcile.last is not None:
             status.reconcile_time.FromDatetime(self._reconcile.last)
         return status
-
-    async def _held_tenants(self) -> list[str]:
-        held = await hold_store.held(self._database, _MOST_HELD)
-        return sorted({*held, *self._reconcile.differing_holds()})[:_MOST_HELD]
 
 
 def _event(kind: audit_pb2.AuditEventType.ValueType, shred: str = "") -> audit_pb2.AuditEvent:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from byokeep.cli import admin_leases, checked
 from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.output import message_dict, when
 from byokeep.cli.session import Session, command, examples, group, request_id
-from byokeep.cli.tenants import Name, resume_hint, shredded
+from byokeep.cli.tenants import Name, shredded, way_out
 from byokeep.cli.text import clean
 from byokeep.keyvault.v1 import admin_pb2
 
@@ -46,7 +45,7 @@ def status(session: Session) -> None:
     out.print(f"leases       {leases}; live now: {answer.live_leases}")
     out.print(f"tenants      {answer.tenants}")
     out.print(f"reconcile    {reconcile}; frozen keys: {answer.frozen_keys}")
-    _print_held(session, answer.held_tenants)
+    _print_held(session, answer)
     out.print(
         f"rewrap jobs  {answer.open_kek_jobs} open; undecryptable keys: {answer.undecryptable_keys}"
     )
@@ -106,10 +105,10 @@ def resume_leases(
         session.out.print("nothing had stopped leases; the audit log has the reason all the same")
 
 
-def _print_held(session: Session, held: Sequence[str]) -> None:
-    for name in map(clean, held):
-        session.out.print(f"held         tenant {name} gets no lease", style="bold red")
-        session.out.print(f"    → {resume_hint(name)}", style="cyan")
+def _print_held(session: Session, answer: admin_pb2.GetStatusResponse) -> None:
+    for name in sorted({*answer.held_tenants, *answer.contradicted_tenants}):
+        session.out.print(f"held         tenant {clean(name)} gets no lease", style="bold red")
+        session.out.print(f"    → {clean(way_out(answer, name))}", style="cyan")
 
 
 def resource(name: str) -> str:

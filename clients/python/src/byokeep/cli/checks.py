@@ -13,7 +13,7 @@ import grpc
 from byokeep import sealing
 from byokeep.cli.identity import Identity, read_identity
 from byokeep.cli.session import Session
-from byokeep.cli.tenants import resume_hint
+from byokeep.cli.tenants import way_out
 from byokeep.cli.text import clean
 from byokeep.common.v1 import options_pb2
 from byokeep.errors import error_info
@@ -168,8 +168,8 @@ def _leases(session: Session) -> Iterator[Check]:
         reason = clean(status.refusal_reason)
         remedy = "look into it; then byokeep admin resume-leases --reason TEXT"
         yield Check("leases", False, f"refused to every tenant: {reason}", remedy)
-    elif name in status.held_tenants:
-        yield Check("leases", False, f"refused to tenant {name}: it is held", resume_hint(name))
+    elif remedy := way_out(status, name):
+        yield Check("leases", False, f"refused to tenant {name}: it is held", remedy)
     else:
         yield Check("leases", True, f"given to tenant {name}")
 

@@ -11,7 +11,7 @@ from byokeep.cli.errors import Exit
 from byokeep.cli.keyref import key_state, label_of, list_keys
 from byokeep.cli.output import message_dict, state_text
 from byokeep.cli.session import Session, command
-from byokeep.cli.tenants import resume_hint
+from byokeep.cli.tenants import way_out
 from byokeep.cli.text import clean
 
 _MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
@@ -43,9 +43,9 @@ def status(session: Session) -> None:
     if vault is not None:
         leases = "given" if vault.leases_allowed else f"refused: {clean(vault.refusal_reason)}"
         out.print(f"keyvault      leases {leases}; live now: {vault.live_leases}")
-        if connection.tenant in vault.held_tenants:
+        if remedy := way_out(vault, connection.tenant):
             out.print(f"held          tenant {connection.tenant} gets no lease", style="bold red")
-            out.print(f"    → {resume_hint(connection.tenant)}", style="cyan")
+            out.print(f"    → {remedy}", style="cyan")
     out.print(f"deployment    {profile.trust.deployment} (profile {profile.name})")
     out.print(f"identity      {identity.spiffe_id}")
     out.print(f"tenant        {connection.tenant}")

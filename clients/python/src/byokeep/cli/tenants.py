@@ -258,6 +258,13 @@ def resume_hint(name: str) -> str:
     return f"byokeep admin resume-tenant {name} --reason TEXT"
 
 
+def way_out(status: admin_pb2.GetStatusResponse, name: str) -> str:
+    """Return how a tenant that gets no lease gets some again; empty where it is not held."""
+    if name in status.contradicted_tenants:
+        return f"byokeep admin revoke-tenant {name} --reason TEXT, then {resume_hint(name)}"
+    return resume_hint(name) if name in status.held_tenants else ""
+
+
 def shredded(worth: str) -> str:
     """Return what became of a tenant's KEK; `worth`: the backend's shredding, as it declares."""
     return f"its key-encryption key is {_SHREDDED.get(worth, f'shredded ({clean(worth)})')}"
