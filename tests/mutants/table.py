@@ -1008,8 +1008,8 @@ MUTANTS = (
     Mutant(
         "a KEK that no row names is looked for only until it should have died",
         _KV + "epochs.py",
-        "> now - ORPHANED:",
-        "> now:",
+        "if end <= now - ORPHANED:",
+        "if end <= now:",
         (_SEC + "test_content_keys.py::test_a_kek_that_no_row_names_dies_too",),
     ),
     Mutant(
