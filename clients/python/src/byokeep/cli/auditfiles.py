@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from byokeep.auditlog import Older
     from byokeep.profile import TrustBundle
 
-_RECORD = re.compile(rb'(?m)^\s*\{\s*"(event|head)"|^byokeep/.+/audit$')
+# Blanks of one line only: `\s*` would begin anew at each of many empty lines.
+_RECORD = re.compile(rb'(?m)^[ \t]*\{[ \t]*"(event|head)"|^byokeep/.+/audit$')
 _T = TypeVar("_T")
 
 
