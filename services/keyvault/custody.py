@@ -16,7 +16,9 @@ from byokeep.names import provider_value
 from services.keyvault import chain, domain, kek
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, Row
+from services.keyvault.differences import mismatch
 from services.keyvault.domain import Change, Key, State, Version
+from services.keyvault.reconcile import Reconcile
 from services.keyvault.rotation import queue_sweep
 from services.keyvault.store import keys as store
 from services.keyvault.store import leases as lease_store
@@ -40,6 +42,7 @@ class Custody:
         self,
         database: Database,
         backends: kek.Backends,
+        reconcile: Reconcile,
         mac_key: bytes,
         deployment: str,
         shred_after_seconds: int,
@@ -47,6 +50,7 @@ class Custody:
         """Keep keys in a database."""
         self._database = database
         self._backends = backends
+        self._reconcile = reconcile
         self._mac_key = mac_key
         self._deployment = deployment
         self._shred_after = datetime.timedelta(seconds=shred_after_seconds)
@@ -55,7 +59,8 @@ class Custody:
         """Apply what `decide` says to a key, as one transaction; return the key.
 
         Raises:
-            ByokeepError: NOT_FOUND, STATE_TAMPERED, and what `decide` raises.
+            ByokeepError: NOT_FOUND, STATE_TAMPERED, what `decide` raises, and RECONCILE_MISMATCH
+                where a version would be made ACTIVE whose row is older than its chain.
         """
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
@@ -77,6 +82,8 @@ class Custody:
         versions = {one.version: one for one in key.versions}
         for change in changes:
             version = versions[change.version]
+            if domain.STATE_AFTER[change.event] is State.ACTIVE and self._outdated(key, version):
+                raise mismatch(key.key_id)
             events.append(self.event(key, change, origin))
             version = domain.with_state(
                 version, domain.STATE_AFTER[change.event], head.sequence + len(events)
@@ -117,13 +124,23 @@ class Custody:
             domain.check_state(self._mac_key, self._deployment, key, version)
 
     async def sweep(self) -> None:
-        """Destroy superseded versions whose grace is over."""
+        """Destroy superseded versions whose grace is over.
+
+        Nobody asked for it: so only what the chain, followed to its end, calls superseded too.
+        """
         origin = Origin("keyvault", "grace is over")
 
         async def destroy(row: Row) -> None:
-            await self.change(
-                row[0], row[1], origin, lambda key, head: domain.expired(key, head.now)
-            )
+            async def act(connection: Connection, head: chain.Head, versions: int) -> None:
+                key = await self.checked(connection, row[0], row[1])
+                over = [
+                    change
+                    for change in domain.expired(key, head.now)
+                    if not self._outdated(key, key.version(change.version))
+                ]
+                await self.apply(connection, head, key, over, origin)
+
+            await self._reconcile.at_head(chain.tenant_chain(row[0]), act)
 
         await each("grace", await store.past_grace(self._database), destroy)
 
@@ -134,6 +151,11 @@ class Custody:
             raise domain.not_found("provider key")
         self.check(key)
         return key
+
+    def _outdated(self, key: Key, version: Version) -> bool:
+        """Say whether a row was put back: its chain is known to have gone on from there."""
+        followed = self._reconcile.newest(key.tenant, key.key_id, version.version)
+        return followed > version.state_sequence
 
     def event(self, key: Key, change: Change, origin: Origin) -> audit_pb2.AuditEvent:
         """Return the event of a change, not yet linked."""

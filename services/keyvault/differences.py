@@ -45,13 +45,7 @@ class Differences:
         states = self._following.states
         frozen = states.get(states.fingerprint(tenant, key_id, version))[2]
         if frozen or chain.tenant_chain(tenant) in self._following.broken:
-            return ByokeepError(
-                grpc.StatusCode.DATA_LOSS,
-                MISMATCH,
-                "this key's row and its audit chain disagree; it is frozen:"
-                f" byokeep key rotate {key_id}",
-                key=key_id,
-            )
+            return mismatch(key_id)
         if tenant in self.holds_differ:
             return ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
@@ -138,6 +132,13 @@ class Differences:
         logs.event(log, "key_frozen", level=logging.CRITICAL, tenant=tenant, key=key_id)
         await self._record(connection, head, key_id, version)
 
+    async def freeze_revived(self, version: store.Bound) -> None:
+        """Put on the record that a version is frozen, of which the chain tells what can't be."""
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.tenant_chain(version[0]))
+            await self._freeze(connection, head, *version)
+        self._following.revived.discard(version)
+
     async def freeze_tenant(self, name: str) -> None:
         """Put on the record that a chain is broken."""
         async with self._database.transaction() as connection:
@@ -158,3 +159,13 @@ class Differences:
             reason=MISMATCH,
         )
         await chain.append(connection, head, self._deployment, [event])
+
+
+def mismatch(key_id: str) -> ByokeepError:
+    """Return the error for a key whose row and chain disagree."""
+    return ByokeepError(
+        grpc.StatusCode.DATA_LOSS,
+        MISMATCH,
+        f"this key's row and its audit chain disagree; it is frozen: byokeep key rotate {key_id}",
+        key=key_id,
+    )

@@ -40,6 +40,9 @@ STATE_AFTER = {
 }
 
 
+# What is revoked may only be destroyed, and what is destroyed stays so.
+_LAST = {State.REVOKED: (State.REVOKED, State.DESTROYED), State.DESTROYED: (State.DESTROYED,)}
+
 #: Whether an event holds a tenant's leases back, or lets them go again.
 HELD_AFTER = {
     audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED: True,
@@ -95,6 +98,11 @@ class Change:
 
     version: int
     event: audit_pb2.AuditEventType.ValueType
+
+
+def may_become(before: int, after: State) -> bool:
+    """Say whether a version may have a state after another; 0 is none."""
+    return before not in _LAST or after in _LAST[State(before)]
 
 
 def state_mac(mac_key: bytes, deployment: str, key: Key, version: Version) -> bytes:

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from services.keyvault import chain, merkle, snapshot
 from services.keyvault.carried import Carried
 from services.keyvault.database import Database, Row
-from services.keyvault.domain import HELD_AFTER, STATE_AFTER
+from services.keyvault.domain import HELD_AFTER, STATE_AFTER, may_become
 from services.keyvault.position import Position
 from services.keyvault.states import SEQUENCES, States
 from services.keyvault.store import audit as audit_store
@@ -73,6 +73,8 @@ class Following:
         self.broken: set[str] = set()
         #: Tenants that were ever held: whether they are, and by which event.
         self.holds: dict[str, tuple[bool, int]] = {}
+        #: Versions that a chain gave another state after their last one; not on the record yet.
+        self.revived: set[store.Bound] = set()
         #: How many key versions each tenant's chain tells of.
         self.versions: Counter[str] = Counter()
         self.resumed = position.resumed
@@ -283,8 +285,14 @@ class Following:
         if _froze(event):
             # What was frozen stays so in the chain: no column that SQL could clear.
             self.states.freeze(version)
+            self.revived.discard(bound)
         elif event.type in STATE_AFTER:
-            self.versions[tenant] += not self.states.get(version)[1]
+            before, since, _ = self.states.get(version)
+            self.versions[tenant] += not since
+            if sequence > since and not may_become(before, STATE_AFTER[event.type]):
+                # keyvault wrote it, misled by a row that was put back.
+                self.states.freeze(version)
+                self.revived.add(bound)
             self.states.set(version, STATE_AFTER[event.type], sequence)
             self._changed(bound)
 

@@ -60,9 +60,17 @@ class Reconcile:
     def refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
         """Return why this version may not be leased now."""
         differs = self._differences.refusal(tenant, key_id, version)
-        if differs is None and time.monotonic() - self._passed > STALE_SECONDS:
+        # What another replica's operator resumed, this one has not followed yet.
+        resumed = self.following.resumed == self._anchor.position.resumed
+        if differs is None and (not resumed or time.monotonic() - self._passed > STALE_SECONDS):
             return stale("reconciled")
         return differs
+
+    def newest(self, tenant: str, key_id: str, version: int) -> int:
+        """Return the number of the event that set a version's state, as far as chains were
+        followed; 0 for none."""
+        states = self.following.states
+        return states.get(states.fingerprint(tenant, key_id, version))[1]
 
     @property
     def rolled_back(self) -> bool:
@@ -158,6 +166,8 @@ class Reconcile:
             self._forget()
         broken = await self.following.log(position)
         await each("freeze_tenant", broken, self._differences.freeze_tenant)
+        revived = list(self.following.revived)
+        await each("freeze_revived", revived, self._differences.freeze_revived)
         await self._check_heads()
         await self._differences.again()
         await self._differences.holds()
@@ -173,6 +183,7 @@ class Reconcile:
         self._pages.forget()
         self._broken_keys.clear()
         self._claimed.clear()
+        self._passed = -math.inf
 
     async def _check_heads(self) -> None:
         """Look at some thousand heads: none may be before what was followed, and what is said to

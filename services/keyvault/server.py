@@ -124,9 +124,13 @@ class App:
         self._content = ContentKeys(self._database, self._backends, settings.deployment, kept)
         self._epochs = Epochs(self._database, self._backends, settings.deployment, kept)
         wraps = Wraps(self._keys.state_mac, settings.deployment)
+        self._reconcile = Reconcile(
+            self._database, self._anchor, self._keys.state_mac, settings.deployment
+        )
         self._custody = Custody(
             self._database,
             self._backends,
+            self._reconcile,
             self._keys.state_mac,
             settings.deployment,
             settings.shred_after_seconds,
@@ -167,9 +171,6 @@ class App:
         )
         self._checkpoints = Checkpoints(
             self._database, self._anchor, self._signer, settings.deployment
-        )
-        self._reconcile = Reconcile(
-            self._database, self._anchor, self._keys.state_mac, settings.deployment
         )
         self._rotation = Rotation(
             self._database, self._backends, self._reconcile, wraps, settings.deployment

@@ -1280,4 +1280,25 @@ MUTANTS = (
         "if run is not None and",
         ("tests/unit/test_auditlog_runs.py::test_a_link_after_the_head_is_not_taken",),
     ),
+    Mutant(
+        "a row older than its chain is made ACTIVE",
+        _KV + "custody.py",
+        "if domain.STATE_AFTER[change.event] is State.ACTIVE and self._outdated(key, version):",
+        "if False:",
+        (_SEC + "test_revival.py::test_an_old_pending_row_is_not_promoted_again",),
+    ),
+    Mutant(
+        "a chain may tell of a life after the end",
+        _KV + "following.py",
+        "if sequence > since and not may_become(before, STATE_AFTER[event.type]):",
+        "if False:",
+        (_SEC + "test_revival.py::test_a_revoked_version_that_was_promoted_again_is_frozen",),
+    ),
+    Mutant(
+        "the sweep destroys what the row alone calls superseded",
+        _KV + "custody.py",
+        "if not self._outdated(key, key.version(change.version))",
+        "if True",
+        (_SEC + "test_revival.py::test_the_sweep_destroys_no_living_version",),
+    ),
 )

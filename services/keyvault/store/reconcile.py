@@ -24,10 +24,12 @@ _ORDER = """
 ORDER BY tenant, key_id, version LIMIT %s
 """
 _ROWS = _COLUMNS + _RANGE + _ORDER
-# The database renders and hashes; only 32 bytes cross.
+# The database renders and hashes; only 32 bytes cross. In hexadecimal a name ends where it
+# ends: no two tables render the same.
 _HASHED = """
 SELECT sha256(convert_to(string_agg(
-    tenant || ' ' || key_id || ' ' || version || ' ' || state || ' ' || state_sequence,
+    encode(convert_to(tenant, 'UTF8'), 'hex') || ' ' || encode(convert_to(key_id, 'UTF8'), 'hex')
+        || ' ' || version || ' ' || state || ' ' || state_sequence,
     E'\\n' ORDER BY tenant, key_id, version), 'UTF8'))
 FROM key_version
 """
@@ -67,7 +69,10 @@ def digest_of(read: Sequence[Row]) -> bytes:
     """Return the same digest of rows that were read."""
     if not read:
         return b""
-    text = "\n".join(f"{row[0]} {row[1]} {row[2]} {row[3]} {row[4]}" for row in read)
+    text = "\n".join(
+        f"{row[0].encode().hex()} {row[1].encode().hex()} {row[2]} {row[3]} {row[4]}"
+        for row in read
+    )
     return hashlib.sha256(text.encode()).digest()
 
 
