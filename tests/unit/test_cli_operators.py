@@ -266,7 +266,7 @@ def test_limit_set_without_a_ceiling_says_so(edge, byokeep):
 
 
 def test_a_held_tenant_is_shown_with_the_way_out(edge, byokeep):
-    """Shown to fail: without held_tenants in GetStatus' answer, or a look at it here."""
+    """Shown to fail where `way_out` looks at no held tenants."""
     edge.held = ["acme", "demo"]
     shown = byokeep("admin", "status").out
     for name in edge.held:

@@ -6,6 +6,7 @@ import datetime
 import sys
 
 import pytest
+from byokeep.orchestrator.v1 import tenant_pb2
 
 from tests.harness.chain import SigningKey
 
@@ -21,7 +22,32 @@ def test_status(edge, byokeep):
     out = byokeep("status").out
     assert "spiffe://byokeep.test/client/developer" in out
     assert "openai default ACTIVE sk-...AbCd" in out
-    assert byokeep("status", "--json").json["tenant"] == "demo"
+    told = byokeep("status", "--json").json
+    assert (told["tenant"], told["tenantState"]) == ("demo", "ACTIVE")
+
+
+@pytest.mark.parametrize(
+    ("state", "says", "way_out"),
+    [
+        ("SUSPENDED", "demo: suspended", "byokeep tenant suspend demo --resume"),
+        ("DELETED", "demo: deleted", "its name is not given twice"),
+        (None, "demo: no role for it", "byokeep caller allow SPIFFE_ID"),
+    ],
+)
+def test_a_tenant_out_of_service_is_shown_with_the_way_out(edge, byokeep, state, says, way_out):
+    """Shown to fail where `tenant_state` says ACTIVE whatever was listed."""
+    if state is None:
+        del edge.tenants["tenants/demo"]
+    else:
+        number = tenant_pb2.TenantState.Value(f"TENANT_STATE_{state}")
+        edge.tenants["tenants/demo"].state = number
+    for command in ("status", "doctor"):
+        out = " ".join(byokeep(command).out.split())
+        assert says in out
+        assert way_out in out
+    assert byokeep("status").code == 0
+    assert byokeep("doctor").code == 5
+    assert byokeep("status", "--json").json["tenantState"] == state
 
 
 def test_status_without_rights_at_keyvault(edge, byokeep):

@@ -13,7 +13,7 @@ import grpc
 from byokeep import sealing
 from byokeep.cli.identity import Identity, read_identity
 from byokeep.cli.session import Session
-from byokeep.cli.tenants import way_out
+from byokeep.cli.tenants import out_of_service, tenant_state, way_out
 from byokeep.cli.text import clean
 from byokeep.common.v1 import options_pb2
 from byokeep.errors import error_info
@@ -139,21 +139,14 @@ def _endpoint(name: str, profile: Profile, endpoint: Endpoint) -> Check:
 
 def _tenant(session: Session) -> Check:
     try:
-        parent = session.connection.parent
-        answer = session.connection.tenants.ListTenants(
-            tenant_pb2.ListTenantsRequest(page_size=500), timeout=_SECONDS
-        )
+        name = session.connection.tenant
+        what, remedy = out_of_service(name, tenant_state(session, _SECONDS))
     except ProfileError as error:
         return Check("tenant", False, str(error), error.hint)
     except grpc.RpcError as error:
         return Check("tenant", False, _said(error), "an operator allows this identity")
-    states = {tenant.name: tenant.state for tenant in answer.tenants}
-    name = session.connection.tenant
-    if parent not in states:
-        remedy = f"byokeep caller allow SPIFFE_ID --role ROLE --tenant {name}, by an operator"
-        return Check("tenant", False, f"{name}: no role for it", remedy)
-    if states[parent] != tenant_pb2.TENANT_STATE_ACTIVE:
-        return Check("tenant", False, f"{name} is not in service", "an operator resumes it")
+    if what:
+        return Check("tenant", False, f"{name}: {what}", remedy)
     return Check("tenant", True, name)
 
 

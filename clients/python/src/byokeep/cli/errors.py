@@ -79,6 +79,7 @@ _FAILURE_HINTS: Mapping[str, str] = {
     "KEY_REVOKED": "byokeep key add PROVIDER, then submit the diff again",
     "MODEL_NOT_FOUND": "byokeep model list, then byokeep model set PROVIDER/MODEL",
     "DAILY_LIMIT": "byokeep limit show tells the ceiling; later, {retry}",
+    "LEASE_REFUSED": "byokeep doctor tells an operator whether the tenant is held; then {retry}",
     "AMBIGUOUS": "look at the provider's bill, then {retry}",
 }
 

@@ -11,7 +11,7 @@ from byokeep.cli.errors import Exit
 from byokeep.cli.keyref import key_state, label_of, list_keys
 from byokeep.cli.output import message_dict, state_text
 from byokeep.cli.session import Session, command
-from byokeep.cli.tenants import way_out
+from byokeep.cli.tenants import out_of_service, tenant_state, way_out
 from byokeep.cli.text import clean
 
 _MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
@@ -26,6 +26,7 @@ def status(session: Session) -> None:
     identity = read_identity(profile)
     keys = _keys(session)
     vault = _vault(session)
+    state = tenant_state(session)
     if session.out.as_json:
         session.out.json(
             {
@@ -33,6 +34,7 @@ def status(session: Session) -> None:
                 "deployment": profile.trust.deployment,
                 "identity": identity.spiffe_id,
                 "tenant": connection.tenant,
+                "tenantState": state,
                 "keys": [message_dict(key) for key in keys or ()],
                 "keyvault": message_dict(vault) if vault else None,
             }
@@ -48,7 +50,10 @@ def status(session: Session) -> None:
             out.print(f"    → {remedy}", style="cyan")
     out.print(f"deployment    {profile.trust.deployment} (profile {profile.name})")
     out.print(f"identity      {identity.spiffe_id}")
-    out.print(f"tenant        {connection.tenant}")
+    what, remedy = out_of_service(connection.tenant, state)
+    out.print(f"tenant        {connection.tenant}{what and f': {what}'}")
+    if remedy:
+        out.print(f"    → {remedy}", style="cyan")
     if keys is None:
         out.print("keys          not shown to this identity's roles")
     elif not keys:

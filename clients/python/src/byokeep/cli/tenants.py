@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -251,6 +252,29 @@ def list_callers(session: Session) -> None:
         return
     rows = [(clean(entry.spiffe_id), _roles(entry)) for entry in found]
     session.out.table(("SPIFFE ID", "ROLES"), rows)
+
+
+def tenant_state(session: Session, timeout: float | None = None) -> str | None:
+    """Return `ACTIVE`, `SUSPENDED` or `DELETED`; None where this identity has no role for the
+    tenant, or there is none of that name. Raises grpc.RpcError."""
+    connection = session.connection
+    request = tenant_pb2.ListTenantsRequest(page_size=500)
+    listing = functools.partial(connection.tenants.ListTenants, timeout=timeout)
+    for entry in pages(listing, request, "tenants"):
+        if entry.name == connection.parent:
+            return short(tenant_pb2.TenantState, entry.state)
+    return None
+
+
+def out_of_service(name: str, state: str | None) -> tuple[str, str]:
+    """Return what keeps a tenant from service and what helps; both empty where nothing does."""
+    if state is None:
+        remedy = f"byokeep caller allow SPIFFE_ID --role ROLE --tenant {name}, by an operator"
+        return "no role for it", remedy
+    if state == "SUSPENDED":
+        what = "suspended; it takes no new reviews or keys"
+        return what, f"byokeep tenant suspend {name} --resume, by an operator"
+    return ("", "") if state == "ACTIVE" else (state.lower(), "its name is not given twice")
 
 
 def resume_hint(name: str) -> str:
