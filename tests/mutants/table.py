@@ -1274,6 +1274,20 @@ MUTANTS = (
         ("tests/unit/test_auditlog_runs.py::test_an_older_head_inside_a_run_must_be_that_link",),
     ),
     Mutant(
+        "verify: brackets in brackets are not expected",
+        _AUDITLOG + "__init__.py",
+        "except (ValueError, RecursionError):",
+        "except ValueError:",
+        ("tests/unit/test_cli_audit.py::test_what_can_t_be_parsed_is_a_broken_export",),
+    ),
+    Mutant(
+        "verify: a head of the wrong shape is not expected",
+        _AUDITLOG + "end.py",
+        "except (json_format.ParseError, TypeError, ValueError, SystemError):",
+        "except json_format.ParseError:",
+        ("tests/unit/test_cli_audit.py::test_what_can_t_be_parsed_is_a_broken_export",),
+    ),
+    Mutant(
         "verify: links may follow the head",
         _AUDITLOG + "__init__.py",
         "if end is None and run is not None and",

@@ -255,3 +255,12 @@ def test_a_body_with_a_time_that_no_calendar_has():
     )
     with pytest.raises(VerificationError, match="not an event"):
         verify(lines, TRUSTED)
+
+
+def test_a_head_signed_at_a_time_that_no_calendar_has():
+    """Shown to fail: without `view(head)` in `end`."""
+    head = audit_pb2.ChainHead(deployment="test", chain="tenants/demo")
+    head.sign_time.seconds = 10**15
+    envelope = dsse.sign(dsse.CHAIN_HEAD, head.SerializeToString(), KEY.key_id, KEY.private)
+    with pytest.raises(VerificationError, match="malformed"):
+        verify([auditlog.head_line(envelope)], TRUSTED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import time
 
 import pytest
 
@@ -102,6 +104,48 @@ def test_empty_lines_cost_no_more_than_others(byokeep, exported):
     assert byokeep("audit", "verify", "chain.jsonl").code == 0
     exported.write_bytes(b"\n" * (1 << 20))
     assert byokeep("audit", "verify", "chain.jsonl").code == 2
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        '{"event": ' + "[" * 100_000,
+        '{"head": 5}',
+        '{"head": {"\\ud800": "x"}}',
+        '{"head": {"keyId": "\\ud800"}}',
+        '{"head": {"payload": [[]]}}',
+    ],
+    ids=["deep", "number", "surrogate", "surrogate value", "list"],
+)
+def test_what_can_t_be_parsed_is_a_broken_export(byokeep, exported, tmp_path, last):
+    """Shown to fail: exit 5, with RecursionError not caught in _record, or only ParseError in
+    `end`."""
+    lines = exported.read_text().splitlines()
+    (tmp_path / "broken.jsonl").write_text("\n".join([*lines[:-1], last, ""]))
+    for arguments in (("broken.jsonl",), ("chain.jsonl", "--against", "broken.jsonl")):
+        ran = byokeep("audit", "verify", *arguments)
+        assert ran.code == 6
+        assert "does not hold" in ran.err
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+@pytest.mark.parametrize("at", [datetime.datetime.min, datetime.datetime.max])
+def test_a_time_that_the_local_zone_can_t_say(edge, byokeep, monkeypatch, zone, at):
+    """The first year is not over west of Greenwich, the last one is east of it.
+
+    Shown to fail: with OverflowError not caught in `moment`.
+    """
+    edge.chain.add("LEASED", at=at.replace(microsecond=0), key_id="key_" + "0" * 26)
+    assert byokeep("audit", "export", "-o", "odd.jsonl").code == 0
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        ran = byokeep("audit", "verify", "odd.jsonl")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert ran.code == 0
+    assert f"{at.year}-" in ran.out
 
 
 def test_a_checkpoint_is_kept_and_held_against_a_later_export(edge, byokeep, exported, tmp_path):

@@ -174,7 +174,8 @@ def _chained(first: str, rest: Iterable[str]) -> Iterable[str]:
 def _record(number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    # RecursionError: brackets in brackets, a thousand deep.
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not ("event" in record) ^ ("head" in record):
         raise VerificationError(0, f"line {number} is neither an event nor a head")

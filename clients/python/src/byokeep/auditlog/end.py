@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import json_format
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from byokeep import checkpoint, dsse, merkle
 from byokeep.auditlog.lines import head_line
 from byokeep.auditlog.outcome import Keys, UnpinnedKeyError, VerificationError
+from byokeep.auditlog.view import view
 from byokeep.checkpoint import Checkpoint, NoteError
 from byokeep.common.v1 import options_pb2
 from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2
+
+_M = TypeVar("_M", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,7 @@ def end_of(line: str, record: Mapping[str, Any], trusted: Keys) -> End:
     head, envelope = _head(record["head"], trusted)
     proof = None
     if "proof" in record:
-        try:
-            proof = json_format.ParseDict(record["proof"], audit_pb2.LogProof())
-        except json_format.ParseError:
-            raise VerificationError(0, "the proof is malformed") from None
+        proof = _parsed(record["proof"], audit_pb2.LogProof(), "proof")
     if head_line(envelope, proof) != line:
         raise VerificationError(0, "the head's line is not written as keyvault's export is")
     if head.log_size and proof is None:
@@ -109,15 +109,24 @@ def _tied(head: audit_pb2.ChainHead, proof: audit_pb2.LogProof, trusted: Keys) -
 
 
 def _head(record: Any, trusted: Keys) -> tuple[audit_pb2.ChainHead, options_pb2.SignedEnvelope]:
+    envelope = _parsed(record, options_pb2.SignedEnvelope(), "signed head")
+    if envelope.key_id not in trusted:
+        raise UnpinnedKeyError(envelope.key_id)
     try:
-        envelope = json_format.ParseDict(record, options_pb2.SignedEnvelope())
-        if envelope.key_id not in trusted:
-            raise UnpinnedKeyError(envelope.key_id)
         payload = dsse.verify(envelope, dsse.CHAIN_HEAD, trusted)
-        return audit_pb2.ChainHead.FromString(payload), envelope
-    except json_format.ParseError:
-        raise VerificationError(0, "the signed head is malformed") from None
+        head = audit_pb2.ChainHead.FromString(payload)
+        view(head)
     except dsse.SignatureError as error:
         raise VerificationError(0, f"the signed head is not to be believed: {error}") from None
-    except DecodeError:
+    # ValueError: a time that no calendar has.
+    except (DecodeError, ValueError):
         raise VerificationError(0, "the signed head is malformed") from None
+    return head, envelope
+
+
+def _parsed(record: Any, message: _M, what: str) -> _M:
+    try:
+        return json_format.ParseDict(record, message)
+    # Of a record that is no object, or has a name that is no text, it says so otherwise.
+    except (json_format.ParseError, TypeError, ValueError, SystemError):
+        raise VerificationError(0, f"the {what} is malformed") from None

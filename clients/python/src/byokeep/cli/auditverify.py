@@ -10,7 +10,7 @@ import typer
 
 from byokeep.cli.auditfiles import read, read_older, unpinned
 from byokeep.cli.errors import CliError, Exit
-from byokeep.cli.output import when
+from byokeep.cli.output import moment, when
 from byokeep.cli.session import Session, command, examples
 from byokeep.cli.text import clean
 
@@ -98,8 +98,7 @@ def _report(session: Session, result: Verified, bundle: TrustBundle, older: Olde
     )
     span = ""
     if result.first_time and result.last_time:
-        first, last = result.first_time.astimezone(), result.last_time.astimezone()
-        span = f", {first:%Y-%m-%d %H:%M:%S} to {last:%Y-%m-%d %H:%M:%S}"
+        span = f", {moment(result.first_time)} to {moment(result.last_time)}"
     out.print(f"events   {result.count}, without a gap{span}")
     if result.dropped:
         out.print(f"dropped  events up to link {result.dropped}: retention, as the chain states")

@@ -206,14 +206,19 @@ def state_text(state: str) -> Text:
 
 def when(stamp: Timestamp) -> str:
     """Return a time in the local zone, to the second; empty where it is not set."""
-    return local_time(stamp).strftime("%Y-%m-%d %H:%M:%S") if stamp.seconds else ""
-
-
-def local_time(stamp: Timestamp) -> datetime.datetime:
-    """Return a time in the local zone."""
     import datetime
 
-    return stamp.ToDatetime(datetime.UTC).astimezone()
+    return moment(stamp.ToDatetime(datetime.UTC)) if stamp.seconds else ""
+
+
+def moment(time: datetime.datetime) -> str:
+    """Return a time in the local zone, to the second."""
+    try:
+        local = time.astimezone()
+    except OverflowError:
+        # On the first and the last day of the calendar, the zone may be past its end.
+        local = time
+    return local.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def print_error(error: CliError, *, as_json: bool, verbose: bool) -> None:
