@@ -94,8 +94,8 @@ class Following:
             # A copy: where a read fails, the leaves whose chains were not followed come again.
             taken = merkle.Frontier(frontier.size, frontier.roots())
             for name in self._heads(taken, rows):
-                broken += [name] * await self.follow(name)
-                await self._check_dropped(name, rows)
+                shown = await self.follow(name) or await self._dropped(name, rows)
+                broken += [name] * shown
                 self._check_reached(name, rows)
             self._log = frontier = taken
         if frontier.size == position.size and frontier.root() != position.root:
@@ -210,13 +210,13 @@ class Following:
             raise ContradictionError("leaves are missing")
         return list(dict.fromkeys(row[1] for row in rows))
 
-    async def _check_dropped(self, name: str, rows: list[Row]) -> None:
-        # A head whose event is gone is right only where the chain itself says that it was dropped.
+    async def _dropped(self, name: str, rows: list[Row]) -> bool:
+        """Follow a chain from its start, of which a leaf's event is gone: it must say itself that
+        it was dropped. True where that shows that it is broken."""
         gone = max((row[2] for row in rows if row[1] == name and row[6] is None), default=0)
-        if gone <= self.chains[name].start:
-            return
-        if await self._from_start(name) or gone > self.chains[name].start:
-            raise ContradictionError(f"an event of {name} that the log names is missing")
+        if name in self.broken or gone <= self.chains[name].start:
+            return False
+        return await self._from_start(name)
 
     def _check_reached(self, name: str, rows: list[Row]) -> None:
         # The leaf was held against a row; what was followed is what was read after it.
