@@ -232,7 +232,8 @@ class Rotation:
             locked = await store.lock(connection, job.job_id, "TRIM")
             if locked is None:
                 return False
-            proof = await self._wraps.proof(connection, locked)
+            # Of the job as it is acted on: the row may say something else by now.
+            proof = await self._wraps.proof(connection, job)
             if proof.versions == versions and not proof.unproven:
                 return True
             again = await store.doubt(connection, job.tenant, proof.unproven)
