@@ -138,6 +138,7 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
         temporary.write_text(json.dumps({"pid": os.getpid()}))
         temporary.replace(settings.ready_file)
     # What is loaded stays: the collector need not look through it again and again.
+    gc.collect()
     gc.freeze()
     logs.event(log, "serving", listen=settings.listen, deployment=settings.deployment)
     following = asyncio.create_task(_follow(app, status))

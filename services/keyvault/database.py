@@ -23,10 +23,11 @@ Parameters = Sequence[Any] | Mapping[str, Any]
 _WAIT_SECONDS = 5.0
 # What keyvault rests on is not left to a server's or a role's defaults: a commit is on the
 # disk when it is answered, and each statement sees what was committed before it.
+# Names mean PostgreSQL's own things first, whatever a role's search_path says: `now()` too.
 # And a statement is planned once a connection: to plan a lease costs more than to run it.
 _OPTIONS = (
     r"-c synchronous_commit=on -c default_transaction_isolation=read\ committed"
-    " -c plan_cache_mode=force_generic_plan"
+    " -c search_path=public,pg_temp -c plan_cache_mode=force_generic_plan"
 )
 
 

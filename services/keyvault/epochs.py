@@ -34,6 +34,10 @@ INTAKE_GRACE = datetime.timedelta(minutes=5)
 ORPHANED = datetime.timedelta(days=30)
 #: How many of them are looked for in a tick.
 _LOOKS = 100
+#: More than any epoch's KEK is made ahead of its time.
+_FORESEEN = datetime.timedelta(days=30)
+#: The database's clock and ours may differ by so much.
+_CLOCKS = datetime.timedelta(minutes=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +64,20 @@ CONTENT = Kind("content", datetime.timedelta(days=1), "%Y-%m-%d", ahead=3)
 _NAMES = {INTAKE.prefix: kek.intake_kek, CONTENT.prefix: kek.content_kek}
 
 
+def clock() -> datetime.datetime:
+    """Return this process's time: whoever writes the database may set the database's."""
+    return datetime.datetime.now(datetime.UTC)
+
+
 def is_epoch(name: str) -> bool:
-    """Say whether a row names a KEK of an epoch: another one is not ours to destroy."""
+    """Say whether a row names a KEK of an epoch that there was or soon is: another one is not
+    ours to destroy, nor to be waited for."""
     for kind in (INTAKE, CONTENT):
         try:
             begun = kind.end(name.removeprefix(f"{kind.prefix}/")) - kind.length
-        except ValueError:
+        except (ValueError, OverflowError):
             continue
-        if _NAMES[kind.prefix](kind.at(begun)) == name:
+        if _NAMES[kind.prefix](kind.at(begun)) == name and begun <= clock() + _FORESEEN:
             return True
     logs.event(log, "epoch_row_foreign", level=logging.ERROR)
     return False
@@ -116,7 +126,11 @@ class Epochs:
         missing = [name for name in self._wanted(now) if store.EpochKek(name, primary) not in known]
         await each("epoch_create", missing, self._create)
         await self._look(now, known)
-        over = [one for one in known if close(one.name, self._retention) <= now]
+        ours = clock()
+        if abs(now - ours) > _CLOCKS:
+            logs.event(log, "clocks_differ", level=logging.CRITICAL, database=now.isoformat())
+        # Both clocks must say so: what is destroyed by a wrong one is gone for good.
+        over = [one for one in known if close(one.name, self._retention) <= min(now, ours)]
         await each("epoch_destroy", over, self._destroy)
 
     def _wanted(self, now: datetime.datetime) -> list[str]:

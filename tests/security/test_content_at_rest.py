@@ -224,6 +224,7 @@ async def test_content_at_rest_after_its_epoch(keyvault, monkeypatch) -> None:
 
     with monkeypatch.context() as clock:
         clock.setattr(epochs.store, "now", then)
+        clock.setattr(epochs, "clock", lambda: now)
         await keyvault.app._epochs.tick()
         assert await opened() == "CONTENT_EXPIRED"
     # The databases as they are, were the clock turned back.
@@ -235,6 +236,7 @@ async def test_content_at_rest_after_its_epoch(keyvault, monkeypatch) -> None:
     await restore("local_kek", backup_of_kek)
     with monkeypatch.context() as clock:
         clock.setattr(epochs.store, "now", then)
+        clock.setattr(epochs, "clock", lambda: now)
         assert await opened() == "CONTENT_EXPIRED"
     backend = keyvault.app._backends.primary
     assert backend.shred == "none"

@@ -45,12 +45,13 @@ def clock(monkeypatch):
     class Clock:
         later = datetime.timedelta()
 
-    read = epochs.store.now
+    read, ours = epochs.store.now, epochs.clock
 
     async def now(database):
         return await read(database) + Clock.later
 
     monkeypatch.setattr(epochs.store, "now", now)
+    monkeypatch.setattr(epochs, "clock", lambda: ours() + Clock.later)
     return Clock
 
 

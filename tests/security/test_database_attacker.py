@@ -6,6 +6,7 @@ Each was found with a working attack; what stops it now is named beside it.
 from __future__ import annotations
 
 import asyncio
+import datetime
 
 import grpc
 import pytest
@@ -13,9 +14,9 @@ from byokeep.errors import error_info
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2
 
 from services.common.errors import ByokeepError
-from services.keyvault import following, rotation
+from services.keyvault import epochs, following, needed, rotation
 from services.keyvault.database import unreachable
-from tests.harness.keyvault import try_lease
+from tests.harness.keyvault import running, try_lease
 from tests.security.test_audit import export
 from tests.security.test_rewrap import kek_versions, rewrap, rotate
 
@@ -153,6 +154,34 @@ async def test_planted_trim_destroys_nothing_that_is_used(keyvault, lie):
     assert await try_lease(keyvault, key) == ""
 
 
+# A column of a job is {2} for who claims it for its trim, and {1} for who reads it again.
+TWO_ANSWERS = (
+    "CREATE FUNCTION lie() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+    " IF NEW.phase = 'TRIM' AND NEW.due_time > OLD.due_time AND OLD.{0} = {1}"
+    " THEN NEW.{0} := {2}; END IF; RETURN NEW; END $$",
+    "CREATE FUNCTION undo() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+    " IF NEW.{0} = {2} THEN UPDATE kek_job SET {0} = {1}; END IF; RETURN NULL; END $$",
+    "CREATE TRIGGER lie BEFORE UPDATE ON kek_job FOR EACH ROW EXECUTE FUNCTION lie()",
+    "CREATE TRIGGER undo AFTER UPDATE ON kek_job FOR EACH ROW EXECUTE FUNCTION undo()",
+)
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_two_answers_about_one_trim(keyvault):
+    """A job's row aims at one version where it is claimed and at another where it is read again:
+    what is proven is what is trimmed.
+
+    Shown to fail: with the row as it is read again proven.
+    """
+    key = await keyvault.add_active()
+    await rotate(keyvault)
+    for one in TWO_ANSWERS:
+        await keyvault.sql(one.format("target_version", "1", "2"))
+    await keyvault.sql(PLANT.replace(", 2)", ", 1)"), "TRIM", "local")
+    await over(keyvault)
+    assert await try_lease(keyvault, key) == ""
+
+
 @pytest.mark.usefixtures("_soon")
 @pytest.mark.parametrize(
     "hidden",
@@ -236,3 +265,52 @@ async def test_epoch_rows_destroy_no_other_kek(keyvault):
     await keyvault.app._epochs.tick()
     assert await keyvault.sql("SELECT 1 FROM local_kek WHERE name = 'tenant/2020-01-01'")
     assert not await keyvault.sql("SELECT 1 FROM epoch_kek WHERE name = 'content/2020-01-01'")
+
+
+@pytest.mark.parametrize("name", ["content/9999-12-31", "content/9999-12-30", "content/2999-01-01"])
+async def test_no_epoch_row_stops_the_others(keyvault, name):
+    """Shown to fail: with an overflow not caught; with epochs of any time to come."""
+    await keyvault.sql(
+        "INSERT INTO epoch_kek (name, kek_backend) VALUES (%s, 'local'),"
+        " ('content/2020-01-01', 'local')",
+        name,
+    )
+    await keyvault.app._epochs.tick()
+    assert not await keyvault.sql("SELECT 1 FROM epoch_kek WHERE name = 'content/2020-01-01'")
+    found = await needed.needs(keyvault.app._database, datetime.timedelta(days=90))
+    assert found["local"].epochs_end < epochs.clock() + datetime.timedelta(days=120)
+
+
+async def test_the_databases_clock_alone_destroys_no_epoch(keyvault, monkeypatch, caplog):
+    """Shown to fail: with the database's time alone; with its difference not told."""
+    read = epochs.store.now
+
+    async def later(database):
+        return await read(database) + datetime.timedelta(days=200)
+
+    monkeypatch.setattr(epochs.store, "now", later)
+    before = await keyvault.sql("SELECT name FROM local_kek WHERE name LIKE 'content/%%'")
+    await keyvault.app._epochs.tick()
+    after = await keyvault.sql("SELECT name FROM local_kek WHERE name LIKE 'content/%%'")
+    assert before
+    assert set(before) <= set(after)
+    assert "clocks_differ" in caplog.text
+
+
+async def test_names_mean_postgresqls_own(deployment):
+    """A function and a role's own search_path don't stand in for PostgreSQL's.
+
+    Shown to fail: with the search_path left to the role.
+    """
+    async with running(deployment) as keyvault:
+        await keyvault.sql(
+            "CREATE FUNCTION public.now() RETURNS timestamptz LANGUAGE sql"
+            " RETURN pg_catalog.now() + interval '200 days'"
+        )
+        ((database, role),) = await keyvault.sql("SELECT current_database(), current_user")
+        await keyvault.sql(
+            f'ALTER ROLE "{role}" IN DATABASE "{database}" SET search_path = public, pg_catalog'
+        )
+    async with running(deployment) as keyvault:
+        now = await epochs.store.now(keyvault.app._database)
+    assert now < epochs.clock() + datetime.timedelta(days=1)

@@ -111,6 +111,7 @@ async def test_intake_replay_of_a_closed_epoch(keyvault, monkeypatch):
         return later
 
     monkeypatch.setattr(epochs.store, "now", then)
+    monkeypatch.setattr(epochs, "clock", lambda: later)
     await keyvault.app._epochs.tick()
     left = await keyvault.sql("SELECT name FROM local_kek WHERE name = %s", f"intake/{epoch}")
     assert left == []
