@@ -134,6 +134,48 @@ def test_a_link_after_the_head_is_not_taken(monkeypatch):
     assert verdict(raw, None)[2] == "there is something after the signed head"
 
 
+class _Endless(io.RawIOBase):
+    """A file with one line that does not end."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        buffer[:] = (b'{"event": "' * (len(buffer) // 11 + 1))[: len(buffer)]
+        return len(buffer)
+
+
+def test_a_line_without_an_end_is_not_held():
+    """Shown to fail: with `readline()` without a size, it reads until memory ends."""
+    chunks = auditlog.chunks_of(io.BufferedReader(_Endless()))
+    with pytest.raises(auditlog.VerificationError, match="line 1 is longer than 16 MiB"):
+        auditlog.verify_chunks(chunks, TRUSTED)
+    chunks = auditlog.chunks_of(io.BufferedReader(_Endless()))
+    with pytest.raises(auditlog.VerificationError, match="line 1 is longer than 16 MiB"):
+        auditlog.read_older((chunk.decode() for chunk in chunks), TRUSTED, "test")
+
+
+def test_a_note_without_an_end_is_not_held():
+    def endless():
+        yield "byokeep/test/audit\n"
+        while True:
+            yield "x" * 1_000_000 + "\n"
+
+    with pytest.raises(auditlog.VerificationError, match="longer than 16 MiB"):
+        auditlog.read_older(endless(), TRUSTED, "test")
+
+
+def test_a_line_is_never_taken_in_two(monkeypatch):
+    """A link's line that is as long as a reader takes at once, with the next one right after it.
+
+    Shown to fail: without the length in run_of, it was taken for two lines.
+    """
+    monkeypatch.setattr(runs, "LINE_BYTES", len(WHOLE[0]) - 3)
+    monkeypatch.setattr(runs, "_CHUNK_BYTES", 1)
+    raw = b"".join([WHOLE[0].removesuffix(b"\n"), *WHOLE[1:]])
+    assert verdict(raw, None)[2].startswith("line 1 is longer than")
+
+
 def test_a_file_is_never_held_whole(monkeypatch):
     """Of a long file only a few chunks wait for processes at any time."""
     monkeypatch.setattr(runs, "_CHUNK_BYTES", 1)

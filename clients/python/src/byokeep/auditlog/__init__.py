@@ -23,7 +23,7 @@ from byokeep.auditlog.chain import Chain
 from byokeep.auditlog.end import End, end_of, leaf_of, since_older
 from byokeep.auditlog.lines import FIRST_HASH, START, event_line, head_line, link_hash
 from byokeep.auditlog.outcome import Keys, Older, UnpinnedKeyError, VerificationError, Verified
-from byokeep.auditlog.runs import chunks_of, cores, lines_of, runs_of
+from byokeep.auditlog.runs import chunks_of, cores, lines_of, overlong, runs_of
 from byokeep.checkpoint import Checkpoint, NoteError
 from byokeep.keyvault.v1 import audit_pb2
 
@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _PACKED = 1000
+_TOO_LONG = "is longer than 16 MiB"
 
 
 def verify(
@@ -119,8 +120,12 @@ def read_older(lines: Iterable[str], trusted: Keys, deployment: str) -> Older:
     if first.lstrip().startswith("{"):
         end = _last(_chained(first, rest), trusted)
         return Older(end.head, end.checkpoint)
+    note = ""
+    for line in _chained(first, rest):
+        note += line
+        if overlong(note):
+            raise VerificationError(0, f"the older checkpoint {_TOO_LONG}")
     try:
-        note = "".join(_chained(first, rest))
         return Older(None, checkpoint.open_checkpoint(note, deployment, trusted))
     except NoteError as error:
         raise VerificationError(0, f"the older checkpoint: {error}") from None
@@ -172,6 +177,8 @@ def _chained(first: str, rest: Iterable[str]) -> Iterable[str]:
 
 
 def _record(number: int, line: str) -> dict[str, Any]:
+    if overlong(line):
+        raise VerificationError(0, f"line {number} {_TOO_LONG}")
     try:
         record = json.loads(line)
     # RecursionError: brackets in brackets, a thousand deep.

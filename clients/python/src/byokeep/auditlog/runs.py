@@ -27,6 +27,8 @@ from byokeep.auditlog.view import view
 from byokeep.keyvault.v1 import audit_pb2
 
 _CHUNK_BYTES = 1 << 20
+#: No line of an export is longer; one that is may not be held.
+LINE_BYTES = 16 << 20
 #: With fewer chunks than this, processes would cost more than they save.
 _WORTH_PROCESSES = 8
 _PRUNED = audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED
@@ -79,7 +81,8 @@ def run_of(lines: Sequence[str], ask: int = 0) -> Run | None:
         digest = sha256(LABEL + hashed + body).digest()
         written = b2a_base64(digest, newline=False)
         if (
-            b2a_base64(body, newline=False).decode() != encoded
+            overlong(line)
+            or b2a_base64(body, newline=False).decode() != encoded
             or link_line(encoded, encoded_hash.decode(), written.decode(), shown) != line
             or event.sequence != number + 1
             or event.chain != name
@@ -110,9 +113,17 @@ def run_of(lines: Sequence[str], ask: int = 0) -> Run | None:
 
 
 def chunks_of(stream: BinaryIO) -> Iterator[bytes]:
-    """Read whole lines, about a megabyte at a time; works where nothing can be read twice."""
+    """Read whole lines, about a megabyte at a time; works where nothing can be read twice.
+
+    A line over LINE_BYTES is cut where it is longer still: who checks it refuses it.
+    """
     while chunk := stream.read(_CHUNK_BYTES):
-        yield chunk + stream.readline()
+        yield chunk + stream.readline(LINE_BYTES + 1)
+
+
+def overlong(text: str) -> bool:
+    """Say whether a line, or a note, is longer than any that keyvault writes."""
+    return len(text) > LINE_BYTES
 
 
 def cores() -> int:
