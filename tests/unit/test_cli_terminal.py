@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 
 import pytest
+from byokeep.cli import output
 
 pytest_plugins = ["tests.harness.cli_fixtures"]
 
@@ -125,6 +127,18 @@ def test_a_reader_that_goes_away_is_no_error(edge):
     with process.stderr:
         assert process.stderr.read() == b""
     assert process.wait(60) == 141
+
+
+def test_a_reader_that_goes_away_from_a_table_is_no_error_either(monkeypatch):
+    """rich would exit 1, which means that --fail-on matched. Shown to fail with its own Console."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        output._console(False, stderr=False).print("x")
 
 
 def test_completion_works(edge):

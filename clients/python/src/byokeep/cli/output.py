@@ -94,8 +94,9 @@ class Output:
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-        for column in columns:
-            table.add_column(column, overflow="fold")
+        for place, column in enumerate(columns):
+            # What a row is known by is copied: it stays in one piece.
+            table.add_column(column, overflow="fold", no_wrap=not place)
         for row in rows:
             table.add_row(*row)
         self.renderable(table)
@@ -243,11 +244,16 @@ def print_error(error: CliError, *, as_json: bool, verbose: bool) -> None:
 def _console(terminal: bool, *, stderr: bool) -> Console:
     from rich.console import Console
 
+    class _Console(Console):
+        def on_broken_pipe(self) -> None:
+            """Leave it to the command: rich itself would exit 1, which means --fail-on."""
+            raise BrokenPipeError
+
     # A file that can't take an arrow or a dot must not end the command.
     stream = sys.stderr if stderr else sys.stdout
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")
     width = None if terminal or "COLUMNS" in os.environ else _WIDE
-    return Console(
+    return _Console(
         stderr=stderr, markup=False, highlight=False, emoji=False, width=width, soft_wrap=False
     )
