@@ -224,7 +224,8 @@ _SENTENCES: Final[Mapping[str, str]] = {
     " {review}' later.",
     "AMBIGUOUS": "A call was sent and its answer lost; it may have been billed, so it was not"
     " repeated. Run 'byokeep review retry {review}' to make it again.",
-    "LEASE_REFUSED": "keyvault refused the key for this attempt. Run 'byokeep key show {key}'.",
+    "LEASE_REFUSED": "keyvault refused the key for this attempt. 'byokeep doctor' says why where"
+    " the tenant is held; else run 'byokeep key show {key}'.",
     "KEY_REVOKED": "The key was revoked or destroyed.",
     "CHILD_LOST": "The process that ran the review died. Run 'byokeep review retry {review}'.",
     "RUNNER_UNAVAILABLE": "No runner answered. Run 'byokeep review retry {review}' later.",

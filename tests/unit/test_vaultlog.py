@@ -120,7 +120,11 @@ def test_a_tenant_whose_name_ends_in_a_hyphen():
     assert found([line], leased(tenant="acme-")) == []
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"a": 1}', '{"type": "response"}', "plain text"])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", '{"a": 1}', '{"type": "response"}', "plain text", "[" * 100_000],
+    ids=["open", "list", "other", "bare", "text", "deep"],
+)
 def test_another_file_is_refused(line):
     with pytest.raises(VaultLogError, match="line 2"):
         found([entry(), line], leased())
@@ -141,6 +145,11 @@ def test_the_command_exits_6_and_names_the_opening(edge, byokeep, tmp_path):
     assert len(byokeep("admin", "reconcile-vault", "vault.log", "--json").json["unexplained"]) == 1
     byokeep("audit", "export", "-o", "acme.jsonl")
     assert byokeep("admin", "reconcile-vault", "vault.log", "--export", "acme.jsonl").code == 6
+    for record in ("[" * 100_000, '{"event": {"body": "/w=="}}'):
+        (tmp_path / "other.jsonl").write_text(record)
+        ran = byokeep("admin", "reconcile-vault", "vault.log", "--export", "other.jsonl")
+        assert ran.code == 2
+        assert "not an audit export" in ran.err
     log.write_text("not a log\n")
     assert byokeep("admin", "reconcile-vault", "vault.log").code == 2
     assert byokeep("admin", "reconcile-vault", "nowhere").code == 2

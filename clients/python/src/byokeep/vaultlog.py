@@ -86,7 +86,7 @@ def read(
             entry = json.loads(line)
             asked = entry["type"] == "response" and _in(entry["request"], namespace)
             found = _access(entry, mount, prefix) if asked else None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise VaultLogError(f"line {number} is not of a Vault audit log") from None
         if found is not None:
             yield found

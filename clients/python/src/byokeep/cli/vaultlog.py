@@ -155,6 +155,8 @@ def _from_files(files: list[Path]) -> Chains:
     import base64
     import json
 
+    from google.protobuf.message import DecodeError
+
     from byokeep import vaultlog
     from byokeep.keyvault.v1 import audit_pb2
 
@@ -167,7 +169,7 @@ def _from_files(files: list[Path]) -> Chains:
                     if "event" in record:
                         body = base64.b64decode(record["event"]["body"])
                         chains.add(audit_pb2.AuditEvent.FromString(body))
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError, DecodeError):
                     raise CliError(
                         f"{path} is not an audit export", "byokeep audit verify FILE"
                     ) from None
