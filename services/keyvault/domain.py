@@ -141,6 +141,16 @@ def tampered(key_id: str) -> ByokeepError:
     )
 
 
+def row_tampered(what: str, key_id: str) -> ByokeepError:
+    """Return the error for a row that does not open: altered, or moved from another place."""
+    return ByokeepError(
+        grpc.StatusCode.DATA_LOSS,
+        "ROW_TAMPERED",
+        f"the stored {what} fails its authentication; it is not used",
+        key=key_id,
+    )
+
+
 def with_state(version: Version, state: State, sequence: int) -> Version:
     """Return a version in another state, set by the event with a sequence number."""
     return replace(version, state=state, state_sequence=sequence)

@@ -90,7 +90,6 @@ def decrypt(data_key: bytearray, envelope: bytes, context: Context) -> bytearray
     if not hmac.compare_digest(envelope[len(MAGIC) : len(MAGIC) + _COMMITMENT], commitment):
         raise EnvelopeError("the envelope does not open")
     buffer = bytearray(len(envelope) - _HEADER - _TAG)
-    opened = True
     try:
         cipher.decrypt_into(
             envelope[_HEADER - _NONCE : _HEADER],
@@ -99,13 +98,12 @@ def decrypt(data_key: bytearray, envelope: bytes, context: Context) -> bytearray
             buffer,
         )
     except InvalidTag:
-        opened = False
-    if not opened:
         # It holds what was decrypted before the tag was looked at: one flipped bit of a row
         # leaves all but one of the key's.
         wipe(buffer)
-        raise EnvelopeError("the envelope does not open")
-    return buffer
+    else:
+        return buffer
+    raise EnvelopeError("the envelope does not open")
 
 
 def _derive(data_key: bytearray) -> tuple[AESGCM, bytes]:

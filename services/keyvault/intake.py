@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import grpc
 from byokeep import dsse, hpke
@@ -30,7 +30,8 @@ from byokeep.keyvault.v1 import custody_pb2
 from byokeep.sealing import MAX_WINDOW, SealContext
 
 from services.common.errors import ByokeepError, internal
-from services.keyvault import epochs, kek
+from services.common.secret import Secret
+from services.keyvault import domain, epochs, kek
 from services.keyvault.database import Database
 from services.keyvault.envelope import Context, EnvelopeError, decrypt, encrypt
 from services.keyvault.intake_child import READY
@@ -112,37 +113,26 @@ class IntakeKeys:
         """
         key = await store.get(self._database, sealed.intake_key_id)
         if key is None or key.suite != sealed.suite:
-            raise expired()
-        try:
-            private = await self._private(key)
-        except (kek.KekMissingError, kek.UnwrapError, EnvelopeError):
-            raise expired() from None
+            raise _expired()
+        private = await self._private(key)
+        if private is None:
+            raise _expired()
         order = {
             "suite": int(sealed.suite),
-            "private_bytes": len(private),
+            "private_bytes": len(private.reveal()),
             "sealed": sealed.ciphertext.hex(),
             "info": context.info(self._deployment, key.key_id).hex(),
             "provider": context.provider,
-            "context": [
-                target.deployment,
-                target.tenant,
-                target.owner,
-                target.provider,
-                target.key_id,
-                target.version,
-            ],
+            "context": astuple(target),
         }
         head = json.dumps(order).encode() + b"\n"
-        # Made whole at once: one that grows is moved, and leaves what it held behind.
-        message = bytearray(head + bytes(len(private) + len(data_key)))
-        message[len(head) : len(head) + len(private)] = private
-        message[len(head) + len(private) :] = data_key
-        try:
+        with private:
             async with self._children:
-                return await _one_shot(message)
-        finally:
-            for buffer in (message, private):
-                buffer[:] = bytes(len(buffer))
+                output = await asyncio.to_thread(_run_child, head, private.reveal(), data_key)
+        answer = json.loads(output)
+        if "refusal" in answer:
+            raise refusal(answer["refusal"])
+        return Opened(bytes.fromhex(answer["envelope"]), answer["hint"])
 
     async def forget_closed(self) -> None:
         """Delete intake keys whose window is over; their KEKs die with their epoch."""
@@ -179,40 +169,34 @@ class IntakeKeys:
         """Refuse to sign a public key that SQL put there: the envelope is bound to the row."""
         if key in self._verified:
             return
-        try:
-            private = await self._private(key)
-        except (kek.KekMissingError, kek.UnwrapError, EnvelopeError):
-            raise ByokeepError(
-                grpc.StatusCode.DATA_LOSS,
-                "ROW_TAMPERED",
-                "the stored intake key fails its authentication; it is not given out",
-                key=key.key_id,
-            ) from None
-        private[:] = bytes(len(private))
+        private = await self._private(key)
+        if private is None:
+            raise domain.row_tampered("intake key", key.key_id)
+        private.wipe()
         if len(self._verified) > _REMEMBERED:
             self._verified.clear()
         self._verified.add(key)
 
-    async def _private(self, key: store.IntakeKey) -> bytearray:
-        backend = self._backends.named(key.kek_backend)
+    async def _private(self, key: store.IntakeKey) -> Secret | None:
+        """Return the private part; None where it does not open: its KEK is gone, or by SQL."""
         name = kek.intake_kek(epochs.INTAKE.at(key.not_before))
-        wrapped = await backend.unwrap(name, key.wrapped_dek)
-        with wrapped as data_key:
-            return decrypt(data_key.reveal(), key.envelope, self._context(key))
+        try:
+            data_key = await self._backends.named(key.kek_backend).unwrap(name, key.wrapped_dek)
+            with data_key as clear:
+                return Secret(decrypt(clear.reveal(), key.envelope, self._context(key)))
+        except (kek.KekMissingError, kek.UnwrapError, EnvelopeError):
+            return None
 
     def _context(self, key: store.IntakeKey) -> Context:
         row = fields(
-            key.suite,
-            key.public,
-            int(key.not_before.timestamp()),
-            int(key.not_after.timestamp()),
+            key.suite, key.public, int(key.not_before.timestamp()), int(key.not_after.timestamp())
         )
         return Context(
             self._deployment, "", hashlib.sha256(row).hexdigest(), "intake", key.key_id, 1
         )
 
 
-def expired() -> ByokeepError:
+def _expired() -> ByokeepError:
     """Return the error for a seal to an intake key that is closed or unknown."""
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -229,14 +213,7 @@ def refusal(rule: str) -> ByokeepError:
     return ByokeepError(grpc.StatusCode.INVALID_ARGUMENT, reason, sentence, field=field, rule=rule)
 
 
-async def _one_shot(message: bytearray) -> Opened:
-    answer = json.loads(await asyncio.to_thread(_run_child, message))
-    if "refusal" in answer:
-        raise refusal(answer["refusal"])
-    return Opened(bytes.fromhex(answer["envelope"]), answer["hint"])
-
-
-def _run_child(message: bytearray) -> bytes:
+def _run_child(*message: bytes | bytearray) -> bytes:
     # Not asyncio's subprocess: uvloop forks, and gRPC's fork handlers can't run while its
     # threads are busy. The subprocess module uses vfork, which runs none. The child gets
     # none of keyvault's environment, which may hold the keyring.
@@ -254,7 +231,8 @@ def _run_child(message: bytearray) -> bytes:
         assert process.stdout is not None  # noqa: S101
         # Its door is closed (not dumpable) before anything secret is in its pipe.
         if process.stdout.read(1) == READY:
-            process.stdin.write(message)
+            for part in message:
+                process.stdin.write(part)
         process.stdin.close()
         output = process.stdout.read()
     watchdog.cancel()

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from services.common.errors import ByokeepError
 from services.common.secret import Secret
-from services.keyvault import chain, kek
+from services.keyvault import chain, domain, kek
 from services.keyvault.database import Database
 from services.keyvault.envelope import (
     Context,
@@ -65,10 +65,15 @@ class Leasing:
         try:
             grant = verify(request.grant, self._grant_keys, self._deployment)
             check_holder(grant, holder, request.recipient_public_key)
+            redeemed = await self._redemption.redeem(grant, holder)
         except GrantRefusedError as error:
             self._denied(holder, _METHOD, f"grant: {error}")
             raise refused() from None
-        redeemed = await self._redeem(grant, holder)
+        except ByokeepError as error:
+            if error.code is not grpc.StatusCode.UNAVAILABLE:
+                what = error.metadata.get("cap") or error.metadata.get("state", "")
+                self._denied(holder, _METHOD, f"{error.reason}: {what} tenants/{grant.tenant}")
+            raise
         answer = lease_pb2.LeaseKeyResponse(
             lease_id=redeemed.lease.lease_id,
             sealed_key=await self._open(grant, redeemed, request),
@@ -78,25 +83,37 @@ class Leasing:
         )
         return answer
 
-    async def _redeem(self, grant: grant_pb2.Grant, holder: str) -> Redeemed:
-        try:
-            return await self._redemption.redeem(grant, holder)
-        except GrantRefusedError as error:
-            self._denied(holder, _METHOD, f"grant: {error}")
-        except ByokeepError as error:
-            if error.code is not grpc.StatusCode.UNAVAILABLE:
-                what = error.metadata.get("cap") or error.metadata.get("state", "")
-                self._denied(holder, _METHOD, f"{error.reason}: {what} tenants/{grant.tenant}")
-            raise
-        raise refused()
-
     async def _open(
-        self,
-        grant: grant_pb2.Grant,
-        redeemed: Redeemed,
-        request: lease_pb2.LeaseKeyRequest,
+        self, grant: grant_pb2.Grant, redeemed: Redeemed, request: lease_pb2.LeaseKeyRequest
     ) -> bytes:
-        lease, locked = redeemed.lease, redeemed.locked
+        """Return the sealed key; end the lease, on the record, where there is none."""
+        kind = audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED
+        failure: ByokeepError
+        try:
+            return await self._seal(grant, redeemed, request)
+        except kek.KekUnavailableError as error:
+            # Nothing is wrong with the row; the grant is spent, and its lease must not count.
+            failure, kind = error, audit_pb2.AUDIT_EVENT_TYPE_RELEASED
+        except (UnknownEnvelopeError, kek.KekMissingError):
+            failure = _undecryptable(grant.key_id)
+        except (EnvelopeError, kek.UnwrapError):
+            failure = domain.row_tampered("key", grant.key_id)
+        except hpke.SealError:
+            failure = _not_a_recipient(grant.key_id)
+        await self._end(redeemed, kind, failure.reason)
+        raise failure
+
+    async def _seal(
+        self, grant: grant_pb2.Grant, redeemed: Redeemed, request: lease_pb2.LeaseKeyRequest
+    ) -> bytes:
+        """Open the key, and seal it to the child while it is open."""
+        lease_id, locked = redeemed.lease.lease_id, redeemed.locked
+        check_header(locked.envelope)
+        # The KEK's name, and what the envelope must be bound to, come from the grant, never
+        # from the row.
+        backend = self._backends.named(locked.key.versions[0].kek_backend)
+        with kek.opened_for(lease_id):
+            opened = await backend.unwrap(kek.tenant_kek(grant.tenant), locked.wrapped_dek)
         context = Context(
             self._deployment,
             grant.tenant,
@@ -105,40 +122,15 @@ class Leasing:
             grant.key_id,
             grant.key_version,
         )
-        reason = "ROW_TAMPERED"
-        unavailable: kek.KekUnavailableError | None = None
-        try:
-            check_header(locked.envelope)
-            # The KEK's name comes from the grant's tenant, never from the row.
-            backend = self._backends.named(locked.key.versions[0].kek_backend)
-            name = kek.tenant_kek(grant.tenant)
-            with kek.opened_for(lease.lease_id):
-                opened = await backend.unwrap(name, locked.wrapped_dek)
-            with opened as data_key:
-                plaintext = decrypt(data_key.reveal(), locked.envelope, context)
-            with Secret(plaintext) as key:
-                return hpke.seal(
-                    request.suite,
-                    request.recipient_public_key,
-                    key.reveal(),
-                    lease_info(request.grant.payload, lease.lease_id),
-                )
-        except UnknownEnvelopeError:
-            reason = "UNDECRYPTABLE"
-        except (EnvelopeError, kek.UnwrapError):
-            pass
-        except hpke.SealError:
-            reason = "INVALID_FIELD"
-        except kek.KekMissingError:
-            reason = "UNDECRYPTABLE"
-        except kek.KekUnavailableError as error:
-            unavailable = error
-        if unavailable is not None:
-            # Nothing is wrong with the row; the grant is spent, and its lease must not count.
-            await self._end(redeemed, audit_pb2.AUDIT_EVENT_TYPE_RELEASED, unavailable.reason)
-            raise unavailable
-        await self._end(redeemed, audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED, reason)
-        raise _UNOPENED[reason](grant.key_id)
+        with opened as data_key:
+            plaintext = decrypt(data_key.reveal(), locked.envelope, context)
+        with Secret(plaintext) as key:
+            return hpke.seal(
+                request.suite,
+                request.recipient_public_key,
+                key.reveal(),
+                lease_info(request.grant.payload, lease_id),
+            )
 
     async def _end(
         self, redeemed: Redeemed, kind: audit_pb2.AuditEventType.ValueType, reason: str
@@ -156,15 +148,6 @@ class Leasing:
                 await job_store.unopened(connection, lease.tenant, [failure], None)
 
 
-def _tampered(key_id: str) -> ByokeepError:
-    return ByokeepError(
-        grpc.StatusCode.DATA_LOSS,
-        "ROW_TAMPERED",
-        "the stored key fails its authentication; it is not used",
-        key=key_id,
-    )
-
-
 def _undecryptable(key_id: str) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -176,7 +159,7 @@ def _undecryptable(key_id: str) -> ByokeepError:
     )
 
 
-def _recipient(key_id: str) -> ByokeepError:
+def _not_a_recipient(key_id: str) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.INVALID_ARGUMENT,
         "INVALID_FIELD",
@@ -184,10 +167,3 @@ def _recipient(key_id: str) -> ByokeepError:
         field="recipient_public_key",
         key=key_id,
     )
-
-
-_UNOPENED = {
-    "ROW_TAMPERED": _tampered,
-    "UNDECRYPTABLE": _undecryptable,
-    "INVALID_FIELD": _recipient,
-}

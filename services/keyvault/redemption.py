@@ -53,6 +53,22 @@ class _Order:
     def version(self) -> store.VersionName:
         return self.grant.tenant, self.grant.key_id, self.grant.key_version
 
+    def lease(self, expire_time: datetime.datetime) -> Lease:
+        grant = self.grant
+        return Lease(
+            new_id("lea"),
+            grant.grant_id,
+            grant.tenant,
+            grant.key_id,
+            grant.key_version,
+            self.holder,
+            grant.attempt_id,
+            grant.review_id,
+            grant.fence,
+            grant.purpose,
+            expire_time,
+        )
+
 
 class Redemption:
     """Redeems grants (see the module)."""
@@ -90,60 +106,55 @@ class Redemption:
             return await self._group.do(_Order(grant, holder))
         except DuplicateError:
             # Used in another transaction, under another tenant's lock.
-            pass
-        raise GrantRefusedError("redeemed before")
+            raise GrantRefusedError("redeemed before") from None
 
     async def _redeem(self, orders: Sequence[_Order]) -> list[Redeemed | Exception]:
+        versions = {order.version for order in orders}
+        grants = {order.grant.grant_id for order in orders}
         async with self._database.pipelined() as connection:
-            locked, used = await store.lock(
-                connection,
-                {order.version for order in orders},
-                {order.grant.grant_id for order in orders},
-            )
-            group = _Group(self, locked, used)
-            outcomes = [group.outcome(order) for order in orders]
+            group = _Group(*await store.lock(connection, versions, grants))
+            outcomes = [self._outcome(order, group) for order in orders]
             if group.leases:
                 await store.redeem(connection, group.leases, group.now)
         return outcomes
 
-    def decide(self, order: _Order, one: Locked, tenant: Meter, key: Meter) -> Lease:
-        """Return the lease of a grant on a locked version. Raises why there is none."""
-        grant, now = order.grant, one.head.now
+    def _outcome(self, order: _Order, group: _Group) -> Redeemed | Exception:
+        try:
+            return self._lease(order, group)
+        except (GrantRefusedError, ByokeepError) as error:
+            return error
+
+    def _lease(self, order: _Order, group: _Group) -> Redeemed:
+        """Give a lease, and note it in the group. Raises why there is none."""
+        grant = order.grant
+        one = group.locked.get(order.version)
+        if one is None:
+            raise GrantRefusedError("no such key version")
+        if grant.grant_id in group.used:
+            raise GrantRefusedError("redeemed before")
+        now = one.head.now
         check_time(grant, now)
         frozen = self._refusal(*order.version)
         if frozen is not None:
             raise frozen
         self._check_key(grant, one.key)
         self._holds.check(grant.tenant, one.hold)
+        tenant = group.meter(grant.tenant, "", one.tenant_meter)
+        key = group.meter(grant.tenant, grant.key_id, one.key_meter)
         limits.check("tenant", self._caps[0], tenant, now)
         limits.check("key", self._caps[1], key, now)
-        return Lease(
-            new_id("lea"),
-            grant.grant_id,
-            grant.tenant,
-            grant.key_id,
-            grant.key_version,
-            order.holder,
-            grant.attempt_id,
-            grant.review_id,
-            grant.fence,
-            grant.purpose,
-            now + LIFE,
-        )
-
-    def link(
-        self, order: _Order, one: Locked, lease: Lease, head: chain.Head
-    ) -> tuple[chain.Head, chain.Link]:
-        """Return the LEASED event as the next link of a chain, and the head after it."""
+        lease = order.lease(now + LIFE)
         event = lease_event(
-            lease,
-            one.key.provider,
-            one.key.owner,
-            audit_pb2.AUDIT_EVENT_TYPE_LEASED,
+            lease, one.key.provider, one.key.owner, audit_pb2.AUDIT_EVENT_TYPE_LEASED
         )
-        event.actor = order.grant.actor
-        head, (link,) = chain.link(head, self._deployment, [event])
-        return head, link
+        event.actor = grant.actor
+        head = group.heads.get(grant.tenant, one.head)
+        group.heads[grant.tenant], (link,) = chain.link(head, self._deployment, [event])
+        group.leases.append((lease, link))
+        group.used.add(grant.grant_id)
+        tenant.add()
+        key.add()
+        return Redeemed(lease, one)
 
     def _check_key(self, grant: grant_pb2.Grant, key: Key) -> None:
         version = key.versions[0]
@@ -170,42 +181,15 @@ class Redemption:
 class _Group:
     """One transaction's redemptions: each is decided on what those before it left."""
 
-    def __init__(
-        self, rules: Redemption, locked: dict[store.VersionName, Locked], used: set[str]
-    ) -> None:
-        self._rules = rules
-        self._locked = locked
-        self._used = used
-        self._heads: dict[str, chain.Head] = {}
-        self._meters: dict[tuple[str, str], Meter] = {}
-        self.leases: list[tuple[Lease, chain.Link]] = []
+    def __init__(self, locked: dict[store.VersionName, Locked], used: set[str]) -> None:
+        self.locked = locked
+        self.used = used
         self.now = max((one.head.now for one in locked.values()), default=datetime.datetime.min)
+        self.heads: dict[str, chain.Head] = {}
+        self.leases: list[tuple[Lease, chain.Link]] = []
+        self._meters: dict[tuple[str, str], Meter] = {}
 
-    def outcome(self, order: _Order) -> Redeemed | Exception:
-        try:
-            return self._redeem(order)
-        except (GrantRefusedError, ByokeepError) as error:
-            return error
-
-    def _redeem(self, order: _Order) -> Redeemed:
-        grant = order.grant
-        one = self._locked.get(order.version)
-        if one is None:
-            raise GrantRefusedError("no such key version")
-        if grant.grant_id in self._used:
-            raise GrantRefusedError("redeemed before")
-        tenant = self._meter(grant.tenant, "", one.tenant_meter)
-        key = self._meter(grant.tenant, grant.key_id, one.key_meter)
-        lease = self._rules.decide(order, one, tenant, key)
-        head = self._heads.get(grant.tenant, one.head)
-        self._heads[grant.tenant], link = self._rules.link(order, one, lease, head)
-        self._used.add(grant.grant_id)
-        tenant.add()
-        key.add()
-        self.leases.append((lease, link))
-        return Redeemed(lease, one)
-
-    def _meter(self, tenant: str, key_id: str, read: Meter) -> Meter:
+    def meter(self, tenant: str, key_id: str, read: Meter) -> Meter:
         return self._meters.setdefault((tenant, key_id), read.at(self.now))
 
 

@@ -35,8 +35,8 @@ MUTANTS = (
     Mutant(
         "the envelope is bound to nothing",
         _KV + "envelope.py",
-        "        return fields(\n            MAGIC,",
-        '        return b""\n        return fields(\n            MAGIC,',
+        "        return fields(\n",
+        '        return b""\n        return fields(\n',
         (_SEC + "test_rows.py::test_swap_rows",),
     ),
     Mutant(
@@ -91,8 +91,8 @@ MUTANTS = (
     Mutant(
         "one copy of a key is kept",
         _KV + "envelope.py",
-        "    return buffer\n",
-        "    globals().setdefault('KEPT', []).append(bytes(buffer))\n    return buffer\n",
+        "        return buffer\n",
+        "        globals().setdefault('KEPT', []).append(bytes(buffer))\n        return buffer\n",
         (_SEC + "test_memory.py::test_mem_scan",),
     ),
     Mutant(
@@ -147,14 +147,14 @@ MUTANTS = (
     Mutant(
         "what does not open stays in memory",
         _KV + "envelope.py",
-        "        wipe(buffer)\n        raise",
-        "        raise",
+        "        wipe(buffer)\n",
+        "        pass\n",
         (_SEC + "test_envelope.py::test_what_does_not_open_leaves_nothing",),
     ),
     Mutant(
         "the KEK is asked before the header is checked",
         _KV + "leasing.py",
-        "            check_header(locked.envelope)\n",
+        "        check_header(locked.envelope)\n",
         "",
         (_SEC + "test_fuzz.py::test_fuzz_envelope_no_kek_call",),
     ),
@@ -863,8 +863,8 @@ MUTANTS = (
     Mutant(
         "what moves is bound to nothing",
         _KV + "envelope.py",
-        "        return fields(\n            MAGIC,",
-        '        return b""\n        return fields(\n            MAGIC,',
+        "        return fields(\n",
+        '        return b""\n        return fields(\n',
         (_SEC + "test_migrate_kek.py::test_migrated_envelope_stays_bound",),
     ),
     Mutant(

@@ -96,8 +96,8 @@ MUTANTS = (
     Mutant(
         "Vault: a lease that Vault failed stays alive",
         _KV + "leasing.py",
-        "            await self._end(redeemed, audit_pb2.AUDIT_EVENT_TYPE_RELEASED, unavailable.reason)\n",
-        "",
+        "            failure, kind = error, audit_pb2.AUDIT_EVENT_TYPE_RELEASED\n",
+        "            raise\n",
         (_INT + "test_vault_states.py::test_a_failed_lease_does_not_stay_alive",),
     ),
     Mutant(
