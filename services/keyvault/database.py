@@ -29,8 +29,8 @@ _OPTIONS = (
     r"-c synchronous_commit=on -c default_transaction_isolation=read\ committed"
     " -c search_path=public,pg_temp -c plan_cache_mode=force_generic_plan"
 )
-
-
+# The orchestrator has a pool of its own: its rows, options and errors are others, and what is
+# alike is not worth that services.common, which the runner loads too, knows of PostgreSQL.
 _LOST = "DEPENDENCY_UNAVAILABLE"
 
 

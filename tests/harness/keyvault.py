@@ -236,6 +236,11 @@ class Keyvault:
         )
         return list(answer.events)
 
+    async def tick(self) -> None:
+        """Anchor, then reconcile: what its tasks do beside, done now."""
+        await self.app._anchor.tick()
+        await self.app._reconcile.once()
+
     async def sql(self, statement: str, *parameters):
         """Run a statement as somebody with the database's password would."""
         async with self.app._database.transaction() as connection:

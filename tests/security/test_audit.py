@@ -237,8 +237,7 @@ async def _age(keyvault, days: int) -> None:
 
 async def _prune(keyvault) -> None:
     """Drop all that retention may drop now, as if it were old."""
-    await keyvault.app._anchor.tick()
-    await keyvault.app._reconcile.once()
+    await keyvault.tick()
     await _age(keyvault, 1)
     await keyvault.app._retention.tick()
 

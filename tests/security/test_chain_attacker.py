@@ -24,14 +24,9 @@ _RESUMED = audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED
 _HEAD = "SELECT sequence, hash FROM chain WHERE chain = 'tenants/acme'"
 
 
-async def _tick(keyvault) -> None:
-    await keyvault.app._anchor.tick()
-    await keyvault.app._reconcile.once()
-
-
 async def _prune(keyvault) -> None:
     """Drop all that retention may drop now, as if it were old."""
-    await _tick(keyvault)
+    await keyvault.tick()
     keyvault.app._retention._age = datetime.timedelta(days=-1)
     await keyvault.app._retention.tick()
 
@@ -76,7 +71,7 @@ async def test_a_difference_that_can_t_be_settled_refuses_its_tenant_at_once(key
     key, other = await keyvault.add_active(), await keyvault.add_active(tenant="other")
     before = (await keyvault.sql(f"SELECT {_COLUMNS} FROM key_version WHERE tenant = 'acme'"))[0]
     await keyvault.change("RevokeKey", key.name)
-    await _tick(keyvault)
+    await keyvault.tick()
     await keyvault.sql(
         f"UPDATE key_version SET ({_COLUMNS}) = (%s, %s, %s) WHERE tenant = 'acme'", *before
     )
@@ -99,7 +94,7 @@ async def test_a_pass_that_fails_of_what_is_stored_stops_leases_at_once(keyvault
     Shown to fail: with every failed pass treated as a lost connection.
     """
     key = await keyvault.add_active()
-    await _tick(keyvault)
+    await keyvault.tick()
     assert await try_lease(keyvault, key) == ""
     await keyvault.sql("ALTER TABLE log_leaf RENAME COLUMN blind TO blond")
     await keyvault.change("RevokeKey", (await keyvault.add_active(name="second")).name)
@@ -172,7 +167,7 @@ async def test_a_verdict_outlives_a_restart(deployment):
     """
     async with two_tenants(deployment) as keyvault:
         key = await keyvault.add_active()
-        await _tick(keyvault)
+        await keyvault.tick()
         await keyvault.sql("UPDATE chain SET sequence = sequence - 1 WHERE chain = 'tenants/acme'")
         await keyvault.app._reconcile.once()
         assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
@@ -195,7 +190,7 @@ async def test_a_verdict_reaches_every_replica(keyvault, deployment):
     Shown to fail: with the anchor's verdict not read in Anchor.tick.
     """
     key = await keyvault.add_active()
-    await _tick(keyvault)
+    await keyvault.tick()
     async with kv.running(deployment) as other:
         await keyvault.app._anchor.distrust()
         await other.app._anchor.tick()
@@ -209,7 +204,7 @@ async def test_a_chain_that_always_says_it_is_logged(keyvault):
     Shown to fail: without Anchor.owe.
     """
     key = await keyvault.add_active()
-    await _tick(keyvault)
+    await keyvault.tick()
     await keyvault.sql(
         "CREATE FUNCTION hide() RETURNS trigger LANGUAGE plpgsql AS"
         " $$ BEGIN NEW.logged_sequence := NEW.sequence; RETURN NEW; END $$"
@@ -223,9 +218,9 @@ async def test_a_chain_that_always_says_it_is_logged(keyvault):
     head = (await keyvault.sql(_HEAD))[0]
     await keyvault.app._anchor.tick()
     assert (await keyvault.sql(leaves))[0][0] < head[0]
-    await _tick(keyvault)
-    await _tick(keyvault)
-    await _tick(keyvault)
+    await keyvault.tick()
+    await keyvault.tick()
+    await keyvault.tick()
     assert (await keyvault.sql(leaves))[0][0] == head[0]
     assert await try_lease(keyvault, key) == ""
     assert verify(keyvault, await export(keyvault)).head.sequence == head[0] + 1
@@ -235,7 +230,7 @@ async def test_a_head_below_zero_stops_no_log(keyvault):
     """Shown to fail: without `sequence > 0` in store.log."""
     key = await keyvault.add_active()
     await keyvault.sql("INSERT INTO chain (chain, sequence, hash) VALUES ('tenants/x', -5, '')")
-    await _tick(keyvault)
+    await keyvault.tick()
     assert await try_lease(keyvault, key) == ""
 
 
@@ -246,10 +241,10 @@ async def test_retention_that_somebody_else_states(deployment):
     """
     async with two_tenants(deployment) as keyvault:
         key = await keyvault.add_active()
-        await _tick(keyvault)
+        await keyvault.tick()
         before = (await keyvault.sql(f"SELECT {_COLUMNS} FROM key_version"))[0]
         await keyvault.change("RevokeKey", key.name)
-        await _tick(keyvault)
+        await keyvault.tick()
     async with kv.database(deployment) as connection:
         head = await (await connection.execute(_HEAD)).fetchone()
         found = await connection.execute(
@@ -295,7 +290,7 @@ async def test_a_chain_of_another_name_lifts_no_hold(keyvault):
     row = "held, state_sequence, state_mac"
     before = (await keyvault.sql(f"SELECT {row} FROM tenant_hold"))[0]
     await keyvault.admin.RevokeTenant(admin_pb2.RevokeTenantRequest(**word))
-    await _tick(keyvault)
+    await keyvault.tick()
     async with keyvault.app._database.transaction() as connection:
         await chain.create(connection, "acme")
         head = await chain.lock(connection, "acme")

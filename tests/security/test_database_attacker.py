@@ -23,11 +23,6 @@ from tests.security.test_rewrap import kek_versions, rewrap, rotate
 _HEAD = "SELECT sequence, hash FROM chain WHERE chain = 'tenants/acme'"
 
 
-async def _tick(keyvault) -> None:
-    await keyvault.app._anchor.tick()
-    await keyvault.app._reconcile.once()
-
-
 async def _exported(keyvault) -> str:
     """Return why an export was not signed, or ""."""
     try:
@@ -43,10 +38,10 @@ async def test_leaves_relabelled_to_hide_leases(keyvault):
     Shown to fail: with `_leads_to` returning True.
     """
     key = await keyvault.add_active()
-    await _tick(keyvault)
+    await keyvault.tick()
     for _ in range(3):
         assert await try_lease(keyvault, key) == ""
-        await _tick(keyvault)
+        await keyvault.tick()
     assert await _exported(keyvault) == ""
     await keyvault.sql(
         "UPDATE log_leaf SET chain = 'tenants/zzz' WHERE chain = 'tenants/acme' AND sequence > 3"
@@ -57,13 +52,13 @@ async def test_leaves_relabelled_to_hide_leases(keyvault):
 async def test_chain_hidden_from_the_log(keyvault):
     """Shown to fail: with `sequence > logged_sequence` in store.log."""
     key = await keyvault.add_active()
-    await _tick(keyvault)
+    await keyvault.tick()
     before = (await keyvault.sql(_HEAD))[0]
     await keyvault.sql(
         "UPDATE chain SET logged_sequence = 4000000000000000000 WHERE chain = 'tenants/acme'"
     )
     assert await try_lease(keyvault, key) == ""
-    await _tick(keyvault)
+    await keyvault.tick()
     await keyvault.sql("DELETE FROM lease")
     await keyvault.sql(
         "DELETE FROM audit_event WHERE chain = 'tenants/acme' AND sequence > %s", before[0]
@@ -74,7 +69,7 @@ async def test_chain_hidden_from_the_log(keyvault):
         *before,
         before[0],
     )
-    await _tick(keyvault)
+    await keyvault.tick()
     assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
 
 
@@ -84,7 +79,7 @@ async def test_leaf_passed_over_by_a_failed_read(keyvault, monkeypatch):
     Shown to fail: with the frontier of the log advanced before its chains were followed.
     """
     key = await keyvault.add_active()
-    await _tick(keyvault)
+    await keyvault.tick()
     columns = "state, state_sequence, state_mac"
     row = (await keyvault.sql(f"SELECT {columns} FROM key_version"))[0]
     head = (await keyvault.sql(_HEAD))[0]
@@ -108,7 +103,7 @@ async def test_leaf_passed_over_by_a_failed_read(keyvault, monkeypatch):
         head[0],
     )
     await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *row)
-    await _tick(keyvault)
+    await keyvault.tick()
     assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
 
 

@@ -5,15 +5,14 @@ runner's part of `cross_socket` (51): TLS refuses a socket to another host.
 from __future__ import annotations
 
 import socket
-import ssl
-import threading
-from contextlib import contextmanager
 
 import pytest
 from byokeep.names import provider_value
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
 
 from deploy.local.pki import CertificateAuthority
+from deploy.local.processes import wait_for
+from deploy.local.prove.hostile import listening
 from services.llm_runner.providers import ADAPTERS
 from services.llm_runner.sockets import HOSTS, Dialer, parse_overrides
 from tests.component.runner.harness import KEYS, running_bench
@@ -84,38 +83,6 @@ def test_no_redirect_is_followed(bench, provider):
     assert {call.kind for call in calls} == {"chat"}
 
 
-@contextmanager
-def listening(folder, ca, dns, seen):
-    """A TLS server for some names that keeps what it is sent and answers 401."""
-    leaf = ca.issue(folder / "provider", dns=dns)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(leaf.certificate, leaf.key)
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve():
-        while True:
-            try:
-                plain, _ = listener.accept()
-            except OSError:
-                return
-            plain.settimeout(5)
-            try:
-                with context.wrap_socket(plain, server_side=True) as connection:
-                    seen.append(connection.recv(65536))
-                    connection.sendall(b"HTTP/1.1 401 No\r\ncontent-length: 2\r\n\r\n{}")
-            except OSError:
-                seen.append(None)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
-
-
 @pytest.mark.parametrize("right", [True, False])
 def test_tls_is_for_the_providers_name_and_the_key_is_in_a_header(tmp_path, right):
     """A socket to a host with another provider's certificate gets no byte of the request.
@@ -123,13 +90,15 @@ def test_tls_is_for_the_providers_name_and_the_key_is_in_a_header(tmp_path, righ
     ca = CertificateAuthority.new("providers.test")
     (tmp_path / "provider-ca.pem").write_text(ca.pem)
     names = list(HOSTS.values()) if right else ["api.mistaken.example"]
-    seen = []
+    leaf = ca.issue(tmp_path / "provider", dns=names)
     with (
-        listening(tmp_path, ca, names, seen) as port,
+        listening(leaf, answer=b"HTTP/1.1 401 No\r\ncontent-length: 2\r\n\r\n{}") as seen,
         running_bench(
             tmp_path,
             BYOKEEP_PROVIDER_CA=str(tmp_path / "provider-ca.pem"),
-            BYOKEEP_PROVIDER_DIAL=" ".join(f"{one}=127.0.0.1:{port}" for one in HOSTS.values()),
+            BYOKEEP_PROVIDER_DIAL=" ".join(
+                f"{one}=127.0.0.1:{seen.port}" for one in HOSTS.values()
+            ),
         ) as bench,
     ):
         for provider, key in KEYS.items():
@@ -137,10 +106,12 @@ def test_tls_is_for_the_providers_name_and_the_key_is_in_a_header(tmp_path, righ
             attempt.finish()
             (result,) = attempt.of("validation_result")
             assert (result.verdict == key_pb2.VALIDATION_VERDICT_INVALID) is right
-            request = seen.pop()
             if not right:
-                assert request is None
+                assert wait_for(lambda: bool(seen.refusals), 30)
+                seen.refusals.clear()
+                assert not seen.requests
                 continue
+            request = seen.requests.pop()
             line, separator, headers = request.partition(b"\r\n")
             assert key.encode() not in line
             assert headers.count(key.encode()) == 1

@@ -17,11 +17,6 @@ _ROW = f"{_STATE}, wrapped_dek, wrap_mac, envelope, kek_backend, kek_version"
 _FROZEN = "RECONCILE_MISMATCH"
 
 
-async def _tick(keyvault) -> None:
-    await keyvault.app._anchor.tick()
-    await keyvault.app._reconcile.once()
-
-
 async def _row(keyvault, columns: str = _ROW, version: int = 1):
     found = await keyvault.sql(f"SELECT {columns} FROM key_version WHERE version = %s", version)
     return found[0]
@@ -51,11 +46,11 @@ async def test_an_old_pending_row_is_not_promoted_again(keyvault, end):
     Shown to fail with rows believed that are older than what was followed of their chain.
     """
     key, pending = await _ended(keyvault, end)
-    await _tick(keyvault)
+    await keyvault.tick()
     await _put_back(keyvault, pending)
 
     assert await refusal(keyvault.promote(key.name, 1)) == _FROZEN
-    await _tick(keyvault)
+    await keyvault.tick()
     assert await try_lease(keyvault, key) == _FROZEN
 
 
@@ -70,7 +65,7 @@ async def test_a_revoked_version_that_was_promoted_again_is_frozen(keyvault):
     await keyvault.promote(key.name, 1)
 
     for _ in range(3):
-        await _tick(keyvault)
+        await keyvault.tick()
     assert await try_lease(keyvault, key) == _FROZEN
     events = [one.type for one in await keyvault.events()]
     assert events.count(audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED) == 1
@@ -105,11 +100,11 @@ async def test_what_another_replica_resumed_is_followed_before_it_is_leased(depl
         key = await keyvault.add_active()
         active = await _row(keyvault, _STATE)
         await keyvault.change("RevokeKey", key.name)
-        await _tick(keyvault)
+        await keyvault.tick()
         await _put_back(keyvault, active, _STATE)
-        await _tick(keyvault)
+        await keyvault.tick()
         assert await try_lease(keyvault, key) == _FROZEN
-        await _tick(keyvault)
+        await keyvault.tick()
         back = "UPDATE chain SET sequence = sequence - 1 WHERE chain = 'tenants/acme'"
         await keyvault.sql(back)
         await keyvault.app._reconcile.once()

@@ -83,8 +83,7 @@ async def test_a_resume_reaches_every_replica(keyvault, deployment):
         await other.app._anchor.distrust()
         assert await try_lease(other, key) == "DATABASE_ROLLED_BACK"
         await keyvault.admin.ResumeLeases(kv.admin_pb2.ResumeLeasesRequest(reason="a drill"))
-        await other.app._anchor.tick()
-        await other.app._reconcile.once()
+        await other.tick()
         assert await try_lease(other, key) == ""
         assert await try_lease(keyvault, key) == ""
         # Heads that were in the log before are in the resumed one, too.
@@ -117,8 +116,7 @@ async def test_two_replicas_extend_one_log(keyvault, deployment):
         await watcher
         assert sizes == sorted(sizes)
         for one in (keyvault, other):
-            await one.app._anchor.tick()
-            await one.app._reconcile.once()
+            await one.tick()
             assert not one.app._anchor.rolled_back
         indexes = await keyvault.sql("SELECT index FROM log_leaf ORDER BY index")
         assert [row[0] for row in indexes] == list(range(len(indexes)))
@@ -150,8 +148,7 @@ async def test_frozen_on_every_replica_and_after_a_restart(keyvault, deployment)
         # Even where the row is put right again: it was altered.
         await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *now)
         await keyvault.app._anchor.tick()
-        await other.app._anchor.tick()
-        await other.app._reconcile.once()
+        await other.tick()
         version = (key.name.split("/")[1], key.name.split("/")[3], 1)
         assert other.app._reconcile.refusal(*version).reason == "RECONCILE_MISMATCH"
         frozen = [e for e in await other.events() if e.reason == "RECONCILE_MISMATCH"]
@@ -220,8 +217,7 @@ async def test_an_older_snapshot_put_back_revives_nothing(deployment):
     async with kv.running(deployment) as keyvault:
         await keyvault.create_tenant()
         key = await keyvault.add_active()
-        await keyvault.app._anchor.tick()
-        await keyvault.app._reconcile.once()
+        await keyvault.tick()
         await keyvault.app._reconcile.save()
         for table in tables:
             await keyvault.sql(f"CREATE TABLE backup_{table} AS SELECT * FROM {table}")
@@ -241,8 +237,7 @@ async def test_a_cut_chain_is_noticed_while_keyvault_runs(keyvault):
     Shown to fail: with Reconcile._check_heads returning early.
     """
     key = await keyvault.add_active()
-    await keyvault.app._anchor.tick()
-    await keyvault.app._reconcile.once()
+    await keyvault.tick()
     await keyvault.sql("UPDATE chain SET sequence = sequence - 1 WHERE chain = 'tenants/acme'")
     await keyvault.app._reconcile.once()
     assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
@@ -313,11 +308,9 @@ async def test_a_row_restored_between_two_looks_is_found(keyvault):
     Shown to fail: with Pages.touch doing nothing.
     """
     key, columns = await keyvault.add_active(), "state, state_sequence, state_mac"
-    await keyvault.app._anchor.tick()
-    await keyvault.app._reconcile.once()
+    await keyvault.tick()
     before = (await keyvault.sql(f"SELECT {columns} FROM key_version"))[0]
     await keyvault.change("RevokeKey", key.name)
     await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *before)
-    await keyvault.app._anchor.tick()
-    await keyvault.app._reconcile.once()
+    await keyvault.tick()
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"

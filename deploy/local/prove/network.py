@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import grpc
@@ -22,6 +18,7 @@ from deploy.local.pki import CertificateAuthority, Identity
 from deploy.local.processes import wait_for
 from deploy.local.prove.attack import GotThroughError, Group, NotShownError
 from deploy.local.prove.attacker import Attacker
+from deploy.local.prove.hostile import listening
 
 if TYPE_CHECKING:
     from services.llm_runner.sockets import Dialer
@@ -94,14 +91,6 @@ def server_of_another_name(attacker: Attacker) -> str:
     return _led_to(attacker, genuine.issue(attacker.loot("elsewhere"), dns=["evil.example"]))
 
 
-@dataclass
-class _Seen:
-    """What the attacker's server got: refusals of TLS, and requests."""
-
-    refusals: list[str] = field(default_factory=list)
-    requests: list[bytes] = field(default_factory=list)
-
-
 def _led_to(attacker: Attacker, leaf: Identity) -> str:
     """Take the provider's address over, and have a review call there."""
     customer = attacker.customer
@@ -109,7 +98,7 @@ def _led_to(attacker: Attacker, leaf: Identity) -> str:
     if ports is None:
         raise RuntimeError("this stack has no emulator")
     attacker.stack.process("emulator").kill()
-    with _serving(leaf, ports[0]) as seen, attacker.connect() as connection:
+    with listening(leaf, ports[0]) as seen, attacker.connect() as connection:
         review = customer.submit(connection)
         reached = wait_for(lambda: bool(seen.refusals or seen.requests), _REACHED_SECONDS)
         with suppress(grpc.RpcError):  # it may have ended
@@ -122,36 +111,3 @@ def _led_to(attacker: Attacker, leaf: Identity) -> str:
     if not reached:
         raise NotShownError("no child came to the attacker's server")
     return f"the child ends TLS ({seen.refusals[0]}); no byte of a request"
-
-
-@contextmanager
-def _serving(leaf: Identity, port: int) -> Iterator[_Seen]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(leaf.certificate, leaf.key)
-    seen = _Seen()
-    listener = socket.create_server(("127.0.0.1", port))
-
-    def serve() -> None:
-        while True:
-            try:
-                plain, _ = listener.accept()
-            except OSError:
-                return
-            plain.settimeout(5)
-            try:
-                with context.wrap_socket(plain, server_side=True) as connection:
-                    seen.requests.append(connection.recv(65536))
-            except ssl.SSLError as error:
-                seen.refusals.append((error.reason or "alert").lower().replace("_", " "))
-            except OSError:
-                seen.refusals.append("connection closed")
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        with suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
