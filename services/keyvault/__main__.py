@@ -41,7 +41,7 @@ def main() -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "new-keyring":
-        from services.keyvault.kek.local import new_keyring
+        from services.keyvault.kek.keyring import new_keyring
 
         sys.stdout.write(new_keyring() + "\n")
         return

@@ -21,7 +21,8 @@ from services.common.config import read_secret_file
 from services.keyvault import system_keys
 from services.keyvault.database import Database
 from services.keyvault.kek import Backends
-from services.keyvault.kek.local import LocalBackend, load_keyring
+from services.keyvault.kek.keyring import load_keyring
+from services.keyvault.kek.local import LocalBackend
 from tests.bench.results import Row
 from tests.harness.bulk import add_active_keys
 

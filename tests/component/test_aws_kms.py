@@ -14,9 +14,9 @@ from services.keyvault.kek import (
     RewrapFailed,
     Rewrapped,
     UnwrapError,
-    aws_kms,
 )
-from services.keyvault.kek.aws_kms import KmsBackend
+from services.keyvault.kek.aws_kms import client
+from services.keyvault.kek.aws_kms.backend import KmsBackend
 from tests.harness import keyvault as kv
 from tests.security.test_rewrap import kek_versions, rewrap, rotate
 
@@ -42,8 +42,8 @@ def environment(server, monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     # moto loads its KMS at the first call, on a machine that may be busy.
-    monkeypatch.setattr(aws_kms, "_CALL_SECONDS", 40)
-    monkeypatch.setattr(aws_kms, "_DEADLINE_SECONDS", 80.0)
+    monkeypatch.setattr(client, "_CALL_SECONDS", 40)
+    monkeypatch.setattr(client, "_DEADLINE_SECONDS", 80.0)
     return monkeypatch
 
 
@@ -126,7 +126,7 @@ async def test_a_rotation_that_died_half_way_is_taken_up(backend):
     made = await backend._make(TENANT, 2)
     assert await backend.newest(TENANT) == 1
     assert await backend.rotate(TENANT) == 2
-    assert (await backend._described(backend._alias(TENANT)))[0] == made
+    assert (await backend._client.described(backend._alias(TENANT)))[0] == made
 
 
 async def test_health(backend, environment):
@@ -144,10 +144,10 @@ async def test_health(backend, environment):
 async def test_health_is_not_asked_every_second(backend, monkeypatch):
     """KMS bills each call, and keyvault asks every second; a call that fails ends the peace.
 
-    Shown to fail: without `_well_until` looked at; without it put back by a failure.
+    Shown to fail: without `well_until` looked at; without it put back by a failure.
     """
     await backend.create("system")
-    described, calls = backend._kms.describe_key, []
+    described, calls = backend._client._kms.describe_key, []
 
     def describe_key(**parameters):
         calls.append(1)
@@ -156,16 +156,16 @@ async def test_health_is_not_asked_every_second(backend, monkeypatch):
     def fails(**parameters):
         raise EndpointConnectionError(endpoint_url="test")
 
-    monkeypatch.setattr(backend._kms, "describe_key", describe_key)
+    monkeypatch.setattr(backend._client._kms, "describe_key", describe_key)
     assert [(await backend.health()).ok for _ in range(5)] == [True] * 5
     assert len(calls) == 1
-    monkeypatch.setattr(backend._kms, "describe_key", fails)
-    monkeypatch.setattr(backend._kms, "decrypt", fails)
+    monkeypatch.setattr(backend._client._kms, "describe_key", fails)
+    monkeypatch.setattr(backend._client._kms, "decrypt", fails)
     assert (await backend.health()).ok
     with pytest.raises(KekUnavailableError):
         await backend.unwrap("system", bytes(64))
     assert (await backend.health()).state == "unreachable"
-    monkeypatch.setattr(backend._kms, "describe_key", describe_key)
+    monkeypatch.setattr(backend._client._kms, "describe_key", describe_key)
     assert (await backend.health()).ok
 
 

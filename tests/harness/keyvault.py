@@ -35,7 +35,7 @@ from deploy.local.pki import CertificateAuthority
 from services.common import server
 from services.keyvault import migrate
 from services.keyvault.config import Settings
-from services.keyvault.kek.local import new_keyring
+from services.keyvault.kek.keyring import new_keyring
 from services.keyvault.server import App
 
 TRUST_DOMAIN = "byokeep.test"

@@ -1041,6 +1041,13 @@ MUTANTS = (
         (_SEC + "test_rewrap.py::test_rotate_then_rewrap_then_trim",),
     ),
     Mutant(
+        "a KEK row of any length is opened",
+        _KV + "kek/local.py",
+        "    if len(wrapped) != _WRAPPED:",
+        "    if False:",
+        (_SEC + "test_rows.py::test_altered_kek_row",),
+    ),
+    Mutant(
         "cancelled work goes on",
         _KV + "background.py",
         "        raise asyncio.CancelledError",
@@ -1088,15 +1095,15 @@ MUTANTS = (
     ),
     Mutant(
         "KMS is asked every second how it is",
-        _KV + "kek/aws_kms.py",
-        "        if time.monotonic() < self._well_until:\n",
+        _KV + "kek/aws_kms/backend.py",
+        "        if time.monotonic() < self._client.well_until:\n",
         "        if False:\n",
         ("tests/component/test_aws_kms.py::test_health_is_not_asked_every_second",),
     ),
     Mutant(
         "KMS is said to be well after a call that failed",
-        _KV + "kek/aws_kms.py",
-        "                self._well_until = 0.0\n",
+        _KV + "kek/aws_kms/client.py",
+        "                self.well_until = 0.0\n",
         "                pass\n",
         ("tests/component/test_aws_kms.py::test_health_is_not_asked_every_second",),
     ),

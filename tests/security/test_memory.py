@@ -22,7 +22,8 @@ from byokeep.testing import Stack
 
 from services.keyvault import kek
 from services.keyvault.database import Database
-from services.keyvault.kek.local import LocalBackend, load_keyring
+from services.keyvault.kek.keyring import load_keyring
+from services.keyvault.kek.local import LocalBackend
 from tests.harness import memory
 from tests.security.test_canary import PREFIXES, add_key, fresh_key, review
 

@@ -14,7 +14,8 @@ from byokeep.names import key_name
 
 from services.common.config import ConfigError
 from services.keyvault import kek, migrate, rotation, server
-from services.keyvault.kek.local import LocalBackend, load_keyring
+from services.keyvault.kek.keyring import load_keyring
+from services.keyvault.kek.local import LocalBackend
 from tests.harness import bulk
 from tests.harness import keyvault as kv
 from tests.security.test_database_attacker import PLANT, over

@@ -52,6 +52,22 @@ async def test_swap_rows(keyvault, make):
         assert last.reason == "ROW_TAMPERED"
 
 
+@pytest.mark.parametrize("length", [0, 12, 60, 61])
+async def test_altered_kek_row(keyvault, length):
+    """1. A KEK that the keyring does not open, of whatever length, is DATA_LOSS, on the record.
+
+    Shown to fail: with lengths not looked at in local._opened: INTERNAL, and the lease lives on.
+    """
+    key = await keyvault.add_active()
+    await keyvault.sql(
+        "UPDATE local_kek SET wrapped = %s WHERE name = 'tenant/acme'", bytes(length)
+    )
+    keyvault.app._backends.primary._cache.clear()
+    assert await try_lease(keyvault, key) == "ROW_TAMPERED"
+    last = (await keyvault.events())[-1]
+    assert last.type == audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED
+
+
 async def test_rollback_row_state_set_by_sql(keyvault):
     """2. REVOKED set to ACTIVE by SQL fails its MAC.
 

@@ -10,7 +10,7 @@ import pytest
 
 from services.common.config import ConfigError, load, read_secret_file
 from services.keyvault.config import Settings
-from services.keyvault.kek.local import Keyring, load_keyring, new_keyring
+from services.keyvault.kek.keyring import Keyring, load_keyring, new_keyring
 
 GOOD = {
     "BYOKEEP_DEPLOYMENT": "test",

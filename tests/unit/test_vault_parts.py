@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from services.common.config import ConfigError
 from services.keyvault.kek import Backends
 from services.keyvault.kek.configured import check_logins, open_anchor
-from services.keyvault.kek.local import Keyring, LocalBackend
+from services.keyvault.kek.keyring import Keyring
+from services.keyvault.kek.local import LocalBackend
 from services.keyvault.kek.vault import plaintext, states
 from services.keyvault.kek.vault.backend import VaultBackend
 from services.keyvault.kek.vault.log import KvAnchor

@@ -10,7 +10,8 @@ from services.keyvault.anchor_store import AnchorStore, FileAnchor
 from services.keyvault.config import Settings
 from services.keyvault.database import Database
 from services.keyvault.kek import Backend, Backends
-from services.keyvault.kek.local import LocalBackend, load_keyring
+from services.keyvault.kek.keyring import load_keyring
+from services.keyvault.kek.local import LocalBackend
 from services.keyvault.signer import Signer, WrappedKeySigner
 from services.keyvault.system_keys import SigningKey
 
@@ -101,7 +102,7 @@ def _open(name: str, settings: Settings, database: Database) -> Backend:
 def _kms(settings: Settings) -> Backend:
     try:
         # Late: boto3 is in an extra of its own.
-        from services.keyvault.kek.aws_kms import KmsBackend
+        from services.keyvault.kek.aws_kms.backend import KmsBackend
     except ImportError:
         KmsBackend = None  # type: ignore[assignment, misc]
     if KmsBackend is None:

@@ -1,9 +1,7 @@
-"""Backend `local`: KEKs under a keyring of root keys that the operator keeps.
+"""Backend `local`: KEKs under root keys that the operator keeps (see `keyring`).
 
 Each KEK is 256 random bits, wrapped by a root key and stored in keyvault's
-database; the root keys never are. Source of the keyring: a 0600 file, a mounted
-secret, a systemd credential, or an environment secret. Its form is JSON:
-`{"keys": {"1": base64 of 32 bytes}, "primary": "1"}`.
+database; the root keys never are.
 
 `shred` is "none": whoever holds an old copy of the database and the keyring can
 open what was destroyed.
@@ -11,21 +9,15 @@ open what was destroyed.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 from byokeep.encoding import fields
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from services.common.config import ConfigError, read_secret_file
 from services.common.secret import Secret
 from services.keyvault.database import Connection, Database
 from services.keyvault.kek import (
@@ -37,13 +29,13 @@ from services.keyvault.kek import (
     Shred,
     UnwrapError,
 )
+from services.keyvault.kek.keyring import Keyring
 
-# A wrapped data key: version of the KEK ‖ nonce ‖ AES-256-GCM ciphertext and tag.
+# A wrapped key: nonce ‖ AES-256-GCM ciphertext and tag; before a data key's, the KEK's version.
 _VERSION_BYTES, _NONCE = 4, 12
-_WRAPPED = _VERSION_BYTES + _NONCE + 32 + 16
+_WRAPPED = _NONCE + 32 + 16
 _KEK_LABEL = "byokeep/local-kek/v1"
 _DEK_LABEL = "byokeep/local-dek/v1"
-_CREDENTIAL = "byokeep-keyring"
 # Unwrapped KEKs are kept this long, this many: a KEK's version never changes,
 # and destroying a tenant also deletes the rows that it could open.
 _CACHE_SECONDS = 60.0
@@ -69,59 +61,6 @@ _DELETE = "DELETE FROM local_kek WHERE name = %s"
 _TRIM = "DELETE FROM local_kek WHERE name = %s AND version < %s"
 
 
-@dataclass(frozen=True, slots=True)
-class Keyring:
-    """Root keys by id; `primary` wraps what is new."""
-
-    keys: Mapping[str, AESGCM]
-    primary: str
-
-    @classmethod
-    def parse(cls, text: str) -> Keyring:
-        """Read a keyring. Raises ConfigError, which shows nothing of it."""
-        keyring = None
-        try:
-            data = json.loads(text)
-            raw = {key_id: base64.b64decode(key) for key_id, key in data["keys"].items()}
-            if data["primary"] in raw and all(len(key) == 32 for key in raw.values()):
-                keyring = cls({k: AESGCM(key) for k, key in raw.items()}, data["primary"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            keyring = None
-        if keyring is None:
-            raise ConfigError(
-                'the keyring is not of the form {"keys": {"1": base64 of 32 bytes}, "primary": "1"}'
-            )
-        return keyring
-
-    def __repr__(self) -> str:
-        """Show ids only."""
-        return f"<Keyring {sorted(self.keys)}>"
-
-
-def new_keyring() -> str:
-    """Return the text of a keyring with one fresh root key."""
-    key = base64.b64encode(secrets.token_bytes(32)).decode()
-    return json.dumps({"keys": {"1": key}, "primary": "1"})
-
-
-def load_keyring(file: Path | None, environ: Mapping[str, str] = os.environ) -> Keyring:
-    """Load the keyring from its one configured source. Raises ConfigError."""
-    value = environ.get("BYOKEEP_KEYRING", "")
-    if file is not None and value:
-        raise ConfigError("BYOKEEP_KEYRING_FILE and BYOKEEP_KEYRING are both set; keep one")
-    if value:
-        return Keyring.parse(value)
-    folder = environ.get("CREDENTIALS_DIRECTORY")
-    if file is None and folder:
-        file = Path(folder) / _CREDENTIAL
-    if file is None:
-        raise ConfigError(
-            "no keyring: set BYOKEEP_KEYRING_FILE (a 0600 file) or BYOKEEP_KEYRING (a host's"
-            f" secret), or pass the systemd credential {_CREDENTIAL}"
-        )
-    return Keyring.parse(read_secret_file(file))
-
-
 class LocalBackend:
     """KEKs under a keyring (see the module)."""
 
@@ -134,6 +73,36 @@ class LocalBackend:
         self._keyring = keyring
         self._deployment = deployment
         self._cache: OrderedDict[tuple[str, int], tuple[float, AESGCM]] = OrderedDict()
+
+    async def generate_data_key(self, kek: str) -> DataKey:
+        """Return a fresh data key under the KEK's newest version."""
+        version, cipher = await self._newest_cipher(kek)
+        key = Secret.random(32)
+        return DataKey(key, self._wrap(kek, version, cipher, key), version)
+
+    async def unwrap(self, kek: str, wrapped: bytes) -> Secret:
+        """Return a data key in clear."""
+        if len(wrapped) != _VERSION_BYTES + _WRAPPED:
+            raise UnwrapError
+        version = int.from_bytes(wrapped[:_VERSION_BYTES], "big")
+        cipher = await self._cipher(kek, version)
+        return _opened(cipher, wrapped[_VERSION_BYTES:], self._dek_binding(kek, version))
+
+    async def rewrap(self, kek: str, wrapped: Sequence[bytes]) -> list[Rewrapped | RewrapFailed]:
+        """Wrap data keys again under the KEK's newest version."""
+        version, cipher = await self._newest_cipher(kek)
+        return [await self._rewrap(kek, version, cipher, one) for one in wrapped]
+
+    async def _rewrap(
+        self, kek: str, version: int, cipher: AESGCM, wrapped: bytes
+    ) -> Rewrapped | RewrapFailed:
+        try:
+            with await self.unwrap(kek, wrapped) as key:
+                return Rewrapped(self._wrap(kek, version, cipher, key), version)
+        except KekMissingError:
+            return RewrapFailed("UNDECRYPTABLE")
+        except UnwrapError:
+            return RewrapFailed("ROW_TAMPERED")
 
     async def create(self, kek: str) -> bool:
         """Create a KEK; False where it exists."""
@@ -163,55 +132,6 @@ class LocalBackend:
             await connection.execute(_TRIM, (kek, minimum))
         self._forget(kek, minimum)
 
-    async def generate_data_key(self, kek: str) -> DataKey:
-        """Return a fresh data key under the KEK's newest version."""
-        version, cipher = await self._newest_cipher(kek)
-        key = Secret.random(32)
-        return DataKey(key, self._wrap(kek, version, cipher, key), version)
-
-    async def unwrap(self, kek: str, wrapped: bytes) -> Secret:
-        """Return a data key in clear."""
-        if len(wrapped) != _WRAPPED:
-            raise UnwrapError
-        version = _version_of(wrapped)
-        cipher = await self._cipher(kek, version)
-        key = Secret(bytearray(32))
-        opened = True
-        try:
-            cipher.decrypt_into(
-                wrapped[_VERSION_BYTES : _VERSION_BYTES + _NONCE],
-                wrapped[_VERSION_BYTES + _NONCE :],
-                self._dek_binding(kek, version),
-                key.reveal(),
-            )
-        except InvalidTag:
-            opened = False
-        if not opened:
-            key.wipe()  # what was decrypted before the tag was looked at
-            raise UnwrapError
-        return key
-
-    async def rewrap(self, kek: str, wrapped: Sequence[bytes]) -> list[Rewrapped | RewrapFailed]:
-        """Wrap data keys again under the KEK's newest version."""
-        version, cipher = await self._newest_cipher(kek)
-        return [await self._rewrap(kek, version, cipher, one) for one in wrapped]
-
-    async def _rewrap(
-        self, kek: str, version: int, cipher: AESGCM, wrapped: bytes
-    ) -> Rewrapped | RewrapFailed:
-        try:
-            with await self.unwrap(kek, wrapped) as key:
-                return Rewrapped(self._wrap(kek, version, cipher, key), version)
-        except KekMissingError:
-            return RewrapFailed("UNDECRYPTABLE")
-        except UnwrapError:
-            return RewrapFailed("ROW_TAMPERED")
-
-    def _wrap(self, kek: str, version: int, cipher: AESGCM, key: Secret) -> bytes:
-        nonce = os.urandom(_NONCE)
-        sealed = cipher.encrypt(nonce, key.reveal(), self._dek_binding(kek, version))
-        return version.to_bytes(_VERSION_BYTES, "big") + nonce + sealed
-
     async def destroy(self, kek: str) -> None:
         """Delete a KEK's rows; `shred` says what that is worth."""
         async with self._database.transaction() as connection:
@@ -240,18 +160,19 @@ class LocalBackend:
         return int(row[0])
 
     def _fresh(self, kek: str, version: int) -> tuple[str, int, str, bytes]:
-        nonce = os.urandom(_NONCE)
         root = self._keyring.primary
         with Secret.random(32) as key:
-            wrapped = nonce + self._keyring.keys[root].encrypt(
-                nonce, key.reveal(), self._kek_binding(kek, version)
-            )
+            wrapped = _sealed(self._keyring.keys[root], key, self._kek_binding(kek, version))
         return kek, version, root, wrapped
 
     def _forget(self, kek: str, minimum: int | None) -> None:
         gone = [one for one in self._cache if one[0] == kek and (not minimum or one[1] < minimum)]
         for entry in gone:
             del self._cache[entry]
+
+    def _wrap(self, kek: str, version: int, cipher: AESGCM, key: Secret) -> bytes:
+        sealed = _sealed(cipher, key, self._dek_binding(kek, version))
+        return version.to_bytes(_VERSION_BYTES, "big") + sealed
 
     async def _newest_cipher(self, kek: str) -> tuple[int, AESGCM]:
         row = await self._database.one(_NEWEST, (kek,))
@@ -272,19 +193,7 @@ class LocalBackend:
         root = self._keyring.keys.get(root_id)
         if root is None:
             raise KekMissingError(kek)
-        with Secret(bytearray(32)) as key:
-            opened = True
-            try:
-                root.decrypt_into(
-                    wrapped[:_NONCE],
-                    wrapped[_NONCE:],
-                    self._kek_binding(kek, version),
-                    key.reveal(),
-                )
-            except InvalidTag:
-                opened = False
-            if not opened:
-                raise UnwrapError
+        with _opened(root, wrapped, self._kek_binding(kek, version)) as key:
             cipher = AESGCM(key.reveal())
         self._cache[kek, version] = (time.monotonic() + _CACHE_SECONDS, cipher)
         while len(self._cache) > _CACHE_ENTRIES:
@@ -298,5 +207,19 @@ class LocalBackend:
         return fields(_DEK_LABEL, self._deployment, kek, version)
 
 
-def _version_of(wrapped: bytes) -> int:
-    return int.from_bytes(wrapped[:_VERSION_BYTES], "big")
+def _sealed(cipher: AESGCM, key: Secret, binding: bytes) -> bytes:
+    nonce = os.urandom(_NONCE)
+    return nonce + cipher.encrypt(nonce, key.reveal(), binding)
+
+
+def _opened(cipher: AESGCM, wrapped: bytes, binding: bytes) -> Secret:
+    if len(wrapped) != _WRAPPED:
+        raise UnwrapError
+    key = Secret(bytearray(32))
+    try:
+        cipher.decrypt_into(wrapped[:_NONCE], wrapped[_NONCE:], binding, key.reveal())
+    except InvalidTag:
+        key.wipe()  # what was decrypted before the tag was looked at
+    else:
+        return key
+    raise UnwrapError

@@ -1,0 +1,1 @@
+"""Backend `aws_kms`: KEKs are keys of AWS KMS."""
