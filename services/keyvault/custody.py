@@ -60,7 +60,8 @@ class Custody:
 
         Raises:
             ByokeepError: NOT_FOUND, STATE_TAMPERED, what `decide` raises, and RECONCILE_MISMATCH
-                where a version would be made ACTIVE whose row is older than its chain.
+                where a version would be made ACTIVE whose row is older than its chain, or of whose
+                tenant the chain was altered.
         """
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
@@ -82,8 +83,10 @@ class Custody:
         versions = {one.version: one for one in key.versions}
         for change in changes:
             version = versions[change.version]
-            if domain.STATE_AFTER[change.event] is State.ACTIVE and self._outdated(key, version):
-                raise mismatch(key.key_id)
+            if domain.STATE_AFTER[change.event] is State.ACTIVE:
+                self._reconcile.check_chain(key.tenant)
+                if self._outdated(key, version):
+                    raise mismatch(key.key_id)
             events.append(self.event(key, change, origin))
             version = domain.with_state(
                 version, domain.STATE_AFTER[change.event], head.sequence + len(events)

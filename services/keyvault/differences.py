@@ -43,8 +43,9 @@ class Differences:
     def refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
         """Return why this version may not be leased."""
         states = self._following.states
-        frozen = states.get(states.fingerprint(tenant, key_id, version))[2]
-        if frozen or chain.tenant_chain(tenant) in self._following.broken:
+        if chain.tenant_chain(tenant) in self._following.broken:
+            return chain_broken(tenant)
+        if states.get(states.fingerprint(tenant, key_id, version))[2]:
             return mismatch(key_id)
         if tenant in self.holds_differ:
             return ByokeepError(
@@ -90,10 +91,9 @@ class Differences:
         """Follow the chain under its lock, when neither it nor the row can change."""
         name = chain.tenant_chain(tenant)
         async with self._database.transaction() as connection:
-            head = await chain.lock(connection, name)
+            await chain.lock(connection, name)
             now = await store.hold(connection, tenant)
-            if await self._following.follow(name):
-                await self.broken(connection, head)
+            await self._following.follow(name)
         if now == self._following.holds.get(tenant):
             self.holds_differ.discard(tenant)
         elif tenant not in self.holds_differ:
@@ -119,9 +119,8 @@ class Differences:
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, name)
             now = await store.row(connection, tenant, key_id, version)
-            if await self._following.follow(name):
-                await self.broken(connection, head)
-            elif now is not None and not self._settled((tenant, key_id, version, *now)):
+            await self._following.follow(name)
+            if now is not None and not self._settled((tenant, key_id, version, *now)):
                 await self._freeze(connection, head, tenant, key_id, version)
 
     async def _freeze(
@@ -130,7 +129,9 @@ class Differences:
         states = self._following.states
         states.freeze(states.fingerprint(tenant, key_id, version))
         logs.event(log, "key_frozen", level=logging.CRITICAL, tenant=tenant, key=key_id)
-        await self._record(connection, head, key_id, version)
+        await self._record(
+            connection, head, audit_pb2.AuditEvent(key_id=key_id, key_version=version)
+        )
 
     async def freeze_revived(self, version: store.Bound) -> None:
         """Put on the record that a version is frozen, of which the chain tells what can't be."""
@@ -140,25 +141,31 @@ class Differences:
         self._following.revived.discard(version)
 
     async def freeze_tenant(self, name: str) -> None:
-        """Put on the record that a chain is broken."""
+        """Put on the record that a chain is broken: in the system chain, for it can't speak for
+        itself any more. Every replica follows that one, and every restart."""
+        logs.event(log, "chain_broken", level=logging.CRITICAL, chain=name)
         async with self._database.transaction() as connection:
-            await self.broken(connection, await chain.lock(connection, name))
-
-    async def broken(self, connection: Connection, head: chain.Head) -> None:
-        """Put it on the record, under the chain's lock: every replica follows it."""
-        logs.event(log, "chain_broken", level=logging.CRITICAL, chain=head.chain)
-        await self._record(connection, head, "", 0)
+            head = await chain.lock(connection, chain.SYSTEM)
+            await self._record(connection, head, audit_pb2.AuditEvent(detail=name))
+        self._following.found.discard(name)
 
     async def _record(
-        self, connection: Connection, head: chain.Head, key_id: str, version: int
+        self, connection: Connection, head: chain.Head, event: audit_pb2.AuditEvent
     ) -> None:
-        event = audit_pb2.AuditEvent(
-            type=audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED,
-            key_id=key_id,
-            key_version=version,
-            reason=MISMATCH,
-        )
+        event.type = audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED
+        event.reason = MISMATCH
         await chain.append(connection, head, self._deployment, [event])
+
+
+def chain_broken(tenant: str) -> ByokeepError:
+    """Return the error for a tenant whose chain contradicts itself or the log."""
+    return ByokeepError(
+        grpc.StatusCode.DATA_LOSS,
+        MISMATCH,
+        "this tenant's audit chain was altered: none of its keys is leased or activated again;"
+        " an operator looks into it, and the tenant needs a new name",
+        chain=chain.tenant_chain(tenant),
+    )
 
 
 def mismatch(key_id: str) -> ByokeepError:

@@ -61,7 +61,7 @@ class Following:
         """Start with nothing followed. The key is keyvault's own; `changed` is told of every
         version that an event gives another state."""
         self._database = database
-        self._key = hmac.digest(key, b"byokeep/reconcile/v2", hashlib.sha256)
+        self._key = hmac.digest(key, b"byokeep/reconcile/v3", hashlib.sha256)
         self._changed = changed
         self.forget(Position())
 
@@ -69,8 +69,11 @@ class Following:
         """Follow everything again, from the leaves that an operator accepted."""
         self.states = States(self._key)
         self.chains: dict[str, Followed] = {}
-        #: Broken, or said to be so by another replica: nothing of these tenants is leased.
+        #: Chains that contradict themselves or the log, or of which the system chain says so:
+        #: nothing of these tenants is leased.
         self.broken: set[str] = set()
+        #: Those that this process found, which are not on the record yet.
+        self.found: set[str] = set()
         #: Tenants that were ever held: whether they are, and by which event.
         self.holds: dict[str, tuple[bool, int]] = {}
         #: Versions that a chain gave another state after their last one; not on the record yet.
@@ -80,48 +83,54 @@ class Following:
         self.resumed = position.resumed
         self._log: merkle.Frontier | None = None
 
-    async def log(self, position: Position) -> list[str]:
-        """Follow every chain of which the log has a new leaf; return those found broken.
+    async def log(self, position: Position) -> None:
+        """Follow every chain of which the log has a new leaf, and hold both against each other.
 
         Raises:
-            ContradictionError: a leaf is missing, or is not what its chain has.
+            ContradictionError: the leaves are not the log's; or the system chain is not what they
+                say.
         """
         frontier = self._log or await self._start(position)
         self._log = frontier
-        broken = []
         while frontier.size < position.size:
             rows = await log_store.leaf_heads(self._database, frontier.size, position.size)
             # A copy: where a read fails, the leaves whose chains were not followed come again.
             taken = merkle.Frontier(frontier.size, frontier.roots())
             for name in self._heads(taken, rows):
-                shown = await self.follow(name) or await self._dropped(name, rows)
-                broken += [name] * shown
-                self._check_reached(name, rows)
+                await self.follow(name)
+                own = [row for row in rows if row[1] == name]
+                await self._dropped(name, own)
+                self._check_reached(name, own)
             self._log = frontier = taken
         if frontier.size == position.size and frontier.root() != position.root:
             raise ContradictionError("the leaves are not those that were anchored")
-        return broken
 
-    async def follow(self, name: str) -> bool:
-        """Follow a chain to its end; True where that shows that it is broken."""
+    async def follow(self, name: str) -> None:
+        """Follow a chain to its end, or to where it is broken."""
         followed = self.chains.get(name)
         if followed is None:
-            return await self._from_start(name)
+            await self._from_start(name)
+            return
         if name in self.broken:
-            return False
+            return
         async for row in audit_store.links(self._database, name, followed.sequence):
             if self._take(name, followed, row) is None:
                 # Retention may have dropped, just now, what was to be read.
                 if (await audit_store.pruned(self._database, name))[0] > followed.sequence:
-                    return await self._from_start(name)
-                self.broken.add(name)
-                return True
-        return False
+                    await self._from_start(name)
+                else:
+                    self._break(name)
+                return
 
-    def behind(self, name: str, sequence: int) -> bool:
-        """Say whether a chain's head is before what was followed of it: its end was cut off."""
+    def stated(self, name: str, sequence: int) -> None:
+        """Hold a chain's head, as its row states it, against what was followed of the chain.
+
+        Raises:
+            ContradictionError: the end of the system chain was cut off.
+        """
         followed = self.chains.get(name)
-        return followed is not None and sequence < followed.sequence
+        if followed is not None and sequence < followed.sequence:
+            self._contradicts(name, "its end was cut off")
 
     def logged(self, name: str) -> int:
         """Return the newest event of a chain that the log was seen to have."""
@@ -142,6 +151,7 @@ class Following:
             "states": _STATE_PARTS,
             "order": sys.byteorder,
             "holds": self.holds,
+            "broken": sorted(self.broken),
         }
         return snapshot.seal(self._key, head, [*self.states.dump(), *self._dump_chains()])
 
@@ -166,12 +176,12 @@ class Following:
         if head["leaves"] > position.size:
             raise ContradictionError("the log is shorter than what was verified of it")
         self.holds = {tenant: (held, at) for tenant, (held, at) in head["holds"].items()}
+        self.broken.update(head["broken"])
         self.states.restore(iter(parts[:_STATE_PARTS]))
         for part in parts[_STATE_PARTS:]:
-            for name, broken, versions, digest, sequence, start, logged in json.loads(part):
+            for name, versions, digest, sequence, start, logged in json.loads(part):
                 self.chains[name] = Followed(sequence, bytes.fromhex(digest), start, logged)
                 self.versions[name.removeprefix(chain.TENANTS)] = versions
-                self.broken.update([name] * broken)
         return merkle.Frontier(head["leaves"], [bytes.fromhex(root) for root in head["roots"]])
 
     def _dump_chains(self) -> Iterator[bytes]:
@@ -180,7 +190,6 @@ class Following:
             rows = [
                 (
                     name,
-                    int(name in self.broken),
                     self.versions[name.removeprefix(chain.TENANTS)],
                     at.hash.hex(),
                     at.sequence,
@@ -192,41 +201,50 @@ class Following:
             yield json.dumps(rows).encode()
 
     def _heads(self, frontier: merkle.Frontier, rows: list[Row]) -> list[str]:
-        """Hold leaves against the events that they name; return the chains that they are of."""
-        for index, name, sequence, blind, head, leaf, digest in rows:
+        """Take leaves for the log's, which its root must bear out; return the chains that they are
+        of."""
+        for index, name, sequence, blind, head, leaf, _ in rows:
             if index != frontier.size:
                 raise ContradictionError("a leaf is missing")
             # The leaf itself says of which chain it is, also where its event was dropped.
-            if (
-                sequence < 1
-                or not hmac.compare_digest(
-                    leaf, merkle.leaf_hash(fields(blind, name, sequence, head))
-                )
-                or digest not in (None, head)
-            ):
-                raise ContradictionError(f"the log has another head of {name}")
+            named = merkle.leaf_hash(fields(blind, name, sequence, head))
+            if sequence < 1 or not hmac.compare_digest(leaf, named):
+                raise ContradictionError("a leaf is not what its row says")
             frontier.append(leaf)
         if not rows:
             raise ContradictionError("leaves are missing")
         return list(dict.fromkeys(row[1] for row in rows))
 
-    async def _dropped(self, name: str, rows: list[Row]) -> bool:
+    async def _dropped(self, name: str, leaves: list[Row]) -> None:
         """Follow a chain from its start, of which a leaf's event is gone: it must say itself that
-        it was dropped. True where that shows that it is broken."""
-        gone = max((row[2] for row in rows if row[1] == name and row[6] is None), default=0)
-        if name in self.broken or gone <= self.chains[name].start:
-            return False
-        return await self._from_start(name)
+        it was dropped."""
+        gone = max((row[2] for row in leaves if row[6] is None), default=0)
+        if name not in self.broken and gone > self.chains[name].start:
+            await self._from_start(name)
 
-    def _check_reached(self, name: str, rows: list[Row]) -> None:
-        # The leaf was held against a row; what was followed is what was read after it.
-        last = max(row[2] for row in rows if row[1] == name)
+    def _check_reached(self, name: str, leaves: list[Row]) -> None:
+        # The leaves were held against events; what was followed is what was read after them.
+        last = max(row[2] for row in leaves)
         followed = self.chains[name]
-        if name not in self.broken and followed.sequence < last:
-            raise ContradictionError(f"the end of {name} was cut off")
+        if followed.sequence < last:
+            self._contradicts(name, "its end was cut off")
+        if any(row[6] not in (None, row[4]) for row in leaves):
+            self._contradicts(name, "the log has another head of it")
         followed.logged = max(followed.logged, last)
 
-    async def _from_start(self, name: str) -> bool:
+    def _contradicts(self, name: str, what: str) -> None:
+        """Take a chain for broken that is not what was followed or logged of it. What is only about
+        one tenant stops no other; the system chain is the deployment's own."""
+        if name == chain.SYSTEM and name not in self.broken:
+            raise ContradictionError(f"{name}: {what}")
+        self._break(name)
+
+    def _break(self, name: str) -> None:
+        if name not in self.broken:
+            self.broken.add(name)
+            self.found.add(name)
+
+    async def _from_start(self, name: str) -> None:
         """Follow a chain from where its retention ends."""
         start, digest = await audit_store.pruned(self._database, name)
         followed = Followed(start, digest or chain.GENESIS, start, self.logged(name))
@@ -248,8 +266,7 @@ class Following:
             )
         self.chains[name] = followed
         if not explained:
-            self.broken.add(name)
-        return not explained
+            self._break(name)
 
     def _take(self, name: str, followed: Followed, row: Row) -> audit_pb2.AuditEvent | None:
         """Take in the next link; None where it does not continue the chain."""
@@ -271,7 +288,8 @@ class Following:
         except DecodeError:
             return None
         if _froze(event) and not event.key_id:
-            self.broken.add(name)
+            self.broken.add(event.detail)
+            self.found.discard(event.detail)
         # A chain of another name must not speak for a tenant.
         elif name.startswith(chain.TENANTS):
             self._state(name.removeprefix(chain.TENANTS), sequence, event)

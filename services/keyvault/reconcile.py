@@ -25,7 +25,7 @@ from services.keyvault import chain
 from services.keyvault.anchor import STALE_SECONDS, Anchor, stale
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, is_lost
-from services.keyvault.differences import Differences
+from services.keyvault.differences import Differences, chain_broken
 from services.keyvault.following import MISMATCH, ContradictionError, Following
 from services.keyvault.pages import Pages
 from services.keyvault.store import reconcile as store
@@ -121,8 +121,7 @@ class Reconcile:
         """
         async with self._passing, self._database.transaction() as connection:
             head = await chain.lock(connection, name)
-            if await self.following.follow(name):
-                await self._differences.broken(connection, head)
+            await self.following.follow(name)
             followed = self.following.chains[name]
             broken = name in self.following.broken
             if followed.logged < head.sequence:
@@ -151,6 +150,17 @@ class Reconcile:
         if time.monotonic() - self._saved > SAVE_SECONDS:
             await self.save()
 
+    def check_chain(self, tenant: str) -> None:
+        """Refuse what a tenant with a broken chain can't have. Raises ByokeepError:
+        RECONCILE_MISMATCH."""
+        if chain.tenant_chain(tenant) in self.following.broken:
+            raise chain_broken(tenant)
+
+    def broken_tenants(self) -> list[str]:
+        """Return the tenants that are held because their chain was altered."""
+        names = (one for one in self.following.broken if one.startswith(chain.TENANTS))
+        return sorted(name.removeprefix(chain.TENANTS) for name in names)
+
     def frozen(self) -> int:
         """Return how many keys are frozen: versions on their own, and all keys of a tenant whose
         chain is broken."""
@@ -164,11 +174,19 @@ class Reconcile:
         position = self._anchor.position
         if position.resumed != self.following.resumed:
             self._forget()
-        broken = await self.following.log(position)
-        await each("freeze_tenant", broken, self._differences.freeze_tenant)
+        await self.following.log(position)
+        # It says which chains were altered, also before the log has its newest event.
+        await self.following.follow(chain.SYSTEM)
+        await self._check_heads()
+        if self.following.found:
+            # A database that was put back whole is no damage of its chains.
+            await self._anchor.tick()
+            if self._anchor.rolled_back:
+                return
+        found = list(self.following.found)
+        await each("freeze_tenant", found, self._differences.freeze_tenant)
         revived = list(self.following.revived)
         await each("freeze_revived", revived, self._differences.freeze_revived)
-        await self._check_heads()
         await self._differences.again()
         await self._differences.holds()
         await self._pages.look()
@@ -191,8 +209,7 @@ class Reconcile:
         heads = await store.heads(self._database, self._after, _HEADS)
         claimed = {}
         for name, sequence, logged in heads:
-            if self.following.behind(name, sequence):
-                raise ContradictionError(f"the end of {name} was cut off")
+            self.following.stated(name, sequence)
             if logged >= sequence > self.following.logged(name):
                 claimed[name] = sequence
         self._after = heads[-1][0] if len(heads) == _HEADS else ""

@@ -210,8 +210,8 @@ MUTANTS = (
     Mutant(
         "the log may have more than a chain",
         _KV + "following.py",
-        "if name not in self.broken and followed.sequence < last:",
-        "if False:",
+        "        if followed.sequence < last:",
+        "        if False:",
         (_SEC + "test_rollback.py::test_an_older_snapshot_put_back_revives_nothing",),
     ),
     Mutant(
@@ -231,8 +231,8 @@ MUTANTS = (
     Mutant(
         "heads are not looked at",
         _KV + "reconcile.py",
-        "            if self.following.behind(name, sequence):",
-        "            if False:",
+        "            self.following.stated(name, sequence)\n",
+        "            pass\n",
         (_SEC + "test_rollback.py::test_a_cut_chain_is_noticed_while_keyvault_runs",),
     ),
     Mutant(
@@ -1225,12 +1225,40 @@ MUTANTS = (
     Mutant(
         "a broken chain is known without being read",
         _KV + "following.py",
-        "        followed = self.chains.get(name)\n        if followed is None:\n            return await self._from_start(name)\n        if name in self.broken:\n            return False\n",
-        "        if name in self.broken:\n            return False\n        followed = self.chains.get(name)\n        if followed is None:\n            return await self._from_start(name)\n",
+        "        if followed is None:\n            await self._from_start(name)\n",
+        "        if followed is None:\n            if name in self.broken:\n                return\n            await self._from_start(name)\n",
         (
             _SEC
             + "test_chain_attacker.py::test_a_chain_broken_in_a_read_that_fails_is_not_forgotten",
         ),
+    ),
+    Mutant(
+        "one tenant's cut chain stops all",
+        _KV + "following.py",
+        "        if name == chain.SYSTEM and name not in self.broken:",
+        "        if name not in self.broken:",
+        (_SEC + "test_chain_attacker.py::test_a_neighbours_damaged_chain_stops_no_other",),
+    ),
+    Mutant(
+        "a damaged chain is on no record",
+        _KV + "differences.py",
+        "            await self._record(connection, head, audit_pb2.AuditEvent(detail=name))\n",
+        "            pass\n",
+        (_SEC + "test_chain_attacker.py::test_a_neighbours_damaged_chain_stops_no_other",),
+    ),
+    Mutant(
+        "another event than the log has goes unnoticed",
+        _KV + "following.py",
+        "        if any(row[6] not in (None, row[4]) for row in leaves):",
+        "        if False:",
+        (_SEC + "test_chain_attacker.py::test_a_neighbours_damaged_chain_stops_no_other",),
+    ),
+    Mutant(
+        "a tenant whose chain was altered is promoted",
+        _KV + "custody.py",
+        "                self._reconcile.check_chain(key.tenant)\n",
+        "",
+        (_SEC + "test_chain_attacker.py::test_a_neighbours_damaged_chain_stops_no_other",),
     ),
     Mutant(
         "what can't be settled is leased",
@@ -1339,8 +1367,8 @@ MUTANTS = (
     Mutant(
         "a row older than its chain is made ACTIVE",
         _KV + "custody.py",
-        "if domain.STATE_AFTER[change.event] is State.ACTIVE and self._outdated(key, version):",
-        "if False:",
+        "                if self._outdated(key, version):",
+        "                if False:",
         (_SEC + "test_revival.py::test_an_old_pending_row_is_not_promoted_again",),
     ),
     Mutant(

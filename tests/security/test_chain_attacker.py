@@ -76,8 +76,9 @@ async def test_a_difference_that_can_t_be_settled_refuses_its_tenant_at_once(key
         f"UPDATE key_version SET ({_COLUMNS}) = (%s, %s, %s) WHERE tenant = 'acme'", *before
     )
 
-    async def fails(*_):
-        raise unreachable()
+    async def fails(_, name):
+        if name != "system":
+            raise unreachable()
 
     with monkeypatch.context() as broken:
         broken.setattr(following.Following, "follow", fails)
@@ -136,10 +137,12 @@ async def test_a_chain_broken_in_a_read_that_fails_is_not_forgotten(keyvault, mo
     await keyvault.create_tenant("other")
     other = await keyvault.add_active(tenant="other")
     event = audit_pb2.AuditEvent(
-        type=audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED, reason="RECONCILE_MISMATCH"
+        type=audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED,
+        reason="RECONCILE_MISMATCH",
+        detail="tenants/acme",
     )
     async with keyvault.app._database.transaction() as connection:
-        head = await chain.lock(connection, "tenants/acme")
+        head = await chain.lock(connection, "system")
         await chain.append(connection, head, kv.DEPLOYMENT, [event])
     await keyvault.app._anchor.tick()
     links = following.audit_store.links
@@ -168,10 +171,10 @@ async def test_a_verdict_outlives_a_restart(deployment):
     async with two_tenants(deployment) as keyvault:
         key = await keyvault.add_active()
         await keyvault.tick()
-        await keyvault.sql("UPDATE chain SET sequence = sequence - 1 WHERE chain = 'tenants/acme'")
+        await keyvault.sql("UPDATE chain SET sequence = sequence - 1 WHERE chain = 'system'")
         await keyvault.app._reconcile.once()
         assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
-        await keyvault.sql("UPDATE chain SET sequence = sequence + 1 WHERE chain = 'tenants/acme'")
+        await keyvault.sql("UPDATE chain SET sequence = sequence + 1 WHERE chain = 'system'")
     for _ in range(2):
         async with kv.running(deployment) as again:
             assert await try_lease(again, key) == "DATABASE_ROLLED_BACK"
@@ -182,6 +185,64 @@ async def test_a_verdict_outlives_a_restart(deployment):
         assert await try_lease(again, key) == ""
     async with kv.running(deployment) as again:
         assert await try_lease(again, key) == ""
+
+
+# Its end cut off, with and without what it was; its newest event another one than the log has.
+_CUT = "UPDATE chain SET sequence = sequence - 1 WHERE chain = 'tenants/other'"
+_GONE = (
+    "DELETE FROM audit_event e USING chain c WHERE c.chain = 'tenants/other'"
+    " AND e.chain = c.chain AND e.sequence = c.sequence"
+)
+_OTHER = (
+    "UPDATE audit_event SET body = '', hash = sha256('byokeep/audit/v1\n'::bytea || previous_hash)"
+    " WHERE chain = 'tenants/other' AND sequence = (SELECT sequence FROM chain"
+    " WHERE chain = 'tenants/other')",
+    "UPDATE chain SET hash = e.hash FROM audit_event e WHERE chain.chain = 'tenants/other'"
+    " AND e.chain = chain.chain AND e.sequence = chain.sequence",
+)
+
+
+@pytest.mark.parametrize("damage", [(_CUT,), (_GONE, _CUT), _OTHER])
+async def test_a_neighbours_damaged_chain_stops_no_other(deployment, damage):
+    """A chain that contradicts the log holds its own tenant, on every replica and across restarts,
+    also where it was put right again; another tenant's leases go on, and the system chain and
+    GetStatus say which it is.
+
+    Shown to fail: with a ContradictionError for whatever chain is cut; without the record in the
+    system chain; with a promotion that doesn't ask.
+    """
+    async with two_tenants(deployment) as keyvault:
+        key, other = await keyvault.add_active(), await keyvault.add_active(tenant="other")
+        pending = await keyvault.stage(tenant="other", name="second")
+        await keyvault.tick()
+        tables = ("chain", "audit_event")
+        whole = "WHERE chain = 'tenants/other'"
+        for table in tables:
+            await keyvault.sql(f"CREATE TABLE backup_{table} AS SELECT * FROM {table} {whole}")
+        for statement in damage:
+            await keyvault.sql(statement)
+        await keyvault.sql("DELETE FROM reconcile_part")
+        async with kv.running(deployment) as fresh:
+            for one in (fresh, keyvault) if damage is not _OTHER else (fresh,):
+                await one.tick()
+                assert await try_lease(one, key) == ""
+                assert await try_lease(one, other) == "RECONCILE_MISMATCH"
+            status = await fresh.admin.GetStatus(admin_pb2.GetStatusRequest())
+            assert list(status.broken_tenants) == ["other"]
+            assert status.leases_allowed
+            assert any(one.detail == "tenants/other" for one in await fresh.events("system"))
+            assert await kv.refusal(fresh.promote(pending.name, 1)) == "RECONCILE_MISMATCH"
+        await keyvault.tick()
+        assert await try_lease(keyvault, other) == "RECONCILE_MISMATCH"
+        await keyvault.sql(f"DELETE FROM audit_event {whole}")
+        await keyvault.sql(f"DELETE FROM chain {whole}")
+        for table in tables:
+            await keyvault.sql(f"INSERT INTO {table} SELECT * FROM backup_{table}")
+    async with kv.database(deployment) as connection:
+        await connection.execute("DELETE FROM reconcile_part")
+    async with kv.running(deployment) as again:
+        assert await try_lease(again, key) == ""
+        assert await try_lease(again, other) == "RECONCILE_MISMATCH"
 
 
 async def test_a_verdict_reaches_every_replica(keyvault, deployment):

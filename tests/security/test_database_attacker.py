@@ -70,7 +70,7 @@ async def test_chain_hidden_from_the_log(keyvault):
         before[0],
     )
     await keyvault.tick()
-    assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
+    assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
 async def test_leaf_passed_over_by_a_failed_read(keyvault, monkeypatch):
@@ -104,7 +104,7 @@ async def test_leaf_passed_over_by_a_failed_read(keyvault, monkeypatch):
     )
     await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *row)
     await keyvault.tick()
-    assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
+    assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
 async def over(keyvault) -> None:

@@ -105,7 +105,7 @@ async def test_what_another_replica_resumed_is_followed_before_it_is_leased(depl
         await keyvault.tick()
         assert await try_lease(keyvault, key) == _FROZEN
         await keyvault.tick()
-        back = "UPDATE chain SET sequence = sequence - 1 WHERE chain = 'tenants/acme'"
+        back = "UPDATE chain SET sequence = sequence - 1 WHERE chain = 'system'"
         await keyvault.sql(back)
         await keyvault.app._reconcile.once()
         assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"

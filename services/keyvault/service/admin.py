@@ -266,6 +266,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             open_kek_jobs=await job_store.open_count(self._database),
             held_tenants=await hold_store.held(self._database, _MOST_HELD),
             contradicted_tenants=sorted(self._reconcile.differing_holds()),
+            broken_tenants=self._reconcile.broken_tenants(),
         )
         if self._reconcile.last is not None:
             status.reconcile_time.FromDatetime(self._reconcile.last)

@@ -106,7 +106,9 @@ def resume_leases(
 
 
 def _print_held(session: Session, answer: admin_pb2.GetStatusResponse) -> None:
-    for name in sorted({*answer.held_tenants, *answer.contradicted_tenants}):
+    for name in sorted(
+        {*answer.held_tenants, *answer.contradicted_tenants, *answer.broken_tenants}
+    ):
         session.out.print(f"held         tenant {clean(name)} gets no lease", style="bold red")
         session.out.print(f"    → {clean(way_out(answer, name))}", style="cyan")
 
