@@ -18,6 +18,7 @@ from deploy.local.background import show
 from deploy.local.processes import StackError
 from deploy.local.state import throwaway_state
 from deploy.local.supervisor import LocalStack
+from services.common.diff import DiffError, parse
 
 SHIPPED_DIFF = Path(__file__).with_name("demo.diff")
 _SHIPPED_LABELS = ("--repo", "acme/shop", "--title", "Orders: export")
@@ -39,6 +40,10 @@ def run(diff: Path | None, *, provider: str, live: bool) -> int:
     chosen = diff or _nearest(SHIPPED_DIFF)
     if not chosen.is_file():
         raise StackError(f"DIFF: there is no file {chosen}")
+    try:
+        parse(chosen.read_bytes())
+    except (DiffError, OSError) as error:
+        raise StackError(f"DIFF: {chosen} can't be reviewed: {error}") from None
     variable = _key_variable(provider, live=live)
     with throwaway_state(in_memory=True) as state:
         print(f"starting a throwaway stack in {state.root}")

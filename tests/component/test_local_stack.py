@@ -293,6 +293,13 @@ def test_live_stack_dials_the_real_hosts(state) -> None:
 # The demo
 
 
+def test_what_is_no_diff_starts_no_stack(tmp_path, capsys) -> None:
+    (tmp_path / "notes").write_text("no diff\n")
+    with pytest.raises(StackError, match="notes can't be reviewed: No file of a unified diff"):
+        demo.run(tmp_path / "notes", provider="openai", live=False)
+    assert capsys.readouterr().out == ""
+
+
 def test_shipped_diff_is_a_diff_of_several_files() -> None:
     diff = diffs.parse(demo.SHIPPED_DIFF.read_bytes())
     assert len(diff.files) >= 4

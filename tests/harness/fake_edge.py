@@ -546,6 +546,7 @@ class _Admin(_Fake, admin_pb2_grpc.AdminServiceServicer):
             tenant_keys=[
                 admin_pb2.TenantKey(tenant="tenants/demo", holdings=[holding]),
                 admin_pb2.TenantKey(tenant="tenants/empty"),
+                admin_pb2.TenantKey(tenant="tenants/gone", kek_destroyed=True),
             ]
         )
 

@@ -84,10 +84,24 @@ def test_an_export_without_a_head_is_an_error(edge, byokeep, monkeypatch):
 @pytest.mark.parametrize("text", ["", "PK\x03\x04", '{"name": "x"}\n', "[]\n"])
 def test_another_file_is_not_taken_for_a_broken_export(byokeep, exported, tmp_path, text):
     (tmp_path / "other").write_text(text)
-    for arguments in (("other",), ("chain.jsonl", "--against", "other")):
+    for arguments, what in (
+        (("other",), "other is not an audit export"),
+        (("chain.jsonl", "--against", "other"), "other is not an older export"),
+    ):
         ran = byokeep("audit", "verify", *arguments)
         assert ran.code == 2
-        assert "other is not an audit export" in ran.err
+        assert what in ran.err
+
+
+def test_a_file_of_another_chain_is_named(edge, byokeep, exported):
+    edge.chain.name = "system"
+    edge.chain.events.clear()
+    edge.chain.links.clear()
+    edge.chain.add("LEASED")
+    byokeep("audit", "export", "--chain", "system", "-o", "system.jsonl")
+    ran = byokeep("audit", "verify", "chain.jsonl", "--against", "system.jsonl")
+    assert ran.code == 6
+    assert "chain.jsonl can't be held against system.jsonl: that is of system" in ran.err
 
 
 def test_an_export_whose_first_line_is_gone_is_broken(byokeep, exported):

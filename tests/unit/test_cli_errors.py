@@ -64,6 +64,11 @@ def test_each_refusal_has_its_exit_code_reason_and_hint(
             "--head takes 7",
         ),
         ("input.context_files[3].path", "does not match regex pattern `x`", "--context has a form"),
+        (
+            "caller.spiffe_id",
+            "a SPIFFE ID of this deployment's trust domain expected",
+            "SPIFFE_ID takes one of this deployment's own trust domain",
+        ),
         ("etag", "must be at most 64 characters", "etag must be at most 64 characters"),
     ],
 )

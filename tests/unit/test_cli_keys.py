@@ -138,10 +138,35 @@ def test_rotating_to_a_rejected_key_says_that_the_old_one_serves(edge, byokeep):
 def test_key_is_found_by_id_prefix_name_or_provider(edge, byokeep):
     key_id = edge.add_key("openai", "ci")
     edge.add_key("gemini", "main")
-    for reference in (key_id, key_id[:-1], key_id[4:-1], "ci", "openai"):
+    full = f"tenants/demo/providerKeys/{key_id}"
+    for reference in (key_id, key_id[:-1], key_id[4:-1], "ci", "openai", full):
         ran = byokeep("key", "show", reference)
         assert ran.code == 0, ran.err
         assert key_id in ran.out
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "tenants/other/providerKeys/key_1",
+            "of tenant other, and this command is for",
+        ),
+        ("tenants/demo/reviews/rev_1", "tenants/demo/providerKeys/ID"),
+        ("tenants/demo", "tenants/demo/providerKeys/ID"),
+    ],
+)
+def test_the_full_name_of_something_else_is_refused(edge, byokeep, name, says):
+    ran = byokeep("key", "show", name)
+    assert (ran.code, says in ran.err) == (2, True), ran.err
+
+
+def test_one_remedy_is_enough(edge, byokeep):
+    said = "a key of that name exists; byokeep key rotate key_1 replaces its value"
+    edge.fail("AddKey", "ALREADY_EXISTS", "KEY_EXISTS", said, key="key_1")
+    ran = add(byokeep)
+    assert ran.err.count("byokeep key rotate") == 1
+    assert "→" not in ran.err
 
 
 def test_ambiguous_key_lists_candidates(edge, byokeep):

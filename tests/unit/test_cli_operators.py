@@ -172,10 +172,29 @@ def test_migrate_takes_one_tenant_or_all(edge, byokeep):
 
 
 def test_where_data_keys_are(edge, byokeep):
-    listed = byokeep("admin", "list-keks").out
-    assert "v1 to v3" in listed
-    assert "empty" in listed
+    listed = [line.split(maxsplit=1) for line in byokeep("admin", "list-keks").out.splitlines()]
+    assert "v1 to v3" in dict(map(tuple, listed))["demo"]
+    assert "(no keys yet)" in dict(map(tuple, listed))["empty"]
+    assert "destroyed" in dict(map(tuple, listed))["gone"]
     assert byokeep("admin", "list-keks", "--json").json["tenantKeys"][0]["tenant"] == "tenants/demo"
+
+
+def test_admin_status_names_suspended_tenants(edge, byokeep):
+    assert "suspended" not in byokeep("admin", "status").out
+    byokeep("tenant", "suspend", "demo")
+    out = byokeep("admin", "status").out
+    assert "tenant demo gets no new lease" in out
+    assert "byokeep tenant suspend demo --resume" in out
+    assert byokeep("admin", "status", "--json").json["suspendedTenants"] == ["demo"]
+    edge.denied.add("ListTenants")
+    assert "suspended    not known" in byokeep("admin", "status").out
+
+
+def test_a_bad_spiffe_id_is_told_what_a_good_one_is(edge, byokeep):
+    for bad in ("ci.example", "spiffe://Acme/ci", "spiffe://acme.example", "spiffe://a.b/c//d/"):
+        ran = byokeep("caller", "allow", bad, "--role", "auditor")
+        assert (ran.code, "spiffe://TRUST-DOMAIN/PATH" in ran.err) == (2, True)
+    assert edge.requests == []
 
 
 def test_until_when_the_old_backend_is_needed(edge, byokeep):

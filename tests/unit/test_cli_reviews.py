@@ -356,7 +356,10 @@ def test_show_list_cancel_retry(edge, byokeep):
     review_id = edge.add_review(findings=FINDINGS, finding_count=2)
     other = edge.add_review()
     assert "SQL from input" in byokeep("review", "show", review_id[:-1]).out
-    assert byokeep("review", "show", review_id, "--json").json["findingCount"] == 2
+    for reference in (review_id, f"tenants/demo/reviews/{review_id}"):
+        assert byokeep("review", "show", reference, "--json").json["findingCount"] == 2
+    other_tenant = byokeep("review", "cancel", f"tenants/other/reviews/{review_id}")
+    assert (other_tenant.code, "of tenant other" in other_tenant.err) == (2, True)
     assert byokeep("review", "show", review_id, "--fail-on", "high").code == 1
     listed = byokeep("review", "list", "--json").json["reviews"]
     assert [entry["name"].rsplit("/")[-1] for entry in listed] == [other, review_id]

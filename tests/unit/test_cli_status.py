@@ -45,6 +45,7 @@ def test_a_tenant_out_of_service_is_shown_with_the_way_out(edge, byokeep, state,
         out = " ".join(byokeep(command).out.split())
         assert says in out
         assert way_out in out
+        assert "✓ leases" not in out
     assert byokeep("status").code == 0
     assert byokeep("doctor").code == 5
     assert byokeep("status", "--json").json["tenantState"] == state

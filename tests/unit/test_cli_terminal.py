@@ -14,6 +14,8 @@ import time
 import pytest
 from byokeep.cli import output
 
+from tests.unit.test_cli_trail import Life
+
 pytest_plugins = ["tests.harness.cli_fixtures"]
 
 KEY = "sk-proj-" + "aB3x" * 8
@@ -86,10 +88,23 @@ def test_tenant_is_deleted_after_its_name_is_typed(edge):
 
 def test_colour_on_a_terminal_and_none_with_no_color(edge):
     edge.add_key()
-    _, plain = on_a_terminal(["key", "list"], [], NO_COLOR="1", TERM="xterm")
+    lines = ("key trail openai", "key show gemini", "status", "--help")
+    plain = "".join(on_a_terminal(line.split(), [], NO_COLOR="1")[1] for line in lines)
     _, coloured = on_a_terminal(["key", "list"], [], TERM="xterm")
     assert "\x1b[32m" in coloured
-    assert "\x1b[3" not in plain
+    assert "Usage" in plain
+    assert not re.search(r"\x1b\[[0-9;]*m", plain)
+
+
+def test_a_trail_wraps_under_where_its_lines_begin(edge):
+    key_id = edge.add_key()
+    life = Life(edge.chain, key_id).lease(100, 300, released=320)
+    edge.uses = life.uses
+    _, screen = on_a_terminal(["key", "trail", "openai"], [], COLUMNS="60", NO_COLOR="1")
+    lines = screen.replace("\r", "").splitlines()
+    assert max(map(len, lines)) <= 60
+    lease = edge.chain.events[-1].lease_id
+    assert f"{'':26}{lease}" in lines
 
 
 def test_ctrl_c_says_how_to_go_on(edge):

@@ -131,6 +131,8 @@ def test_drawn_for_people(lived, byokeep):
     assert "reported  process 1000 is gone (COMPLETED); plaintext existed 212 ms" in out
     assert "acme/shop#7" in out
     assert "2 provider calls started" in out
+    # As admin revoke-lease takes it.
+    assert all(f"lease {use.lease_id} released" in out for use in lived.uses)
     assert (
         "plaintext existed in 2 processes for 412 ms in all; none is alive; leases live now: 0"
         in out

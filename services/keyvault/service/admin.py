@@ -135,9 +135,23 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                     entry.holdings.add(
                         backend=backend, oldest_version=oldest, newest_version=newest, rows=count
                     )
+        for entry in answer.tenant_keys:
+            if not entry.holdings:
+                entry.kek_destroyed = await self._destroyed(tenant_of(entry.tenant))
         if len(answer.tenant_keys) == size:
             answer.next_page_token = rows[-1][0]
         return answer
+
+    async def _destroyed(self, tenant: str) -> bool:
+        for backend in self._backends:
+            try:
+                await backend.newest(kek.tenant_kek(tenant))
+            except kek.KekMissingError:
+                continue
+            except kek.KekUnavailableError:
+                pass
+            return False
+        return True
 
     async def ListKekBackends(
         self, request: pb.ListKekBackendsRequest, context: Any

@@ -22,7 +22,14 @@ from byokeep import checkpoint
 from byokeep.auditlog.chain import Chain
 from byokeep.auditlog.end import End, end_of, leaf_of, since_older
 from byokeep.auditlog.lines import FIRST_HASH, START, event_line, head_line, link_hash
-from byokeep.auditlog.outcome import Keys, Older, UnpinnedKeyError, VerificationError, Verified
+from byokeep.auditlog.outcome import (
+    Keys,
+    Older,
+    OtherChainError,
+    UnpinnedKeyError,
+    VerificationError,
+    Verified,
+)
 from byokeep.auditlog.runs import chunks_of, cores, lines_of, overlong, runs_of
 from byokeep.checkpoint import Checkpoint, NoteError
 from byokeep.keyvault.v1 import audit_pb2
@@ -31,6 +38,7 @@ __all__ = [
     "FIRST_HASH",
     "Checkpoint",
     "Older",
+    "OtherChainError",
     "UnpinnedKeyError",
     "VerificationError",
     "Verified",
@@ -84,6 +92,7 @@ def verify_chunks(
 
     Raises:
         VerificationError: with the first link that is broken, and what is wrong with it.
+        OtherChainError: `against` is of another chain or deployment.
         UnpinnedKeyError: nothing is broken up to the head, which no pinned key signed.
     """
     chain = Chain(deployment, against)

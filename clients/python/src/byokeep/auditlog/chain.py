@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from byokeep.auditlog.lines import FIRST_HASH, event_line, link_hash
-from byokeep.auditlog.outcome import VerificationError
+from byokeep.auditlog.outcome import OtherChainError, VerificationError
 from byokeep.auditlog.runs import Run
 from byokeep.auditlog.view import view
 from byokeep.keyvault.v1 import audit_pb2
@@ -152,7 +152,7 @@ class Chain:
 
     def _check_older(self, chain: str, deployment: str) -> None:
         if not self._is_of(self._against, chain, deployment):
-            raise VerificationError(0, "the older head is of another chain or deployment")
+            raise OtherChainError
 
     @staticmethod
     def _is_of(older: audit_pb2.ChainHead | None, chain: str, deployment: str) -> bool:

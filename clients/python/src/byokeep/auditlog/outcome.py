@@ -35,6 +35,15 @@ class UnpinnedKeyError(VerificationError):
         self.key_id = key_id
 
 
+class OtherChainError(VerificationError):
+    """What the verifier holds from before is of another chain or deployment: the two files say
+    nothing of each other."""
+
+    def __init__(self) -> None:
+        """Say so."""
+        super().__init__(0, "the older head is of another chain or deployment")
+
+
 @dataclass(frozen=True, slots=True)
 class Older:
     """What a verifier holds from before: a chain's signed head, a checkpoint, or both."""

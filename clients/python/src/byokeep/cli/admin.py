@@ -11,7 +11,7 @@ from byokeep.cli import admin_leases, checked
 from byokeep.cli.confirm import confirm_by_name
 from byokeep.cli.output import message_dict, when
 from byokeep.cli.session import Session, command, examples, group, request_id
-from byokeep.cli.tenants import Name, shredded, way_out
+from byokeep.cli.tenants import Name, shredded, suspended_tenants, way_out
 from byokeep.cli.text import clean
 from byokeep.keyvault.v1 import admin_pb2
 
@@ -28,10 +28,11 @@ def admin() -> None:
 @app.command(epilog=examples("byokeep admin status"))
 @command()
 def status(session: Session) -> None:
-    """Say how keyvault is: backend, leases, reconcile pass."""
+    """Say how keyvault is: backend, leases, reconcile pass, tenants out of service."""
     answer = session.connection.admin.GetStatus(admin_pb2.GetStatusRequest())
+    suspended = suspended_tenants(session)
     if session.out.as_json:
-        session.out.json(message_dict(answer))
+        session.out.json({**message_dict(answer), "suspendedTenants": suspended})
         return
     healthy = "answers" if answer.kek_backend_healthy else "does not answer"
     leases = "given" if answer.leases_allowed else f"refused: {clean(answer.refusal_reason)}"
@@ -46,6 +47,11 @@ def status(session: Session) -> None:
     out.print(f"tenants      {answer.tenants}")
     out.print(f"reconcile    {reconcile}; frozen keys: {answer.frozen_keys}")
     _print_held(session, answer)
+    if suspended is None:
+        out.print("suspended    not known: the orchestrator does not say")
+    for name in suspended or ():
+        out.print(f"suspended    tenant {name} gets no new lease", style="yellow")
+        out.print(f"    → byokeep tenant suspend {name} --resume", style="cyan")
     out.print(
         f"rewrap jobs  {answer.open_kek_jobs} open; undecryptable keys: {answer.undecryptable_keys}"
     )

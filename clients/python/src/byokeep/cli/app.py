@@ -24,7 +24,7 @@ from byokeep.cli import (
     vaultlog,
 )
 from byokeep.cli.errors import CliError, Exit, from_rpc
-from byokeep.cli.output import print_error
+from byokeep.cli.output import color_system, print_error
 from byokeep.cli.refusal import refuse_keys
 from byokeep.cli.session import RUN, ReaderGone, Run, examples, group
 from byokeep.cli.usage import from_usage
@@ -103,6 +103,10 @@ def run(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> int | CliError:
     try:
         refuse_keys(arguments)
+        if color_system() is None:
+            from typer import rich_utils
+
+            rich_utils.COLOR_SYSTEM = None
         command = typer.main.get_command(app)
         result: Any = command.main(args=list(arguments), prog_name="byokeep", standalone_mode=False)
         return result if isinstance(result, int) else Exit.OK

@@ -43,8 +43,10 @@ def target(output: Path | None) -> Iterator[TextIO]:
         scratch.unlink(missing_ok=True)
 
 
-def read(file: str, take: Callable[[Iterable[bytes]], _T]) -> _T:
+def read(file: str, take: Callable[[Iterable[bytes]], _T], what: str = "an audit export") -> _T:
     """Give a file's chunks, or those of standard input, to a reader; return what it returns.
+
+    `what` it should be is said of a file that is something else.
 
     Raises:
         CliError: the reader refuses it, and no line of it is of an export.
@@ -60,7 +62,7 @@ def read(file: str, take: Callable[[Iterable[bytes]], _T]) -> _T:
             if chunks.recognised():
                 raise
     name = "standard input" if file == "-" else file
-    raise CliError(f"{name} is not an audit export", "byokeep audit export -o FILE writes one")
+    raise CliError(f"{name} is not {what}", "byokeep audit export -o FILE writes an export")
 
 
 def read_older(file: Path | None, bundle: TrustBundle) -> Older:
@@ -69,9 +71,23 @@ def read_older(file: Path | None, bundle: TrustBundle) -> Older:
 
     if file is None:
         return auditlog.Older()
-    trusted = bundle.audit_log_keys
-    return read(
-        str(file), lambda chunks: auditlog.read_older(_lines(chunks), trusted, bundle.deployment)
+    trusted, broken = bundle.audit_log_keys, ""
+    try:
+        return read(
+            str(file),
+            lambda chunks: auditlog.read_older(_lines(chunks), trusted, bundle.deployment),
+            "an older export, a checkpoint saved by byokeep audit checkpoint --save, or a signed"
+            " note: nothing can be held against it",
+        )
+    except auditlog.UnpinnedKeyError:
+        raise
+    except auditlog.VerificationError as error:
+        broken = str(error)
+    raise CliError(
+        f"{file}, the older file, does not hold: {broken}; nothing was held against it",
+        "take another one that you kept",
+        Exit.INTEGRITY,
+        "AUDIT_BROKEN",
     )
 
 

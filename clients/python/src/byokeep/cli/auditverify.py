@@ -73,17 +73,36 @@ def verify(
         )
     except auditlog.UnpinnedKeyError as error:
         raise unpinned(error.key_id) from None
+    except auditlog.OtherChainError:
+        raise _unlike(file, against, older) from None
     except auditlog.VerificationError as error:
         broken = error
     else:
         _report(session, result, bundle, older)
         return
     raise CliError(
-        f"the audit chain does not hold: {broken}",
-        "keep this file; compare with older exports, and with another auditor's",
+        f"the audit chain in {_named(file)} does not hold: {broken}",
+        (f"is {against} the older of the two? " if against else "")
+        + "keep this file; compare with older exports, and with another auditor's",
         Exit.INTEGRITY,
         "AUDIT_BROKEN",
         metadata={"sequence": str(broken.sequence), "what": broken.what},
+    )
+
+
+def _named(file: str) -> str:
+    return "standard input" if file == "-" else file
+
+
+def _unlike(file: str, against: Path | None, older: Older) -> CliError:
+    """Return the error for two files of which neither says anything of the other."""
+    whose = f"{clean(older.head.chain)} of {clean(older.head.deployment)}" if older.head else ""
+    return CliError(
+        f"{_named(file)} can't be held against {against}: that is of {whose}, and this is of"
+        " another chain or deployment",
+        "take an older export or checkpoint of the same chain",
+        Exit.INTEGRITY,
+        "AUDIT_BROKEN",
     )
 
 

@@ -8,13 +8,20 @@ from byokeep.cli.errors import CliError
 
 _TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _MODEL = re.compile(r"(openai|anthropic|gemini)/[A-Za-z0-9._:-]{1,100}")
-_SPIFFE = re.compile(r"spiffe://[a-z0-9.-]{1,255}/[A-Za-z0-9._/-]{1,512}")
+_SPIFFE = re.compile(r"spiffe://[a-z0-9.-]{1,255}(?=.{2,513}$)(/[A-Za-z0-9._-]+)+")
 _REPOSITORY = re.compile(r"[A-Za-z0-9._/-]{1,200}")
 _PATTERN = re.compile(r"[A-Za-z0-9._/*?-]{1,200}")
 _USER = re.compile(r"[A-Za-z0-9._@+-]{0,128}")
 _CHAIN = re.compile(rf"system|tenants/{_TENANT.pattern}")
 _LEASE = re.compile(r"lea_[0-9a-z]{26}")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RESOURCE = re.compile(rf"tenants/({_TENANT.pattern})/([a-zA-Z]+)/([0-9a-z_]+)")
+
+
+_SPIFFE_FORM = (
+    "a SPIFFE ID is spiffe://TRUST-DOMAIN/PATH, such as spiffe://acme.example/ci: a domain of"
+    " lower-case letters, digits, dots and hyphens, then one or more parts, each after a slash"
+)
 
 
 def tenant(text: str) -> str:
@@ -30,7 +37,12 @@ def model(text: str) -> str:
 
 def spiffe_id(text: str) -> str:
     """Return a SPIFFE ID. Raises CliError."""
-    return _check(_SPIFFE, text, "a SPIFFE ID looks like spiffe://acme.example/ci")
+    return _check(
+        _SPIFFE,
+        text,
+        _SPIFFE_FORM,
+        "byokeep caller list shows those of the tenant, byokeep doctor your own",
+    )
 
 
 def repository(text: str) -> str:
@@ -66,6 +78,24 @@ def lease(text: str) -> str:
 def key_name(text: str) -> str:
     """Return the display name of a key. Raises CliError."""
     return _check(_NAME, text, "--name takes 1 to 64 letters, digits, dots, hyphens, underscores")
+
+
+def last_part(text: str, tenant: str, collection: str) -> str:
+    """Return the id of a full resource name of that tenant; any other text as it is.
+
+    Raises CliError where it names another tenant, or something else than the collection's.
+    """
+    if not text.startswith("tenants/"):
+        return text
+    parts = _RESOURCE.fullmatch(text)
+    if parts is None or parts[2] != collection:
+        raise CliError(f"the full name here is tenants/{tenant}/{collection}/ID; or give the ID")
+    if parts[1] != tenant:
+        raise CliError(
+            f"that is of tenant {parts[1]}, and this command is for tenant {tenant}",
+            f"add --tenant {parts[1]}, if you have a role for it",
+        )
+    return parts[3]
 
 
 def _check(form: re.Pattern[str], text: str, sentence: str, hint: str = "") -> str:

@@ -65,10 +65,11 @@ def all_checks(session: Session) -> Iterator[Check]:
     else:
         yield Check("keyvault", None, "no address: audit and admin can't be used with this profile")
     if reached.ok:
-        yield _tenant(session)
+        tenant = _tenant(session)
+        yield tenant
         yield _intake(session)
         if vault is not None and vault.ok:
-            yield from _leases(session)
+            yield from _leases(session, in_service=tenant.ok is True)
         yield from _roles(session, keyvault=bool(vault and vault.ok))
         if vault and vault.ok:
             yield from _audit_key(session)
@@ -150,7 +151,7 @@ def _tenant(session: Session) -> Check:
     return Check("tenant", True, name)
 
 
-def _leases(session: Session) -> Iterator[Check]:
+def _leases(session: Session, *, in_service: bool) -> Iterator[Check]:
     """Whether keyvault gives leases at all, and to the tenant; for operators, who may know."""
     connection, name = session.connection, session.connection.tenant
     try:
@@ -163,6 +164,8 @@ def _leases(session: Session) -> Iterator[Check]:
         yield Check("leases", False, f"refused to every tenant: {reason}", remedy)
     elif remedy := way_out(status, name):
         yield Check("leases", False, f"refused to tenant {name}: it is held", remedy)
+    elif not in_service:
+        yield Check("leases", None, f"no new one: tenant {name} is out of service")
     else:
         yield Check("leases", True, f"given to tenant {name}")
 

@@ -164,13 +164,18 @@ def from_rpc(error: grpc.RpcError, profile: Profile | None) -> CliError:
         message = said_of(metadata.get("field", ""), message)
     return CliError(
         message=message,
-        hint=_hint(reason, metadata) or _CODE_HINTS.get(code, ""),
+        hint=unless_said(message, _hint(reason, metadata) or _CODE_HINTS.get(code, "")),
         exit_code=BY_REASON.get(reason) or BY_CODE.get(code, Exit.UNAVAILABLE),
         reason=reason,
         code=code,
         metadata=metadata,
         details=f"{code}: {clean(info.message)}",
     )
+
+
+def unless_said(message: str, hint: str) -> str:
+    """Return the hint; nothing where the sentence itself names a command: one remedy is enough."""
+    return "" if "byokeep " in message else hint
 
 
 def failure_exit(failure: str) -> Exit:

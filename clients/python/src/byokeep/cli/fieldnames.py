@@ -6,6 +6,10 @@ import re
 from collections.abc import Mapping
 
 _TYPED: Mapping[str, tuple[str, str]] = {
+    "caller.spiffe_id": (
+        "SPIFFE_ID",
+        "takes one of this deployment's own trust domain, as byokeep caller list and doctor show",
+    ),
     "display_name": ("--name", "takes 1 to 64 letters, digits, dots, hyphens and underscores"),
     "input.context_files": ("--context", ""),
     "input.description": ("--description", ""),
@@ -29,7 +33,6 @@ _TYPED: Mapping[str, tuple[str, str]] = {
     "settings.max_calls_per_review": ("--max-calls-per-review", ""),
     "settings.max_diff_bytes": ("--max-diff-bytes", ""),
     "settings.max_reviews_per_day": ("--max-reviews-per-day", ""),
-    "spiffe_id": ("SPIFFE_ID", "looks like spiffe://acme.example/ci"),
     "target_backend": ("--to", "takes the name of a KEK backend"),
     "tenant": ("TENANT", "takes lower-case letters, digits and hyphens"),
     "user": ("--user", "takes letters, digits and . _ @ + -"),

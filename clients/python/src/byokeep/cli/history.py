@@ -86,12 +86,6 @@ def merge(
     return [entry for _, entry in placed], _summary(recorded, leases, events is not None)
 
 
-def lease_short(lease_id: str) -> str:
-    """Return an id's prefix and its last six characters, which are random."""
-    prefix, _, rest = clean(lease_id).partition("_")
-    return f"{prefix}_..{rest[-6:]}" if rest else prefix
-
-
 def _place(entry: Entry, after: datetime.datetime | None) -> tuple[datetime.datetime, Entry]:
     return (max(entry.time, after) if after else entry.time), entry
 
@@ -131,7 +125,7 @@ def _reported(lease: _Lease) -> Iterable[Entry]:
     yield Entry(
         opened,
         "reported",
-        f"{process} opened the seal: plaintext of {lease_short(lease.lease_id)}",
+        f"{process} opened the seal: plaintext of {clean(lease.lease_id)}",
         about,
         data={"type": "OPENED", **data},
     )
@@ -167,7 +161,7 @@ def _recorded(event: audit_pb2.AuditEvent, use: key_pb2.KeyUse | None) -> Entry:
 def _details(event: audit_pb2.AuditEvent, use: key_pb2.KeyUse | None) -> Iterable[str]:
     if event.type == audit_pb2.AUDIT_EVENT_TYPE_LEASED:
         yield _attempt(event.attempt_id, event.review_id, use)
-        yield f"lease {clean(event.lease_id)}, runner {clean(event.caller)}"
+        yield f"runner {clean(event.caller)}"
     elif event.type not in _ENDS:
         through = f", through {clean(event.caller)}" if event.caller else ""
         if event.actor or event.caller:
@@ -182,7 +176,7 @@ def _attempt(attempt_id: str, review_id: str, use: key_pb2.KeyUse | None) -> str
     parts = [clean(review_id)] if review_id else []
     if use is not None and use.label:
         parts.append(clean(use.label))
-    parts.append(f"attempt {lease_short(attempt_id)}")
+    parts.append(f"attempt {clean(attempt_id)}")
     if use is not None:
         parts[-1] += f" (number {use.number})"
         parts.append(f"{count(use.calls_started, 'provider call')} started")
@@ -191,14 +185,14 @@ def _attempt(attempt_id: str, review_id: str, use: key_pb2.KeyUse | None) -> str
 
 def _leased(event: audit_pb2.AuditEvent) -> str:
     purpose = short(grant_pb2.LeasePurpose, event.purpose).lower() or "an unknown purpose"
-    lease = lease_short(event.lease_id)
+    lease = clean(event.lease_id)
     return f"v{event.key_version} leased to one process for {purpose}: {lease}"
 
 
 def _released(event: audit_pb2.AuditEvent) -> str:
     outcome = short(lease_pb2.LeaseOutcome, event.outcome)
     after = f"; v{event.key_version} is {clean(event.detail)}" if event.detail else ""
-    return f"lease {lease_short(event.lease_id)} released: {outcome}{after}"
+    return f"lease {clean(event.lease_id)} released: {outcome}{after}"
 
 
 _Title = Callable[[audit_pb2.AuditEvent], str]
@@ -213,7 +207,7 @@ _TITLES: Mapping[int, _Title] = {
     audit_pb2.AUDIT_EVENT_TYPE_LEASED: _leased,
     audit_pb2.AUDIT_EVENT_TYPE_RELEASED: _released,
     audit_pb2.AUDIT_EVENT_TYPE_LEASE_EXPIRED: lambda e: (
-        f"lease {lease_short(e.lease_id)} ended without a release"
+        f"lease {clean(e.lease_id)} ended without a release"
     ),
 }
 _ENDS = {audit_pb2.AUDIT_EVENT_TYPE_RELEASED, audit_pb2.AUDIT_EVENT_TYPE_LEASE_EXPIRED}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from byokeep import names
+from byokeep.cli import checked
 from byokeep.cli.errors import CliError
 from byokeep.cli.output import short
 from byokeep.cli.session import Session, pages
@@ -24,6 +25,7 @@ _ENDED = {custody_pb2.KEY_VERSION_STATE_REVOKED, custody_pb2.KEY_VERSION_STATE_D
 def find_key(session: Session, reference: str) -> Key:
     """Return the key that a reference means. Raises CliError where it is none, or several."""
     connection = session.connection
+    reference = checked.last_part(reference, connection.tenant, "providerKeys")
     if _ID.fullmatch(reference):
         name = names.key_name(connection.tenant, reference)
         return connection.keys.GetKey(key_pb2.GetKeyRequest(name=name)).key

@@ -138,7 +138,7 @@ def _print_choice(
     session: Session, settings: settings_pb2.Settings, models: list[settings_pb2.Model]
 ) -> None:
     providers = {entry.model.partition("/")[0] for entry in models}
-    none = "none: that of the only provider with an active key"
+    none = "none: reviews use that of the only provider with an active key"
     if len(providers) > 1:
         none = "none: choose one with byokeep model set"
     session.out.print(f"default: {clean(settings.default_model) or none}")

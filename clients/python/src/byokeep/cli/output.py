@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from byokeep.cli.text import clean
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Not a terminal: no wrapping, so that a line stays a line for grep.
 _WIDE = 500
+# On a terminal that is narrower still, lines break as they come.
+_NARROW = 20
 
 STATE_STYLES: Mapping[str, str] = {
     "ACTIVE": "green",
@@ -78,6 +80,18 @@ class Output:
     def print(self, text: Text | str = "", style: str = "") -> None:
         """Print a line for people."""
         self._out.print(text, style=style or None, soft_wrap=not self._out.is_terminal)
+
+    def hanging(self, lead: Text, line: Text) -> None:
+        """Print a line; on a terminal its wrapped rest stands under where it begins."""
+        from rich.text import Text
+
+        if not self._out.is_terminal:
+            self.print(lead + line)
+            return
+        room = max(self._out.width - lead.cell_len, _NARROW)
+        for part in line.wrap(self._out, room):
+            self.print(lead + part)
+            lead = Text(" " * lead.cell_len)
 
     def renderable(self, what: RenderableType) -> None:
         """Print something that rich lays out."""
@@ -241,6 +255,12 @@ def print_error(error: CliError, *, as_json: bool, verbose: bool) -> None:
         console.print(f"  {error.details}", style="dim", soft_wrap=not console.is_terminal)
 
 
+def color_system() -> Literal["auto"] | None:
+    """Return what rich may use; with NO_COLOR (no-color.org) nothing: it would leave only the
+    colours out, and still send bold and dim."""
+    return None if os.environ.get("NO_COLOR") else "auto"
+
+
 def _console(terminal: bool, *, stderr: bool) -> Console:
     from rich.console import Console
 
@@ -255,5 +275,11 @@ def _console(terminal: bool, *, stderr: bool) -> Console:
         stream.reconfigure(errors="replace")
     width = None if terminal or "COLUMNS" in os.environ else _WIDE
     return _Console(
-        stderr=stderr, markup=False, highlight=False, emoji=False, width=width, soft_wrap=False
+        color_system=color_system(),
+        stderr=stderr,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        width=width,
+        soft_wrap=False,
     )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from byokeep import names
-from byokeep.cli import interrupt
-from byokeep.cli.errors import CliError, Exit, failure_exit, failure_hint
+from byokeep.cli import checked, interrupt
+from byokeep.cli.errors import CliError, Exit, failure_exit, failure_hint, unless_said
 from byokeep.cli.output import message_dict, short
 from byokeep.cli.reviewoutput import (
     TERMINAL,
@@ -97,8 +97,8 @@ def finish(session: Session, review: Review, fail_on: str | None) -> None:
 def _failed(review: Review) -> CliError:
     failure = short(review_pb2.FailureReason, review.failure)
     code = failure_exit(failure)
-    hint = failure_hint(failure, clean(review.key_id), review_id(review))
     message = clean(review.failure_message) or "the review failed"
+    hint = unless_said(message, failure_hint(failure, clean(review.key_id), review_id(review)))
     return CliError(message, hint, code, failure or "REVIEW_FAILED")
 
 
@@ -113,6 +113,7 @@ def _export(session: Session, review: Review) -> None:
 def find(session: Session, reference: str) -> str:
     """Return the resource name of a review, from its id or a unique beginning of it."""
     connection = session.connection
+    reference = checked.last_part(reference, connection.tenant, "reviews")
     if _ID.fullmatch(reference):
         return names.review_name(connection.tenant, reference)
     request = review_pb2.ListReviewsRequest(parent=connection.parent, page_size=500)

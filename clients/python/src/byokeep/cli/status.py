@@ -43,8 +43,8 @@ def status(session: Session) -> None:
     out = session.out
     out.print(f"orchestrator  {profile.orchestrator.address} answers")
     if vault is not None:
-        leases = "given" if vault.leases_allowed else f"refused: {clean(vault.refusal_reason)}"
-        out.print(f"keyvault      leases {leases}; live now: {vault.live_leases}")
+        leases = "gives" if vault.leases_allowed else f"refuses ({clean(vault.refusal_reason)})"
+        out.print(f"keyvault      {leases} leases; live now, of all tenants: {vault.live_leases}")
         if remedy := way_out(vault, connection.tenant):
             out.print(f"held          tenant {connection.tenant} gets no lease", style="bold red")
             out.print(f"    → {remedy}", style="cyan")

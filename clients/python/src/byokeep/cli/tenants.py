@@ -29,6 +29,8 @@ _SHREDDED = {
     "none": "deleted; copies of the keyring, if there are any, still hold it",
 }
 
+_SECONDS = 5.0
+
 app = typer.Typer(no_args_is_help=True)
 callers = typer.Typer(no_args_is_help=True)
 
@@ -130,7 +132,10 @@ def suspend(
     name: Name,
     resume: Annotated[bool, typer.Option("--resume", help="Take it back into service.")] = False,
 ) -> None:
-    """Take nothing new for a tenant: no reviews, keys or leases; or resume it."""
+    """Take nothing new for a tenant: no reviews, keys or leases; or resume it.
+
+    What is queued waits, what runs goes on; byokeep admin revoke-tenant ends that too.
+    """
     request = tenant_pb2.SuspendTenantRequest(
         name=names.tenant_name(checked.tenant(name)), resume=resume, request_id=request_id()
     )
@@ -266,13 +271,29 @@ def tenant_state(session: Session, timeout: float | None = None) -> str | None:
     return None
 
 
+def suspended_tenants(session: Session) -> list[str] | None:
+    """Return the names of suspended tenants; None where the orchestrator does not say."""
+    import grpc
+
+    request = tenant_pb2.ListTenantsRequest(page_size=500)
+    listing = functools.partial(session.connection.tenants.ListTenants, timeout=_SECONDS)
+    try:
+        return [
+            clean(names.last_of(entry.name))
+            for entry in pages(listing, request, "tenants")
+            if entry.state == tenant_pb2.TENANT_STATE_SUSPENDED
+        ]
+    except grpc.RpcError:
+        return None
+
+
 def out_of_service(name: str, state: str | None) -> tuple[str, str]:
     """Return what keeps a tenant from service and what helps; both empty where nothing does."""
     if state is None:
         remedy = f"byokeep caller allow SPIFFE_ID --role ROLE --tenant {name}, by an operator"
         return "no role for it", remedy
     if state == "SUSPENDED":
-        what = "suspended; it takes no new reviews or keys"
+        what = "suspended; it takes no new reviews or keys, and gets no new lease"
         return what, f"byokeep tenant suspend {name} --resume, by an operator"
     return ("", "") if state == "ACTIVE" else (state.lower(), "its name is not given twice")
 

@@ -40,8 +40,8 @@ def show(session: Session, key: Key) -> None:
         f"  {clean(kept.hint)}  {key_state(key)}".rstrip(),
         style="bold",
     )
-    for line in _timeline(entries, ascii_only=not out.unicode):
-        out.print(line)
+    for lead, line in _timeline(entries, ascii_only=not out.unicode):
+        out.hanging(lead, line)
     for line in _closing(summary):
         out.print(line)
 
@@ -72,7 +72,8 @@ def _uses(session: Session, key: Key) -> Iterable[key_pb2.KeyUse]:
     return pages(session.connection.keys.ListKeyUses, request, "uses")
 
 
-def _timeline(entries: Sequence[Entry], *, ascii_only: bool) -> Iterable[Text]:
+def _timeline(entries: Sequence[Entry], *, ascii_only: bool) -> Iterable[tuple[Text, Text]]:
+    """Yield each line's beginning, and what follows it; details are under their entry's title."""
     from rich.text import Text
 
     bar = "|" if ascii_only else "│"
@@ -81,17 +82,14 @@ def _timeline(entries: Sequence[Entry], *, ascii_only: bool) -> Iterable[Text]:
         local = entry.time.astimezone()
         if local.date() != day:
             day = local.date()
-            yield Text(f"{bar if number else ' '} {day.isoformat()}", style="dim")
-        style = "bold red" if entry.ends_badly else ""
-        line = Text(_GLYPHS[entry.source][ascii_only], style=_STYLES[entry.source])
-        line.append(f" {local:%H:%M:%S}.{local.microsecond // 1000:03d} ", style="dim")
-        line.append(f" {entry.source} ", style=_STYLES[entry.source])
-        line.append(f" {entry.title}", style=style or "default")
-        yield line
-        last = number == len(entries) - 1
+            yield Text(f"{bar if number else ' '} ", "dim"), Text(day.isoformat(), "dim")
+        lead = Text(_GLYPHS[entry.source][ascii_only], style=_STYLES[entry.source])
+        lead.append(f" {local:%H:%M:%S}.{local.microsecond // 1000:03d} ", style="dim")
+        lead.append(f" {entry.source}  ", style=_STYLES[entry.source])
+        yield lead, Text(entry.title, "bold red" if entry.ends_badly else "default")
+        gap = f"{bar if number < len(entries) - 1 else ' ':<{lead.cell_len}}"
         for detail in entry.details:
-            gap = " " if last else bar
-            yield Text(f"{gap}{' ' * 25}{detail}", style="dim")
+            yield Text(gap, "dim"), Text(detail, "dim")
 
 
 def _closing(summary: Summary) -> Iterable[Text]:
