@@ -351,6 +351,7 @@ async def test_tenants_and_what_wraps_their_keys(keyvault):
     )
     assert [one.tenant for one in second.tenant_keys] == ["tenants/other"]
     assert not second.tenant_keys[0].holdings
+    assert not second.tenant_keys[0].kek_destroyed
 
 
 async def test_a_target_that_is_not_the_primary_is_refused(keyvault):

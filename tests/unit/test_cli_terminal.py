@@ -107,6 +107,14 @@ def test_a_trail_wraps_under_where_its_lines_begin(edge):
     assert f"{'':26}{lease}" in lines
 
 
+def test_a_table_that_is_too_wide_is_shown_row_by_row(edge):
+    key_id = edge.add_key()
+    _, screen = on_a_terminal(["key", "list"], [], COLUMNS="60", NO_COLOR="1")
+    first, *rest = screen.replace("\r", "").splitlines()
+    assert first == key_id
+    assert rest[0].startswith("  provider openai  name default  state ACTIVE")
+
+
 def test_ctrl_c_says_how_to_go_on(edge):
     edge.states = [{"state": 2}, {"wait": True}]
     code, screen = on_a_terminal(

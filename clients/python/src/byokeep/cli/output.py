@@ -104,7 +104,7 @@ class Output:
         print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Text | str]]) -> None:
-        """Print a table without borders."""
+        """Print a table without borders; on a narrow terminal, its rows one under another."""
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -113,7 +113,25 @@ class Output:
             table.add_column(column, overflow="fold", no_wrap=not place)
         for row in rows:
             table.add_row(*row)
-        self.renderable(table)
+        unbounded = self._out.options.update(max_width=_WIDE)
+        wanted = self._out.measure(table, options=unbounded).maximum
+        if self._out.is_terminal and wanted > self._out.width:
+            self._rows(columns, rows)
+        else:
+            self.renderable(table)
+
+    def _rows(self, columns: Sequence[str], rows: Sequence[Sequence[Text | str]]) -> None:
+        """Print a table that is too wide: a row is its first cell, and under it what is named."""
+        from rich.text import Text
+
+        for first, *rest in rows:
+            self.print(first)
+            named = Text()
+            for column, cell in zip(columns[1:], rest, strict=True):
+                if str(cell) not in ("", "-"):
+                    named.append("  " * bool(named)).append(f"{column.lower()} ", "dim")
+                    named.append_text(cell if isinstance(cell, Text) else Text(cell))
+            self.hanging(Text("  "), named)
 
     def note(self, text: str, style: str = "dim") -> None:
         """Print a line on stderr that a script may ignore; JSON leaves it out."""
