@@ -174,7 +174,7 @@ def test_migrate_takes_one_tenant_or_all(edge, byokeep):
 def test_where_data_keys_are(edge, byokeep):
     listed = [line.split(maxsplit=1) for line in byokeep("admin", "list-keks").out.splitlines()]
     assert "v1 to v3" in dict(map(tuple, listed))["demo"]
-    assert "(no keys yet)" in dict(map(tuple, listed))["empty"]
+    assert "(no keys)" in dict(map(tuple, listed))["empty"]
     assert "destroyed" in dict(map(tuple, listed))["gone"]
     assert byokeep("admin", "list-keks", "--json").json["tenantKeys"][0]["tenant"] == "tenants/demo"
 

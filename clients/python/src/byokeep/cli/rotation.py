@@ -140,7 +140,7 @@ def list_keks(session: Session) -> None:
     rows = [
         (
             clean(names.last_of(entry.tenant)),
-            clean(holding.backend) or ("destroyed" if entry.kek_destroyed else "(no keys yet)"),
+            clean(holding.backend) or ("destroyed" if entry.kek_destroyed else "(no keys)"),
             _span(holding.oldest_version, holding.newest_version),
             str(holding.rows),
         )
