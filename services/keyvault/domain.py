@@ -1,4 +1,4 @@
-"""Rules of custody: states of a key's versions, their MAC, hints. Pure."""
+"""Rules of custody: states of a key's versions, and their MAC. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Envelope v1: how one version of a provider key is stored.
+"""Envelope v1: how one version of a provider key is stored, and keyvault's own private keys.
 
     "BYK1" ‖ commitment (32) ‖ nonce (12) ‖ AES-256-GCM ciphertext and tag
 
@@ -31,7 +31,7 @@ _FAMILY = MAGIC[:3]
 _LABEL = b"byokeep/envelope/v1"
 _COMMITMENT, _NONCE, _TAG = 32, 12, 16
 _HEADER = len(MAGIC) + _COMMITMENT + _NONCE
-_LARGEST = _HEADER + 512 + _TAG
+_LARGEST = _HEADER + 512 + _TAG  # of a provider key; a private key is shorter
 
 
 class EnvelopeError(Exception):
@@ -67,7 +67,7 @@ class Context:
 
 
 def encrypt(data_key: bytearray, plaintext: bytes | bytearray, context: Context) -> bytes:
-    """Return the envelope of a provider key under a fresh data key of 32 bytes."""
+    """Return the envelope of a secret under a fresh data key of 32 bytes."""
     cipher, commitment = _derive(data_key)
     nonce = os.urandom(_NONCE)
     sealed = cipher.encrypt(nonce, plaintext, context.associated_data())
@@ -84,7 +84,7 @@ def check_header(envelope: bytes) -> None:
 
 
 def decrypt(data_key: bytearray, envelope: bytes, context: Context) -> bytearray:
-    """Return the provider key in a buffer that the caller wipes. Raises EnvelopeError."""
+    """Return the secret in a buffer that the caller wipes. Raises EnvelopeError."""
     check_header(envelope)
     cipher, commitment = _derive(data_key)
     if not hmac.compare_digest(envelope[len(MAGIC) : len(MAGIC) + _COMMITMENT], commitment):

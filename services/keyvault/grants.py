@@ -15,6 +15,7 @@ from byokeep import dsse
 from byokeep.common.v1 import options_pb2
 from byokeep.ids import public_key_id
 from byokeep.keyvault.v1 import grant_pb2
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from google.protobuf.message import DecodeError
@@ -45,7 +46,7 @@ def refused() -> ByokeepError:
     return ByokeepError(grpc.StatusCode.PERMISSION_DENIED, "GRANT_REFUSED", "the grant was refused")
 
 
-def load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
+def _load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
     """Load the orchestrator replicas' public keys, by id. Raises ConfigError."""
     keys = {
         public_key_id("gsk", key.public_bytes_raw()): key
@@ -57,7 +58,9 @@ def load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
 
 
 def _load_key(path: Path) -> Ed25519PublicKey:
-    key = serialization.load_pem_public_key(path.read_bytes())
+    key = None
+    with contextlib.suppress(ValueError, UnsupportedAlgorithm):
+        key = serialization.load_pem_public_key(path.read_bytes())
     if not isinstance(key, Ed25519PublicKey):
         raise ConfigError(f"{path}: not an Ed25519 public key")
     return key
@@ -72,7 +75,7 @@ class GrantKeys:
         self._folder = folder
         self._seen = _snapshot(folder)
         #: The keys by id: always the same dict, so that whoever holds it sees changes.
-        self.trusted = load_keys(folder)
+        self.trusted = _load_keys(folder)
 
     async def follow(self) -> None:
         """Take up changes. A file that can't be loaded raises an alarm, and what it held before is
@@ -85,7 +88,7 @@ class GrantKeys:
         for path in sorted(self._folder.glob("*.pem")):
             try:
                 key = _load_key(path)
-            except (ConfigError, ValueError, OSError):
+            except (ConfigError, OSError):
                 broken = True
                 logs.event(log, "grant_keys_broken", level=logging.CRITICAL, file=path.name)
             else:

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import grpc
 
 from services.common.errors import ByokeepError
-from services.keyvault.database import unreachable
+from services.keyvault.database import is_lost, unreachable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -100,7 +100,7 @@ class GroupCommit(Generic[T, R]):
             for (_, done), outcome in zip(group, outcomes, strict=True):
                 _settle(done, outcome)
             return
-        if len(group) == 1 or _hopeless(failure):
+        if len(group) == 1 or is_lost(failure):
             for _, done in group:
                 _settle(done, failure)
             return
@@ -116,10 +116,6 @@ def _settle(done: asyncio.Future[R], outcome: R | Exception) -> None:
         done.set_exception(outcome)
     else:
         done.set_result(outcome)
-
-
-def _hopeless(failure: Exception) -> bool:
-    return isinstance(failure, ByokeepError) and failure.reason == "DEPENDENCY_UNAVAILABLE"
 
 
 def _overloaded() -> ByokeepError:

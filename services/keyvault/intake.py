@@ -207,7 +207,7 @@ def _expired() -> ByokeepError:
 
 
 def refusal(rule: str) -> ByokeepError:
-    """Return the error for what the one-shot process refused: seal, charset, length or admin."""
+    """Return the error for what the one-shot process refused, by its rule (see _REFUSALS)."""
     reason, sentence = _REFUSALS[rule]
     field = "sealed_key" if reason == "SEAL_INVALID" else "key"
     return ByokeepError(grpc.StatusCode.INVALID_ARGUMENT, reason, sentence, field=field, rule=rule)

@@ -11,7 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from byokeep.merkle import EMPTY, leaf_hash, node_hash
 
-__all__ = ["EMPTY", "Frontier", "consistency", "inclusion", "leaf_hash", "nodes_of", "root_of"]
+__all__ = [
+    "EMPTY",
+    "Frontier",
+    "Node",
+    "Range",
+    "consistency",
+    "inclusion",
+    "leaf_hash",
+    "needed",
+    "nodes_of",
+    "root_of",
+]
 
 #: (level, index)
 Node = tuple[int, int]

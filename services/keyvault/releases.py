@@ -16,7 +16,6 @@ from services.keyvault.database import Connection, Database
 from services.keyvault.domain import Change, State
 from services.keyvault.group import LARGEST, GroupCommit
 from services.keyvault.redemption import lease_event
-from services.keyvault.store import keys as key_store
 from services.keyvault.store import leases as store
 
 log = logging.getLogger(__name__)
@@ -39,6 +38,11 @@ class _End:
         if self.report is not None:
             event.report.CopyFrom(self.report)
         return event
+
+
+def _expiry(lease_id: str) -> _End:
+    kind, outcome = audit_pb2.AUDIT_EVENT_TYPE_LEASE_EXPIRED, lease_pb2.LEASE_OUTCOME_UNSPECIFIED
+    return _End(lease_id, kind, outcome, report=None, holder=None)
 
 
 class Releases:
@@ -78,11 +82,7 @@ class Releases:
         last = store.OLDEST
         failures: list[Exception] = []
         while overdue := await store.overdue(self._database, last, LARGEST):
-            kind, outcome = (
-                audit_pb2.AUDIT_EVENT_TYPE_LEASE_EXPIRED,
-                lease_pb2.LEASE_OUTCOME_UNSPECIFIED,
-            )
-            ends = [_End(one, kind, outcome, None, None) for _, one in overdue]
+            ends = [_expiry(lease_id) for _, lease_id in overdue]
             results = await asyncio.gather(*map(self._group.do, ends), return_exceptions=True)
             failures += [one for one in results if isinstance(one, Exception)]
             last = overdue[-1]
@@ -131,10 +131,7 @@ class Releases:
         self, connection: Connection, locked: store.LockedLease, event: audit_pb2.AuditEvent
     ) -> None:
         lease = locked.lease
-        key = await key_store.get(connection, lease.tenant, lease.key_id)
-        if key is None:
-            raise domain.not_found("provider key")
-        self._custody.check(key)
+        key = await self._custody.checked(connection, lease.tenant, lease.key_id)
         changes = [Change(lease.version, audit_pb2.AUDIT_EVENT_TYPE_REJECTED)]
         origin = Origin(lease.holder, "")
         await self._custody.apply(connection, locked.head, key, changes, origin, before=(event,))

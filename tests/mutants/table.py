@@ -430,7 +430,7 @@ MUTANTS = (
     Mutant(
         "one failure fails its whole group",
         _KV + "group.py",
-        "        if len(group) == 1 or _hopeless(failure):",
+        "        if len(group) == 1 or is_lost(failure):",
         "        if True:",
         (_SEC + "test_rogue_orchestrator.py::test_a_group_that_fails_fails_for_the_guilty_alone",),
     ),

@@ -14,6 +14,7 @@ from byokeep.keyvault.v1 import admin_pb2, audit_pb2, custody_pb2
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from services.common.config import ConfigError
 from services.keyvault import migrate
 from services.keyvault.grants import GrantKeys
 from services.orchestrator import grants as orchestrator_grants
@@ -129,6 +130,13 @@ async def test_a_broken_grant_key_changes_nothing(deployment):
     added = deployment.trust_grant_key(Ed25519PrivateKey.generate())
     await keys.follow()
     assert set(keys.trusted) == {*before, added}
+
+
+def test_no_start_with_a_broken_grant_key(deployment):
+    """It is said which file it is: a replica whose key is not read could give no lease."""
+    (deployment.folder / "grants" / "x.pem").write_text("not a key")
+    with pytest.raises(ConfigError, match=r"x\.pem: not an Ed25519 public key"):
+        GrantKeys(deployment.folder / "grants")
 
 
 async def test_the_orchestrator_signs_with_the_new_key(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ class KekUnavailableError(ByokeepError):
 
 @dataclass(frozen=True, slots=True)
 class DataKey:
-    """A fresh 256-bit data key (DEK), in clear and wrapped. Use as a block: it is wiped."""
+    """A fresh 256-bit data key (DEK), in clear and wrapped. Use `plaintext` as a block."""
 
     plaintext: Secret
     wrapped: bytes
@@ -111,8 +111,8 @@ class Health:
 class Backend(Protocol):
     """Where KEKs live. Every method may raise KekUnavailableError.
 
-    A process has the data identity, the admin identity or both, by its role; a
-    method of the identity that it has not raises RuntimeError.
+    Where a backend tells the data identity and the admin identity apart (vault does), a
+    process has those of its role; a method of another one raises RuntimeError.
     """
 
     name: str

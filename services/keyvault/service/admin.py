@@ -1,4 +1,4 @@
-"""AdminService: the admin role, which never unwraps a data key."""
+"""AdminService: the admin role, which never unwraps a data key of a tenant."""
 
 from __future__ import annotations
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from services.keyvault.database import Connection, Database
 
-_NEWEST = """
+_KEY = """
 SELECT key_id, suite, public, kek_backend, kek_version, wrapped_dek, envelope, not_before,
        not_after
 FROM intake_key
-WHERE suite = %s AND not_after > now() + %s ORDER BY not_before DESC LIMIT 1
 """
-_GET = """
-SELECT key_id, suite, public, kek_backend, kek_version, wrapped_dek, envelope, not_before,
-       not_after
-FROM intake_key
-WHERE key_id = %s AND not_after + interval '5 minutes' > now()
-"""
+_NEWEST = _KEY + "WHERE suite = %s AND not_after > now() + %s ORDER BY not_before DESC LIMIT 1"
+_GET = _KEY + "WHERE key_id = %s AND not_after + interval '5 minutes' > now()"
 _INSERT = """
 INSERT INTO intake_key (key_id, suite, public, kek_backend, kek_version, wrapped_dek, envelope,
                         not_before, not_after)
@@ -48,7 +43,7 @@ _FORGET = "DELETE FROM intake_request WHERE create_time < now() - interval '7 da
 
 @dataclass(frozen=True, slots=True)
 class IntakeKey:
-    """An intake key, its private part wrapped."""
+    """An intake key, its private part wrapped: a row, in the order of its columns."""
 
     key_id: str
     suite: int
@@ -85,20 +80,7 @@ async def get(database: Database, key_id: str) -> IntakeKey | None:
 async def insert(database: Database, key: IntakeKey) -> None:
     """Store an intake key."""
     async with database.transaction() as connection:
-        await connection.execute(
-            _INSERT,
-            (
-                key.key_id,
-                key.suite,
-                key.public,
-                key.kek_backend,
-                key.kek_version,
-                key.wrapped_dek,
-                key.envelope,
-                key.not_before,
-                key.not_after,
-            ),
-        )
+        await connection.execute(_INSERT, astuple(key))
 
 
 async def forget_closed(database: Database) -> None:

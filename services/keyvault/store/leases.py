@@ -15,6 +15,7 @@ from services.keyvault import chain
 from services.keyvault.database import Connection, Database, Row
 from services.keyvault.domain import Key, State
 from services.keyvault.limits import Meter, windows
+from services.keyvault.store.holds import Hold
 from services.keyvault.store.keys import key_of
 
 # First the chains are locked, always in this order; what is read by the statements after
@@ -169,8 +170,7 @@ class Locked:
     key: Key
     wrapped_dek: bytes
     envelope: bytes
-    #: Whether the tenant's leases are held back, by which event, and its MAC; or nothing.
-    hold: tuple[bool, int, bytes] | None
+    hold: Hold | None
     tenant_meter: Meter
     key_meter: Meter
 
