@@ -34,6 +34,9 @@ from services.orchestrator.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS: Final = 5.0
+# Two beats and some: a worker that is only slow loses its attempt, but no call and no answer.
+# Well below the 30 s for which a runner keeps what nobody took.
+ORPHANED_SECONDS: Final = 12.0
 _VALIDATION_SECONDS: Final = 60
 
 
@@ -63,8 +66,13 @@ class Dispatcher:
         self._running: dict[str, Execution] = {}
 
     async def handle(self, attempt_id: str) -> None:
-        """Run an attempt, unless it is not there to be run: the queue may tell twice."""
+        """Run an attempt, or go on with one whose worker fell silent in a call, unless it is
+        not there to be run: the queue may tell twice."""
+        if attempt_id in self._running:
+            return
         work = await self._store.claim(attempt_id)
+        if work is None:
+            work = await self._store.take_over(attempt_id, ORPHANED_SECONDS)
         if work is not None and work.review_id:
             work = await self._opened(work)
         if work is None:

@@ -2,8 +2,9 @@
 
 Assign → Accepted → Proceed → (CallStarted → Ack → ChunkResult → Ack)* → Outcome → Ack.
 
-A stream that breaks while a provider call is open is taken up again: the runner keeps what was
-not acknowledged, and an answer that somebody paid for is not given up for a lost connection.
+A stream that breaks while a provider call is open is taken up again, by this worker or, where it
+died, by another: the runner keeps what was not acknowledged, and an answer that somebody paid for
+is not given up for a lost connection.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Execution:
         self._writing = asyncio.Lock()
         self._lost = False
         self._refused: Failure | None = None
-        self._call_open = False
+        self._call_open = work.turn > 0
         self._acked = 0
         self._calls = 0
         self._planned: list[str] = []
@@ -136,7 +137,9 @@ class Execution:
         """Converse; return the outcome's sequence number, or None where none came."""
         try:
             async with self._limited():
-                sequence, code = await self._converse(assign=self._assignment())
+                sequence, code = None, grpc.StatusCode.UNAVAILABLE
+                if self._work.turn == 0:
+                    sequence, code = await self._converse(assign=self._assignment())
                 if sequence is None and self._call_open and code in _LOST and not self._lost:
                     sequence, code = await self._take_up()
                 if sequence is not None:
@@ -165,7 +168,9 @@ class Execution:
     async def _take_up(self) -> tuple[int | None, grpc.StatusCode]:
         """Reattach until the runner is found again, or for too long."""
         work = self._work
-        logs.event(log, "stream_lost", level=logging.WARNING, attempt=work.attempt_id)
+        logs.event(
+            log, "stream_lost", level=logging.WARNING, attempt=work.attempt_id, turn=work.turn
+        )
         end = asyncio.get_running_loop().time() + _REATTACH_SECONDS
         strangers = 0
         while True:
@@ -219,20 +224,24 @@ class Execution:
     async def _accepted(self, accepted: runner_pb2.Accepted) -> None:
         self._trail(process_id=accepted.process_id)
         self._planned = [chunk.chunk_id for chunk in accepted.chunks]
+        if self._work.turn:
+            return  # there is a call, so the worker before this one has said "proceed"
         grant = self._sign(self._subject(), accepted.public_key)
         done = self._done.intersection(self._planned)
         await self._say(proceed=runner_pb2.Proceed(grant=grant, done_chunk_ids=sorted(done)))
 
     async def _call_started(self, started: runner_pb2.CallStarted) -> None:
+        self._call_open = True
+        if started.call_number <= self._work.calls_made:
+            return  # stored by the worker before this one, whose acknowledgement was lost
         # Process and lease are stored with the first call: before it, nothing was at stake.
         await self._journal.call_started(
             self._work,
             self._result.trail,
             number=started.call_number,
             chunk_id=started.chunk_id,
-            chunks_total=len(self._planned),
+            chunks_total=len(self._planned) or self._work.chunks_total,
         )
-        self._call_open = True
         self._calls += 1
 
     async def _chunk_result(self, result: runner_pb2.ChunkResult) -> None:
@@ -267,6 +276,8 @@ class Execution:
 
     def _concluded(self) -> Result:
         left = len(set(self._planned) - self._done)
+        if self._work.turn and not self._planned:  # told to the worker before this one
+            left = max(0, self._work.chunks_total - len(self._done))
         result = replace(
             self._result, could_finish=self._work.calls_left - self._calls >= max(left, 1)
         )

@@ -209,6 +209,8 @@ attempt = Table(
     _text("lease_id"),
     _count("process_id"),
     _count("calls_started"),
+    # How often it was taken over from a worker that had fallen silent: only the last one writes.
+    _count("turn"),
     _time("open_time"),
     _time("close_time"),
     _created(),

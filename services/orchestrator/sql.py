@@ -62,22 +62,12 @@ RETRY: Final = """
             AND state IN ('QUEUED', 'RUNNING'))
     FROM rev RETURNING admitted"""
 
-# --- running; each names attempt and fence, and a RUNNING row must match
+# --- running; each names attempt, fence and turn, and a RUNNING row must match
 
-CLAIM: Final = """
-    WITH a AS (
-        UPDATE attempt SET state = 'RUNNING', start_time = now(), heartbeat_time = now()
-        WHERE id = %(id)s AND state = 'QUEUED' AND admitted
-            AND EXISTS (
-                SELECT FROM tenant WHERE tenant.id = attempt.tenant AND tenant.state = 'ACTIVE')
-        RETURNING *),
-    r AS (
-        -- Not notified: most reviews are done before a watcher could have looked, and who waits
-        -- for one looks again by itself.
-        UPDATE review SET state = 'RUNNING', start_time = now(), version = version + 1
-        FROM a WHERE review.id = a.review_id RETURNING review.*)
-    SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
-        a.key_id, a.key_version, a.fence, a.tries,
+_WORK: Final = """SELECT
+        a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
+        a.key_id, a.key_version, a.fence, a.tries, a.turn,
+        a.calls_started AS calls_made, coalesce(r.chunks_total, 0) AS chunks_total,
         coalesce(v.provider, split_part(r.model, '/', 1)) AS provider,
         coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
         coalesce(v.owner, r.owner) AS owner, coalesce(v.actor, r.actor) AS actor,
@@ -92,8 +82,37 @@ CLAIM: Final = """
         LEFT JOIN review_content c ON c.review_id = r.id
         LEFT JOIN key_validation v
             ON a.kind = 'VALIDATION' AND v.tenant = a.tenant AND v.key_id = a.key_id
-                AND v.version = a.key_version
-    """
+                AND v.version = a.key_version"""
+
+CLAIM: Final = f"""
+    WITH a AS (
+        UPDATE attempt SET state = 'RUNNING', start_time = now(), heartbeat_time = now()
+        WHERE id = %(id)s AND state = 'QUEUED' AND admitted
+            AND EXISTS (
+                SELECT FROM tenant WHERE tenant.id = attempt.tenant AND tenant.state = 'ACTIVE')
+        RETURNING *),
+    r AS (
+        -- Not notified: most reviews are done before a watcher could have looked, and who waits
+        -- for one looks again by itself.
+        UPDATE review SET state = 'RUNNING', start_time = now(), version = version + 1
+        FROM a WHERE review.id = a.review_id RETURNING review.*)
+    {_WORK}"""  # noqa: S608 - constants
+
+# A call whose answer the runner may still hold. An attempt that silences its workers again and
+# again is not handed on for ever.
+_ORPHANED: Final = """state = 'RUNNING' AND kind = 'REVIEW' AND turn < 3
+            AND heartbeat_time < now() - make_interval(secs => %(seconds)s)
+            AND EXISTS (
+                SELECT FROM provider_call c
+                WHERE c.attempt_id = attempt.id AND c.finish_time IS NULL)"""
+
+TAKE_OVER: Final = f"""
+    WITH a AS (
+        UPDATE attempt SET turn = turn + 1, heartbeat_time = now()
+        WHERE id = %(id)s AND {_ORPHANED}
+        RETURNING *),
+    r AS (SELECT review.* FROM review JOIN a ON a.review_id = review.id)
+    {_WORK}"""  # noqa: S608 - constants
 
 # A review's call is counted before it is stored, and not at all above the tenant's ceiling: the
 # row of the hour orders all who count. The hours before it don't change any more.
@@ -104,7 +123,8 @@ CALL_STARTED: Final = """
              WHERE scope = 'calls:' || tenant.id AND hour > now() - interval '24 hours'
                 AND hour < date_trunc('hour', now())) AS earlier
         FROM attempt JOIN tenant ON tenant.id = attempt.tenant
-        WHERE attempt.id = %(id)s AND fence = %(fence)s AND attempt.state = 'RUNNING'
+        WHERE attempt.id = %(id)s AND fence = %(fence)s AND turn = %(turn)s
+            AND attempt.state = 'RUNNING'
         FOR UPDATE OF attempt),
     day AS (
         INSERT INTO rate_bucket (scope, hour, events)
@@ -115,7 +135,8 @@ CALL_STARTED: Final = """
         RETURNING 1),
     a AS (
         UPDATE attempt SET calls_started = calls_started + 1,
-            lease_id = %(lease_id)s, process_id = %(process_id)s
+            lease_id = coalesce(nullif(%(lease_id)s, ''), lease_id),
+            process_id = greatest(%(process_id)s, process_id)
         FROM due
         WHERE attempt.id = %(id)s AND (due.kind = 'VALIDATION' OR EXISTS (SELECT FROM day))
         RETURNING review_id),
@@ -134,7 +155,8 @@ CALL_STARTED: Final = """
 CHUNK_DONE: Final = """
     WITH a AS (
         SELECT review_id FROM attempt
-        WHERE id = %(id)s AND fence = %(fence)s AND state = 'RUNNING' FOR UPDATE),
+        WHERE id = %(id)s AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'
+        FOR UPDATE),
     f AS (
         UPDATE provider_call SET finish_time = now()
         WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
@@ -159,7 +181,7 @@ _END_ATTEMPT: Final = """
             process_id = greatest(%(process_id)s, process_id),
             open_time = coalesce(CAST(%(open_time)s AS timestamptz), open_time),
             close_time = coalesce(CAST(%(close_time)s AS timestamptz), close_time)
-        WHERE id = %(id)s AND fence = %(fence)s AND state = 'RUNNING'
+        WHERE id = %(id)s AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'
         RETURNING *),
     c AS (
         UPDATE provider_call SET finish_time = now(), ambiguous = %(ambiguous)s
@@ -281,7 +303,7 @@ STALE_IDS: Final = """
 
 STALE: Final = """
     SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
-        a.key_id, a.key_version, a.fence, a.tries,
+        a.key_id, a.key_version, a.fence, a.tries, a.turn,
         split_part(coalesce(r.model, ''), '/', 1) AS provider,
         coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
         EXISTS (
@@ -301,6 +323,14 @@ OVERDUE: Final = """
             AND due_time < now() - make_interval(secs => %(seconds)s)
         ORDER BY attempt.id LIMIT 100 FOR UPDATE OF attempt SKIP LOCKED)
     RETURNING id"""
+
+ORPHANS: Final = f"""
+    UPDATE attempt SET due_time = now()
+    WHERE id IN (
+        SELECT id FROM attempt
+        WHERE due_time < now() - interval '5 seconds' AND {_ORPHANED}
+        ORDER BY id LIMIT 100 FOR UPDATE SKIP LOCKED)
+    RETURNING id"""  # noqa: S608 - constants
 
 DROP_CONTENT: Final = """
     DELETE FROM review_content USING review

@@ -34,6 +34,7 @@ class DailyLimit(Exception):
 class Work:
     """A claimed attempt, with all that it takes to run it.
 
+    `turn` above 0: it was taken over in the middle of a call, after `calls_made` calls of its own.
     `input` is sealed as it comes from the table; `content_key` is there once it is opened.
     """
 
@@ -45,6 +46,9 @@ class Work:
     key_version: int
     fence: int
     tries: int
+    turn: int
+    calls_made: int
+    chunks_total: int
     provider: str
     model: str
     owner: str
@@ -112,6 +116,7 @@ class Stale:
     key_version: int
     fence: int
     tries: int
+    turn: int
     provider: str
     model: str
     unfinished_call: bool
@@ -132,6 +137,13 @@ class AttemptStore:
             row = await session.one(sql.CLAIM, {"id": attempt_id})
         return None if row is None else Work(**row._asdict())
 
+    async def take_over(self, attempt_id: str, seconds: float) -> Work | None:
+        """Return an attempt whose worker fell silent in a provider call for so long, to go on
+        with; None if there is none. The other worker's writes raise Fenced from now on."""
+        async with self._database.statement() as session:
+            row = await session.one(sql.TAKE_OVER, {"id": attempt_id, "seconds": seconds})
+        return None if row is None else Work(**row._asdict())
+
     async def call_started(
         self, work: Work, trail: Trail, *, number: int, chunk_id: str, chunks_total: int
     ) -> None:
@@ -142,8 +154,7 @@ class AttemptStore:
         row = await self._guarded(
             sql.CALL_STARTED,
             {
-                "id": work.attempt_id,
-                "fence": work.fence,
+                **_held(work),
                 "lease_id": trail.lease_id,
                 "process_id": trail.process_id,
                 "call_number": number,
@@ -161,8 +172,7 @@ class AttemptStore:
         await self._guarded(
             sql.CHUNK_DONE,
             {
-                "id": work.attempt_id,
-                "fence": work.fence,
+                **_held(work),
                 "chunk_id": chunk_id,
                 "dropped": dropped,
                 "finding_count": len(findings),
@@ -190,7 +200,7 @@ class AttemptStore:
 
     async def trail_of_cancelled(self, work: Work, trail: Trail) -> None:
         """Complete the trail of an attempt that was cancelled while its child lived."""
-        parameters = {"id": work.attempt_id, "fence": work.fence, **_trail(trail)}
+        parameters = {**_held(work), **_trail(trail)}
         async with self._database.statement() as session:
             await session.run(sql.TRAIL_OF_CANCELLED, parameters)
 
@@ -253,11 +263,11 @@ class AttemptStore:
 
     async def requeue_overdue(self, seconds: float) -> int:
         """Enqueue attempts again whose job seems lost; return how many."""
-        async with self._database.transaction() as session:
-            found = await session.all(sql.OVERDUE, {"seconds": seconds})
-            for row in found:
-                await self._queue.enqueue(session.connection, row.id)
-        return len(found)
+        return await self._requeue(sql.OVERDUE, seconds)
+
+    async def requeue_orphans(self, seconds: float) -> int:
+        """Enqueue attempts that some worker may `take_over`; return how many."""
+        return await self._requeue(sql.ORPHANS, seconds)
 
     async def admit_parked(self) -> None:
         """Give free places of every tenant to what waits for one."""
@@ -270,6 +280,13 @@ class AttemptStore:
         """Give free places of one tenant to what waits for one."""
         async with self._database.transaction() as session:
             await self.admit(session, tenant, await lock_tenant(session, tenant))
+
+    async def _requeue(self, statement: LiteralString, seconds: float) -> int:
+        async with self._database.transaction() as session:
+            found = await session.all(statement, {"seconds": seconds})
+            for row in found:
+                await self._queue.enqueue(session.connection, row.id)
+        return len(found)
 
     async def _end_review(
         self,
@@ -284,8 +301,7 @@ class AttemptStore:
             session,
             sql.END_REVIEW,
             {
-                "id": work.attempt_id,
-                "fence": work.fence,
+                **_held(work),
                 "tenant": work.tenant,
                 "attempt_state": ending.attempt_state,
                 "failure": ending.failure,
@@ -312,8 +328,7 @@ class AttemptStore:
             session,
             sql.END_VALIDATION,
             {
-                "id": work.attempt_id,
-                "fence": work.fence,
+                **_held(work),
                 "attempt_state": ending.attempt_state,
                 "failure": ending.failure,
                 "ambiguous": False,
@@ -359,6 +374,10 @@ def _sealed(work: Work, chunk_id: str, findings: Sequence[Finding]) -> bytes:
     if work.content_key is None:
         raise internal()
     return content.seal_findings(work.content_key, work.review_id, chunk_id, findings)
+
+
+def _held(work: Work | Stale) -> dict[str, Any]:
+    return {"id": work.attempt_id, "fence": work.fence, "turn": work.turn}
 
 
 def _trail(trail: Trail) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from byokeep.keyvault.v1 import custody_pb2
 
 from services.common import logs
 from services.orchestrator import domain
-from services.orchestrator.dispatcher import review_ending, unreachable
+from services.orchestrator.dispatcher import ORPHANED_SECONDS, review_ending, unreachable
 from services.orchestrator.domain import Failure
 from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.store_attempts import (
@@ -71,7 +71,9 @@ class Sweeper:
             chores.create_task(_every(_RETENTION_SECONDS, self.retention))
 
     async def attempts(self) -> None:
-        """Fence off attempts whose worker is gone, and enqueue again what the queue lost."""
+        """Have attempts taken over whose worker is gone, or fence them off; enqueue again what
+        the queue lost."""
+        await self._attempts.requeue_orphans(ORPHANED_SECONDS)
         for attempt_id, tenant in await self._attempts.stale(STALE_SECONDS):
             await self.fence_off(attempt_id, tenant)
         await self._attempts.requeue_overdue(_OVERDUE_SECONDS)

@@ -433,6 +433,7 @@ class Stack:
     """Everything that a test may want to touch."""
 
     app: App
+    settings: Settings
     keyvault: FakeKeyvault
     runner: FakeRunner
     database_url: str
@@ -592,7 +593,15 @@ async def running(database_url: str, folder: Path, **overrides: Any) -> AsyncIte
     await app.start()
     orchestrator, address = await _serve(settings, app)
     stack = Stack(
-        app, keyvault, runner, database_url, address, authority, folder, signing_key.public_key()
+        app,
+        settings,
+        keyvault,
+        runner,
+        database_url,
+        address,
+        authority,
+        folder,
+        signing_key.public_key(),
     )
     try:
         yield stack
@@ -601,6 +610,17 @@ async def running(database_url: str, folder: Path, **overrides: Any) -> AsyncIte
         await orchestrator.stop(0.1)
         await app.stop()
         await services.stop(0.1)
+
+
+@asynccontextmanager
+async def replica(stack: Stack) -> AsyncIterator[App]:
+    """Start another worker on a stack's database, without a server of its own."""
+    app = App(stack.settings)
+    await app.start()
+    try:
+        yield app
+    finally:
+        await app.stop()
 
 
 async def _serve(settings: Settings, app: App) -> tuple[grpc.aio.Server, str]:

@@ -22,7 +22,10 @@ _SEC = "tests/security/"
 _AUDITLOG = "clients/python/src/byokeep/auditlog/"
 _OR = "services/orchestrator/"
 _FENCE = _SEC + "test_fence.py::test_paused_attempt_changes_nothing_after_its_turn"
-_GUARD = "AND fence = %(fence)s AND state = 'RUNNING'"
+_TAKEN_OVER = _SEC + "test_fence.py::test_open_call_is_taken_over_and_its_first_worker_fenced"
+_GUARD = "AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'"
+_UNGUARDED = "AND %(fence)s > 0 AND %(turn)s >= 0"
+_UNTURNED = _GUARD.replace("turn = %(turn)s", "%(turn)s >= 0")
 
 MUTANTS = (
     Mutant(
@@ -609,24 +612,58 @@ MUTANTS = (
     Mutant(
         "a call of a fenced attempt is stored",
         _OR + "sql.py",
-        "WHERE attempt.id = %(id)s AND fence = %(fence)s AND attempt.state = 'RUNNING'\n"
-        "        FOR UPDATE OF attempt)",
-        "WHERE attempt.id = %(id)s AND %(fence)s > 0 FOR UPDATE OF attempt)",
+        "AND fence = %(fence)s AND turn = %(turn)s\n            AND attempt.state = 'RUNNING'",
+        _UNGUARDED,
         (_FENCE,),
     ),
     Mutant(
         "a chunk of a fenced attempt is stored",
         _OR + "sql.py",
-        "WHERE id = %(id)s " + _GUARD + " FOR UPDATE",
-        "WHERE id = %(id)s AND %(fence)s > 0 FOR UPDATE",
+        "WHERE id = %(id)s " + _GUARD + "\n        FOR UPDATE",
+        "WHERE id = %(id)s " + _UNGUARDED + "\n        FOR UPDATE",
         (_FENCE,),
     ),
     Mutant(
         "a fenced attempt ends its review",
         _OR + "sql.py",
         "WHERE id = %(id)s " + _GUARD + "\n        RETURNING *)",
-        "WHERE id = %(id)s AND %(fence)s > 0\n        RETURNING *)",
+        "WHERE id = %(id)s " + _UNGUARDED + "\n        RETURNING *)",
         (_FENCE,),
+    ),
+    Mutant(
+        "a worker whose attempt was taken over announces a call",
+        _OR + "sql.py",
+        "AND fence = %(fence)s AND turn = %(turn)s\n            AND attempt.state = 'RUNNING'",
+        "AND fence = %(fence)s AND %(turn)s >= 0\n            AND attempt.state = 'RUNNING'",
+        (_TAKEN_OVER + "[a call is about to be made]",),
+    ),
+    Mutant(
+        "a worker whose attempt was taken over stores a chunk",
+        _OR + "sql.py",
+        "WHERE id = %(id)s " + _GUARD + "\n        FOR UPDATE",
+        "WHERE id = %(id)s " + _UNTURNED + "\n        FOR UPDATE",
+        (_TAKEN_OVER + "[a chunk is done]",),
+    ),
+    Mutant(
+        "a worker whose attempt was taken over ends it",
+        _OR + "sql.py",
+        "WHERE id = %(id)s " + _GUARD + "\n        RETURNING *)",
+        "WHERE id = %(id)s " + _UNTURNED + "\n        RETURNING *)",
+        (_TAKEN_OVER + "[the attempt failed]",),
+    ),
+    Mutant(
+        "a call announced again is counted again",
+        _OR + "execution.py",
+        "started.call_number <= self._work.calls_made",
+        "False",
+        (_SEC + "test_fence.py::test_repeated_word_of_a_call_is_not_another_call",),
+    ),
+    Mutant(
+        "an attempt is taken over from a living worker",
+        _OR + "sql.py",
+        "    AND heartbeat_time < now() - make_interval(secs => %(seconds)s)",
+        "    AND %(seconds)s > 0",
+        (_SEC + "test_fence.py::test_worker_that_lives_keeps_its_attempt",),
     ),
     Mutant(
         "a lost call is repeated",

@@ -9,11 +9,13 @@ import pytest
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
+from services.orchestrator.dispatcher import ORPHANED_SECONDS
 from tests.harness.orchestrator import (
     Conversation,
     Stack,
     finding,
     one_chunk,
+    replica,
     request_id,
     running,
 )
@@ -52,13 +54,16 @@ async def everything(stack: Stack) -> dict[str, Any]:
 class Pausable:
     """Attempt A: accepts, sleeps, and then says one thing more."""
 
-    def __init__(self, **says: Any) -> None:
+    def __init__(self, *, calls: bool = False, **says: Any) -> None:
         self.accepted, self.resume, self.over = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.acked = False
+        self._calls = calls
         self._says = says
 
     async def __call__(self, talk: Conversation) -> None:
         await talk.accept("c9")
+        if self._calls:
+            await talk.call("c9")
         self.accepted.set()
         await self.resume.wait()
         sequence = await talk.say(**self._says)
@@ -141,8 +146,9 @@ async def test_call_under_way_is_not_repeated_when_its_worker_falls_silent(stack
 
 
 async def test_worker_that_lives_keeps_its_attempt(stack: Stack) -> None:
-    """Shown by `heartbeat_time < ...` replaced with `true` in STALE: the attempt is fenced off."""
-    paused = Pausable(**SAYS["the attempt did its work"])
+    """Shown by `heartbeat_time < ...` replaced with `true` in STALE: the attempt is fenced off;
+    and in `_ORPHANED`: it is taken over."""
+    paused = Pausable(calls=True, **SAYS["the attempt did its work"])
     stack.runner.scripts = [paused]
     await stack.submit()
     async with asyncio.timeout(20):
@@ -151,4 +157,78 @@ async def test_worker_that_lives_keeps_its_attempt(stack: Stack) -> None:
     await stack.app.dispatcher.beat_once()
     (attempt,) = await stack.sql("SELECT id FROM attempt")
     await stack.app.sweeper.fence_off(attempt[0], "acme")
-    assert await stack.sql("SELECT state, fence FROM attempt") == [("RUNNING", 1)]
+    assert await stack.app.attempts.take_over(attempt[0], ORPHANED_SECONDS) is None
+    assert await stack.sql("SELECT state, fence, turn FROM attempt") == [("RUNNING", 1, 0)]
+
+
+async def taken_over(stack: Stack, paused: Pausable) -> None:
+    """A sleeps in a call so long that another replica goes on with its attempt, to its end."""
+    async with asyncio.timeout(20):
+        await paused.accepted.wait()
+    (attempt,) = await stack.sql("SELECT id FROM attempt")
+    async with replica(stack) as other, asyncio.timeout(30):
+        while not await stack.sql("SELECT 1 FROM attempt WHERE turn > 0"):
+            # Again where A's beat came in between.
+            await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '13 seconds'")
+            await other.dispatcher.handle(attempt[0])
+        await stack.until("SELECT 1 FROM review WHERE end_time IS NOT NULL")
+
+
+@pytest.mark.parametrize("says", SAYS.values(), ids=SAYS.keys())
+async def test_open_call_is_taken_over_and_its_first_worker_fenced(stack: Stack, says) -> None:
+    """Shown to fail with `AND turn = ...` removed, in turn in CALL_STARTED (first case), CHUNK_DONE
+    (second) and the end of an attempt (third and fourth); and, all, where `handle` takes nothing
+    over: the review is never ended."""
+    paused = Pausable(calls=True, **says)
+    goes_on = asyncio.Event()
+
+    async def second(talk: Conversation) -> None:
+        goes_on.set()
+        paused.resume.set()
+        await talk.result("c9", finding(2))
+        async with asyncio.timeout(20):
+            await paused.over.wait()  # while the attempt still runs
+        await talk.call("c10", 2)
+        await talk.result("c10")
+        await talk.end()
+
+    stack.runner.scripts, stack.runner.resumed = [paused], [second]
+    review = await stack.submit()
+    await taken_over(stack, paused)
+    ended = await stack.ended(review)
+    assert goes_on.is_set()
+    assert (ended.state, ended.attempts) == (review_pb2.REVIEW_STATE_COMPLETED, 1)
+    assert (ended.calls_started, ended.ambiguous_calls, ended.dropped_findings) == (2, 0, 0)
+    assert [one.start_line for one in ended.findings] == [2]
+    assert "outcome" in says or not paused.acked
+    ((lease, process),) = await stack.sql("SELECT lease_id, process_id FROM attempt")
+    assert (lease.startswith("lea_"), process) == (True, 4711)
+
+
+async def test_repeated_word_of_a_call_is_not_another_call(stack: Stack) -> None:
+    """The first worker stored the call, and died before it said so. Shown to fail (calls_started
+    2) with `calls_made` ignored."""
+    paused = Pausable(calls=True, **SAYS["the attempt did its work"])
+
+    async def says_it_again(talk: Conversation) -> None:
+        await talk.say(accepted=runner_pb2.Accepted(process_id=4711))
+        await talk.call("c1")
+        await talk.result("c1", finding())
+        await talk.end()
+
+    stack.runner.scripts, stack.runner.resumed = [paused], [says_it_again]
+    review = await stack.submit()
+    await taken_over(stack, paused)
+    ended = await stack.ended(review)
+    assert (ended.state, ended.calls_started) == (review_pb2.REVIEW_STATE_COMPLETED, 1)
+
+
+async def test_orphan_whose_runner_is_gone_too_is_ambiguous(stack: Stack) -> None:
+    """Nobody knows the answer: the call is not repeated."""
+    paused = Pausable(calls=True, **SAYS["the attempt did its work"])
+    stack.runner.scripts = [paused]
+    review = await stack.submit()
+    await taken_over(stack, paused)
+    ended = await stack.ended(review)
+    assert ended.failure == review_pb2.FAILURE_REASON_AMBIGUOUS
+    assert (ended.ambiguous_calls, ended.calls_started, ended.attempts) == (1, 1, 1)

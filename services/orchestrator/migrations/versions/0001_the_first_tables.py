@@ -1,6 +1,6 @@
 """The first tables.
 
-Revision 0001, after , 2026-11-23 16:29:26.205939.
+Revision 0001, after , 2026-11-23 23:33:47.516331.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ def upgrade() -> None:
         sa.Column("lease_id", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("process_id", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("calls_started", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("turn", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("open_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("close_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column(
