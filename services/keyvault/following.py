@@ -32,6 +32,11 @@ from services.keyvault.store import reconcile as store
 
 MISMATCH = "RECONCILE_MISMATCH"
 _PRUNED = audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED
+_TRIMMED = audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_TRIMMED
+_NEW_KEK = (
+    audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED,
+    audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_ROTATED,
+)
 _STATE_PARTS = 16
 _CHAINS_IN_PART = 10_000
 
@@ -61,7 +66,7 @@ class Following:
         """Start with nothing followed. The key is keyvault's own; `changed` is told of every
         version that an event gives another state."""
         self._database = database
-        self._key = hmac.digest(key, b"byokeep/reconcile/v3", hashlib.sha256)
+        self._key = hmac.digest(key, b"byokeep/reconcile/v4", hashlib.sha256)
         self._changed = changed
         self.forget(Position())
 
@@ -78,6 +83,9 @@ class Following:
         self.holds: dict[str, tuple[bool, int]] = {}
         #: Versions that a chain gave another state after their last one; not on the record yet.
         self.revived: set[store.Bound] = set()
+        #: Tenants whose chain tells of a destruction and of no sweep after it: when it was, and the
+        #: KEK version made since, which a trim must name.
+        self.unswept: dict[str, tuple[int, str]] = {}
         #: How many key versions each tenant's chain tells of.
         self.versions: Counter[str] = Counter()
         self.resumed = position.resumed
@@ -152,6 +160,7 @@ class Following:
             "order": sys.byteorder,
             "holds": self.holds,
             "broken": sorted(self.broken),
+            "unswept": self.unswept,
         }
         return snapshot.seal(self._key, head, [*self.states.dump(), *self._dump_chains()])
 
@@ -177,6 +186,7 @@ class Following:
             raise ContradictionError("the log is shorter than what was verified of it")
         self.holds = {tenant: (held, at) for tenant, (held, at) in head["holds"].items()}
         self.broken.update(head["broken"])
+        self.unswept = {tenant: (at, kek) for tenant, (at, kek) in head["unswept"].items()}
         self.states.restore(iter(parts[:_STATE_PARTS]))
         for part in parts[_STATE_PARTS:]:
             for name, versions, digest, sequence, start, logged in json.loads(part):
@@ -254,6 +264,8 @@ class Following:
             async for sequence, body in store.carried(self._database, name):
                 kept.add(sequence, body)
                 self._event(name, sequence, body)
+            # Of those sweeps retention has dropped what told that they were over.
+            self.unswept.pop(name.removeprefix(chain.TENANTS), None)
         async for row in audit_store.links(self._database, name, start):
             event = self._take(name, followed, row)
             if event is None:
@@ -293,7 +305,20 @@ class Following:
         # A chain of another name must not speak for a tenant.
         elif name.startswith(chain.TENANTS):
             self._state(name.removeprefix(chain.TENANTS), sequence, event)
+            self._swept(name.removeprefix(chain.TENANTS), event)
         return event
+
+    def _swept(self, tenant: str, event: audit_pb2.AuditEvent) -> None:
+        if event.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:
+            self.unswept[tenant] = (event.event_time.seconds, "")
+        elif event.type == audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED:
+            self.unswept.pop(tenant, None)
+        elif tenant in self.unswept:
+            at, version = self.unswept[tenant]
+            if event.type in _NEW_KEK:
+                self.unswept[tenant] = (at, event.detail)
+            elif event.type == _TRIMMED and event.detail == version:
+                del self.unswept[tenant]
 
     def _state(self, tenant: str, sequence: int, event: audit_pb2.AuditEvent) -> None:
         if event.type in HELD_AFTER:

@@ -161,6 +161,14 @@ class Reconcile:
         names = (one for one in self.following.broken if one.startswith(chain.TENANTS))
         return sorted(name.removeprefix(chain.TENANTS) for name in names)
 
+    def unswept(self, before: datetime.datetime) -> list[str]:
+        """Return the tenants whose chain tells of a destruction before a time, and of no sweep."""
+        return [
+            tenant
+            for tenant, (at, _) in self.following.unswept.items()
+            if at < before.timestamp() and chain.tenant_chain(tenant) not in self.following.broken
+        ]
+
     def frozen(self) -> int:
         """Return how many keys are frozen: versions on their own, and all keys of a tenant whose
         chain is broken."""

@@ -36,6 +36,9 @@ SWEEP = Order(rotate=True, rewrap=True, trim=True)
 #: old version: longer than any backend's deadline.
 TRIM_DELAY = datetime.timedelta(seconds=10)
 _NOW = datetime.timedelta()
+#: A sweep that its tenant's chain does not tell the end of after so long is queued again, once a
+#: day: its row was deleted, or it ended PARTIAL.
+UNSWEPT = datetime.timedelta(days=1)
 
 
 async def queue_sweep(connection: Connection, tenant: str, wait: datetime.timedelta) -> None:
@@ -97,6 +100,19 @@ class Rotation:
         """Do every step that is due, one job at a time."""
         while (job := await store.claim(self._database, _OURS)) is not None:
             await each("kek_job", [job], self._step)
+
+    async def resweep(self) -> None:
+        """Queue the sweeps that the chains say are owed, whatever the rows of jobs say."""
+        now = datetime.datetime.now(datetime.UTC)
+
+        async def queue(tenant: str) -> None:
+            async with self._database.transaction() as connection:
+                again = f"sweep/{now:%Y-%m-%d}"
+                await store.insert(
+                    connection, new_id("job"), tenant, again, "keyvault", SWEEP, _NOW
+                )
+
+        await each("resweep", self._reconcile.unswept(now - UNSWEPT), queue)
 
     async def forget(self) -> None:
         """Delete jobs that ended a month ago."""

@@ -207,7 +207,7 @@ class App:
         self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
         if self._role in ("all", "admin"):
             self._run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
-            self._run("jobs", _FORGET_SECONDS, self._rotation.forget)
+            self._run("jobs", _FORGET_SECONDS, self._rotation.forget, self._rotation.resweep)
             self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
 
     async def serving(self) -> bool:

@@ -1298,6 +1298,20 @@ MUTANTS = (
         (_SEC + "test_chain_attacker.py::test_a_neighbours_damaged_chain_stops_no_other",),
     ),
     Mutant(
+        "a deleted sweep is forgotten",
+        _KV + "following.py",
+        '            self.unswept[tenant] = (event.event_time.seconds, "")\n',
+        "            pass\n",
+        (_SEC + "test_database_attacker.py::test_a_sweep_that_was_deleted_is_queued_again",),
+    ),
+    Mutant(
+        "a sweep that is over is done again",
+        _KV + "following.py",
+        "                del self.unswept[tenant]\n",
+        "                pass\n",
+        (_SEC + "test_database_attacker.py::test_a_sweep_that_was_deleted_is_queued_again",),
+    ),
+    Mutant(
         "what can't be settled is leased",
         _KV + "differences.py",
         '        return stale("reconciled") if tenant in self._unsettled else None',

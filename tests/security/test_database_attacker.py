@@ -200,6 +200,27 @@ async def test_rows_hidden_while_their_kek_is_trimmed(keyvault, hidden):
     assert await kek_versions(keyvault) == [1, 2]
 
 
+async def test_a_sweep_that_was_deleted_is_queued_again(keyvault, monkeypatch):
+    """Its job's row is deleted: the chain tells of the destruction, and of no trim since. A sweep
+    that is over is not done again.
+
+    Shown to fail: without Following._swept; with a trim that discharges nothing.
+    """
+    monkeypatch.setattr(rotation, "TRIM_DELAY", rotation.TRIM_DELAY / 20)
+    monkeypatch.setattr(rotation, "UNSWEPT", -datetime.timedelta(minutes=1))
+    key = await keyvault.add_active()
+    await keyvault.change("DestroyKey", key.name)
+    await keyvault.sql("DELETE FROM kek_job")
+    await keyvault.tick()
+    await keyvault.app._rotation.resweep()
+    await over(keyvault)
+    assert await kek_versions(keyvault) == [2]
+    await keyvault.tick()
+    await keyvault.sql("DELETE FROM kek_job")
+    await keyvault.app._rotation.resweep()
+    assert await keyvault.sql("SELECT 1 FROM kek_job") == []
+
+
 async def test_leases_without_a_key_keep_no_other_from_expiring(keyvault):
     """Leases whose tenant, key or version is not there, or not readable, as many as are ended at
     once: the others end.

@@ -7,7 +7,7 @@ key. They are reached through the identity that the process has.
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 
 from byokeep.ids import public_key_id
 
@@ -94,11 +94,10 @@ class TransitSigner:
         )
         signature = b""
         if reply.status == 200:
-            _, _, encoded = reply.fields("data", "signature")["signature"].rpartition(":")
-            try:
+            _, _, encoded = str(reply.fields("data", "signature")["signature"]).rpartition(":")
+            # What is not ASCII is another ValueError than binascii.Error.
+            with contextlib.suppress(ValueError):
                 signature = base64.b64decode(encoded, validate=True)
-            except binascii.Error:
-                signature = b""
         if len(signature) != 64:
             raise states.unavailable("misconfigured")
         return signature
