@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from services.keyvault.kek import KekUnavailableError
+from services.keyvault.kek.vault.log import TransitSigner
 from services.keyvault.kek.vault.pool import Pool
 from services.keyvault.kek.vault.reply import Reply, WireError
 from services.keyvault.kek.vault.wire import Wire
@@ -200,3 +202,19 @@ async def test_an_answer_that_nobody_waits_for_is_wiped():
         await asyncio.sleep(0.05)
     assert bytes(reply.body) == bytes(6)
     pool.close()
+
+
+@pytest.mark.parametrize("odd", ['"vault:v1:€"', '"vault:v1:AA=A"', "null", "7", '"vault:v1:AAAA"'])
+async def test_an_odd_signature_is_a_backend_that_is_away(odd):
+    """What is no Ed25519 signature becomes KekUnavailableError, and nothing else.
+
+    Shown to fail with binascii.Error alone caught: `€` is another ValueError.
+    """
+
+    class Session:
+        async def ask(self, call: object) -> Reply:
+            return Reply(200, bytearray(f'{{"data": {{"signature": {odd}}}}}'.encode()))
+
+    signer = TransitSigner(Session(), "transit", "log", 1, bytes(32))
+    with pytest.raises(KekUnavailableError):
+        await signer.sign(b"a head")

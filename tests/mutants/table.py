@@ -1312,6 +1312,27 @@ MUTANTS = (
         (_SEC + "test_database_attacker.py::test_a_sweep_that_was_deleted_is_queued_again",),
     ),
     Mutant(
+        "a rewrap may aim at another backend",
+        _KV + "rewrap.py",
+        "        if job.target_backend != self._backends.primary.name:",
+        "        if False:",
+        (_SEC + "test_database_attacker.py::test_a_job_that_aims_elsewhere_by_sql_ends",),
+    ),
+    Mutant(
+        "clocks may differ unsaid",
+        _KV + "epochs.py",
+        "        if abs(now - ours) > _CLOCKS:",
+        "        if False:",
+        (_SEC + "test_database_attacker.py::test_the_databases_clock_alone_destroys_no_epoch",),
+    ),
+    Mutant(
+        "Vault: an odd signature is not a refusal",
+        _KV + "kek/vault/log.py",
+        "            with contextlib.suppress(ValueError):",
+        "            with contextlib.suppress(KeyError):",
+        ("tests/component/test_vault_wire.py::test_an_odd_signature_is_a_backend_that_is_away",),
+    ),
+    Mutant(
         "what can't be settled is leased",
         _KV + "differences.py",
         '        return stale("reconciled") if tenant in self._unsettled else None',

@@ -200,6 +200,20 @@ async def test_rows_hidden_while_their_kek_is_trimmed(keyvault, hidden):
     assert await kek_versions(keyvault) == [1, 2]
 
 
+async def test_a_job_that_aims_elsewhere_by_sql_ends(keyvault):
+    """A rewrap's `target_backend` is changed by SQL: rows move only to the primary backend.
+
+    Shown to fail: without the comparison with the primary backend in Rewrap._work.
+    """
+    key = await keyvault.add_active()
+    before = await keyvault.sql("SELECT kek_backend, wrapped_dek FROM key_version")
+    await keyvault.sql(PLANT, "REWRAP", "elsewhere")
+    await over(keyvault)
+    assert await keyvault.sql("SELECT phase, failed FROM kek_job") == [("CANCELLED", 0)]
+    assert await keyvault.sql("SELECT kek_backend, wrapped_dek FROM key_version") == before
+    assert await try_lease(keyvault, key) == ""
+
+
 async def test_a_sweep_that_was_deleted_is_queued_again(keyvault, monkeypatch):
     """Its job's row is deleted: the chain tells of the destruction, and of no trim since. A sweep
     that is over is not done again.

@@ -58,7 +58,8 @@ class Chains:
     """What tenants' chains tell of leases and moves."""
 
     leases: dict[str, tuple[str, datetime.datetime]] = field(default_factory=dict)
-    moves: dict[str, list[datetime.datetime]] = field(default_factory=dict)
+    #: When the last rewrap or move of each tenant was over.
+    moves: dict[str, datetime.datetime] = field(default_factory=dict)
 
     def add(self, event: audit_pb2.AuditEvent) -> None:
         """Take an event in, of any chain."""
@@ -67,7 +68,7 @@ class Chains:
         if kind == audit_pb2.AUDIT_EVENT_TYPE_LEASED:
             self.leases[event.lease_id] = (tenant, time)
         elif kind == audit_pb2.AUDIT_EVENT_TYPE_REWRAPPED:
-            self.moves.setdefault(tenant, []).append(time)
+            self.moves[tenant] = max(time, self.moves.get(tenant, time))
 
 
 def read(
@@ -111,8 +112,8 @@ def _fault(access: Access, chains: Chains, used: set[str]) -> str:
     if not access.purpose:
         return "no lease is named"
     if access.purpose.startswith("job_"):
-        ends = chains.moves.get(access.tenant, [])
-        moved = any(access.time <= end + WINDOW for end in ends)
+        end = chains.moves.get(access.tenant)
+        moved = end is not None and access.time <= end + WINDOW
         return "" if moved else "a move between backends is named that the chain does not have"
     tenant, time = chains.leases.get(access.purpose, ("", access.time))
     if tenant != access.tenant:
