@@ -115,6 +115,20 @@ class App:
                 " is the URL right, was `python -m services.keyvault migrate` run,"
                 " and is it the same keyring?"
             ) from None
+        self._wire(kept)
+        # Anchor and pass look once before anything is served. What the pass fails of gives no
+        # lease, and must not keep an operator from seeing why.
+        await self._anchor.tick()
+        await background.each("reconcile", (self._reconcile.once,), lambda step: step())
+        await self._revocations.start()
+        if self._role in ("all", "admin"):
+            # A backend that is away now must not keep the admin role from starting.
+            await background.each("epochs", (self._epochs.tick,), lambda step: step())
+        self._run_beside()
+
+    def _wire(self, kept: datetime.timedelta) -> None:
+        """Put together what needs keyvault's own keys; content is kept so long."""
+        settings = self._settings
         self._intake = IntakeKeys(
             self._database,
             self._backends,
@@ -181,14 +195,9 @@ class App:
             settings.deployment,
             settings.audit_retention_days,
         )
-        # Both have looked once before anything is served. What the pass fails of gives no lease,
-        # and must not keep an operator from seeing why.
-        await self._anchor.tick()
-        await background.each("reconcile", (self._reconcile.once,), lambda step: step())
-        await self._revocations.start()
-        if self._role in ("all", "admin"):
-            # A backend that is away now must not keep the admin role from starting.
-            await background.each("epochs", (self._epochs.tick,), lambda step: step())
+
+    def _run_beside(self) -> None:
+        """Start what goes on beside the calls."""
         self._run("denials", denials.TICK_SECONDS, self._denials.tick)
         self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
         self._run("checkpoints", checkpoints.TICK_SECONDS, self._checkpoints.tick)

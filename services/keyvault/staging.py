@@ -84,6 +84,7 @@ class Staging:
         if earlier is not None:
             return await self._custody.get(order.tenant, order.key_id), earlier
         try:
+            # Where its KEK's version was trimmed meanwhile: once more, under the newest one.
             number = await self._stage(order, origin) or await self._stage(order, origin)
             if number is None:
                 raise _raced()
