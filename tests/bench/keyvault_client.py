@@ -152,10 +152,14 @@ class Tenant:
 
     def leasing(self) -> Call:
         """Return a call that redeems a new grant each time."""
+        return self.presenting(self.request)
+
+    def presenting(self, request: Callable[[], lease_pb2.LeaseKeyRequest]) -> Call:
+        """Return a call that presents what `request` returns: a grant can be signed before."""
         leases = lease_pb2_grpc.LeaseServiceStub(self.channel("runner"))
 
         async def lease() -> object:
-            return await leases.LeaseKey(self.request())
+            return await leases.LeaseKey(request())
 
         return lease
 
