@@ -215,15 +215,17 @@ class Rotation:
         name = kek.tenant_kek(job.tenant)
         # What this database is, now: one that was put back has rows that don't count.
         await self._reconcile.once()
-        if self._reconcile.rolled_back or not await self._proven(job):
-            return
+        target = self._backends.named(job.target_backend)
         try:
-            await self._backends.named(job.target_backend).trim(name, job.target_version)
+            newest = await target.newest(name)
+            if self._reconcile.rolled_back or not await self._proven(job, newest):
+                return
+            await target.trim(name, job.target_version)
         except kek.KekMissingError:
             await self._fail(job, "TENANT_KEY_MISSING")
             return
         for backend in self._backends:
-            if backend.name != job.target_backend and await self._proven(job):
+            if backend is not target and await self._proven(job, newest):
                 await backend.destroy(name)
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(job.tenant))
@@ -239,7 +241,7 @@ class Rotation:
             await chain.append(connection, head, self._deployment, [event])
             await store.move(connection, job, "DONE")
 
-    async def _proven(self, job: Job) -> bool:
+    async def _proven(self, job: Job, newest: int) -> bool:
         """Have it proven that no row needs what is to be destroyed (see wraps): whoever writes the
         database could say so. A row that proves nothing is wrapped again; where one is missing,
         the job ends PARTIAL."""
@@ -249,7 +251,7 @@ class Rotation:
             if locked is None:
                 return False
             # Of the job as it is acted on: the row may say something else by now.
-            proof = await self._wraps.proof(connection, job)
+            proof = await self._wraps.proof(connection, job, newest)
             if proof.versions == versions and not proof.unproven:
                 return True
             again = await store.doubt(connection, job.tenant, proof.unproven)

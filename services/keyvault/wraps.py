@@ -50,8 +50,9 @@ class Wraps:
         own = fields(tenant, key_id, version, backend, kek_version, wrapped)
         return hmac.digest(self._mac_key, self._prefix + own, "sha256")
 
-    async def proof(self, connection: Connection, job: Job) -> Proof:
-        """Look at a tenant's rows; its chain is locked.
+    async def proof(self, connection: Connection, job: Job, newest: int) -> Proof:
+        """Look at a tenant's rows; its chain is locked. `newest`: the newest version of its KEK
+        that the job's backend has; a row that names a newer one is of an earlier KEK of that name.
 
         Raises:
             ByokeepError: STATE_TAMPERED.
@@ -65,7 +66,9 @@ class Wraps:
                     await asyncio.sleep(0)
                 domain.check_state(self._mac_key, self._deployment, key, one)
                 bound = key.key_id, one.version
-                if one.state is not State.DESTROYED and not self._proven(job, bound, *found[bound]):
+                if one.state is State.DESTROYED:
+                    continue
+                if found[bound][1] > newest or not self._proven(job, bound, *found[bound]):
                     unproven.append(bound)
         return Proof(versions, unproven)
 

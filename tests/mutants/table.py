@@ -1154,8 +1154,8 @@ MUTANTS = (
     Mutant(
         "a trim asks for no proof",
         _KV + "rotation.py",
-        "        if self._reconcile.rolled_back or not await self._proven(job):\n",
-        "        if False:\n",
+        "            if self._reconcile.rolled_back or not await self._proven(job, newest):\n",
+        "            if False:\n",
         (
             _SEC + "test_database_attacker.py::test_planted_trim_destroys_nothing_that_is_used",
             _SEC + "test_database_attacker.py::test_rows_hidden_while_their_kek_is_trimmed",
@@ -1331,6 +1331,16 @@ MUTANTS = (
         "            with contextlib.suppress(ValueError):",
         "            with contextlib.suppress(KeyError):",
         ("tests/component/test_vault_wire.py::test_an_odd_signature_is_a_backend_that_is_away",),
+    ),
+    Mutant(
+        "a KEK version that never was proves a trim",
+        _KV + "wraps.py",
+        "if found[bound][1] > newest or not",
+        "if not",
+        (
+            _SEC
+            + "test_database_attacker.py::test_a_version_that_the_backend_never_had_proves_nothing",
+        ),
     ),
     Mutant(
         "what can't be settled is leased",

@@ -200,6 +200,23 @@ async def test_rows_hidden_while_their_kek_is_trimmed(keyvault, hidden):
     assert await kek_versions(keyvault) == [1, 2]
 
 
+async def test_a_version_that_the_backend_never_had_proves_nothing(keyvault):
+    """A row of an earlier KEK of that name, with a MAC of its own, names a version that this KEK
+    does not have yet: it is wrapped again before anything is trimmed.
+
+    Shown to fail: without the comparison with the backend's newest version.
+    """
+    key = await keyvault.add_active()
+    await rotate(keyvault)
+    ((key_id, wrapped),) = await keyvault.sql("SELECT key_id, wrapped_dek FROM key_version")
+    mac = keyvault.app._rotation._wraps.mac("acme", key_id, 1, "local", 7, wrapped)
+    await keyvault.sql("UPDATE key_version SET kek_version = 7, wrap_mac = %s", mac)
+    await keyvault.sql(PLANT, "TRIM", "local")
+    await over(keyvault)
+    keyvault.app._backends.primary._cache.clear()
+    assert await try_lease(keyvault, key) == ""
+
+
 async def test_a_job_that_aims_elsewhere_by_sql_ends(keyvault):
     """A rewrap's `target_backend` is changed by SQL: rows move only to the primary backend.
 
