@@ -44,6 +44,17 @@ def plan_lacks(entitlement: str, sentence: str) -> ByokeepError:
     )
 
 
+def unexpected(field: str, expected: str) -> ByokeepError:
+    """Return the refusal of a field that holds something else than what is expected."""
+    return ByokeepError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        f"{field}: {expected} expected",
+        field=field,
+        rule="expected",
+    )
+
+
 # --- which model, which key
 
 

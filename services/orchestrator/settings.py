@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-import grpc
 from byokeep import names
 from byokeep.orchestrator.v1 import settings_pb2, settings_pb2_grpc, tenant_pb2
 
-from services.common.errors import ByokeepError
 from services.common.models import Catalog
 from services.orchestrator import access, domain, paging
 from services.orchestrator.config import Settings
@@ -62,10 +60,10 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
     ) -> settings_pb2.UpdateSettingsResponse:
         """Change the fields of the mask."""
         if not _NAME.fullmatch(request.settings.name):
-            raise _invalid("settings.name", "tenants/TENANT/settings")
+            raise domain.unexpected("settings.name", "tenants/TENANT/settings")
         paths = list(request.update_mask.paths)
         if not paths or not set(paths).issubset(_FIELDS):
-            raise _invalid("update_mask", f"some of {', '.join(_FIELDS)}")
+            raise domain.unexpected("update_mask", f"some of {', '.join(_FIELDS)}")
         if "default_model" in paths and request.settings.default_model:
             domain.read_model(request.settings.default_model, "settings.default_model")
         values: dict[str, Any] = {path: getattr(request.settings, path) for path in paths}
@@ -172,14 +170,4 @@ def ceilings(row: TenantRow, deployment: Settings) -> settings_pb2.Ceilings:
         max_calls_per_review=row.max_calls_per_review or deployment.max_calls_per_review,
         max_reviews_per_day=min(row.max_reviews_per_day or reviews, reviews),
         max_calls_per_day=row.max_calls_per_day,
-    )
-
-
-def _invalid(field: str, expected: str) -> ByokeepError:
-    return ByokeepError(
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "INVALID_FIELD",
-        f"{field}: {expected} expected",
-        field=field,
-        rule="expected",
     )

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-import grpc
 from byokeep import names
 from byokeep.common.v1 import options_pb2
 from byokeep.orchestrator.v1 import tenant_pb2, tenant_pb2_grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common import authz
-from services.common.errors import ByokeepError
-from services.orchestrator import access, paging
+from services.orchestrator import access, domain, paging
 from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.store_attempts import AttemptStore
 from services.orchestrator.store_tenants import CallerRow, TenantRow, TenantStore, deleted
@@ -117,11 +115,13 @@ class CallerServicer(tenant_pb2_grpc.CallerServiceServicer):
             raise deleted()
         given = request.caller
         if len(given.spiffe_id) > 512 or not self._spiffe_id.fullmatch(given.spiffe_id):
-            raise _invalid("caller.spiffe_id", "a SPIFFE ID of this deployment's trust domain")
+            raise domain.unexpected(
+                "caller.spiffe_id", "a SPIFFE ID of this deployment's trust domain"
+            )
         known = set(options_pb2.TenantRole.values()) - {options_pb2.TENANT_ROLE_UNSPECIFIED}
         roles = tuple(sorted(set(given.roles)))
         if not roles or not known.issuperset(roles):
-            raise _invalid("caller.roles", "one role or more, each a known one")
+            raise domain.unexpected("caller.roles", "one role or more, each a known one")
         row = CallerRow(given.spiffe_id, roles, given.may_assert_users)
         await self._store.allow(names.tenant_of(request.parent), row, request)
         return tenant_pb2.AllowCallerResponse(caller=_caller(row))
@@ -152,14 +152,4 @@ def _caller(row: CallerRow) -> tenant_pb2.Caller:
         spiffe_id=row.spiffe_id,
         roles=[options_pb2.TenantRole.ValueType(role) for role in row.roles],
         may_assert_users=row.may_assert_users,
-    )
-
-
-def _invalid(field: str, expected: str) -> ByokeepError:
-    return ByokeepError(
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "INVALID_FIELD",
-        f"{field}: {expected} expected",
-        field=field,
-        rule="expected",
     )
