@@ -124,12 +124,12 @@ async def lock(connection: Connection, chain: str) -> Head:
 
 
 def tenant_key_missing(tenant: str) -> ByokeepError:
-    """Return the error for a tenant that has no chain, or no key-encryption key, yet."""
+    """Return the error for a tenant that has no chain, or no key-encryption key, or not any more."""
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "TENANT_KEY_MISSING",
         f"tenant {tenant} has no key-encryption key; an operator creates it:"
-        f" byokeep tenant create {tenant}",
+        f" byokeep tenant create {tenant}; a tenant that was deleted needs a new name",
         tenant=tenant,
     )
 
