@@ -124,7 +124,7 @@ async def lock(connection: Connection, chain: str) -> Head:
 
 
 def tenant_key_missing(tenant: str) -> ByokeepError:
-    """Return the error for a tenant that has no chain, or no key-encryption key, or not any more."""
+    """Return the error for a tenant that has no chain, or no key-encryption key (any more)."""
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "TENANT_KEY_MISSING",
