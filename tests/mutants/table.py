@@ -1199,8 +1199,8 @@ MUTANTS = (
     Mutant(
         "a trim's proof is of the row as it is read again",
         _KV + "rotation.py",
-        "await self._wraps.proof(connection, job)",
-        "await self._wraps.proof(connection, locked)",
+        "await self._wraps.proof(connection, job, newest)",
+        "await self._wraps.proof(connection, locked, newest)",
         (_SEC + "test_database_attacker.py::test_two_answers_about_one_trim",),
     ),
     Mutant(

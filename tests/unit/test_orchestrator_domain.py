@@ -136,6 +136,7 @@ def stale(**values) -> Stale:
         "key_version": 1,
         "fence": 1,
         "tries": 1,
+        "turn": 0,
         "provider": "openai",
         "model": "m",
         "unfinished_call": False,
