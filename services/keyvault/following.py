@@ -127,7 +127,7 @@ class Following:
                 if (await audit_store.pruned(self._database, name))[0] > followed.sequence:
                     await self._from_start(name)
                 else:
-                    self._break(name)
+                    self._contradicts(name, "its links don't lead on")
                 return
 
     def stated(self, name: str, sequence: int) -> None:
@@ -245,11 +245,8 @@ class Following:
     def _contradicts(self, name: str, what: str) -> None:
         """Take a chain for broken that is not what was followed or logged of it. What is only about
         one tenant stops no other; the system chain is the deployment's own."""
-        if name == chain.SYSTEM and name not in self.broken:
+        if name == chain.SYSTEM:
             raise ContradictionError(f"{name}: {what}")
-        self._break(name)
-
-    def _break(self, name: str) -> None:
         if name not in self.broken:
             self.broken.add(name)
             self.found.add(name)
@@ -278,7 +275,7 @@ class Following:
             )
         self.chains[name] = followed
         if not explained:
-            self._break(name)
+            self._contradicts(name, "its links don't lead on")
 
     def _take(self, name: str, followed: Followed, row: Row) -> audit_pb2.AuditEvent | None:
         """Take in the next link; None where it does not continue the chain."""
@@ -299,10 +296,11 @@ class Following:
             event = audit_pb2.AuditEvent.FromString(body)
         except DecodeError:
             return None
+        # A chain of another name must not speak for a tenant, nor a tenant's for the deployment.
         if _froze(event) and not event.key_id:
-            self.broken.add(event.detail)
-            self.found.discard(event.detail)
-        # A chain of another name must not speak for a tenant.
+            if name == chain.SYSTEM and event.detail.startswith(chain.TENANTS):
+                self.broken.add(event.detail)
+                self.found.discard(event.detail)
         elif name.startswith(chain.TENANTS):
             self._state(name.removeprefix(chain.TENANTS), sequence, event)
             self._swept(name.removeprefix(chain.TENANTS), event)

@@ -121,9 +121,13 @@ class Reconcile:
         """
         async with self._passing, self._database.transaction() as connection:
             head = await chain.lock(connection, name)
-            await self.following.follow(name)
+            broken = False
+            try:
+                await self.following.follow(name)
+            except ContradictionError:
+                broken = True  # of the system chain; a pass says what that means
             followed = self.following.chains[name]
-            broken = name in self.following.broken
+            broken = broken or name in self.following.broken
             if followed.logged < head.sequence:
                 self._anchor.owe(name)
             if not broken and (followed.sequence, followed.hash) == (head.sequence, head.hash):

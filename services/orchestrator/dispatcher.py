@@ -113,7 +113,8 @@ class Dispatcher:
             clear = key.open(work.review_id, content.INPUT, work.input)
             return replace(work, input=clear, content_key=key)
         except ByokeepError as error:
-            failure = domain.unopened(error)
+            # What was taken over has a call that may have been answered, and so billed.
+            failure = replace(domain.unopened(error), ambiguous=work.turn > 0)
         await self._finish(work, Result(failure))
         return None
 
@@ -121,6 +122,9 @@ class Dispatcher:
         failed: Exception | None = None
         try:
             await execution.run(lambda result: self._finish(work, result))
+        except Fenced:
+            logs.event(log, "attempt_lost", attempt=work.attempt_id, fence=work.fence)
+            return
         except ByokeepError:
             # The database is away: silence is what the sweeper knows how to judge.
             raise
@@ -140,6 +144,7 @@ class Dispatcher:
                     return
 
     async def _finish(self, work: Work, result: Result) -> None:
+        """Store the end of an attempt. Raises Fenced where another worker has it now."""
         try:
             if work.review_id:
                 await self._finish_review(work, result)
@@ -147,6 +152,8 @@ class Dispatcher:
                 await self._finish_validation(work, result)
         except Fenced:
             logs.event(log, "attempt_fenced", attempt=work.attempt_id, fence=work.fence)
+            if await self._store.taken_over(work):
+                raise
             await self._store.trail_of_cancelled(work, result.trail)
 
     async def _finish_review(self, work: Work, result: Result) -> None:

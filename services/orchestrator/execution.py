@@ -61,6 +61,9 @@ class Journal(Protocol):
     ) -> None:
         """Store a provider call before it is made. Raises DailyLimit where it may not be."""
 
+    async def taken_over(self, work: Work) -> bool:
+        """Say whether the attempt runs on under another worker."""
+
     async def chunk_done(
         self, work: Work, chunk_id: str, findings: Sequence[review_pb2.Finding], dropped: int
     ) -> None:
@@ -111,7 +114,10 @@ class Execution:
         self._result = Result()
 
     async def run(self, finish: Callable[[Result], Awaitable[None]]) -> None:
-        """Run the attempt; `finish` stores its end before the runner may forget it."""
+        """Run the attempt; `finish` stores its end before the runner may forget it.
+
+        Raises Fenced where another worker has it now: the runner keeps what that one asks for.
+        """
         try:
             outcome = await self._until_outcome()
             await finish(self._concluded())
@@ -215,6 +221,8 @@ class Execution:
                     self._acked = response.sequence
                     await self._say(ack=runner_pb2.Ack(sequence=response.sequence))
                 except Fenced:
+                    if await self._journal.taken_over(self._work):
+                        raise  # the child is another worker's now: not ours to kill
                     await self.stop()
                 except DailyLimit:
                     self._refused = Failure("DAILY_LIMIT")

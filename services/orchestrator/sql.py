@@ -100,11 +100,12 @@ CLAIM: Final = f"""
 
 # A call whose answer the runner may still hold. An attempt that silences its workers again and
 # again is not handed on for ever.
-_ORPHANED: Final = """state = 'RUNNING' AND kind = 'REVIEW' AND turn < 3
-            AND heartbeat_time < now() - make_interval(secs => %(seconds)s)
-            AND EXISTS (
+_IN_CALL: Final = """kind = 'REVIEW' AND turn < 3 AND EXISTS (
                 SELECT FROM provider_call c
                 WHERE c.attempt_id = attempt.id AND c.finish_time IS NULL)"""
+_ORPHANED: Final = f"""state = 'RUNNING'
+            AND heartbeat_time < now() - make_interval(secs => %(seconds)s)
+            AND {_IN_CALL}"""
 
 TAKE_OVER: Final = f"""
     WITH a AS (
@@ -152,11 +153,12 @@ CALL_STARTED: Final = """
         FROM a WHERE review.id = a.review_id)
     SELECT EXISTS (SELECT FROM a) AS stored FROM due"""
 
+# The beat makes a TAKE_OVER that waited for this row look at it again.
 CHUNK_DONE: Final = """
     WITH a AS (
-        SELECT review_id FROM attempt
+        UPDATE attempt SET heartbeat_time = now()
         WHERE id = %(id)s AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'
-        FOR UPDATE),
+        RETURNING review_id),
     f AS (
         UPDATE provider_call SET finish_time = now()
         WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
@@ -242,6 +244,10 @@ TRAIL_OF_CANCELLED: Final = """
         close_time = coalesce(CAST(%(close_time)s AS timestamptz), close_time)
     WHERE id = %(id)s AND fence = %(fence)s AND state = 'CANCELLED'"""
 
+TAKEN_OVER: Final = """
+    SELECT 1 FROM attempt
+    WHERE id = %(id)s AND fence = %(fence)s AND turn > %(turn)s AND state = 'RUNNING'"""
+
 HEARTBEAT: Final = """
     UPDATE attempt SET heartbeat_time = now()
     WHERE id = ANY(CAST(%(ids)s AS text[])) AND state = 'RUNNING' RETURNING id"""
@@ -296,10 +302,11 @@ CANCEL_VALIDATIONS: Final = """
 
 # --- sweeping
 
-STALE_IDS: Final = """
+STALE_IDS: Final = f"""
     SELECT id, tenant FROM attempt
     WHERE state = 'RUNNING' AND heartbeat_time < now() - make_interval(secs => %(seconds)s)
-    ORDER BY heartbeat_time LIMIT 100"""
+        AND (heartbeat_time < now() - make_interval(secs => %(held)s) OR NOT ({_IN_CALL}))
+    ORDER BY heartbeat_time LIMIT 100"""  # noqa: S608 - constants
 
 STALE: Final = """
     SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,

@@ -144,6 +144,11 @@ class AttemptStore:
             row = await session.one(sql.TAKE_OVER, {"id": attempt_id, "seconds": seconds})
         return None if row is None else Work(**row._asdict())
 
+    async def taken_over(self, work: Work) -> bool:
+        """Say whether another worker goes on with an attempt that was this one's."""
+        async with self._database.statement() as session:
+            return await session.one(sql.TAKEN_OVER, _held(work)) is not None
+
     async def call_started(
         self, work: Work, trail: Trail, *, number: int, chunk_id: str, chunks_total: int
     ) -> None:
@@ -233,10 +238,11 @@ class AttemptStore:
         for row in await session.all(sql.ADMIT, {"tenant": tenant, "places": places}):
             await self._queue.enqueue(session.connection, row.id)
 
-    async def stale(self, seconds: float) -> list[tuple[str, str]]:
-        """Return (id, tenant) of attempts whose worker gave no sign of life for so long."""
+    async def stale(self, seconds: float, held: float) -> list[tuple[str, str]]:
+        """Return (id, tenant) of attempts whose worker gave no sign of life for so long; for
+        `held` seconds, where a call is open that may be taken over."""
         async with self._database.statement() as session:
-            found = await session.all(sql.STALE_IDS, {"seconds": seconds})
+            found = await session.all(sql.STALE_IDS, {"seconds": seconds, "held": held})
         return [(row.id, row.tenant) for row in found]
 
     async def fence_off(

@@ -30,6 +30,8 @@ from services.orchestrator.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 STALE_SECONDS: Final = 20.0
+# What a runner keeps for 30 s may be taken over for as long.
+HELD_SECONDS: Final = 32.0
 _OVERDUE_SECONDS: Final = 15.0
 _TICK_SECONDS: Final = 2.0
 _UNSCHEDULED_SECONDS: Final = 300.0
@@ -74,7 +76,7 @@ class Sweeper:
         """Have attempts taken over whose worker is gone, or fence them off; enqueue again what
         the queue lost."""
         await self._attempts.requeue_orphans(ORPHANED_SECONDS)
-        for attempt_id, tenant in await self._attempts.stale(STALE_SECONDS):
+        for attempt_id, tenant in await self._attempts.stale(STALE_SECONDS, HELD_SECONDS):
             await self.fence_off(attempt_id, tenant)
         await self._attempts.requeue_overdue(_OVERDUE_SECONDS)
         await self._attempts.admit_parked()

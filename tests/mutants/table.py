@@ -120,6 +120,13 @@ MUTANTS = (
         (_SEC + "test_rotate_live.py::test_rotate_live",),
     ),
     Mutant(
+        "a channel is closed on gRPC's own thread",
+        "clients/python/src/byokeep/following.py",
+        'threading.Thread(target=channel.close, name="close a channel", daemon=True).start()',
+        "channel.close()",
+        ("tests/unit/test_client_following.py::test_last_stream_of_a_retired_channel_ends",),
+    ),
+    Mutant(
         "connections of any age",
         "services/common/server.py",
         '        ("grpc.max_connection_age_ms", settings.connection_age_seconds * 1000),\n',
@@ -619,8 +626,8 @@ MUTANTS = (
     Mutant(
         "a chunk of a fenced attempt is stored",
         _OR + "sql.py",
-        "WHERE id = %(id)s " + _GUARD + "\n        FOR UPDATE",
-        "WHERE id = %(id)s " + _UNGUARDED + "\n        FOR UPDATE",
+        "WHERE id = %(id)s " + _GUARD + "\n        RETURNING review_id)",
+        "WHERE id = %(id)s " + _UNGUARDED + "\n        RETURNING review_id)",
         (_FENCE,),
     ),
     Mutant(
@@ -640,8 +647,8 @@ MUTANTS = (
     Mutant(
         "a worker whose attempt was taken over stores a chunk",
         _OR + "sql.py",
-        "WHERE id = %(id)s " + _GUARD + "\n        FOR UPDATE",
-        "WHERE id = %(id)s " + _UNTURNED + "\n        FOR UPDATE",
+        "WHERE id = %(id)s " + _GUARD + "\n        RETURNING review_id)",
+        "WHERE id = %(id)s " + _UNTURNED + "\n        RETURNING review_id)",
         (_TAKEN_OVER + "[a chunk is done]",),
     ),
     Mutant(
@@ -659,10 +666,46 @@ MUTANTS = (
         (_SEC + "test_fence.py::test_repeated_word_of_a_call_is_not_another_call",),
     ),
     Mutant(
+        "an open call that is taken over and can't be stored is made again",
+        _OR + "dispatcher.py",
+        "ambiguous=work.turn > 0",
+        "ambiguous=False",
+        (_SEC + "test_fence.py::test_open_call_is_not_repeated_where_keyvault_is_away_too",),
+    ),
+    Mutant(
+        "an attempt is taken over as its last chunk is stored",
+        _OR + "sql.py",
+        "UPDATE attempt SET heartbeat_time = now()\n        WHERE id = %(id)s AND fence",
+        "UPDATE attempt SET heartbeat_time = heartbeat_time\n        WHERE id = %(id)s AND fence",
+        (_SEC + "test_fence.py::test_chunk_that_is_being_stored_is_no_open_call",),
+    ),
+    Mutant(
+        "a fenced worker kills its successor's child",
+        _OR + "store_attempts.py",
+        "return await session.one(sql.TAKEN_OVER, _held(work)) is not None",
+        "return False",
+        (_SEC + "test_fence.py::test_worker_that_wakes_leaves_its_successors_child_alone",),
+    ),
+    Mutant(
+        "a damaged system chain is a tenant's",
+        _KV + "following.py",
+        "        if name == chain.SYSTEM:\n            raise",
+        "        if False:\n            raise",
+        (_SEC + "test_chain_attacker.py::test_a_damaged_system_chain_stops_everything",),
+    ),
+    Mutant(
+        "a tenant's chain says that another is broken",
+        _KV + "following.py",
+        "if name == chain.SYSTEM and event.detail.startswith(chain.TENANTS):",
+        "if event.detail:",
+        (_SEC + "test_chain_attacker.py::test_a_tenants_chain_does_not_speak_for_others",),
+    ),
+    Mutant(
         "an attempt is taken over from a living worker",
         _OR + "sql.py",
-        "    AND heartbeat_time < now() - make_interval(secs => %(seconds)s)",
-        "    AND %(seconds)s > 0",
+        "            AND heartbeat_time < now() - make_interval(secs => %(seconds)s)\n"
+        "            AND {_IN_CALL}",
+        "            AND %(seconds)s > 0 AND {_IN_CALL}",
         (_SEC + "test_fence.py::test_worker_that_lives_keeps_its_attempt",),
     ),
     Mutant(
@@ -1272,8 +1315,8 @@ MUTANTS = (
     Mutant(
         "one tenant's cut chain stops all",
         _KV + "following.py",
-        "        if name == chain.SYSTEM and name not in self.broken:",
-        "        if name not in self.broken:",
+        "        if name == chain.SYSTEM:\n            raise",
+        "        if True:\n            raise",
         (_SEC + "test_chain_attacker.py::test_a_neighbours_damaged_chain_stops_no_other",),
     ),
     Mutant(

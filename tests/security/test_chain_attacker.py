@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2
 
+from services.common.errors import ByokeepError
 from services.keyvault import chain, following
 from services.keyvault import position as anchored
 from services.keyvault.database import unreachable
@@ -363,3 +364,54 @@ async def test_a_chain_of_another_name_lifts_no_hold(keyvault):
     await keyvault.sql(f"UPDATE tenant_hold SET ({row}) = (%s, %s, %s)", *before)
     await keyvault.app._reconcile.once()
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
+
+
+async def _append(keyvault, name: str, **event) -> None:
+    """Append an event to a chain by SQL, well linked."""
+    ((sequence, digest),) = await keyvault.sql(
+        "SELECT sequence, hash FROM chain WHERE chain = %s", name
+    )
+    made = audit_pb2.AuditEvent(
+        deployment=kv.DEPLOYMENT, chain=name, sequence=sequence + 1, **event
+    )
+    made.event_time.GetCurrentTime()
+    body = made.SerializeToString()
+    head = chain.link_hash(bytes(digest), body)
+    await keyvault.sql(
+        "INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)"
+        " VALUES (%s, %s, '', %s, %s, %s)",
+        *(name, sequence + 1, body, bytes(digest), head),
+    )
+    await keyvault.sql(
+        "UPDATE chain SET sequence = %s, hash = %s WHERE chain = %s", sequence + 1, head, name
+    )
+
+
+async def test_a_damaged_system_chain_stops_everything(keyvault):
+    """It holds which tenants' chains were altered: one bad link in it would let go of them, and
+    hide what is cut off it later. Shown to fail where its damage is taken for a tenant's."""
+    key = await keyvault.add_active()
+    await keyvault.tick()
+    assert await try_lease(keyvault, key) == ""
+    await keyvault.sql(
+        "INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)"
+        " SELECT chain, sequence + 1, '', 'x', 'x', 'x' FROM chain WHERE chain = 'system'"
+    )
+    await keyvault.tick()
+    assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
+    with pytest.raises(ByokeepError) as refused:
+        await keyvault.app._reconcile.head("system")
+    assert refused.value.reason == "RECONCILE_MISMATCH"
+
+
+@pytest.mark.parametrize("named", ["system", "tenants/other"])
+async def test_a_tenants_chain_does_not_speak_for_others(keyvault, named):
+    """Shown to fail where any chain may say that another is broken."""
+    await keyvault.create_tenant("other")
+    other = await keyvault.add_active(tenant="other")
+    await keyvault.tick()
+    mark = audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED
+    await _append(keyvault, "tenants/acme", type=mark, reason=following.MISMATCH, detail=named)
+    await keyvault.tick()
+    assert keyvault.app._reconcile.following.broken == set()
+    assert await try_lease(keyvault, other) == ""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import psycopg
 import pytest
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
+from services.orchestrator import sql
 from services.orchestrator.dispatcher import ORPHANED_SECONDS
 from tests.harness.orchestrator import (
     Conversation,
@@ -221,6 +223,66 @@ async def test_repeated_word_of_a_call_is_not_another_call(stack: Stack) -> None
     await taken_over(stack, paused)
     ended = await stack.ended(review)
     assert (ended.state, ended.calls_started) == (review_pb2.REVIEW_STATE_COMPLETED, 1)
+
+
+async def test_open_call_is_not_repeated_where_keyvault_is_away_too(stack: Stack) -> None:
+    """What was paid for can't be stored. Shown to fail (a second call, none of them ambiguous)
+    where `_opened` does not look at the turn."""
+    paused = Pausable(calls=True, **SAYS["the attempt did its work"])
+    stack.runner.scripts = [paused]
+    review = await stack.submit()
+    async with asyncio.timeout(20):
+        await paused.accepted.wait()
+    stack.keyvault.no_content_keys = True
+    await taken_over(stack, paused)
+    ended = await stack.ended(review)
+    assert ended.failure == review_pb2.FAILURE_REASON_AMBIGUOUS
+    assert (ended.ambiguous_calls, ended.calls_started, ended.attempts) == (1, 1, 1)
+
+
+async def test_chunk_that_is_being_stored_is_no_open_call(stack: Stack) -> None:
+    """A take-over that waits for that row looks again. Shown to fail where CHUNK_DONE only locks
+    the attempt: the review fails, since its chunk seems to be missing."""
+    paused = Pausable(calls=True, **SAYS["the attempt did its work"])
+    stack.runner.scripts = [paused]
+    await stack.submit()
+    async with asyncio.timeout(20):
+        await paused.accepted.wait()
+    ((attempt,),) = await stack.sql("SELECT id FROM attempt")
+    held = {"id": attempt, "fence": 1, "turn": 0}
+    await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '13 seconds'")
+    async with await psycopg.AsyncConnection.connect(stack.database_url) as connection:
+        stored = {**held, "chunk_id": "c9", "dropped": 0, "finding_count": 0, "findings": None}
+        await connection.execute(sql.CHUNK_DONE, stored)
+        waits = asyncio.create_task(stack.app.attempts.take_over(attempt, ORPHANED_SECONDS))
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        await stack.until(waiting)
+    assert await waits is None
+
+
+async def test_worker_that_wakes_leaves_its_successors_child_alone(stack: Stack) -> None:
+    """It wakes before the successor has found the runner: it neither cancels nor acknowledges.
+    Shown to fail where `taken_over` says False."""
+    paused = Pausable(calls=True, **SAYS["a chunk is done"])
+    cancelled = asyncio.Event()
+
+    async def watched(talk: Conversation) -> None:
+        await paused(talk)
+        if talk.cancelled.is_set():
+            cancelled.set()
+
+    stack.runner.scripts = [watched]
+    await stack.submit()
+    async with asyncio.timeout(20):
+        await paused.accepted.wait()
+    await stack.sql("UPDATE attempt SET turn = 1")
+    paused.resume.set()
+    async with asyncio.timeout(20):
+        while stack.app.dispatcher._running:
+            await asyncio.sleep(0.02)
+    assert not cancelled.is_set()
+    assert not paused.acked
+    assert await stack.sql("SELECT state, turn FROM attempt") == [("RUNNING", 1)]
 
 
 async def test_orphan_whose_runner_is_gone_too_is_ambiguous(stack: Stack) -> None:

@@ -175,7 +175,7 @@ class SyncChannel(grpc.Channel):
 
     def __init__(self, identity: Followed[Pem], dial: Callable[[Pem], grpc.Channel]) -> None:
         """`dial` opens a channel with an identity; it is called again when that changed."""
-        self._line = _Line(identity, dial, lambda channel: channel.close())
+        self._line = _Line(identity, dial, self._close_soon)
 
     def unary_unary(self, method: str, *arguments: Any, **words: Any) -> Any:
         """See grpc.Channel."""
@@ -215,6 +215,12 @@ class SyncChannel(grpc.Channel):
     def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
+
+    @staticmethod
+    def _close_soon(channel: grpc.Channel) -> None:
+        # gRPC tells of a call's end on the thread that still has its last message to hand out,
+        # and a channel's `close` waits for that: there it would wait for itself, for ever.
+        threading.Thread(target=channel.close, name="close a channel", daemon=True).start()
 
 
 class _Streaming:
