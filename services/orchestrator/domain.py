@@ -89,10 +89,11 @@ def choose_model(
         return ModelRef(providers[0], catalog.default(providers[0]))
     if not providers:
         raise no_key("", keys)
+    *most, last = providers
     raise ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "NO_MODEL",
-        f"there are keys for {' and '.join(providers)} and no model is chosen:"
+        f"there are keys for {', '.join(most)} and {last}, and no model is chosen:"
         " run 'byokeep model set PROVIDER/MODEL', or name one with --model",
         set="byokeep model set PROVIDER/MODEL",
     )

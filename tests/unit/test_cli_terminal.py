@@ -115,6 +115,15 @@ def test_a_table_that_is_too_wide_is_shown_row_by_row(edge):
     assert rest[0].startswith("  provider openai  name default  state ACTIVE")
 
 
+def test_a_table_that_is_too_wide_for_columns_is_no_other_in_a_pipe(edge):
+    key_id = edge.add_key()
+    environment = os.environ | {"COLUMNS": "60"}
+    done = subprocess.run(
+        [*COMMAND, "key", "list"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.splitlines()[0] == key_id
+
+
 def test_ctrl_c_says_how_to_go_on(edge):
     edge.states = [{"state": 2}, {"wait": True}]
     code, screen = on_a_terminal(
@@ -162,6 +171,14 @@ def test_a_reader_that_goes_away_from_a_table_is_no_error_either(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Gone())
     with pytest.raises(BrokenPipeError):
         output._console(False, stderr=False).print("x")
+
+
+def test_help_whose_reader_is_gone_matched_no_finding_either():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone:
+        ended = subprocess.run([*COMMAND, "admin", "--help"], stdout=gone, check=False)
+    assert ended.returncode == 141
 
 
 def test_completion_works(edge):

@@ -80,7 +80,7 @@ def chosen_groups(only: Sequence[str]) -> list[Group]:
     known = {attack.name for group in GROUPS for attack in group.attacks}
     unknown = [name for name in only if name not in known]
     if unknown:
-        raise StackError(f"no attack is called {unknown[0]}; --list shows their names")
+        raise StackError(f"no attack is called {unknown[0]}; make prove ONLY=list names them")
     groups = (
         Group(group.title, [one for one in group.attacks if not only or one.name in only])
         for group in GROUPS

@@ -119,6 +119,9 @@ def _run(arguments: Sequence[str]) -> int | CliError:
         return Exit.INPUT if type(error).__name__ == "NoArgsIsHelpError" else from_usage(error)
     except ReaderGone:
         raise
+    except SystemExit as ended:
+        # rich, which prints the help, ends the process where its reader is gone.
+        raise ReaderGone from ended
     except Exception as error:
         if interrupt.seen():
             return Exit.INTERRUPTED

@@ -266,4 +266,6 @@ def _role(what: str, probe: Callable[[], object]) -> Check:
 
 def _said(error: grpc.RpcError) -> str:
     info = error_info(error)
+    if info.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "no answer in time"
     return clean(info.message) if info.reason else info.code.name

@@ -104,7 +104,7 @@ class Output:
         print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Text | str]]) -> None:
-        """Print a table without borders; on a narrow terminal, its rows one under another."""
+        """Print a table without borders; where it is too wide, its rows one under another."""
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -115,7 +115,7 @@ class Output:
             table.add_row(*row)
         unbounded = self._out.options.update(max_width=_WIDE)
         wanted = self._out.measure(table, options=unbounded).maximum
-        if self._out.is_terminal and wanted > self._out.width:
+        if wanted > self._out.width:
             self._rows(columns, rows)
         else:
             self.renderable(table)
