@@ -198,6 +198,8 @@ async def test_older_version_does_not_replace_a_newer_one(stack: Stack) -> None:
     stack.runner.scripts = [verdict(key_pb2.VALIDATION_VERDICT_UNREACHABLE)]
     added = await stack.add_key()
     name = added.provider_key.name
+    # The script is the older one's.
+    await stack.until("SELECT 1 FROM attempt WHERE state NOT IN ('QUEUED', 'RUNNING')")
     rotated = await stack.client("acme").keys.RotateKey(rotate_request(name))
     key = await stack.validated(rotated.key)
     assert [one.state for one in key.provider_key.versions] == [PENDING, ACTIVE]
