@@ -38,6 +38,7 @@ class Attempts:
         if known is not None and known.fence >= assign.fence:
             raise _wrong_state("the attempt is known here; reattach to it", "RUNNING")
         if known is not None:
+            self._disarm(known)
             known.stop(Ending.ABANDONED)
         if self._children >= self._limit:
             raise self._overloaded()

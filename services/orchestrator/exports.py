@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from urllib.parse import quote
 
+from byokeep.loglines import disarmed
 from byokeep.orchestrator.v1.review_pb2 import Category, Finding, Review, ReviewState, Severity
 
 _TEXT = "text/plain; charset=utf-8"
@@ -65,7 +66,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def text(review: Review) -> tuple[str, str]:
-    """Return a review for people to read, without control characters, and its media type."""
+    """Return a review for people to read, without control characters and what a CI run takes for a
+    command, and its media type."""
     lines = [_headline(review), *_notes(review)]
     for finding in review.findings:
         severity, category = _severity(finding), _category(finding)
@@ -74,7 +76,7 @@ def text(review: Review) -> tuple[str, str]:
         if finding.suggestion.strip():
             first, *rest = _clean(finding.suggestion).split("\n")
             lines += [f"    Suggestion: {first}", *(f"    {line}".rstrip() for line in rest)]
-    return "\n".join(lines) + "\n", _TEXT
+    return disarmed("\n".join(lines)) + "\n", _TEXT
 
 
 def sarif(review: Review) -> tuple[str, str]:

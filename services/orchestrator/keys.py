@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 import grpc
 from byokeep import names
@@ -14,16 +14,10 @@ from services.common.errors import ByokeepError
 from services.orchestrator import access, domain, paging
 from services.orchestrator.events import KEY, Events
 from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.store_keys import KeyStore, Use, Validation
-from services.orchestrator.store_tenants import check_etag
+from services.orchestrator.store_keys import Changes, KeyStore, Use, Validation
+from services.orchestrator.store_tenants import deleted
 from services.orchestrator.tenants import timestamp
 
-Changes: TypeAlias = (
-    key_pb2.RotateKeyRequest
-    | key_pb2.RevokeKeyRequest
-    | key_pb2.DestroyKeyRequest
-    | key_pb2.RollBackKeyRequest
-)
 _WATCH_SECONDS: Final = 5.0
 _GONE: Final = (
     custody_pb2.KEY_VERSION_STATE_REVOKED,
@@ -241,9 +235,8 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
     async def _changeable(self, rights: access.Rights, request: Changes) -> custody_pb2.ProviderKey:
         key = await self._keyvault.get(request.name)
         rights.require_user(key.owner, "name")
-        # A retry has the etag of before its own change.
-        if request.etag and await self._store.first_time(rights.tenant.id, request):
-            check_etag(request.etag, key.etag)
+        if request.etag:
+            await self._store.note_change(rights.tenant.id, request, key.etag)
         return key
 
     async def _validated(
@@ -256,13 +249,17 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
     ) -> key_pb2.Key:
         version = next(one for one in staged.key.versions if one.version == staged.version)
         if version.state == custody_pb2.KEY_VERSION_STATE_PENDING:
-            await self._store.schedule(
+            scheduled = await self._store.schedule(
                 rights.tenant.id,
                 staged.key,
                 staged.version,
                 rights.actor(user),
                 destroy_previous=destroy_previous,
             )
+            if not scheduled:
+                # Deleted while the key was staged: the deletion knew nothing of it.
+                await self._keyvault.destroy_all(rights.tenant.id, rights.actor(user))
+                raise deleted()
         return (await self._messages([staged.key]))[0]
 
     async def _changed(self, key: custody_pb2.ProviderKey) -> key_pb2.Key:

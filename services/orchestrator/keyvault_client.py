@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 from typing import Final, TypeVar
 
 import grpc
-from byokeep import names
+from byokeep import ids, names
 from byokeep.keyvault.v1 import content_pb2, content_pb2_grpc, custody_pb2, custody_pb2_grpc
 
 from services.common.errors import ByokeepError, from_rpc
@@ -98,6 +98,13 @@ class Keyvault:
             token = page.next_page_token
             if not token:
                 return found
+
+    async def destroy_all(self, tenant: str, actor: str) -> int:
+        """Destroy all of a deleted tenant's keys; return how many there were."""
+        keys = await self.keys(tenant)
+        for key in keys:
+            await self.destroy(key.name, ids.new_id("req"), actor)
+        return len(keys)
 
     async def content_key(self, tenant: str, epoch: str) -> content_pb2.GetContentKeyResponse:
         """Return a tenant's content key; an empty epoch is the current one."""

@@ -191,6 +191,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights.require_active()
         row = await self._reviews.get(rights.tenant.id, review_id)
         rights.require_user(row.owner, "name")
+        rights.require_user_keys(row.owner)
         if not await self._reviews.retried(request, rights.tenant.id):
             keys = await self._keys(rights, row.owner)
             key = domain.choose_key(row.model.partition("/")[0], keys)

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeAlias
 
 from byokeep import ids
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import last_of, provider_id
-from google.protobuf.message import Message
+from byokeep.orchestrator.v1 import key_pb2
 
 from services.orchestrator import sql, store_requests
 from services.orchestrator.database import Database, Row
 from services.orchestrator.queue import Queue
+from services.orchestrator.store_tenants import check_etag
+
+Changes: TypeAlias = (
+    key_pb2.RotateKeyRequest
+    | key_pb2.RevokeKeyRequest
+    | key_pb2.DestroyKeyRequest
+    | key_pb2.RollBackKeyRequest
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +107,16 @@ class KeyStore:
             (count,) = await session.one(sql.COUNT_INTAKE, {"scope": scope})
         return float(count)
 
-    async def first_time(self, tenant: str, message: Message) -> bool:
-        """Note a request; False if it was before. Raises ByokeepError: REQUEST_ID_CONFLICT."""
+    async def note_change(self, tenant: str, message: Changes, etag: str) -> None:
+        """Note the change of a key that has this etag now; nothing of what is refused.
+
+        Raises:
+            ByokeepError: REQUEST_ID_CONFLICT; ETAG_MISMATCH.
+        """
         async with self._database.transaction() as session:
-            return await store_requests.first_time(session, tenant, message)
+            # A retry has the etag of before its own change.
+            if await store_requests.first_time(session, tenant, message):
+                check_etag(message.etag, etag)
 
     async def schedule(
         self,
@@ -111,8 +126,8 @@ class KeyStore:
         actor: str,
         *,
         destroy_previous: bool = False,
-    ) -> None:
-        """Have a staged version validated; nothing if it already is."""
+    ) -> bool:
+        """Have a staged version validated, once; False where its tenant is deleted by now."""
         key_id, attempt_id = last_of(key.name), ids.new_id("att")
         values = {
             "key_id": key_id,
@@ -124,10 +139,12 @@ class KeyStore:
             "destroy_previous": destroy_previous,
         }
         async with self._database.transaction() as session:
-            if await session.one(_SCHEDULE, values) is None:
-                return
-            await session.run(_ATTEMPT, values | {"id": attempt_id})
-            await self._queue.enqueue(session.connection, attempt_id)
+            if (await session.one(sql.LOCK_TENANT, {"tenant": tenant})).state == "DELETED":
+                return False
+            if await session.one(_SCHEDULE, values) is not None:
+                await session.run(_ATTEMPT, values | {"id": attempt_id})
+                await self._queue.enqueue(session.connection, attempt_id)
+        return True
 
     async def validations(
         self, tenant: str, versions: Sequence[tuple[str, int]]

@@ -11,7 +11,7 @@ import grpc
 from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
 
 from services.common.errors import ByokeepError
-from services.orchestrator import store_requests
+from services.orchestrator import sql, store_requests
 from services.orchestrator.database import Database, Row, Session
 
 
@@ -202,7 +202,11 @@ class TenantStore:
     async def allow(
         self, tenant_id: str, row: CallerRow, message: tenant_pb2.AllowCallerRequest
     ) -> None:
-        """Give an identity roles in place of those that it had."""
+        """Give an identity roles in place of those that it had.
+
+        Raises:
+            ByokeepError: WRONG_STATE: the tenant is deleted; REQUEST_ID_CONFLICT.
+        """
         values = {
             "tenant": tenant_id,
             "spiffe_id": row.spiffe_id,
@@ -210,6 +214,9 @@ class TenantStore:
             "may_assert_users": row.may_assert_users,
         }
         async with self._database.transaction() as session:
+            # Under the tenant's lock: its deletion erases the callers that it finds.
+            if (await session.one(sql.LOCK_TENANT, {"tenant": tenant_id})).state == "DELETED":
+                raise deleted()
             if await store_requests.first_time(session, tenant_id, message):
                 await session.run(_ALLOW, values)
 

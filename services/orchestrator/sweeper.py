@@ -98,12 +98,15 @@ class Sweeper:
             )
 
     async def unscheduled(self) -> None:
-        """Have versions validated that were staged just before we stopped."""
+        """Have versions validated that were staged just before we stopped, and destroyed where
+        their tenant is deleted."""
         after = ""
         while rows := await self._tenants.page(None, after, 100):
             for row in rows:
                 if row.state == "ACTIVE":
                     await self._schedule_pending(row.id)
+                elif row.state == "DELETED":
+                    await self._keyvault.destroy_all(row.id, _ACTOR)
             after = rows[-1].id
 
     async def retention(self) -> None:

@@ -14,7 +14,7 @@ from services.common import authz
 from services.orchestrator import access, domain, paging
 from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.store_attempts import AttemptStore
-from services.orchestrator.store_tenants import CallerRow, TenantRow, TenantStore, deleted
+from services.orchestrator.store_tenants import CallerRow, TenantRow, TenantStore
 
 
 def timestamp(value: datetime | None) -> Timestamp | None:
@@ -88,13 +88,9 @@ class TenantServicer(tenant_pb2_grpc.TenantServiceServicer):
         tenant = names.tenant_of(request.name)
         await self._store.mark_deleted(tenant)
         await self._attempts.cancel_all(tenant)
-        actor = access.current().actor()
-        keys = await self._keyvault.keys(tenant)
-        for key in keys:
-            request_id = f"tenant-{names.last_of(key.name)}"
-            await self._keyvault.destroy(key.name, request_id, actor)
+        destroyed = await self._keyvault.destroy_all(tenant, access.current().actor())
         await self._store.erase(tenant)
-        return tenant_pb2.DeleteTenantResponse(destroyed_keys=len(keys))
+        return tenant_pb2.DeleteTenantResponse(destroyed_keys=destroyed)
 
 
 class CallerServicer(tenant_pb2_grpc.CallerServiceServicer):
@@ -111,8 +107,6 @@ class CallerServicer(tenant_pb2_grpc.CallerServiceServicer):
         self, request: tenant_pb2.AllowCallerRequest, context: object
     ) -> tenant_pb2.AllowCallerResponse:
         """Give an identity roles."""
-        if access.current().tenant.state == "DELETED":
-            raise deleted()
         given = request.caller
         if len(given.spiffe_id) > 512 or not self._spiffe_id.fullmatch(given.spiffe_id):
             raise domain.unexpected(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import grpc
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -138,6 +139,27 @@ async def test_deleted_tenant_leaves_its_id_alone(stack: Stack) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call(message)
         assert reason_of(refused) in ("TENANT_EXISTS", "WRONG_STATE")
+
+
+async def test_caller_that_is_allowed_while_the_tenant_is_deleted_is_refused(stack: Stack) -> None:
+    """Shown to fail where only what was read of the tenant before is looked at."""
+    caller = tenant_pb2.Caller(spiffe_id=spiffe("late"), roles=[1])
+    request = tenant_pb2.AllowCallerRequest(
+        parent="tenants/acme", request_id=request_id(), caller=caller
+    )
+    async with await psycopg.AsyncConnection.connect(stack.database_url) as connection:
+        await connection.execute("UPDATE tenant SET state = 'DELETED' WHERE id = 'acme'")
+        call = stack.client("operator").callers.AllowCaller(request)
+        allowing = asyncio.ensure_future(_answer(call))
+        await stack.until("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await allowing
+    assert error_info(refused.value).reason == "WRONG_STATE"
+    assert await stack.sql("SELECT 1 FROM caller WHERE spiffe_id = %s", spiffe("late")) == []
+
+
+async def _answer(call):
+    return await call
 
 
 async def test_allow_replaces_and_deny_takes_all(stack: Stack) -> None:

@@ -666,6 +666,58 @@ MUTANTS = (
         (_SEC + "test_fence.py::test_repeated_word_of_a_call_is_not_another_call",),
     ),
     Mutant(
+        "a key's change is not held against its etag",
+        _OR + "store_keys.py",
+        "                check_etag(message.etag, etag)\n",
+        "                pass\n",
+        (
+            "tests/component/test_orchestrator_keys.py::test_change_refused_for_its_etag_is_refused_again",
+        ),
+    ),
+    Mutant(
+        "a key is staged into a deleted tenant",
+        _OR + "store_keys.py",
+        '{"tenant": tenant})).state == "DELETED":',
+        '{"tenant": tenant})).state == "":',
+        (
+            "tests/component/test_orchestrator_keys.py"
+            "::test_key_that_is_staged_while_its_tenant_is_deleted_is_destroyed",
+        ),
+    ),
+    Mutant(
+        "a key that outlived its tenant is let be",
+        _OR + "sweeper.py",
+        '                elif row.state == "DELETED":',
+        "                elif False:",
+        (
+            "tests/component/test_orchestrator_keys.py::test_key_that_outlived_its_tenant_is_destroyed",
+        ),
+    ),
+    Mutant(
+        "a caller is allowed for a deleted tenant",
+        _OR + "store_tenants.py",
+        '{"tenant": tenant_id})).state == "DELETED":',
+        '{"tenant": tenant_id})).state == "":',
+        (
+            "tests/component/test_orchestrator_tenants.py"
+            "::test_caller_that_is_allowed_while_the_tenant_is_deleted_is_refused",
+        ),
+    ),
+    Mutant(
+        "a printed review commands a CI run",
+        "clients/python/src/byokeep/cli/text.py",
+        "return disarmed(text)",
+        "return text",
+        ("tests/unit/test_log_lines.py::test_a_printed_review_has_no_command",),
+    ),
+    Mutant(
+        "an exported text commands a CI run",
+        _OR + "exports.py",
+        'disarmed("\\n".join(lines))',
+        '"\\n".join(lines)',
+        ("tests/unit/test_log_lines.py::test_an_exported_text_has_no_command",),
+    ),
+    Mutant(
         "an open call that is taken over and can't be stored is made again",
         _OR + "dispatcher.py",
         "ambiguous=work.turn > 0",

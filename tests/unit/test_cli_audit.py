@@ -76,6 +76,19 @@ def test_a_failed_export_leaves_the_older_file_alone(edge, byokeep, exported):
     assert [path.name for path in exported.parent.glob("*.part")] == []
 
 
+def test_an_export_is_written_through_no_link(edge, byokeep, exported):
+    """Shown to fail with a scratch file of a name that can be foreseen."""
+    folder = exported.parent
+    mine = folder / "authorized_keys"
+    mine.write_text("mine")
+    (folder / ".other.jsonl.part").symlink_to(mine)
+    (folder / "other.jsonl").symlink_to(mine)
+    assert byokeep("audit", "export", "-o", "other.jsonl").code == 0
+    assert mine.read_text() == "mine"
+    assert not (folder / "other.jsonl").is_symlink()
+    assert byokeep("audit", "verify", "other.jsonl").code == 0
+
+
 def test_an_export_without_a_head_is_an_error(edge, byokeep, monkeypatch):
     monkeypatch.setattr(type(edge.chain), "head", lambda self: None)
     assert byokeep("audit", "export").code == 5

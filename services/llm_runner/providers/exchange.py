@@ -129,7 +129,7 @@ def _number(value: str | None) -> float | None:
 def _seconds_until(value: str) -> float | None:
     try:
         when = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if when.tzinfo is None:
         when = when.replace(tzinfo=UTC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -30,17 +31,17 @@ def target(output: Path | None) -> Iterator[TextIO]:
         return
     if output.is_dir():
         raise CliError(f"{output} is a folder")
-    scratch = output.with_name(f".{output.name}.part")
     try:
-        opened = scratch.open("w", encoding="utf-8")
+        # A name that nobody can foresee: a link that waits there is not followed.
+        opened, scratch = tempfile.mkstemp(".part", f".{output.name}.", output.parent)
     except OSError as error:
         raise CliError(f"{output} can't be written: {error.strerror}") from None
     try:
-        with opened as file:
+        with open(opened, "w", encoding="utf-8") as file:
             yield file
-        scratch.replace(output)
+        Path(scratch).replace(output)
     finally:
-        scratch.unlink(missing_ok=True)
+        Path(scratch).unlink(missing_ok=True)
 
 
 def read(file: str, take: Callable[[Iterable[bytes]], _T], what: str = "an audit export") -> _T:

@@ -114,7 +114,6 @@ def print_dry_run(out: Output, answer: review_pb2.DryRunReviewResponse) -> None:
 
 
 def _print_finding(out: Output, finding: review_pb2.Finding) -> None:
-    from rich.padding import Padding
     from rich.text import Text
 
     level = severity(finding)
@@ -134,8 +133,8 @@ def _print_finding(out: Output, finding: review_pb2.Finding) -> None:
         (finding.suggestion, "→ ", "green"),
     ):
         if text.strip():
-            body = mark + clean(text, lines=True).strip()
-            out.renderable(Padding(Text(body, style=style), (0, 0, 0, 4)))
+            for line in (mark + clean(text, lines=True).strip()).split("\n"):
+                out.hanging(Text("    "), Text(line, style=style))
     out.print()
 
 

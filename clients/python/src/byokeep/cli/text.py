@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
+from byokeep.loglines import disarmed
+
 # Cc: controls, among them ESC and CSI; Cf: bidirectional overrides and other invisibles.
 _UNFIT = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
@@ -17,14 +19,13 @@ def clean(text: str, *, lines: bool = False) -> str:
     """Return text without control and invisible characters; with `lines`, newlines stay.
 
     What came from a server, a model or a diff could otherwise move the cursor, hide
-    findings or write to the clipboard.
+    findings, write to the clipboard, or command the CI run whose log it is printed to.
     """
-    if text.isascii() and text.isprintable():
-        return text
-    text = text.replace("\t", "    ")
-    return "".join(
-        character
-        if unicodedata.category(character) not in _UNFIT or (lines and character == "\n")
-        else " " * (character == "\n")
-        for character in text
-    )
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(
+            character
+            if unicodedata.category(character) not in _UNFIT or (lines and character == "\n")
+            else " " * (character == "\n")
+            for character in text.replace("\t", "    ")
+        )
+    return disarmed(text)
