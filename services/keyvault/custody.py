@@ -1,7 +1,7 @@
 """Custody: every change of a key's state.
 
-Each change is one transaction under the lock of the tenant's chain: rows, MACs and
-audit events together, or nothing.
+Each change is one transaction under the lock of the tenant's chain: rows, MACs,
+audit events and the request's id together, or nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from services.keyvault.differences import mismatch
 from services.keyvault.domain import Change, Key, State, Version
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.rotation import queue_sweep
+from services.keyvault.store import changes as change_store
 from services.keyvault.store import keys as store
 from services.keyvault.store import leases as lease_store
 
@@ -33,6 +34,15 @@ class Origin:
 
     caller: str
     actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A change that was asked for: its id, a digest of its content, the etag read ("": any)."""
+
+    request_id: str
+    digest: bytes
+    etag: str
 
 
 class Custody:
@@ -55,18 +65,28 @@ class Custody:
         self._deployment = deployment
         self._shred_after = datetime.timedelta(seconds=shred_after_seconds)
 
-    async def change(self, tenant: str, key_id: str, origin: Origin, decide: Decide) -> Key:
+    async def change(
+        self,
+        tenant: str,
+        key_id: str,
+        origin: Origin,
+        decide: Decide,
+        request: Request | None = None,
+    ) -> Key:
         """Apply what `decide` says to a key, as one transaction; return the key.
 
+        A request that was carried out before changes nothing more.
+
         Raises:
-            ByokeepError: NOT_FOUND, STATE_TAMPERED, what `decide` raises, and RECONCILE_MISMATCH
-                where a version would be made ACTIVE whose row is older than its chain, or of whose
-                tenant the chain was altered.
+            ByokeepError: NOT_FOUND, STATE_TAMPERED, REQUEST_ID_CONFLICT, ETAG_MISMATCH, what
+                `decide` raises, and RECONCILE_MISMATCH where a version would be made ACTIVE whose
+                row is older than its chain, or of whose tenant the chain was altered.
         """
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
             key = await self.checked(connection, tenant, key_id)
-            await self.apply(connection, head, key, decide(key, head), origin)
+            if request is None or await self._first_time(connection, key, request):
+                await self.apply(connection, head, key, decide(key, head), origin)
         return await self.get(tenant, key_id)
 
     async def apply(
@@ -147,6 +167,10 @@ class Custody:
 
         await each("grace", await store.past_grace(self._database), destroy)
 
+    async def forget(self) -> None:
+        """Forget the requests that nobody retries any more."""
+        await change_store.forget(self._database)
+
     async def checked(self, connection: Connection, tenant: str, key_id: str) -> Key:
         """Return a key, within a transaction. Raises ByokeepError: NOT_FOUND, STATE_TAMPERED."""
         key = await store.get(connection, tenant, key_id)
@@ -154,6 +178,18 @@ class Custody:
             raise domain.not_found("provider key")
         self.check(key)
         return key
+
+    async def _first_time(self, connection: Connection, key: Key, request: Request) -> bool:
+        earlier = await change_store.earlier(
+            connection, key.tenant, request.request_id, request.digest
+        )
+        if earlier is None:
+            # Not of a retry: it has the etag of before its own change.
+            domain.check_etag(key, request.etag)
+            return True
+        if earlier != request.digest:
+            raise domain.id_conflict()
+        return False
 
     def _outdated(self, key: Key, version: Version) -> bool:
         """Say whether a row was put back: its chain is known to have gone on from there."""

@@ -78,6 +78,10 @@ class Key:
     create_time: datetime.datetime
     versions: tuple[Version, ...]
 
+    def etag(self) -> str:
+        """Return what tells this state of the key from any other."""
+        return str(self.revision)
+
     def current(self) -> Version:
         """Return the version that counts: the active one, else the newest that is not destroyed."""
         active = [one for one in self.versions if one.state is State.ACTIVE]
@@ -148,6 +152,27 @@ def row_tampered(what: str, key_id: str) -> ByokeepError:
         "ROW_TAMPERED",
         f"the stored {what} fails its authentication; it is not used",
         key=key_id,
+    )
+
+
+def check_etag(key: Key, etag: str) -> None:
+    """Refuse a change of a key that changed since it was read. Raises: ETAG_MISMATCH."""
+    if etag and etag != key.etag():
+        raise ByokeepError(
+            grpc.StatusCode.ABORTED,
+            "ETAG_MISMATCH",
+            "it changed since it was read; read it again",
+            field="etag",
+        )
+
+
+def id_conflict() -> ByokeepError:
+    """Return the refusal of a request id that came before with other content."""
+    return ByokeepError(
+        grpc.StatusCode.ABORTED,
+        "REQUEST_ID_CONFLICT",
+        "this request id came before with other content; use a new one",
+        field="request_id",
     )
 
 

@@ -214,6 +214,7 @@ class App:
         if self._role in ("all", "data"):
             self._run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
         self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
+        self._run("requests", _FORGET_SECONDS, self._custody.forget)
         if self._role in ("all", "admin"):
             self._run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
             self._run("jobs", _FORGET_SECONDS, self._rotation.forget, self._rotation.resweep)

@@ -41,11 +41,19 @@ class Order:
     operation: str
     request_id: str
     sealed: custody_pb2.SealedKey
+    etag: str
 
     def digest(self) -> bytes:
         """Return what a retry must repeat: everything, down to the ciphertext's bytes."""
         head = "\n".join(
-            (self.key_id, self.provider, self.owner, self.display_name, self.operation)
+            (
+                self.key_id,
+                self.provider,
+                self.owner,
+                self.display_name,
+                self.operation,
+                self.etag,
+            )
         )
         return hashlib.sha256(
             head.encode() + b"\n" + self.sealed.SerializeToString(deterministic=True)
@@ -139,12 +147,7 @@ class Staging:
             order.key_id,
         )
         if earlier.digest != order.digest():
-            raise ByokeepError(
-                grpc.StatusCode.ABORTED,
-                "REQUEST_ID_CONFLICT",
-                "this request id came before with other content; use a new one",
-                field="request_id",
-            )
+            raise domain.id_conflict()
         if earlier.refusal is not None:
             raise refusal(earlier.refusal)
         if earlier.version is not None:
@@ -175,6 +178,7 @@ class Staging:
         self._custody.check(key)
         if (key.provider, key.owner) != (order.provider, order.owner):
             raise domain.not_found("provider key")
+        domain.check_etag(key, order.etag)
         domain.stage_over(key)
 
     async def _store(

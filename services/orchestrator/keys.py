@@ -14,7 +14,7 @@ from services.common.errors import ByokeepError
 from services.orchestrator import access, domain, paging
 from services.orchestrator.events import KEY, Events
 from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.store_keys import Changes, KeyStore, Use, Validation
+from services.orchestrator.store_keys import KeyStore, Use, Validation
 from services.orchestrator.store_tenants import deleted
 from services.orchestrator.tenants import timestamp
 
@@ -83,7 +83,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         """Stage a further version and have it validated."""
         rights = access.current()
         rights.require_active()
-        key = await self._changeable(rights, request)
+        key = await self._changeable(rights, request.name)
         rights.require_user_keys(key.owner)
         await self._count_intake(rights)
         staged = await self._keyvault.stage(
@@ -96,6 +96,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
                 sealed_key=request.sealed_key,
                 request_id=request.request_id,
                 actor=rights.actor(),
+                etag=request.etag,
             )
         )
         return key_pb2.RotateKeyResponse(
@@ -150,8 +151,15 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
     ) -> key_pb2.RevokeKeyResponse:
         """Revoke a key."""
         rights = access.current()
-        await self._changeable(rights, request)
-        key = await self._keyvault.revoke(request.name, request.request_id, rights.actor())
+        await self._changeable(rights, request.name)
+        key = await self._keyvault.revoke(
+            custody_pb2.RevokeKeyRequest(
+                name=request.name,
+                request_id=request.request_id,
+                actor=rights.actor(),
+                etag=request.etag,
+            )
+        )
         return key_pb2.RevokeKeyResponse(key=await self._changed(key))
 
     async def DestroyKey(
@@ -159,8 +167,15 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
     ) -> key_pb2.DestroyKeyResponse:
         """Destroy a key."""
         rights = access.current()
-        await self._changeable(rights, request)
-        key = await self._keyvault.destroy(request.name, request.request_id, rights.actor())
+        await self._changeable(rights, request.name)
+        key = await self._keyvault.destroy(
+            custody_pb2.DestroyKeyRequest(
+                name=request.name,
+                request_id=request.request_id,
+                actor=rights.actor(),
+                etag=request.etag,
+            )
+        )
         return key_pb2.DestroyKeyResponse(key=await self._changed(key))
 
     async def RollBackKey(
@@ -169,8 +184,15 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         """Make the version before ACTIVE again."""
         rights = access.current()
         rights.require_active()
-        await self._changeable(rights, request)
-        key = await self._keyvault.roll_back(request.name, request.request_id, rights.actor())
+        await self._changeable(rights, request.name)
+        key = await self._keyvault.roll_back(
+            custody_pb2.RollBackKeyRequest(
+                name=request.name,
+                request_id=request.request_id,
+                actor=rights.actor(),
+                etag=request.etag,
+            )
+        )
         newer = [one.version for one in key.versions if one.version > key.active_version]
         return key_pb2.RollBackKeyResponse(key=await self._changed(key), destroyed_versions=newer)
 
@@ -232,11 +254,9 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         rights.require_reader(key.owner, "name")
         return key
 
-    async def _changeable(self, rights: access.Rights, request: Changes) -> custody_pb2.ProviderKey:
-        key = await self._keyvault.get(request.name)
+    async def _changeable(self, rights: access.Rights, name: str) -> custody_pb2.ProviderKey:
+        key = await self._keyvault.get(name)
         rights.require_user(key.owner, "name")
-        if request.etag:
-            await self._store.note_change(rights.tenant.id, request, key.etag)
         return key
 
     async def _validated(

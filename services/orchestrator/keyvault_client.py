@@ -60,19 +60,16 @@ class Keyvault:
         )
         return (await _told(self._stub.DestroyKeyVersion(request, timeout=_SECONDS))).key
 
-    async def roll_back(self, name: str, request_id: str, actor: str) -> custody_pb2.ProviderKey:
+    async def roll_back(self, request: custody_pb2.RollBackKeyRequest) -> custody_pb2.ProviderKey:
         """Make the version before ACTIVE again."""
-        request = custody_pb2.RollBackKeyRequest(name=name, request_id=request_id, actor=actor)
         return (await _told(self._stub.RollBackKey(request, timeout=_SECONDS))).key
 
-    async def revoke(self, name: str, request_id: str, actor: str) -> custody_pb2.ProviderKey:
+    async def revoke(self, request: custody_pb2.RevokeKeyRequest) -> custody_pb2.ProviderKey:
         """Revoke a key."""
-        request = custody_pb2.RevokeKeyRequest(name=name, request_id=request_id, actor=actor)
         return (await _told(self._stub.RevokeKey(request, timeout=_SECONDS))).key
 
-    async def destroy(self, name: str, request_id: str, actor: str) -> custody_pb2.ProviderKey:
+    async def destroy(self, request: custody_pb2.DestroyKeyRequest) -> custody_pb2.ProviderKey:
         """Destroy a key."""
-        request = custody_pb2.DestroyKeyRequest(name=name, request_id=request_id, actor=actor)
         return (await _told(self._stub.DestroyKey(request, timeout=_SECONDS))).key
 
     async def get(self, name: str) -> custody_pb2.ProviderKey:
@@ -100,10 +97,23 @@ class Keyvault:
                 return found
 
     async def destroy_all(self, tenant: str, actor: str) -> int:
-        """Destroy all of a deleted tenant's keys; return how many there were."""
+        """Destroy all of a deleted tenant's keys; return how many there were.
+
+        Raises:
+            ByokeepError: the first refusal, once all the others are destroyed.
+        """
         keys = await self.keys(tenant)
+        refused: list[ByokeepError] = []
         for key in keys:
-            await self.destroy(key.name, ids.new_id("req"), actor)
+            request = custody_pb2.DestroyKeyRequest(
+                name=key.name, request_id=ids.new_id("req"), actor=actor
+            )
+            try:
+                await self.destroy(request)
+            except ByokeepError as error:
+                refused.append(error)
+        if refused:
+            raise refused[0]
         return len(keys)
 
     async def content_key(self, tenant: str, epoch: str) -> content_pb2.GetContentKeyResponse:

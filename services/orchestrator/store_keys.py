@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeAlias
 
 from byokeep import ids
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import last_of, provider_id
-from byokeep.orchestrator.v1 import key_pb2
 
-from services.orchestrator import sql, store_requests
+from services.orchestrator import sql
 from services.orchestrator.database import Database, Row
 from services.orchestrator.queue import Queue
-from services.orchestrator.store_tenants import check_etag
-
-Changes: TypeAlias = (
-    key_pb2.RotateKeyRequest
-    | key_pb2.RevokeKeyRequest
-    | key_pb2.DestroyKeyRequest
-    | key_pb2.RollBackKeyRequest
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +96,6 @@ class KeyStore:
         async with self._database.statement() as session:
             (count,) = await session.one(sql.COUNT_INTAKE, {"scope": scope})
         return float(count)
-
-    async def note_change(self, tenant: str, message: Changes, etag: str) -> None:
-        """Note the change of a key that has this etag now; nothing of what is refused.
-
-        Raises:
-            ByokeepError: REQUEST_ID_CONFLICT; ETAG_MISMATCH.
-        """
-        async with self._database.transaction() as session:
-            # A retry has the etag of before its own change.
-            if await store_requests.first_time(session, tenant, message):
-                check_etag(message.etag, etag)
 
     async def schedule(
         self,

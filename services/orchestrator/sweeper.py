@@ -11,6 +11,7 @@ from typing import Final
 from byokeep.keyvault.v1 import custody_pb2
 
 from services.common import logs
+from services.common.errors import ByokeepError
 from services.orchestrator import domain
 from services.orchestrator.dispatcher import ORPHANED_SECONDS, review_ending, unreachable
 from services.orchestrator.domain import Failure
@@ -25,7 +26,7 @@ from services.orchestrator.store_attempts import (
 )
 from services.orchestrator.store_keys import KeyStore
 from services.orchestrator.store_reviews import ReviewStore
-from services.orchestrator.store_tenants import TenantStore
+from services.orchestrator.store_tenants import TenantRow, TenantStore
 from services.orchestrator.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
@@ -103,10 +104,17 @@ class Sweeper:
         after = ""
         while rows := await self._tenants.page(None, after, 100):
             for row in rows:
-                if row.state == "ACTIVE":
-                    await self._schedule_pending(row.id)
-                elif row.state == "DELETED":
-                    await self._keyvault.destroy_all(row.id, _ACTOR)
+                try:
+                    await self._resume(row)
+                except ByokeepError as error:
+                    # What is wrong with one tenant keeps no other waiting.
+                    logs.event(
+                        log,
+                        "tenant_not_swept",
+                        level=logging.WARNING,
+                        tenant=row.id,
+                        reason=error.reason,
+                    )
             after = rows[-1].id
 
     async def retention(self) -> None:
@@ -114,6 +122,12 @@ class Sweeper:
         await self._reviews.sweep(
             content_hours=self._content_hours, findings_days=self._findings_days
         )
+
+    async def _resume(self, row: TenantRow) -> None:
+        if row.state == "ACTIVE":
+            await self._schedule_pending(row.id)
+        elif row.state == "DELETED":
+            await self._keyvault.destroy_all(row.id, _ACTOR)
 
     async def _schedule_pending(self, tenant: str) -> None:
         for key in await self._keyvault.keys(tenant):

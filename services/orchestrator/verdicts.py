@@ -12,8 +12,11 @@ from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.store_keys import KeyStore
 
 log = logging.getLogger(__name__)
-# Repeating these can't help: the version is gone, or was promoted by other means.
-_SETTLED = frozenset({"NOT_FOUND", "WRONG_STATE", "ROW_TAMPERED", "STATE_TAMPERED"})
+# Repeating these can't help: the version is gone, was promoted by other means, or keyvault
+# carried this out for an older state of our database.
+_SETTLED = frozenset(
+    {"NOT_FOUND", "WRONG_STATE", "ROW_TAMPERED", "STATE_TAMPERED", "REQUEST_ID_CONFLICT"}
+)
 
 
 class Verdicts:

@@ -12,6 +12,7 @@ from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2, grant_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb2
 
+from services.common.errors import ByokeepError
 from tests.harness.orchestrator import (
     ACTIVE,
     PENDING,
@@ -238,7 +239,7 @@ async def test_rotate_keeps_the_key_and_passes_destroy_previous(stack: Stack) ->
 
 @pytest.mark.parametrize("call", ["Rotate", "Revoke", "Destroy", "RollBack"])
 async def test_change_refused_for_its_etag_is_refused_again(stack: Stack, call) -> None:
-    """Shown to fail where the request is noted in a transaction of its own."""
+    """The etag is keyvault's to compare. Shown to fail with an etag that is not passed on."""
     key = await stack.validated(await stack.add_key())
     name = key.provider_key.name
     if call == "Rotate":
@@ -294,6 +295,32 @@ async def test_key_that_outlived_its_tenant_is_destroyed(stack: Stack) -> None:
     key_id = stack.keyvault.add("acme", state=PENDING)
     await stack.app.sweeper.unscheduled()
     assert stack.keyvault.keys[names.key_name("acme", key_id)].state == DESTROYED
+
+
+async def test_key_that_can_not_be_destroyed_stops_no_other(stack: Stack, monkeypatch) -> None:
+    """Neither the deleted tenant's keys after it, nor what another tenant waits for.
+
+    Shown to fail where a refusal ends either loop.
+    """
+    await stack.tenant("aaa")
+    deletion = tenant_pb2.DeleteTenantRequest(name="tenants/aaa", request_id=request_id())
+    await stack.client("operator").tenants.DeleteTenant(deletion)
+    refused, after = sorted(stack.keyvault.add("aaa", display_name=name) for name in "ab")
+    waiting = stack.keyvault.add("acme", state=PENDING)
+    pending = stack.keyvault.keys[names.key_name("acme", waiting)]
+    pending.versions[0].create_time.seconds -= 1000
+    heard = stack.keyvault._heard
+
+    async def refuse(request, context):
+        if isinstance(request, custody_pb2.DestroyKeyRequest) and request.name.endswith(refused):
+            error = ByokeepError(grpc.StatusCode.DATA_LOSS, "STATE_TAMPERED", "altered")
+            await context.abort(error.code, error.message, error.trailing_metadata())
+        return await heard(request, context)
+
+    monkeypatch.setattr(stack.keyvault, "_heard", refuse)
+    await stack.app.sweeper.unscheduled()
+    assert stack.keyvault.keys[names.key_name("aaa", after)].state == DESTROYED
+    assert await stack.sql("SELECT key_id FROM key_validation") == [(waiting,)]
 
 
 async def test_repeated_add_validates_once(stack: Stack) -> None:

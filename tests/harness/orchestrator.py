@@ -67,6 +67,7 @@ class FakeKeyvault(
         self.epoch = "2026-11-23"
         self.content_keys: dict[tuple[str, str], bytes] = {}
         self.calls: list[Any] = []
+        self.done: list[Any] = []
         self.away = False
         self.no_content_keys = False
 
@@ -123,6 +124,14 @@ class FakeKeyvault(
         if self.away:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
 
+    async def _unchanged(self, request: Any, context: Any) -> custody_pb2.ProviderKey:
+        key = await self._find(request.name, context)
+        if request not in self.done and request.etag not in ("", key.etag):
+            error = ByokeepError(grpc.StatusCode.ABORTED, "ETAG_MISMATCH", "read it again")
+            await context.abort(error.code, error.message, error.trailing_metadata())
+        self.done.append(request)
+        return key
+
     async def _find(self, name: str, context: Any) -> custody_pb2.ProviderKey:
         if name not in self.keys:
             error = ByokeepError(
@@ -140,8 +149,7 @@ class FakeKeyvault(
     async def StageKey(self, request, context):
         await self._heard(request, context)
         key = self.keys.get(request.name)
-        seen = [one for one in self.calls[:-1] if one == request]
-        if seen and key is not None:
+        if request in self.done and key is not None:
             return custody_pb2.StageKeyResponse(key=key, version=len(key.versions))
         if request.operation == custody_pb2.INTAKE_OPERATION_ADD:
             taken = [one for one in self.keys.values() if one.display_name == request.display_name]
@@ -161,6 +169,7 @@ class FakeKeyvault(
                 etag="1",
             )
             self.keys[request.name] = key
+        key = await self._unchanged(request, context)
         return custody_pb2.StageKeyResponse(key=key, version=self._version(key, PENDING))
 
     async def PromoteKeyVersion(self, request, context):
@@ -183,7 +192,7 @@ class FakeKeyvault(
 
     async def RollBackKey(self, request, context):
         await self._heard(request, context)
-        key = await self._find(request.name, context)
+        key = await self._unchanged(request, context)
         previous = [
             one for one in key.versions if one.state == custody_pb2.KEY_VERSION_STATE_SUPERSEDED
         ]
@@ -197,7 +206,7 @@ class FakeKeyvault(
 
     async def RevokeKey(self, request, context):
         await self._heard(request, context)
-        key = await self._find(request.name, context)
+        key = await self._unchanged(request, context)
         for version in key.versions:
             version.state = custody_pb2.KEY_VERSION_STATE_REVOKED
         self._settle(key)
@@ -205,7 +214,7 @@ class FakeKeyvault(
 
     async def DestroyKey(self, request, context):
         await self._heard(request, context)
-        key = await self._find(request.name, context)
+        key = await self._unchanged(request, context)
         for version in key.versions:
             version.state = custody_pb2.KEY_VERSION_STATE_DESTROYED
         self._settle(key)

@@ -18,9 +18,11 @@ class Mutant:
 
 _KV = "services/keyvault/"
 _SEC = "tests/security/"
+_CHANGES = "tests/component/test_keyvault_changes.py::"
 
 _AUDITLOG = "clients/python/src/byokeep/auditlog/"
 _OR = "services/orchestrator/"
+_OUTLIVED = "tests/component/test_orchestrator_keys.py::"
 _FENCE = _SEC + "test_fence.py::test_paused_attempt_changes_nothing_after_its_turn"
 _TAKEN_OVER = _SEC + "test_fence.py::test_open_call_is_taken_over_and_its_first_worker_fenced"
 _GUARD = "AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'"
@@ -667,12 +669,31 @@ MUTANTS = (
     ),
     Mutant(
         "a key's change is not held against its etag",
-        _OR + "store_keys.py",
-        "                check_etag(message.etag, etag)\n",
-        "                pass\n",
-        (
-            "tests/component/test_orchestrator_keys.py::test_change_refused_for_its_etag_is_refused_again",
-        ),
+        _KV + "custody.py",
+        "            domain.check_etag(key, request.etag)\n",
+        "",
+        (_CHANGES + "test_of_two_changes_of_one_state_the_second_is_refused",),
+    ),
+    Mutant(
+        "a rotation is not held against its etag",
+        _KV + "staging.py",
+        "        domain.check_etag(key, order.etag)\n",
+        "",
+        (_CHANGES + "test_a_stale_rotation_is_refused",),
+    ),
+    Mutant(
+        "a retried change is made again",
+        _KV + "custody.py",
+        "            raise domain.id_conflict()\n        return False\n",
+        "            raise domain.id_conflict()\n        return True\n",
+        (_CHANGES + "test_a_retried_change_changes_nothing_more",),
+    ),
+    Mutant(
+        "a request id serves for any change",
+        _KV + "custody.py",
+        "        if earlier != request.digest:\n",
+        "        if not earlier:\n",
+        (_CHANGES + "test_a_request_id_with_other_content_is_refused",),
     ),
     Mutant(
         "a key is staged into a deleted tenant",
@@ -683,6 +704,20 @@ MUTANTS = (
             "tests/component/test_orchestrator_keys.py"
             "::test_key_that_is_staged_while_its_tenant_is_deleted_is_destroyed",
         ),
+    ),
+    Mutant(
+        "one tenant's refusal stops what the others wait for",
+        _OR + "sweeper.py",
+        "                except ByokeepError as error:\n",
+        "                except KeyError as error:\n",
+        (_OUTLIVED + "test_key_that_can_not_be_destroyed_stops_no_other",),
+    ),
+    Mutant(
+        "one key's refusal spares the keys after it",
+        _OR + "keyvault_client.py",
+        "            except ByokeepError as error:\n                refused",
+        "            except KeyError as error:\n                refused",
+        (_OUTLIVED + "test_key_that_can_not_be_destroyed_stops_no_other",),
     ),
     Mutant(
         "a key that outlived its tenant is let be",
@@ -709,6 +744,20 @@ MUTANTS = (
         "return disarmed(text)",
         "return text",
         ("tests/unit/test_log_lines.py::test_a_printed_review_has_no_command",),
+    ),
+    Mutant(
+        "a line that was wrapped in a CI run's log commands it",
+        "clients/python/src/byokeep/cli/output.py",
+        "        return sys.stdout.isatty()\n",
+        "        return self._out.is_terminal\n",
+        ("tests/unit/test_log_lines.py::test_a_printed_review_has_no_command[1]",),
+    ),
+    Mutant(
+        "a review's JSON commands a CI run",
+        "clients/python/src/byokeep/cli/output.py",
+        '.replace("##", "#\\\\u0023")',
+        "",
+        ("tests/unit/test_log_lines.py::test_a_review_as_json_has_no_command_and_loses_nothing",),
     ),
     Mutant(
         "an exported text commands a CI run",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
-from byokeep.cli.output import Output
+from byokeep.cli.output import Output, message_dict
 from byokeep.cli.reviewoutput import print_review
 from byokeep.loglines import disarmed
 from byokeep.orchestrator.v1.review_pb2 import Finding, Review
@@ -24,7 +25,7 @@ REVIEW = Review(
             path="::set-output name=approved::true",
             start_line=1,
             title="##[error]forged",
-            message=WORDS + "\n" + "a" * 496 + "::debug::x",
+            message=WORDS + "\n" + "a" * 76 + "::debug::x" + "a" * 410 + "::debug::x",
             suggestion=WORDS,
         )
     ],
@@ -42,12 +43,27 @@ def test_what_is_none_is_left_alone(text):
     assert disarmed(text) == text
 
 
-def test_a_printed_review_has_no_command(capsys):
-    """Shown to fail where `clean` does not disarm, and where long lines are wrapped in a pipe."""
+@pytest.mark.parametrize("force", ["", "1"])
+def test_a_printed_review_has_no_command(capsys, monkeypatch, force):
+    """Shown to fail where `clean` does not disarm, and where long lines are wrapped in a pipe,
+    be it that FORCE_COLOR has rich take it for a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", force)
+    monkeypatch.setenv("COLUMNS", "80")
     print_review(Output(), REVIEW)
     printed = capsys.readouterr().out
     assert "forged" in printed
     assert not COMMAND.search(printed)
+
+
+def test_a_review_as_json_has_no_command_and_loses_nothing(capsys):
+    """Shown to fail with JSON as the library writes it."""
+    wanted = message_dict(REVIEW)
+    Output(as_json=True).json(wanted)
+    Output(as_json=True).json_line(wanted)
+    printed = capsys.readouterr().out
+    assert not COMMAND.search(printed)
+    whole, line = printed[: printed.rindex("\n{")], printed[printed.rindex("\n{") :]
+    assert json.loads(whole) == json.loads(line) == wanted
 
 
 def test_an_exported_text_has_no_command():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from byokeep.keyvault.v1 import custody_pb2 as pb
@@ -10,7 +11,7 @@ from byokeep.names import key_name, last_of, provider_id, provider_value, tenant
 
 from services.common import authz
 from services.keyvault import domain
-from services.keyvault.custody import Custody, Decide, Origin
+from services.keyvault.custody import Custody, Decide, Origin, Request
 from services.keyvault.domain import Key, Version
 from services.keyvault.intake import IntakeKeys
 from services.keyvault.staging import Order, Staging
@@ -45,6 +46,7 @@ class CustodyService(custody_pb2_grpc.CustodyServiceServicer):
             _OPERATIONS[request.operation],
             request.request_id,
             request.sealed_key,
+            request.etag,
         )
         key, version = await self._staging.stage(order, _origin(request))
         return pb.StageKeyResponse(key=key_message(key), version=version)
@@ -110,7 +112,11 @@ class CustodyService(custody_pb2_grpc.CustodyServiceServicer):
 
     async def _change(self, request: Any, decide: Decide) -> pb.ProviderKey:
         key = await self._custody.change(
-            tenant_of(request.name), last_of(request.name), _origin(request), decide
+            tenant_of(request.name),
+            last_of(request.name),
+            _origin(request),
+            decide,
+            _asked(request),
         )
         return key_message(key)
 
@@ -128,7 +134,7 @@ def key_message(key: Key) -> pb.ProviderKey:
         hint=current.hint,
         active_version=active[0] if active else 0,
         versions=[_version_message(one) for one in key.versions],
-        etag=str(key.revision),
+        etag=key.etag(),
     )
     message.create_time.FromDatetime(key.create_time)
     return message
@@ -149,3 +155,10 @@ def _version_message(version: Version) -> pb.KeyVersion:
 
 def _origin(request: Any) -> Origin:
     return Origin(authz.current().spiffe_id, request.actor)
+
+
+def _asked(request: Any) -> Request:
+    content = request.DESCRIPTOR.name.encode() + request.SerializeToString(deterministic=True)
+    # A version's promotion or destruction says by its number what it is about.
+    etag = getattr(request, "etag", "")
+    return Request(request.request_id, hashlib.sha256(content).digest(), etag)

@@ -48,6 +48,19 @@ def upgrade() -> None:
         postgresql_where=sa.text("sequence <> logged_sequence"),
     )
     op.create_table(
+        "change_request",
+        sa.Column("tenant", sa.Text(collation="C"), nullable=False),
+        sa.Column("request_id", sa.Text(collation="C"), nullable=False),
+        sa.Column("digest", sa.LargeBinary(), nullable=False),
+        sa.Column(
+            "create_time",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("tenant", "request_id"),
+    )
+    op.create_table(
         "content_key",
         sa.Column("tenant", sa.Text(collation="C"), nullable=False),
         sa.Column("epoch", sa.Text(collation="C"), nullable=False),

@@ -70,22 +70,21 @@ class Output:
 
     def json(self, value: object) -> None:
         """Print one JSON document."""
-        # ASCII: JSON must not carry terminal control characters either.
-        print(json.dumps(value, indent=2))
+        print(_dumped(value, indent=2))
 
     def json_line(self, value: object) -> None:
         """Print one line of NDJSON, at once."""
-        print(json.dumps(value), flush=True)
+        print(_dumped(value), flush=True)
 
     def print(self, text: Text | str = "", style: str = "") -> None:
         """Print a line for people."""
-        self._out.print(text, style=style or None, soft_wrap=not self._out.is_terminal)
+        self._out.print(text, style=style or None, soft_wrap=not self._wraps)
 
     def hanging(self, lead: Text, line: Text) -> None:
         """Print a line; on a terminal its wrapped rest stands under where it begins."""
         from rich.text import Text
 
-        if not self._out.is_terminal:
+        if not self._wraps:
             self.print(lead + line)
             return
         room = max(self._out.width - lead.cell_len, _NARROW)
@@ -95,7 +94,7 @@ class Output:
 
     def renderable(self, what: RenderableType) -> None:
         """Print something that rich lays out."""
-        if self._out.is_terminal:
+        if self._wraps:
             self._out.print(what)
             return
         # rich fills lines with blanks, which would only be noise in a file.
@@ -142,7 +141,7 @@ class Output:
     def warn(self, text: str) -> None:
         """Print a warning on stderr."""
         if self.as_json:
-            print(json.dumps({"warning": text}), file=sys.stderr)
+            print(_dumped({"warning": text}), file=sys.stderr)
             return
         self._err.print(f"warning: {text}", style="yellow")
 
@@ -203,6 +202,12 @@ class Output:
         """Return whether stdout can show more than ASCII."""
         return "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
 
+    @property
+    def _wraps(self) -> bool:
+        # Not what rich takes for a terminal: FORCE_COLOR makes one of a CI run's log, where a
+        # line's wrapped rest could begin as a command.
+        return sys.stdout.isatty()
+
     @cached_property
     def _out(self) -> Console:
         return _console(sys.stdout.isatty(), stderr=False)
@@ -210,6 +215,12 @@ class Output:
     @cached_property
     def _err(self) -> Console:
         return _console(sys.stderr.isatty(), stderr=True)
+
+
+def _dumped(value: object, indent: int | None = None) -> str:
+    # ASCII: JSON must not carry terminal control characters either, nor a CI run's commands
+    # (see loglines). `#` only occurs in strings, and its escape means the same.
+    return json.dumps(value, indent=indent).replace("##", "#\\u0023")
 
 
 def message_dict(message: Message) -> dict[str, Any]:
@@ -257,7 +268,7 @@ def moment(time: datetime.datetime) -> str:
 def print_error(error: CliError, *, as_json: bool, verbose: bool) -> None:
     """Print an error on stderr: a sentence, its reason and a hint; or JSON."""
     if as_json:
-        print(json.dumps(error.to_dict()), file=sys.stderr)
+        print(_dumped(error.to_dict()), file=sys.stderr)
         return
     from rich.text import Text
 
