@@ -72,6 +72,8 @@ class Custody:
         origin: Origin,
         decide: Decide,
         request: Request | None = None,
+        *,
+        trusting: bool = True,
     ) -> Key:
         """Apply what `decide` says to a key, as one transaction; return the key.
 
@@ -84,10 +86,25 @@ class Custody:
         """
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
-            key = await self.checked(connection, tenant, key_id)
+            read = self.checked if trusting else self._there
+            key = await read(connection, tenant, key_id)
             if request is None or await self._first_time(connection, key, request):
                 await self.apply(connection, head, key, decide(key, head), origin)
         return await self.get(tenant, key_id)
+
+    async def destroy(
+        self, tenant: str, key_id: str, origin: Origin, request: Request | None = None
+    ) -> Key:
+        """Destroy a key, one whose state was forged too: else a forger could keep it alive.
+
+        Raises:
+            ByokeepError: NOT_FOUND, REQUEST_ID_CONFLICT, ETAG_MISMATCH.
+        """
+
+        def decide(key: Key, _: chain.Head) -> list[Change]:
+            return domain.destroy(self._feared(key))
+
+        return await self.change(tenant, key_id, origin, decide, request, trusting=False)
 
     async def apply(
         self,
@@ -173,10 +190,14 @@ class Custody:
 
     async def checked(self, connection: Connection, tenant: str, key_id: str) -> Key:
         """Return a key, within a transaction. Raises ByokeepError: NOT_FOUND, STATE_TAMPERED."""
+        key = await self._there(connection, tenant, key_id)
+        self.check(key)
+        return key
+
+    async def _there(self, connection: Connection, tenant: str, key_id: str) -> Key:
         key = await store.get(connection, tenant, key_id)
         if key is None:
             raise domain.not_found("provider key")
-        self.check(key)
         return key
 
     async def _first_time(self, connection: Connection, key: Key, request: Request) -> bool:
@@ -190,6 +211,16 @@ class Custody:
         if earlier != request.digest:
             raise domain.id_conflict()
         return False
+
+    def _feared(self, key: Key) -> Key:
+        """Return a key of which no forged row can say that it is destroyed already."""
+        versions = (
+            one
+            if domain.authentic(self._mac_key, self._deployment, key, one)
+            else replace(one, state=State.REVOKED)
+            for one in key.versions
+        )
+        return replace(key, versions=tuple(versions))
 
     def _outdated(self, key: Key, version: Version) -> bool:
         """Say whether a row was put back: its chain is known to have gone on from there."""

@@ -131,8 +131,13 @@ def state_mac(mac_key: bytes, deployment: str, key: Key, version: Version) -> by
 
 def check_state(mac_key: bytes, deployment: str, key: Key, version: Version) -> None:
     """Refuse a state whose MAC does not verify. Raises ByokeepError: STATE_TAMPERED."""
-    if not hmac.compare_digest(version.state_mac, state_mac(mac_key, deployment, key, version)):
+    if not authentic(mac_key, deployment, key, version):
         raise tampered(key.key_id)
+
+
+def authentic(mac_key: bytes, deployment: str, key: Key, version: Version) -> bool:
+    """Say whether the MAC of a version's state verifies."""
+    return hmac.compare_digest(version.state_mac, state_mac(mac_key, deployment, key, version))
 
 
 def tampered(key_id: str) -> ByokeepError:

@@ -18,6 +18,7 @@ class Mutant:
 
 _KV = "services/keyvault/"
 _SEC = "tests/security/"
+_FORGED = _SEC + "test_rows.py::test_forged_row_does_not_keep_its_key_alive"
 _CHANGES = "tests/component/test_keyvault_changes.py::"
 
 _AUDITLOG = "clients/python/src/byokeep/auditlog/"
@@ -666,6 +667,20 @@ MUTANTS = (
         "started.call_number <= self._work.calls_made",
         "False",
         (_SEC + "test_fence.py::test_repeated_word_of_a_call_is_not_another_call",),
+    ),
+    Mutant(
+        "a forged row keeps its key from being destroyed",
+        _KV + "custody.py",
+        "self.checked if trusting else self._there",
+        "self.checked",
+        (_FORGED,),
+    ),
+    Mutant(
+        "a forged row that says DESTROYED is believed",
+        _KV + "custody.py",
+        "domain.destroy(self._feared(key))",
+        "domain.destroy(key)",
+        (_FORGED,),
     ),
     Mutant(
         "a key's change is not held against its etag",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from byokeep.ids import new_id
 from byokeep.keyvault.v1 import audit_pb2
 
 from tests.harness import keyvault as kv
@@ -77,6 +78,28 @@ async def test_rollback_row_state_set_by_sql(keyvault):
     await keyvault.change("RevokeKey", key.name)
     await keyvault.sql("UPDATE key_version SET state = 2")
     assert await try_lease(keyvault, key) == "STATE_TAMPERED"
+
+
+@pytest.mark.parametrize("how", ["one", "all"])
+@pytest.mark.parametrize("state", [2, 6])
+async def test_forged_row_does_not_keep_its_key_alive(keyvault, how, state):
+    """A destruction trusts no row: neither one that says ACTIVE nor one that says DESTROYED.
+
+    Shown to fail: with destroy reading a checked key; with forged rows taken at their word.
+    """
+    key = await keyvault.add_active()
+    await keyvault.sql("UPDATE key_version SET state = %s, state_mac = 'x'", state)
+    if how == "one":
+        await keyvault.change("DestroyKey", key.name)
+    else:
+        await keyvault.admin.ShredTenant(
+            kv.admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
+        )
+    assert await keyvault.sql("SELECT state, envelope, wrapped_dek FROM key_version") == [
+        (6, None, None)
+    ]
+    destroyed = [one for one in await keyvault.events() if one.key_id and one.shred]
+    assert [one.type for one in destroyed] == [audit_pb2.AUDIT_EVENT_TYPE_DESTROYED]
 
 
 async def test_rollback_row_restored_whole(keyvault):

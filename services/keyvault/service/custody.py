@@ -88,8 +88,10 @@ class CustodyService(custody_pb2_grpc.CustodyServiceServicer):
         self, request: pb.DestroyKeyRequest, context: Any
     ) -> pb.DestroyKeyResponse:
         """Destroy a key."""
-        key = await self._change(request, lambda key, _: domain.destroy(key))
-        return pb.DestroyKeyResponse(key=key)
+        key = await self._custody.destroy(
+            tenant_of(request.name), last_of(request.name), _origin(request), _asked(request)
+        )
+        return pb.DestroyKeyResponse(key=key_message(key))
 
     async def GetKey(self, request: pb.GetKeyRequest, context: Any) -> pb.GetKeyResponse:
         """Return a key's metadata."""
