@@ -7,9 +7,12 @@ audit events and the request's id together, or nothing.
 from __future__ import annotations
 
 import datetime
+import hashlib
+import hmac
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2, lease_pb2
 from byokeep.names import provider_value
 
@@ -38,8 +41,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A change that was asked for: its id, a digest of its content, the etag read ("": any)."""
+    """A change that was asked for: which method, its id, a digest of its content, the etag read
+    ("": any)."""
 
+    method: str
     request_id: str
     digest: bytes
     etag: str
@@ -77,7 +82,8 @@ class Custody:
     ) -> Key:
         """Apply what `decide` says to a key, as one transaction; return the key.
 
-        A request that was carried out before changes nothing more.
+        A request that was carried out before changes nothing more. A change that does not trust
+        takes forged versions for REVOKED, and is made however often it is asked.
 
         Raises:
             ByokeepError: NOT_FOUND, STATE_TAMPERED, REQUEST_ID_CONFLICT, ETAG_MISMATCH, what
@@ -86,23 +92,39 @@ class Custody:
         """
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
-            read = self.checked if trusting else self._there
-            key = await read(connection, tenant, key_id)
-            if request is None or await self._first_time(connection, key, request):
+            key = await self._there(connection, tenant, key_id)
+            if trusting:
+                self.check(key)
+            else:
+                key = self._feared(key)
+            if request is None or await self._first_time(connection, key, request) or not trusting:
                 await self.apply(connection, head, key, decide(key, head), origin)
         return await self.get(tenant, key_id)
 
     async def destroy(
         self, tenant: str, key_id: str, origin: Origin, request: Request | None = None
     ) -> Key:
-        """Destroy a key, one whose state was forged too: else a forger could keep it alive.
+        """Destroy a key, one whose rows were forged too: else a forger could keep it alive.
 
         Raises:
             ByokeepError: NOT_FOUND, REQUEST_ID_CONFLICT, ETAG_MISMATCH.
         """
+        return await self.change(
+            tenant, key_id, origin, lambda key, _: domain.destroy(key), request, trusting=False
+        )
+
+    async def destroy_version(
+        self, tenant: str, key_id: str, version: int, origin: Origin, request: Request
+    ) -> Key:
+        """Destroy one version that is not ACTIVE, also where its row was forged.
+
+        Raises:
+            ByokeepError: NOT_FOUND, WRONG_STATE, REQUEST_ID_CONFLICT; STATE_TAMPERED, once it is
+                done, where another version's row was forged.
+        """
 
         def decide(key: Key, _: chain.Head) -> list[Change]:
-            return domain.destroy(self._feared(key))
+            return domain.destroy_version(key, version)
 
         return await self.change(tenant, key_id, origin, decide, request, trusting=False)
 
@@ -201,26 +223,33 @@ class Custody:
         return key
 
     async def _first_time(self, connection: Connection, key: Key, request: Request) -> bool:
-        earlier = await change_store.earlier(
-            connection, key.tenant, request.request_id, request.digest
-        )
-        if earlier is None:
+        name = (key.tenant, key.key_id, request.method, request.request_id)
+        noted = await change_store.get(connection, name)
+        # A note that SQL planted would keep a change from being made.
+        if noted is None or not hmac.compare_digest(noted.mac, self._note_mac(name, noted.digest)):
             # Not of a retry: it has the etag of before its own change.
             domain.check_etag(key, request.etag)
+            note = change_store.Note(request.digest, self._note_mac(name, request.digest))
+            await change_store.put(connection, name, note)
             return True
-        if earlier != request.digest:
+        if noted.digest != request.digest:
             raise domain.id_conflict()
         return False
+
+    def _note_mac(self, name: change_store.Name, digest: bytes) -> bytes:
+        message = fields("byokeep/change/v1", self._deployment, *name, digest)
+        return hmac.digest(self._mac_key, message, hashlib.sha256)
 
     def _feared(self, key: Key) -> Key:
         """Return a key of which no forged row can say that it is destroyed already."""
         versions = (
-            one
-            if domain.authentic(self._mac_key, self._deployment, key, one)
-            else replace(one, state=State.REVOKED)
+            one if self._authentic(key, one) else replace(one, state=State.REVOKED)
             for one in key.versions
         )
         return replace(key, versions=tuple(versions))
+
+    def _authentic(self, key: Key, version: Version) -> bool:
+        return domain.authentic(self._mac_key, self._deployment, key, version)
 
     def _outdated(self, key: Key, version: Version) -> bool:
         """Say whether a row was put back: its chain is known to have gone on from there."""
@@ -232,13 +261,15 @@ class Custody:
         shred = ""
         if change.event == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:
             shred = self._backends.shred_of(key.version(change.version).kek_backend)
-        return audit_pb2.AuditEvent(
+        event = audit_pb2.AuditEvent(
             type=change.event,
             key_id=key.key_id,
-            key_version=change.version,
-            provider=provider_value(key.provider),
-            owner=key.owner,
+            # A forged row may have a number that no version has.
+            key_version=max(change.version, 0),
             caller=origin.caller,
             actor=origin.actor,
             shred=shred,
         )
+        if all(self._authentic(key, one) for one in key.versions):
+            event.provider, event.owner = provider_value(key.provider), key.owner
+        return event

@@ -6,6 +6,7 @@ the very statement. SQLAlchemy owns the schema and its migrations.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, LiteralString
@@ -13,6 +14,10 @@ from typing import Any, LiteralString
 import grpc
 import psycopg
 import psycopg.errors
+from psycopg.abc import AdaptContext, Buffer
+from psycopg.adapt import Loader
+from psycopg.pq import Format
+from psycopg.types.datetime import TimestamptzLoader
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from services.common.errors import ByokeepError
@@ -32,6 +37,11 @@ _OPTIONS = (
 # The orchestrator has a pool of its own: its rows, options and errors are others, and what is
 # alike is not worth that services.common, which the runner loads too, knows of PostgreSQL.
 _LOST = "DEPENDENCY_UNAVAILABLE"
+# psycopg's own, in C where that is installed.
+_TIMES = (
+    psycopg.adapters.get_loader(psycopg.adapters.types["timestamptz"].oid, Format.TEXT)
+    or TimestamptzLoader
+)
 
 
 class DuplicateError(Exception):
@@ -45,6 +55,7 @@ class Database:
         """Keep the URL; `open` connects."""
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             url,
+            configure=_configure,
             min_size=1,
             max_size=connections,
             open=False,
@@ -112,6 +123,29 @@ class Database:
             return await self.one("SELECT 1") is not None
         except ByokeepError:
             return False
+
+
+class _Time(Loader):
+    """A `timestamptz` of any row: one that Python has no time for, such as `infinity`, is the
+    first or the last that it has. No row that SQL can write makes its reading fail."""
+
+    def __init__(self, oid: int, context: AdaptContext | None = None) -> None:
+        super().__init__(oid, context)
+        self._load = _TIMES(oid, context).load
+
+    def load(self, data: Buffer) -> datetime.datetime:
+        try:
+            time: datetime.datetime = self._load(data)
+        except psycopg.DataError:
+            text = bytes(data)
+            past = text.startswith(b"-") or text.endswith(b"BC")
+            time = datetime.datetime.min if past else datetime.datetime.max
+            return time.replace(tzinfo=datetime.UTC)
+        return time
+
+
+async def _configure(connection: Connection) -> None:
+    connection.adapters.register_loader("timestamptz", _Time)
 
 
 @contextmanager

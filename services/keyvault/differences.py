@@ -130,7 +130,7 @@ class Differences:
         states.freeze(states.fingerprint(tenant, key_id, version))
         logs.event(log, "key_frozen", level=logging.CRITICAL, tenant=tenant, key=key_id)
         await self._record(
-            connection, head, audit_pb2.AuditEvent(key_id=key_id, key_version=version)
+            connection, head, audit_pb2.AuditEvent(key_id=key_id, key_version=max(version, 0))
         )
 
     async def freeze_revived(self, version: store.Bound) -> None:

@@ -20,6 +20,8 @@ GRACE = datetime.timedelta(hours=24)
 class State(IntEnum):
     """KeyVersionState, with the numbers of the proto."""
 
+    #: Of a row that keyvault did not write: no state has this number, and no MAC covers it.
+    UNSPECIFIED = custody_pb2.KEY_VERSION_STATE_UNSPECIFIED
     PENDING = custody_pb2.KEY_VERSION_STATE_PENDING
     ACTIVE = custody_pb2.KEY_VERSION_STATE_ACTIVE
     SUPERSEDED = custody_pb2.KEY_VERSION_STATE_SUPERSEDED
@@ -83,10 +85,12 @@ class Key:
         return str(self.revision)
 
     def current(self) -> Version:
-        """Return the version that counts: the active one, else the newest that is not destroyed."""
+        """Return the version that counts: the active one, else the newest that is not destroyed,
+        else the one that was destroyed last."""
         active = [one for one in self.versions if one.state is State.ACTIVE]
         kept = [one for one in self.versions if one.state is not State.DESTROYED]
-        return (active or kept or list(self.versions))[-1]
+        last = sorted(self.versions, key=lambda one: one.state_sequence)
+        return (active or kept or last)[-1]
 
     def version(self, number: int) -> Version:
         """Return one version. Raises ByokeepError: NOT_FOUND."""

@@ -298,13 +298,16 @@ intake_request = Table(
     Index("intake_request_actor", "tenant", "actor", "create_time"),
 )
 
-# What was changed by request, so that a retry changes nothing more.
+#: What was changed by request, so that a retry changes nothing more.
 change_request = Table(
     "change_request",
     metadata,
     Column("tenant", _TEXT, primary_key=True),
+    Column("key_id", _TEXT, primary_key=True),
+    Column("method", _TEXT, primary_key=True),
     Column("request_id", _TEXT, primary_key=True),
     Column("digest", LargeBinary, nullable=False),
+    Column("mac", LargeBinary, nullable=False),
     _time("create_time"),
 )
 

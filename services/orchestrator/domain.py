@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import grpc
+from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2
-from byokeep.names import provider_id
+from byokeep.names import provider_id, provider_value
 from byokeep.orchestrator.v1.review_pb2 import FailureReason
 
 from services.common.errors import ByokeepError
@@ -101,7 +102,7 @@ def choose_model(
 
 def choose_key(provider: str, keys: Sequence[custody_pb2.ProviderKey]) -> custody_pb2.ProviderKey:
     """Return the oldest usable key of a provider. Raises NO_ACTIVE_KEY or KEY_NEEDS_REKEY."""
-    ours = [key for key in keys if provider_id(key.provider) == provider]
+    ours = [key for key in keys if key.provider == provider_value(provider)]
     found = min(filter(usable, ours), key=lambda key: key.name, default=None)
     if found is None:
         raise no_key(provider, ours)
@@ -109,8 +110,9 @@ def choose_key(provider: str, keys: Sequence[custody_pb2.ProviderKey]) -> custod
 
 
 def usable(key: custody_pb2.ProviderKey) -> bool:
-    """Whether reviews may run on a key."""
-    return key.active_version > 0 and key.state == custody_pb2.KEY_VERSION_STATE_ACTIVE
+    """Whether reviews may run on a key; not on one whose row in keyvault names no provider."""
+    active = key.active_version > 0 and key.state == custody_pb2.KEY_VERSION_STATE_ACTIVE
+    return active and key.provider != options_pb2.PROVIDER_UNSPECIFIED
 
 
 def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey]) -> ByokeepError:

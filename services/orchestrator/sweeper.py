@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2
 
 from services.common import logs
@@ -135,6 +136,8 @@ class Sweeper:
                 age = time.time() - version.create_time.seconds
                 if (
                     version.state == custody_pb2.KEY_VERSION_STATE_PENDING
+                    # A row of keyvault's that somebody else wrote may name none.
+                    and key.provider != options_pb2.PROVIDER_UNSPECIFIED
                     and age > _UNSCHEDULED_SECONDS / 5
                 ):
                     await self._keys.schedule(tenant, key, version.version, _ACTOR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 
 import pytest
 from byokeep.ids import new_id
@@ -84,8 +85,58 @@ async def test_a_request_id_with_other_content_is_refused(keyvault, other):
     await call(keyvault, "Revoke", request)
     changed = request_for("Revoke", key.name, request_id=request.request_id, **other)
     assert await kv.refusal(keyvault.custody.RevokeKey(changed)) == "REQUEST_ID_CONFLICT"
-    otherwise = request_for("Destroy", key.name, request_id=request.request_id)
-    assert await kv.refusal(keyvault.custody.DestroyKey(otherwise)) == "REQUEST_ID_CONFLICT"
+
+
+async def test_a_request_id_is_one_method_s_and_one_key_s(keyvault):
+    """Whoever may choose an id can't block another's change with it.
+
+    Shown to fail with notes that are found by tenant and id alone.
+    """
+    first = await keyvault.add_active()
+    second = await keyvault.add_active("sk-ant-api03-" + "q" * 40, provider="anthropic")
+    taken = f"destroy-{second.name.split('/')[3]}-1"
+    for name in (first.name, second.name):
+        await call(keyvault, "Revoke", request_for("Revoke", name, request_id=taken))
+    verdict = custody_pb2.DestroyKeyVersionRequest(
+        name=second.name, version=1, request_id=taken, actor="test"
+    )
+    destroyed = (await keyvault.custody.DestroyKeyVersion(verdict)).key
+    assert destroyed.state == custody_pb2.KEY_VERSION_STATE_DESTROYED
+
+
+@pytest.mark.parametrize("method", ["Revoke", "Destroy"])
+@pytest.mark.parametrize("content", ["another", "the same"])
+async def test_a_planted_note_keeps_no_change_from_being_made(keyvault, method, content):
+    """Shown to fail with notes that are believed without their MAC."""
+    key = await keyvault.add_active()
+    request = request_for(method, key.name)
+    digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+    await keyvault.sql(
+        "INSERT INTO change_request (tenant, key_id, method, request_id, digest, mac)"
+        " VALUES ('acme', %s, %s, %s, %s, %s)",
+        key.name.split("/")[3],
+        f"{method}Key",
+        request.request_id,
+        digest if content == "the same" else bytes(32),
+        bytes(32),
+    )
+    changed = await call(keyvault, method, request)
+    assert changed.state == custody_pb2.KeyVersionState.Value(
+        f"KEY_VERSION_STATE_{'REVOKED' if method == 'Revoke' else 'DESTROYED'}"
+    )
+
+
+async def test_a_refused_version_is_destroyed_though_its_row_was_forged(keyvault):
+    """Shown to fail with destroy_version trusting its row."""
+    key = await keyvault.stage()
+    await keyvault.sql("UPDATE key_version SET state = 99, state_mac = 'x'")
+    verdict = custody_pb2.DestroyKeyVersionRequest(
+        name=key.name, version=1, request_id=new_id("req"), actor="test"
+    )
+    await keyvault.custody.DestroyKeyVersion(verdict)
+    assert await keyvault.sql("SELECT state, envelope, wrapped_dek FROM key_version") == [
+        (6, None, None)
+    ]
 
 
 async def test_requests_are_forgotten_after_a_week(keyvault):

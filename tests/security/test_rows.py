@@ -80,26 +80,124 @@ async def test_rollback_row_state_set_by_sql(keyvault):
     assert await try_lease(keyvault, key) == "STATE_TAMPERED"
 
 
-@pytest.mark.parametrize("how", ["one", "all"])
-@pytest.mark.parametrize("state", [2, 6])
-async def test_forged_row_does_not_keep_its_key_alive(keyvault, how, state):
-    """A destruction trusts no row: neither one that says ACTIVE nor one that says DESTROYED.
+_VERSION = "key_version (tenant, key_id, version, state, state_sequence, state_mac, hint,"
+_VERSION += " kek_backend, kek_version, wrapped_dek, wrap_mac, envelope)"
+_MEMBERS = "state, state_sequence, state_mac, hint, kek_backend, kek_version, wrapped_dek, wrap_mac"
+#: One statement each, by somebody with the database's password.
+FORGERIES = {
+    "it says ACTIVE": "UPDATE key_version SET state = 2, state_mac = 'x'",
+    "it says DESTROYED": "UPDATE key_version SET state = 6, state_mac = 'x'",
+    "no such state": "UPDATE key_version SET state = 99",
+    "state 0": "UPDATE key_version SET state = 0",
+    "event before the first": "UPDATE key_version SET state_sequence = -1",
+    "event after the last": "UPDATE key_version SET state_sequence = 9223372036854775807",
+    "version below the first": "UPDATE key_version SET version = -1",
+    "a further version": f"INSERT INTO {_VERSION}"
+    f" SELECT tenant, key_id, -7, {_MEMBERS}, envelope FROM key_version",
+    "the last version there can be": "UPDATE key_version SET version = 2147483647",
+    "KEK version below the first": "UPDATE key_version SET kek_version = -1",
+    "no such backend": "UPDATE key_version SET kek_backend = 'nope'",
+    "no such provider": "UPDATE provider_key SET provider = 'nope'",
+    "an endless owner": "UPDATE provider_key SET owner = repeat('x', 200000)",
+    "an endless hint": "UPDATE key_version SET hint = repeat('x', 8000000)",
+    "made at no time": "UPDATE provider_key SET create_time = 'infinity'",
+    "staged at no time": "UPDATE key_version SET create_time = '-infinity'",
+    "changed at no time": "UPDATE key_version SET state_time = 'infinity'",
+    "changed before Christ": "UPDATE key_version SET state_time = '0044-03-15 BC'",
+    "changed as often as can be": "UPDATE provider_key SET revision = 9223372036854775807",
+    "changed less than never": "UPDATE provider_key SET revision = -5",
+    "it is said to be destroyed": "UPDATE provider_key SET destroy_time = now()",
+}
 
-    Shown to fail: with destroy reading a checked key; with forged rows taken at their word.
+
+def _shred():
+    return kv.admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
+
+
+async def _ciphertext(keyvault):
+    return await keyvault.sql(
+        "SELECT key_id FROM key_version WHERE tenant = 'acme'"
+        " AND (envelope IS NOT NULL OR wrapped_dek IS NOT NULL OR wrap_mac IS NOT NULL)"
+    )
+
+
+@pytest.mark.parametrize("how", ["one", "all"])
+@pytest.mark.parametrize("forgery", FORGERIES)
+async def test_forged_row_does_not_keep_its_key_alive(keyvault, how, forgery):
+    """A destruction trusts no row, and it is listed what there is to destroy.
+
+    Shown to fail: with destroy reading a checked key; with forged rows taken at their word; with
+    psycopg's own reading of times; with unsigned numbers only in encoding.fields.
     """
     key = await keyvault.add_active()
-    await keyvault.sql("UPDATE key_version SET state = %s, state_mac = 'x'", state)
+    await keyvault.sql(FORGERIES[forgery])
+    listed = await keyvault.custody.ListKeys(kv.custody_pb2.ListKeysRequest(parent="tenants/acme"))
+    assert [one.name for one in listed.keys] == [key.name]
     if how == "one":
         await keyvault.change("DestroyKey", key.name)
     else:
-        await keyvault.admin.ShredTenant(
-            kv.admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
-        )
-    assert await keyvault.sql("SELECT state, envelope, wrapped_dek FROM key_version") == [
-        (6, None, None)
-    ]
-    destroyed = [one for one in await keyvault.events() if one.key_id and one.shred]
-    assert [one.type for one in destroyed] == [audit_pb2.AUDIT_EVENT_TYPE_DESTROYED]
+        await keyvault.admin.ShredTenant(_shred())
+    assert await _ciphertext(keyvault) == []
+    assert {row[0] for row in await keyvault.sql("SELECT state FROM key_version")} == {6}
+    kinds = {one.type for one in await keyvault.events() if one.key_id and one.shred}
+    assert kinds == {audit_pb2.AUDIT_EVENT_TYPE_DESTROYED}
+    # And it stays so when it is asked once more, and is read.
+    assert (await keyvault.change("DestroyKey", key.name)).name == key.name
+
+
+async def test_an_event_repeats_nothing_of_a_forged_row(keyvault):
+    """Shown to fail with the provider and owner of any row in Custody.event."""
+    key = await keyvault.add_active()
+    await keyvault.sql("UPDATE provider_key SET provider = 'gemini', owner = 'mallory'")
+    await keyvault.change("DestroyKey", key.name)
+    last = (await keyvault.events())[-1]
+    assert (last.type, last.provider, last.owner) == (
+        audit_pb2.AUDIT_EVENT_TYPE_DESTROYED,
+        0,
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE chain SET sequence = 9223372036854775807 WHERE chain = 'tenants/acme'",
+        "DELETE FROM chain WHERE chain = 'tenants/acme'",
+        "ALTER TABLE key_version DROP CONSTRAINT key_version_tenant_key_id_fkey;"
+        " DELETE FROM provider_key",
+    ],
+)
+async def test_a_tenant_is_shredded_though_its_keys_can_not_be_destroyed(keyvault, damage):
+    """What takes no event, or is no key any more, goes with the tenant's KEK, and with the rows.
+
+    Shown to fail with the first refusal ending ShredTenant.
+    """
+    await keyvault.add_active()
+    await keyvault.sql(damage)
+    await kv.refusal(keyvault.admin.ShredTenant(_shred()))
+    assert await keyvault.sql("SELECT name FROM local_kek WHERE name = 'tenant/acme'") == []
+    assert await _ciphertext(keyvault) == []
+
+
+async def test_listed_is_what_can_be_opened(keyvault):
+    """Neither a forged tombstone nor rows without versions hide a living key from its list.
+
+    Shown to fail with pages of rows of provider_key, and with its destroy_time.
+    """
+    key = await keyvault.add_active()
+    await keyvault.sql("UPDATE provider_key SET destroy_time = now()")
+    await keyvault.sql(
+        "INSERT INTO provider_key (tenant, key_id, provider, owner, display_name, destroy_time)"
+        " SELECT 'acme', 'key_' || lpad(n::text, 26, '0'), 'openai', '', 'default', now()"
+        " FROM generate_series(1, 120) AS n"
+    )
+    request = kv.custody_pb2.ListKeysRequest(parent="tenants/acme", page_size=1)
+    page = await keyvault.custody.ListKeys(request)
+    assert ([one.name for one in page.keys], page.next_page_token) == ([key.name], "")
+    await keyvault.change("DestroyKey", key.name)
+    assert not (await keyvault.custody.ListKeys(request)).keys
+    request.show_destroyed = True
+    assert [one.name for one in (await keyvault.custody.ListKeys(request)).keys] == [key.name]
 
 
 async def test_rollback_row_restored_whole(keyvault):
@@ -174,6 +272,9 @@ async def test_rollback_row_with_its_chain(keyvault, deployment):
         "UPDATE audit_event SET body = '\\xff', hash = sha256('byokeep/audit/v1\n'::bytea"
         " || previous_hash || '\\xff'::bytea) WHERE chain = 'tenants/evil' AND sequence = 4",
         "UPDATE key_version SET state = 99 WHERE tenant = 'evil'",
+        "UPDATE key_version SET version = -1 WHERE tenant = 'evil'",
+        "UPDATE key_version SET state_sequence = -1 WHERE tenant = 'evil'",
+        "UPDATE key_version SET state_sequence = 9223372036854775807 WHERE tenant = 'evil'",
     ],
 )
 async def test_one_bad_row_stops_no_watcher(keyvault, damage):

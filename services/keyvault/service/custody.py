@@ -5,9 +5,17 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2 as pb
 from byokeep.keyvault.v1 import custody_pb2_grpc
-from byokeep.names import key_name, last_of, provider_id, provider_value, tenant_of
+from byokeep.names import (
+    PROVIDERS,
+    key_name,
+    last_of,
+    provider_id,
+    provider_value,
+    tenant_of,
+)
 
 from services.common import authz
 from services.keyvault import domain
@@ -67,10 +75,14 @@ class CustodyService(custody_pb2_grpc.CustodyServiceServicer):
         self, request: pb.DestroyKeyVersionRequest, context: Any
     ) -> pb.DestroyKeyVersionResponse:
         """Destroy a version."""
-        key = await self._change(
-            request, lambda key, _: domain.destroy_version(key, request.version)
+        key = await self._custody.destroy_version(
+            tenant_of(request.name),
+            last_of(request.name),
+            request.version,
+            _origin(request),
+            _asked(request),
         )
-        return pb.DestroyKeyVersionResponse(key=key)
+        return pb.DestroyKeyVersionResponse(key=key_message(key))
 
     async def RollBackKey(
         self, request: pb.RollBackKeyRequest, context: Any
@@ -124,17 +136,22 @@ class CustodyService(custody_pb2_grpc.CustodyServiceServicer):
 
 
 def key_message(key: Key) -> pb.ProviderKey:
-    """Return a key as clients see it."""
+    """Return a key as clients see it. A row that was forged has a message too, or it would keep
+    all others from being listed."""
     current = key.current()
     active = [one.version for one in key.versions if one.state is domain.State.ACTIVE]
     message = pb.ProviderKey(
         name=key_name(key.tenant, key.key_id),
-        provider=provider_value(key.provider),
+        provider=(
+            provider_value(key.provider)
+            if key.provider in PROVIDERS
+            else options_pb2.PROVIDER_UNSPECIFIED
+        ),
         owner=key.owner,
         display_name=key.display_name,
         state=pb.KeyVersionState.ValueType(current.state),
         hint=current.hint,
-        active_version=active[0] if active else 0,
+        active_version=max(active[0], 0) if active else 0,
         versions=[_version_message(one) for one in key.versions],
         etag=key.etag(),
     )
@@ -144,11 +161,11 @@ def key_message(key: Key) -> pb.ProviderKey:
 
 def _version_message(version: Version) -> pb.KeyVersion:
     message = pb.KeyVersion(
-        version=version.version,
+        version=max(version.version, 0),
         state=pb.KeyVersionState.ValueType(version.state),
         hint=version.hint,
         kek_backend=version.kek_backend,
-        kek_version=version.kek_version,
+        kek_version=max(version.kek_version, 0),
     )
     message.create_time.FromDatetime(version.create_time)
     message.state_time.FromDatetime(version.state_time)
@@ -160,7 +177,8 @@ def _origin(request: Any) -> Origin:
 
 
 def _asked(request: Any) -> Request:
-    content = request.DESCRIPTOR.name.encode() + request.SerializeToString(deterministic=True)
+    content = request.SerializeToString(deterministic=True)
     # A version's promotion or destruction says by its number what it is about.
     etag = getattr(request, "etag", "")
-    return Request(request.request_id, hashlib.sha256(content).digest(), etag)
+    method = request.DESCRIPTOR.name.removesuffix("Request")
+    return Request(method, request.request_id, hashlib.sha256(content).digest(), etag)

@@ -1,27 +1,44 @@
-"""Changes of keys that were carried out, by request id."""
+"""Changes of keys that were carried out, by key, method and request id."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from services.keyvault.database import Connection, Database
 
-_FIRST = """
-INSERT INTO change_request (tenant, request_id, digest) VALUES (%s, %s, %s)
-ON CONFLICT DO NOTHING RETURNING digest
+#: Tenant, key id, method, request id.
+Name = tuple[str, str, str, str]
+
+_GET = """
+SELECT digest, mac FROM change_request
+WHERE (tenant, key_id, method, request_id) = (%s, %s, %s, %s)
 """
-_SEEN = "SELECT digest FROM change_request WHERE tenant = %s AND request_id = %s"
+_PUT = """
+INSERT INTO change_request (tenant, key_id, method, request_id, digest, mac)
+VALUES (%s, %s, %s, %s, %s, %s)
+ON CONFLICT (tenant, key_id, method, request_id)
+DO UPDATE SET digest = excluded.digest, mac = excluded.mac, create_time = now()
+"""
 _FORGET = "DELETE FROM change_request WHERE create_time < now() - interval '7 days'"
 
 
-async def earlier(
-    connection: Connection, tenant: str, request_id: str, digest: bytes
-) -> bytes | None:
-    """Note a change in the transaction that makes it; the digest of an earlier one, or None."""
-    noted = await connection.execute(_FIRST, (tenant, request_id, digest))
-    if await noted.fetchone() is not None:
-        return None
-    row = await (await connection.execute(_SEEN, (tenant, request_id))).fetchone()
-    assert row is not None  # noqa: S101 the insert met it, under the lock of the tenant's chain
-    return bytes(row[0])
+@dataclass(frozen=True, slots=True)
+class Note:
+    """That a request was carried out: the digest of its content, and the MAC of the note."""
+
+    digest: bytes
+    mac: bytes
+
+
+async def get(connection: Connection, name: Name) -> Note | None:
+    """Return what is noted of a request."""
+    row = await (await connection.execute(_GET, name)).fetchone()
+    return None if row is None else Note(*row)
+
+
+async def put(connection: Connection, name: Name, note: Note) -> None:
+    """Note a request, in the transaction that carries it out."""
+    await connection.execute(_PUT, (*name, note.digest, note.mac))
 
 
 async def forget(database: Database) -> None:

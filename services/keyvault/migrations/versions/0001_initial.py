@@ -50,15 +50,18 @@ def upgrade() -> None:
     op.create_table(
         "change_request",
         sa.Column("tenant", sa.Text(collation="C"), nullable=False),
+        sa.Column("key_id", sa.Text(collation="C"), nullable=False),
+        sa.Column("method", sa.Text(collation="C"), nullable=False),
         sa.Column("request_id", sa.Text(collation="C"), nullable=False),
         sa.Column("digest", sa.LargeBinary(), nullable=False),
+        sa.Column("mac", sa.LargeBinary(), nullable=False),
         sa.Column(
             "create_time",
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
         ),
-        sa.PrimaryKeyConstraint("tenant", "request_id"),
+        sa.PrimaryKeyConstraint("tenant", "key_id", "method", "request_id"),
     )
     op.create_table(
         "content_key",

@@ -64,8 +64,9 @@ def key_id(key: Key) -> str:
 
 
 def provider_of(key: Key) -> str:
-    """Return `openai`, `anthropic` or `gemini`."""
-    return names.provider_id(key.provider_key.provider)
+    """Return `openai`, `anthropic` or `gemini`; `unknown` where keyvault's row names none."""
+    provider = key.provider_key.provider
+    return names.provider_id(provider) if provider else "unknown"
 
 
 def label_of(key: Key) -> str:
@@ -76,8 +77,8 @@ def label_of(key: Key) -> str:
 
 
 def key_state(key: Key) -> str:
-    """Return the short name of a key's state."""
-    return short(custody_pb2.KeyVersionState, key.provider_key.state)
+    """Return the short name of a key's state; `UNKNOWN` where keyvault's row has none."""
+    return short(custody_pb2.KeyVersionState, key.provider_key.state) or "UNKNOWN"
 
 
 def _tiers(reference: str) -> Sequence[Callable[[Key], bool]]:
