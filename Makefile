@@ -43,11 +43,14 @@ run: $(VENV) $(STUBS) ## show byokeep: throwaway stack, a key, a review, its cus
 up: $(VENV) $(STUBS) ## start a stack that stays, with tenant demo and a profile for .venv/bin/byokeep
 	@$(BIN)/python -m deploy.local up $(if $(LIVE),--live)
 
-down: $(VENV) $(STUBS) ## stop it; its data stays
-	@$(BIN)/python -m deploy.local down
+# What was never set up does not run: it need not be set up to be told so. 3: it is down.
+down: ## stop it; its data stays
+	@if [ -e $(STUBS) ] && [ -e $(VENV) ]; then $(BIN)/python -m deploy.local down; \
+	else echo "nothing runs: there is no .venv"; fi
 
-status: $(VENV) $(STUBS) ## say which of its processes run and serve
-	@$(BIN)/python -m deploy.local status
+status: ## say which of its processes run and serve
+	@if [ -e $(STUBS) ] && [ -e $(VENV) ]; then $(BIN)/python -m deploy.local status || [ $$? -eq 3 ]; \
+	else echo "down: there is no .venv"; fi
 
 prove: $(VENV) $(STUBS) ## attack a throwaway stack, show how each attack is stopped; fail if one gets through
 	@$(BIN)/python -m deploy.local prove $(if $(filter list,$(ONLY)),--list,$(if $(ONLY),--only "$(ONLY)"))

@@ -29,6 +29,7 @@ def show(name: str, what: str, seconds: float) -> None:
 
 def up(root: Path, config: Path, *, live: bool) -> int:
     """Start a stack in the background; return once it serves. Raises StackError."""
+    fresh = existing_state(root) is None
     state = open_state(root)
     holder = state.holder()
     if holder is not None:
@@ -39,7 +40,7 @@ def up(root: Path, config: Path, *, live: bool) -> int:
         ports = description["ports"]
         addresses = (f"127.0.0.1:{ports[name]}" for name in ("orchestrator", "keyvault"))
         material.write_profiles(config, state, *addresses)
-        _print_usage(config, live=description["live"])
+        _print_usage(config, fresh=False, live=description["live"])
         return 0
     command = [sys.executable, "-m", "deploy.local", "up", "--foreground"]
     command += [f"--state={root}", f"--config={config}"]
@@ -62,7 +63,7 @@ def up(root: Path, config: Path, *, live: bool) -> int:
         raise
     if not wait_for(lambda: _describes(state, supervisor.pid), 1.0):
         return supervisor.wait(_STOP_SECONDS) or 1
-    _print_usage(config, live=live)
+    _print_usage(config, fresh=fresh, live=live)
     return 0
 
 
@@ -90,18 +91,25 @@ def serve(root: Path, config: Path, *, live: bool) -> int:
 
 def down(root: Path) -> int:
     """Stop a running stack. Raises StackError if it doesn't end."""
+    if _stop(root):
+        print(f"stopped; data and keys stay in {root}")
+    else:
+        print(f"nothing runs in {root}")
+    return 0
+
+
+def _stop(root: Path) -> bool:
+    """Stop a stack; say whether one ran."""
     state = existing_state(root)
     holder = None if state is None else state.holder()
     if state is None or holder is None:
-        print(f"nothing runs in {root}")
-        return 0
+        return False
     os.kill(holder, signal.SIGTERM)
     if not wait_for(lambda: not alive(holder), _STOP_SECONDS):
         os.kill(holder, signal.SIGKILL)  # the kernel then ends its children
         if not wait_for(lambda: not alive(holder), 5.0):
             raise StackError(f"the supervisor (process {holder}) does not end")
-    print(f"stopped; data and keys stay in {root}")
-    return 0
+    return True
 
 
 def status(root: Path) -> int:
@@ -126,9 +134,9 @@ def status(root: Path) -> int:
 def clean(root: Path, config: Path) -> int:
     """Stop a stack and erase its folder and the profile that `up` wrote."""
     if existing_state(root) is not None:
-        down(root)
+        ran = _stop(root)
         State(root).erase()
-        print(f"erased {root}")
+        print(f"{'stopped, and ' if ran else ''}erased {root}")
     erase_copy()
     config.unlink(missing_ok=True)
     return 0
@@ -166,13 +174,13 @@ def _health(name: str, pid: int, ports: dict[str, int]) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-def _print_usage(config: Path, *, live: bool) -> None:
+def _print_usage(config: Path, *, fresh: bool, live: bool) -> None:
     command = _shortest(Path(sys.prefix) / "bin" / "byokeep")
     found = "; this checkout's command finds it by itself" if config == CHECKOUT_CONFIG else ""
     print(f"\ntenant `{material.TENANT}` is ready{found}:")
     if not found:
         print(f"  export BYOKEEP_CONFIG={config}")
-    print(f"  {command} key add openai")
+    print(f"  {command} key {'add openai' if fresh else 'list'}")
     if live:
         print("calls go to the real providers: keys are real and cost money")
     else:

@@ -104,7 +104,7 @@ def test_a_trail_wraps_under_where_its_lines_begin(edge):
     lines = screen.replace("\r", "").splitlines()
     assert max(map(len, lines)) <= 60
     lease = edge.chain.events[-1].lease_id
-    assert f"{'':26}{lease}" in lines
+    assert f"{'│':<26}{lease}" in lines
 
 
 def test_a_table_that_is_too_wide_is_shown_row_by_row(edge):

@@ -14,7 +14,7 @@ from byokeep import sealing
 from byokeep.cli.identity import Identity, read_identity
 from byokeep.cli.session import Session
 from byokeep.cli.tenants import out_of_service, tenant_state, way_out
-from byokeep.cli.text import clean
+from byokeep.cli.text import clean, count
 from byokeep.common.v1 import options_pb2
 from byokeep.errors import error_info
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2
@@ -78,8 +78,9 @@ def all_checks(session: Session) -> Iterator[Check]:
 def _trust(profile: Profile) -> Check:
     trust = profile.trust
     found = (
-        f"deployment {trust.deployment}; pinned: {len(trust.intake_signing_keys)} intake signing"
-        f" and {len(trust.audit_log_keys)} audit log keys"
+        f"deployment {trust.deployment}; pinned:"
+        f" {count(len(trust.intake_signing_keys), 'intake signing key')}"
+        f" and {count(len(trust.audit_log_keys), 'audit log key')}"
     )
     if trust.intake_signing_keys and trust.audit_log_keys:
         return Check("trust bundle", True, found)

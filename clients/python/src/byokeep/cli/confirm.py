@@ -15,7 +15,7 @@ def confirm_by_name(name: str, what: str, *, yes: bool) -> None:
         return
     _need_terminal()
     if typer.prompt(f"To {what}, type its name", err=True) != name:
-        raise CliError("that is another name; nothing was done")
+        raise CliError("that is another name; nothing was done", reason="DECLINED")
 
 
 def confirm(question: str, *, yes: bool) -> None:
@@ -24,7 +24,7 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     _need_terminal()
     if not typer.confirm(question, err=True):
-        raise CliError("nothing was done")
+        raise CliError("nothing was done", reason="DECLINED")
 
 
 def _need_terminal() -> None:

@@ -98,6 +98,7 @@ HINTS: Mapping[str, str] = {
     "TENANT_KEY_MISSING": "byokeep admin list-keks shows the tenants; an operator creates one:"
     " byokeep tenant create TENANT",
     "TENANT_EXISTS": "byokeep tenant list",
+    "TENANT_NOT_ACTIVE": "byokeep status says which, and what an operator does about it",
     "PLAN_LACKS": "an operator changes the plan: byokeep tenant set-plan TENANT PLAN",
     "REQUEST_ID_CONFLICT": "leave --request-id out, or use a new one",
     "ETAG_MISMATCH": "somebody else changed it meanwhile: look again, then repeat",

@@ -10,6 +10,8 @@ import sys
 from byokeep.cli.errors import CliError
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+# What no provider's key looks like: the only ones with neither lower case nor a hyphen.
+_NAMEABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 # More than any key: enough to say that it is too long.
 _MOST_BYTES = 4096
 
@@ -34,7 +36,8 @@ def _from_environment(variable: str) -> str:
             "--from-env takes the name of a variable, such as OPENAI_API_KEY, not its value"
         )
     if not (value := os.environ.get(variable)):
-        raise CliError("--from-env names a variable that is not set or empty")
+        named = f": {variable}" if _NAMEABLE.fullmatch(variable) else ""
+        raise CliError(f"--from-env names a variable that is not set or empty{named}")
     return value
 
 

@@ -12,7 +12,7 @@ from byokeep import ids, names
 from byokeep.cli import checked, trail
 from byokeep.cli.confirm import confirm
 from byokeep.cli.keyinput import read_key
-from byokeep.cli.keyref import find_key, key_id, list_keys, provider_of
+from byokeep.cli.keyref import find_key, key_id, label_of, list_keys, provider_of
 from byokeep.cli.keyview import key_row, print_change, print_key
 from byokeep.cli.output import message_dict
 from byokeep.cli.session import Session, command, examples, group, request_id
@@ -189,7 +189,7 @@ def destroy(
 ) -> None:
     """Revoke a key and delete its ciphertext; a tombstone stays. Can't be undone."""
     found = find_key(session, reference)
-    confirm(f"Destroy {key_id(found)} ({provider_of(found)})? It can't be undone", yes=yes)
+    confirm(f"Destroy {key_id(found)} ({label_of(found)})? It can't be undone", yes=yes)
     request = key_pb2.DestroyKeyRequest(
         name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag
     )
@@ -243,10 +243,16 @@ def _seal(
 ) -> _Sealed:
     connection, identifier = session.connection, request_id()
     profile = connection.profile
-    session.out.note(
+    where = (
         f"sealing for tenant {connection.tenant} of deployment {connection.trust.deployment}"
         f" (profile {profile.name} of {profile.source})"
     )
+    asks = not any(source)
+    if asks:
+        # Whoever types a key knows first where it goes.
+        session.out.note(where)
     text = read_key(provider, stdin=source[0], from_env=source[1])
+    if not asks:
+        session.out.note(where)
     sealed = connection.seal(provider, text, key_id, operation, identifier, owner)
     return _Sealed(sealed, key_id, identifier)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from byokeep.cli.keyref import key_id, key_state, provider_of
+from byokeep.cli.keyref import key_id, key_state, label_of, provider_of
 from byokeep.cli.output import message_dict, short, state_text, when
 from byokeep.cli.session import Session
 from byokeep.cli.text import clean
@@ -66,7 +66,8 @@ def key_row(key: Key) -> list[Text | str]:
         clean(kept.owner) or "-",
         state_text(key_state(key)),
         clean(kept.hint) or "-",
-        serving_verdict(key) or "-",
+        # What a provider said of it means nothing any more.
+        (key_state(key) != "DESTROYED" and serving_verdict(key)) or "-",
     ]
 
 
@@ -75,4 +76,4 @@ def print_change(session: Session, key: Key, what: str) -> None:
     if session.out.as_json:
         session.out.json(message_dict(key))
     else:
-        session.out.print(f"{key_id(key)} ({provider_of(key)}) is {what}")
+        session.out.print(f"{key_id(key)} ({label_of(key)}) is {what}")

@@ -80,8 +80,9 @@ class Output:
         """Print a line for people."""
         self._out.print(text, style=style or None, soft_wrap=not self._wraps)
 
-    def hanging(self, lead: Text, line: Text) -> None:
-        """Print a line; on a terminal its wrapped rest stands under where it begins."""
+    def hanging(self, lead: Text, line: Text, rest: Text | None = None) -> None:
+        """Print a line; on a terminal its wrapped rest stands under where it begins, after `rest`
+        (as wide as `lead`; default: blanks)."""
         from rich.text import Text
 
         if not self._wraps:
@@ -90,7 +91,7 @@ class Output:
         room = max(self._out.width - lead.cell_len, _NARROW)
         for part in line.wrap(self._out, room):
             self.print(lead + part)
-            lead = Text(" " * lead.cell_len)
+            lead = rest or Text(" " * lead.cell_len)
 
     def renderable(self, what: RenderableType) -> None:
         """Print something that rich lays out."""

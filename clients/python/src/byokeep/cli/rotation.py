@@ -205,6 +205,7 @@ def _rewrap(session: Session, name: str, *, trim: bool, to: str = "") -> None:
         session.out.print(
             f"tenant {name}: rewrapped {latest.done} of {latest.total} data keys"
             f"{now if latest.phase == _DONE else ''}"
+            f"{'; its older versions are destroyed' if trim and latest.phase == _DONE else ''}"
         )
         for one in latest.failures:
             session.out.print(f"  {clean(one.key_id)} v{one.version}: {clean(one.reason)}")

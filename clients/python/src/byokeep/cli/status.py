@@ -43,9 +43,12 @@ def status(session: Session) -> None:
     out = session.out
     out.print(f"orchestrator  {profile.orchestrator.address} answers")
     if vault is not None:
-        leases = "gives" if vault.leases_allowed else f"refuses ({clean(vault.refusal_reason)})"
-        out.print(f"keyvault      {leases} leases; live now, of all tenants: {vault.live_leases}")
-        if remedy := way_out(vault, connection.tenant):
+        remedy = way_out(vault, connection.tenant)
+        leases = "answers" if remedy else "gives leases"
+        if not vault.leases_allowed:
+            leases = f"refuses leases ({clean(vault.refusal_reason)})"
+        out.print(f"keyvault      {leases}; live leases, of all tenants: {vault.live_leases}")
+        if remedy:
             out.print(f"held          tenant {connection.tenant} gets no lease", style="bold red")
             out.print(f"    → {remedy}", style="cyan")
     out.print(f"deployment    {profile.trust.deployment} (profile {profile.name})")

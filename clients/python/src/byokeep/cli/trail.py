@@ -40,8 +40,8 @@ def show(session: Session, key: Key) -> None:
         f"  {clean(kept.hint)}  {key_state(key)}".rstrip(),
         style="bold",
     )
-    for lead, line in _timeline(entries, ascii_only=not out.unicode):
-        out.hanging(lead, line)
+    for lead, line, rest in _timeline(entries, ascii_only=not out.unicode):
+        out.hanging(lead, line, rest)
     for line in _closing(summary):
         out.print(line)
 
@@ -72,8 +72,9 @@ def _uses(session: Session, key: Key) -> Iterable[key_pb2.KeyUse]:
     return pages(session.connection.keys.ListKeyUses, request, "uses")
 
 
-def _timeline(entries: Sequence[Entry], *, ascii_only: bool) -> Iterable[tuple[Text, Text]]:
-    """Yield each line's beginning, and what follows it; details are under their entry's title."""
+def _timeline(entries: Sequence[Entry], *, ascii_only: bool) -> Iterable[tuple[Text, Text, Text]]:
+    """Yield each line's beginning, what follows it, and the beginning of where it is wrapped;
+    details are under their entry's title."""
     from rich.text import Text
 
     bar = "|" if ascii_only else "│"
@@ -82,14 +83,15 @@ def _timeline(entries: Sequence[Entry], *, ascii_only: bool) -> Iterable[tuple[T
         local = entry.time.astimezone()
         if local.date() != day:
             day = local.date()
-            yield Text(f"{bar if number else ' '} ", "dim"), Text(day.isoformat(), "dim")
+            margin = Text(f"{bar if number else ' '} ", "dim")
+            yield margin, Text(day.isoformat(), "dim"), margin
         lead = Text(_GLYPHS[entry.source][ascii_only], style=_STYLES[entry.source])
         lead.append(f" {local:%H:%M:%S}.{local.microsecond // 1000:03d} ", style="dim")
         lead.append(f" {entry.source}  ", style=_STYLES[entry.source])
-        yield lead, Text(entry.title, "bold red" if entry.ends_badly else "default")
-        gap = f"{bar if number < len(entries) - 1 else ' ':<{lead.cell_len}}"
+        gap = Text(f"{bar if number < len(entries) - 1 else ' ':<{lead.cell_len}}", "dim")
+        yield lead, Text(entry.title, "bold red" if entry.ends_badly else "default"), gap
         for detail in entry.details:
-            yield Text(gap, "dim"), Text(detail, "dim")
+            yield gap, Text(detail, "dim"), gap
 
 
 def _closing(summary: Summary) -> Iterable[Text]:
