@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import psutil
 from byokeep import transport
 from byokeep.ids import new_id
 from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc
@@ -95,7 +96,9 @@ async def _measure(stack: Stack, seconds: float) -> list[Row]:
     client = _Client(stack)
     await _closed(client.review, 2, 1.0)
     stack.emulator.latency(_LATENCY)
+    before = psutil.cpu_times()
     timed = await _at_rate(client.review, max(20, int(_RATE * seconds)))
+    busy = _busy(before, psutil.cpu_times()) / len(timed)
     held = _LATENCY
     overheads = [(took - held) * 1000 for took, _ in timed]
     stack.emulator.latency(0.0)
@@ -107,6 +110,9 @@ async def _measure(stack: Stack, seconds: float) -> list[Row]:
         "reviews": len(timed),
         "rate_per_s": _RATE,
         "emulator_s": _LATENCY,
+        # Of the whole machine, client, emulator and PostgreSQL with it: what is left of its cores
+        # at that rate says how long reviews wait for each other.
+        "machine_cpu_ms_per_review": round(busy * 1000, 1),
         "failures": _failures([review for _, review in timed]),
     }
     return [
@@ -119,6 +125,12 @@ async def _measure(stack: Stack, seconds: float) -> list[Row]:
             {"in_flight": 16, "failures": _failures([review for _, review in flood])},
         ),
     ]
+
+
+def _busy(before: Any, after: Any) -> float:
+    """Seconds of all cores that were not idle."""
+    idle = after.idle + after.iowait - before.idle - before.iowait
+    return float(sum(after) - sum(before) - idle)
 
 
 def run(stack: Stack, seconds: float) -> list[Row]:
