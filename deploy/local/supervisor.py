@@ -150,6 +150,7 @@ class LocalStack:
                 if not process.running:
                     self._report(name, f"ended with {process.exit_status}; starting it again", 0.0)
                     process.start()
+                    self._describe()
             if time.monotonic() > renew:
                 renew += _RENEW_SECONDS
                 material.make_certificates(self.state, *self._both_authorities())

@@ -18,9 +18,9 @@ from byokeep.names import provider_value
 
 from services.keyvault import chain, domain, kek
 from services.keyvault.background import each
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Database, Row, aside
 from services.keyvault.differences import mismatch
-from services.keyvault.domain import Change, Key, State, Version
+from services.keyvault.domain import WHOLE_KEY, Change, Key, State, Version
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.rotation import queue_sweep
 from services.keyvault.store import changes as change_store
@@ -104,14 +104,30 @@ class Custody:
     async def destroy(
         self, tenant: str, key_id: str, origin: Origin, request: Request | None = None
     ) -> Key:
-        """Destroy a key, one whose rows were forged too: else a forger could keep it alive.
+        """Destroy a key, one whose rows were forged or hidden too: else a forger could keep it
+        alive. Its chain says that all of it is destroyed, whatever rows come back.
 
         Raises:
-            ByokeepError: NOT_FOUND, REQUEST_ID_CONFLICT, ETAG_MISMATCH.
+            ByokeepError: NOT_FOUND (once it is done, where only its chain knew of the key),
+                REQUEST_ID_CONFLICT, ETAG_MISMATCH.
         """
-        return await self.change(
-            tenant, key_id, origin, lambda key, _: domain.destroy(key), request, trusting=False
-        )
+        async with self._database.transaction() as connection:
+            head = await chain.lock(connection, chain.tenant_chain(tenant))
+            key = await store.get(connection, tenant, key_id)
+            if key is not None and request is not None:
+                await self._first_time(connection, key, request)
+            key = None if key is None else self._feared(key)
+            changes = [] if key is None else domain.destroy(key)
+            known = key is not None or self._reconcile.newest(tenant, key_id, 1) > 0
+            if known and (changes or not self._reconcile.destroyed(tenant, key_id, WHOLE_KEY)):
+                whole = _whole(key_id, origin)
+                if key is None:
+                    await chain.append(connection, head, self._deployment, [whole])
+                else:
+                    await self.apply(connection, head, key, changes, origin, (whole,))
+                await store.erase(connection, tenant, key_id)
+                await queue_sweep(connection, tenant, self._shred_after)
+        return await self.get(tenant, key_id)
 
     async def destroy_version(
         self, tenant: str, key_id: str, version: int, origin: Origin, request: Request
@@ -144,7 +160,8 @@ class Custody:
             version = versions[change.version]
             if domain.STATE_AFTER[change.event] is State.ACTIVE:
                 self._reconcile.check_chain(key.tenant)
-                if self._outdated(key, version):
+                gone = self._reconcile.destroyed(key.tenant, key.key_id, change.version)
+                if gone or self._outdated(key, version):
                     raise mismatch(key.key_id)
             events.append(self.event(key, change, origin))
             version = domain.with_state(
@@ -155,11 +172,13 @@ class Custody:
         touched = [versions[number] for number in dict.fromkeys(one.version for one in changes)]
         for version in touched:
             await store.set_state(connection, key, version)
-        gone = [one.version for one in touched if one.state in _GONE]
-        if gone:
-            await lease_store.revoke(
-                connection, key.tenant, key.key_id, gone, lease_pb2.LEASE_OUTCOME_CANCELLED
-            )
+        ended = [one.version for one in touched if one.state in _GONE]
+        if ended:
+            # Rows of leases that were forged keep no key from being revoked.
+            async with aside(connection, "leases_not_ended"):
+                await lease_store.revoke(
+                    connection, key.tenant, key.key_id, ended, lease_pb2.LEASE_OUTCOME_CANCELLED
+                )
         if touched:
             destroyed = all(one.state is State.DESTROYED for one in versions.values())
             await store.touch(connection, key, destroyed=destroyed)
@@ -273,3 +292,14 @@ class Custody:
         if all(self._authentic(key, one) for one in key.versions):
             event.provider, event.owner = provider_value(key.provider), key.owner
         return event
+
+
+def _whole(key_id: str, origin: Origin) -> audit_pb2.AuditEvent:
+    """Return the event that all of a key is destroyed."""
+    return audit_pb2.AuditEvent(
+        type=audit_pb2.AUDIT_EVENT_TYPE_DESTROYED,
+        key_id=key_id,
+        key_version=WHOLE_KEY,
+        caller=origin.caller,
+        actor=origin.actor,
+    )

@@ -7,6 +7,7 @@ the very statement. SQLAlchemy owns the schema and its migrations.
 from __future__ import annotations
 
 import datetime
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, LiteralString
@@ -20,8 +21,10 @@ from psycopg.pq import Format
 from psycopg.types.datetime import TimestamptzLoader
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from services.common import logs
 from services.common.errors import ByokeepError
 
+log = logging.getLogger(__name__)
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 Row = tuple[Any, ...]
 Parameters = Sequence[Any] | Mapping[str, Any]
@@ -146,6 +149,22 @@ class _Time(Loader):
 
 async def _configure(connection: Connection) -> None:
     connection.adapters.register_loader("timestamptz", _Time)
+
+
+@asynccontextmanager
+async def aside(connection: Connection, event: str) -> AsyncIterator[None]:
+    """Run statements that the transaction can do without: data that makes them fail undoes them
+    alone, and is told in the log. A lost connection is raised."""
+    failed = False
+    try:
+        async with connection.transaction():
+            yield
+    except (psycopg.OperationalError, psycopg.InterfaceError):
+        raise
+    except psycopg.Error:
+        failed = True
+    if failed:
+        logs.event(log, event, level=logging.CRITICAL)
 
 
 @contextmanager

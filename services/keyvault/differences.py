@@ -19,6 +19,7 @@ from services.keyvault import chain
 from services.keyvault.anchor import stale
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, Row
+from services.keyvault.domain import State, wrong_state
 from services.keyvault.following import MISMATCH, Following
 from services.keyvault.store import reconcile as store
 
@@ -47,6 +48,8 @@ class Differences:
             return chain_broken(tenant)
         if states.get(states.fingerprint(tenant, key_id, version))[2]:
             return mismatch(key_id)
+        if self._following.destroyed(tenant, key_id, version):
+            return wrong_state(State.DESTROYED, "it can't be leased for this purpose")
         if tenant in self.holds_differ:
             return ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
@@ -108,10 +111,13 @@ class Differences:
 
     def _settled(self, row: Row) -> bool:
         tenant, key_id, version, state, sequence = row
+        if chain.tenant_chain(tenant) in self._following.broken:
+            return True
         states = self._following.states
-        return chain.tenant_chain(tenant) in self._following.broken or states.agrees(
-            states.fingerprint(tenant, key_id, version), state, sequence
-        )
+        found = states.fingerprint(tenant, key_id, version)
+        if state != State.DESTROYED and self._following.destroyed(tenant, key_id, version):
+            return states.get(found)[2]
+        return states.agrees(found, state, sequence)
 
     async def _confirm(self, tenant: str, key_id: str, version: int) -> None:
         """Follow the chain once more under its lock, when neither it nor the row can change."""

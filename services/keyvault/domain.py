@@ -45,6 +45,10 @@ STATE_AFTER = {
 # What is revoked may only be destroyed, and what is destroyed stays so.
 _LAST = {State.REVOKED: (State.REVOKED, State.DESTROYED), State.DESTROYED: (State.DESTROYED,)}
 
+#: In the place of a version: an event is about all of a key, also about versions of which the rows
+#: said nothing when it was written.
+WHOLE_KEY = 0
+
 #: Whether an event holds a tenant's leases back, or lets them go again.
 HELD_AFTER = {
     audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED: True,

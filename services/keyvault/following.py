@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from services.keyvault import chain, merkle, snapshot
 from services.keyvault.carried import Carried
 from services.keyvault.database import Database, Row
-from services.keyvault.domain import HELD_AFTER, STATE_AFTER, may_become
+from services.keyvault.domain import HELD_AFTER, STATE_AFTER, WHOLE_KEY, State, may_become
 from services.keyvault.position import Position
 from services.keyvault.states import SEQUENCES, States
 from services.keyvault.store import audit as audit_store
@@ -306,6 +306,18 @@ class Following:
             self._swept(name.removeprefix(chain.TENANTS), event)
         return event
 
+    def known(self, tenant: str, key_id: str, version: int) -> bool:
+        """Say whether a chain tells of a version."""
+        found = self.states.get(self.states.fingerprint(tenant, key_id, version))
+        return version != WHOLE_KEY and found[1] > 0
+
+    def destroyed(self, tenant: str, key_id: str, version: int) -> bool:
+        """Say whether a chain tells that a version was destroyed, by itself or with its key."""
+        return any(
+            self.states.get(self.states.fingerprint(tenant, key_id, one))[0] == State.DESTROYED
+            for one in (version, WHOLE_KEY)
+        )
+
     def _swept(self, tenant: str, event: audit_pb2.AuditEvent) -> None:
         if event.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:
             self.unswept[tenant] = (event.event_time.seconds, "")
@@ -329,13 +341,14 @@ class Following:
             self.revived.discard(bound)
         elif event.type in STATE_AFTER:
             before, since, _ = self.states.get(version)
-            self.versions[tenant] += not since
             if sequence > since and not may_become(before, STATE_AFTER[event.type]):
                 # keyvault wrote it, misled by a row that was put back.
                 self.states.freeze(version)
                 self.revived.add(bound)
             self.states.set(version, STATE_AFTER[event.type], sequence)
-            self._changed(bound)
+            if event.key_version != WHOLE_KEY:
+                self.versions[tenant] += not since
+                self._changed(bound)
 
 
 def _froze(event: audit_pb2.AuditEvent) -> bool:

@@ -24,6 +24,7 @@ from services.keyvault.database import Connection, Database
 from services.keyvault.following import MISMATCH
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.store import jobs as store
+from services.keyvault.store import keys as key_store
 from services.keyvault.store.jobs import Job, Order
 from services.keyvault.wraps import Wraps
 
@@ -44,8 +45,15 @@ UNSWEPT = datetime.timedelta(days=1)
 async def queue_sweep(connection: Connection, tenant: str, wait: datetime.timedelta) -> None:
     """Queue a tenant's shred sweep with the destruction that it follows; keys that are
     destroyed while it waits share it."""
-    job_id = new_id("job")
-    await store.insert(connection, job_id, tenant, job_id, "keyvault", SWEEP, wait)
+    await _sweep(connection, tenant, new_id("job"), wait)
+
+
+async def _sweep(
+    connection: Connection, tenant: str, request_id: str, wait: datetime.timedelta
+) -> None:
+    await store.insert(connection, new_id("job"), tenant, request_id, "keyvault", SWEEP, wait)
+    # The one that waits already may have been put off by somebody.
+    await store.hasten(connection, tenant, wait)
 
 
 class Rotation:
@@ -107,10 +115,7 @@ class Rotation:
 
         async def queue(tenant: str) -> None:
             async with self._database.transaction() as connection:
-                again = f"sweep/{now:%Y-%m-%d}"
-                await store.insert(
-                    connection, new_id("job"), tenant, again, "keyvault", SWEEP, _NOW
-                )
+                await _sweep(connection, tenant, f"sweep/{now:%Y-%m-%d}", _NOW)
 
         await each("resweep", self._reconcile.unswept(now - UNSWEPT), queue)
 
@@ -141,6 +146,7 @@ class Rotation:
             head = await chain.lock(connection, chain.tenant_chain(job.tenant))
             if await store.lock(connection, job.job_id, "START") is None:
                 return
+            await self._bury(connection, job.tenant)
             if created or job.rotate:
                 kind = (
                     audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED
@@ -251,7 +257,9 @@ class Rotation:
             if locked is None:
                 return False
             # Of the job as it is acted on: the row may say something else by now.
-            proof = await self._wraps.proof(connection, job, newest)
+            await self._bury(connection, job.tenant)
+            known = self._reconcile.following.known
+            proof = await self._wraps.proof(connection, job, newest, known)
             if proof.versions == versions and not proof.unproven:
                 return True
             again = await store.doubt(connection, job.tenant, proof.unproven)
@@ -272,6 +280,14 @@ class Rotation:
         async with self._database.transaction() as connection:
             await self._partial(connection, job, reason)
         return False
+
+    async def _bury(self, connection: Connection, tenant: str) -> None:
+        """Delete the ciphertext of versions that the tenant's chain calls destroyed: somebody put
+        it back, and it must not be wrapped anew."""
+        for key_id, version, _, _, wrapped, _ in await store.wraps(connection, tenant):
+            if wrapped is not None and self._reconcile.destroyed(tenant, key_id, version):
+                logs.event(log, "ciphertext_put_back", level=logging.CRITICAL, key=key_id)
+                await key_store.erase(connection, tenant, key_id, version)
 
     async def _partial(self, connection: Connection, job: Job, reason: str) -> None:
         logs.event(log, "trim_refused", level=logging.CRITICAL, tenant=job.tenant, reason=reason)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from byokeep.encoding import fields
@@ -27,8 +27,8 @@ _STRIDE = 500
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a tenant's rows prove: how many versions have a sound state, and of those that live,
-    which are not known to be wrapped by what a job leaves."""
+    """What a tenant's rows prove: how many versions that its chain knows have a sound state, and of
+    those that live, which are not known to be wrapped by what a job leaves."""
 
     versions: int
     unproven: Collection[tuple[str, int]]
@@ -50,21 +50,25 @@ class Wraps:
         own = fields(tenant, key_id, version, backend, kek_version, wrapped)
         return hmac.digest(self._mac_key, self._prefix + own, "sha256")
 
-    async def proof(self, connection: Connection, job: Job, newest: int) -> Proof:
+    async def proof(
+        self, connection: Connection, job: Job, newest: int, known: Callable[[str, str, int], bool]
+    ) -> Proof:
         """Look at a tenant's rows; its chain is locked. `newest`: the newest version of its KEK
         that the job's backend has; a row that names a newer one is of an earlier KEK of that name.
+        `known` says of which versions the chain tells: another row stands for none of them.
 
         Raises:
             ByokeepError: STATE_TAMPERED.
         """
         found = {row[:2]: row[2:] for row in await store.wraps(connection, job.tenant)}
-        versions, unproven = 0, list[tuple[str, int]]()
+        looked, versions, unproven = 0, 0, list[tuple[str, int]]()
         for key in await key_store.of_tenant(connection, job.tenant):
             for one in key.versions:
-                versions += 1
-                if versions % _STRIDE == 0:
+                looked += 1
+                if looked % _STRIDE == 0:
                     await asyncio.sleep(0)
                 domain.check_state(self._mac_key, self._deployment, key, one)
+                versions += known(job.tenant, key.key_id, one.version)
                 bound = key.key_id, one.version
                 if one.state is State.DESTROYED:
                     continue

@@ -29,6 +29,10 @@ INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, p
 VALUES (%s, %s, %s, %s, %s, %s, %s, 'QUEUED', now() + %s)
 ON CONFLICT DO NOTHING
 """
+_HASTEN = """
+UPDATE kek_job SET due_time = least(due_time, now() + %s)
+WHERE tenant = %s AND phase = 'QUEUED' AND caller = 'keyvault'
+"""
 _GET = f"SELECT {_COLUMNS} FROM kek_job WHERE job_id = %s"  # noqa: S608 constant columns
 _OF_REQUEST = f"SELECT {_COLUMNS} FROM kek_job WHERE tenant = %s AND request_id = %s"  # noqa: S608
 _LOCK = _GET + " AND phase = %s FOR UPDATE"
@@ -262,6 +266,11 @@ async def insert(
         _INSERT,
         (job_id, tenant, request_id, caller, order.rotate, order.rewrap, order.trim, wait),
     )
+
+
+async def hasten(connection: Connection, tenant: str, wait: datetime.timedelta) -> None:
+    """Let a tenant's waiting sweep wait no longer than this."""
+    await connection.execute(_HASTEN, (wait, tenant))
 
 
 async def get(database: Database, job_id: str) -> Job | None:

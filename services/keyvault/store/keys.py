@@ -23,11 +23,11 @@ FROM provider_key k JOIN key_version v USING (tenant, key_id)
 """
 _GET = _COLUMNS + "WHERE k.tenant = %s AND k.key_id = %s ORDER BY v.version"
 # A key lives as long as something of it can be opened, whatever else its rows say; and what has
-# no version is no key, and fills no page.
+# no version is no key, and fills no page; nor does what has an id that no key has.
 _PAGE_WHERE = """
 WHERE k.tenant = %(tenant)s AND k.key_id IN (
     SELECT p.key_id FROM provider_key p
-    WHERE p.tenant = %(tenant)s AND p.key_id > %(after)s AND EXISTS (
+    WHERE p.tenant = %(tenant)s AND p.key_id > %(after)s AND length(p.key_id) <= 64 AND EXISTS (
         SELECT FROM key_version e WHERE e.tenant = p.tenant AND e.key_id = p.key_id
           AND (%(destroyed)s OR e.wrapped_dek IS NOT NULL OR e.envelope IS NOT NULL))
     ORDER BY p.key_id LIMIT %(limit)s
@@ -41,7 +41,9 @@ FROM key_version WHERE tenant = %s GROUP BY key_id ORDER BY key_id
 """
 _ERASE = """
 UPDATE key_version SET wrapped_dek = NULL, wrap_mac = NULL, envelope = NULL
-WHERE tenant = %s AND (wrapped_dek IS NOT NULL OR envelope IS NOT NULL)
+WHERE tenant = %(tenant)s AND (wrapped_dek IS NOT NULL OR envelope IS NOT NULL)
+  AND (%(key_id)s::text IS NULL OR key_id = %(key_id)s)
+  AND (%(version)s::integer IS NULL OR version = %(version)s)
 """
 _INSERT_KEY = """
 INSERT INTO provider_key (tenant, key_id, provider, owner, display_name)
@@ -61,7 +63,7 @@ WHERE tenant = %s AND key_id = %s AND version = %s
 """
 _TOUCH = """
 UPDATE provider_key SET revision = least(revision, 9223372036854775806) + 1,
-    destroy_time = CASE WHEN %s THEN coalesce(destroy_time, now()) END
+    destroy_time = CASE WHEN %s THEN coalesce(destroy_time, now()) ELSE destroy_time END
 WHERE tenant = %s AND key_id = %s
 """
 _SAME_NAME = """
@@ -102,9 +104,12 @@ async def stored(database: Database, tenant: str) -> dict[str, int]:
     return dict(await database.all(_STORED, (tenant,)))
 
 
-async def erase(connection: Connection, tenant: str) -> None:
-    """Delete all ciphertext of a tenant's keys, whatever its rows say."""
-    await connection.execute(_ERASE, (tenant,))
+async def erase(
+    connection: Connection, tenant: str, key_id: str | None = None, version: int | None = None
+) -> None:
+    """Delete all ciphertext of a tenant's keys, or of one, or of a version of it, whatever its
+    rows say."""
+    await connection.execute(_ERASE, {"tenant": tenant, "key_id": key_id, "version": version})
 
 
 async def page(

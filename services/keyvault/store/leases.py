@@ -87,7 +87,7 @@ WHERE l.lease_id = ANY(%s)
 """
 # Whoever ends leases counts them down, by the rows that did end.
 _UNCOUNT = """
-UPDATE lease_meter AS m SET in_flight = m.in_flight - gone.number
+UPDATE lease_meter AS m SET in_flight = greatest(m.in_flight, gone.number) - gone.number
 FROM (SELECT tenant, coalesce(key_id, '') AS key_id, count(*) AS number
       FROM ended GROUP BY GROUPING SETS ((tenant), (tenant, key_id))) AS gone
 WHERE m.tenant = gone.tenant AND m.key_id = gone.key_id

@@ -67,7 +67,7 @@ def key_row(key: Key) -> list[Text | str]:
         state_text(key_state(key)),
         clean(kept.hint) or "-",
         # What a provider said of it means nothing any more.
-        (key_state(key) != "DESTROYED" and serving_verdict(key)) or "-",
+        (key_state(key) not in ("REVOKED", "DESTROYED") and serving_verdict(key)) or "-",
     ]
 
 

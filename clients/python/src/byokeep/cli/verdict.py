@@ -85,7 +85,7 @@ def _conclude(session: Session, key: Key, done: bool) -> None:
     raise CliError(
         "the provider could not be asked yet; the key is stored and stays PENDING"
         + (f", next try at {again}" if again else ""),
-        f"byokeep key show {reference}",
+        f"byokeep key show {reference}; byokeep doctor says whether the tenant gets leases",
         Exit.UNAVAILABLE,
         "KEY_UNVALIDATED",
     )

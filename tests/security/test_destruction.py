@@ -1,0 +1,187 @@
+"""A destruction that somebody with the database's password wants to survive, or to misuse.
+
+All of it is plain SQL on keyvault's own database; LOOT is a copy that the attacker keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+
+import pytest
+from byokeep.ids import new_id
+from byokeep.keyvault.v1 import audit_pb2
+
+from services.keyvault import rotation
+from tests.harness import keyvault as kv
+from tests.harness.keyvault import try_lease
+
+DESTROYED = audit_pb2.AUDIT_EVENT_TYPE_DESTROYED
+LOOT = "CREATE TABLE loot AS SELECT * FROM key_version"
+ANTHROPIC = {"provider": "anthropic"}
+
+
+async def _pass(keyvault):
+    await keyvault.tick()
+
+
+async def _swept(keyvault):
+    """Let the sweep run, and return how it ended."""
+    for _ in range(60):
+        await keyvault.sql(
+            "UPDATE kek_job SET due_time = now() WHERE due_time > now() + interval '1 second'"
+        )
+        await asyncio.sleep(0.25)
+        ((phase,),) = await keyvault.sql("SELECT phase FROM kek_job")
+        if phase in ("DONE", "PARTIAL", "FAILED"):
+            return phase
+    raise AssertionError("the sweep does not end")
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        "UPDATE key_version SET version = 7",
+        "UPDATE key_version SET version = -1",
+        "DELETE FROM key_version WHERE version = 2",
+        "DELETE FROM key_version",
+    ],
+)
+async def test_a_version_that_was_hidden_is_destroyed_with_its_key(keyvault, hide):
+    """Shown to fail with a destruction of the rows that are there, and no event about the key."""
+    key = await keyvault.add_active()
+    key_id = key.name.split("/")[3]
+    if "= 2" in hide:
+        await keyvault.add_active("sk-proj-" + "n" * 40, key_id=key_id, operation="rotate")
+    await _pass(keyvault)
+    await keyvault.sql(LOOT)
+    await keyvault.sql(hide)
+    if hide == "DELETE FROM key_version":
+        await kv.refusal(keyvault.change("DestroyKey", key.name))
+    else:
+        await keyvault.change("DestroyKey", key.name)
+    # keyvault follows its chain, and then the rows come back.
+    await _pass(keyvault)
+    await keyvault.sql("DELETE FROM key_version")
+    await keyvault.sql("INSERT INTO key_version SELECT * FROM loot")
+    await keyvault.sql("UPDATE provider_key SET destroy_time = NULL")
+    assert await try_lease(keyvault, key) in ("WRONG_STATE", "RECONCILE_MISMATCH")
+    await _pass(keyvault)
+    await _pass(keyvault)
+    assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"  # and on the record
+    last = (await keyvault.events())[-1]
+    assert (last.type, last.key_id) == (audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED, key_id)
+
+
+async def test_the_chain_says_that_a_key_is_destroyed_as_a_whole_once(keyvault):
+    key = await keyvault.add_active()
+    await keyvault.change("DestroyKey", key.name)
+    await _pass(keyvault)
+    await keyvault.change("DestroyKey", key.name)
+    told = [one.key_version for one in await keyvault.events() if one.type == DESTROYED]
+    assert told == [0, 1]
+
+
+async def test_ciphertext_that_is_put_back_into_a_tombstone_dies_with_the_sweep(keyvault):
+    """Shown to fail with sweeps that wrap whatever ciphertext they find."""
+    key = await keyvault.add_active()
+    await keyvault.sql(LOOT)
+    await keyvault.change("DestroyKey", key.name)
+    await _pass(keyvault)
+    await keyvault.sql(
+        "UPDATE key_version v SET envelope = l.envelope, wrapped_dek = l.wrapped_dek,"
+        " wrap_mac = l.wrap_mac FROM loot l"
+    )
+    assert await _swept(keyvault) == "DONE"
+    assert await keyvault.sql("SELECT kek_version, envelope, wrapped_dek FROM key_version") == [
+        (1, None, None)
+    ]
+    assert await keyvault.sql("SELECT version FROM local_kek WHERE name = 'tenant/acme'") == [(2,)]
+
+
+@pytest.mark.parametrize("numbers", ["(0)", "(-1)", "(-1),(-2)"])
+async def test_no_made_up_version_stands_for_a_living_key(keyvault, numbers):
+    """A trim counts the versions that the chain knows: a row more does not hide one less.
+
+    Shown to fail with a proof that counts rows.
+    """
+    living = await keyvault.add_active()
+    other = await keyvault.add_active("sk-ant-api03-" + "q" * 40, **ANTHROPIC)
+    await keyvault.sql(
+        "INSERT INTO key_version (tenant, key_id, version, state, state_sequence, state_mac, hint,"
+        " kek_backend, kek_version, wrapped_dek, wrap_mac, envelope) SELECT tenant, key_id, g.n,"
+        " state, state_sequence, state_mac, hint, kek_backend, kek_version, wrapped_dek, wrap_mac,"
+        f" envelope FROM key_version, (VALUES {numbers}) AS g (n) WHERE key_id = %s",
+        other.name.split("/")[3],
+    )
+    await keyvault.change("DestroyKey", other.name)
+    await keyvault.sql(LOOT)
+    await keyvault.sql("DELETE FROM key_version WHERE key_id = %s", living.name.split("/")[3])
+    assert await _swept(keyvault) == "PARTIAL"
+    await keyvault.sql(
+        "INSERT INTO key_version SELECT * FROM loot WHERE key_id = %s", living.name.split("/")[3]
+    )
+    assert await try_lease(keyvault, living) == ""
+
+
+@pytest.mark.parametrize("method", ["RevokeKey", "DestroyKey"])
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        "SELECT setval('revocation_sequence_seq', 9223372036854775807)",
+        "UPDATE lease_meter SET in_flight = (-9223372036854775808)::bigint",
+        "UPDATE provider_key SET destroy_time = now(); INSERT INTO provider_key (tenant, key_id,"
+        " provider, owner, display_name) SELECT tenant, 'key_' || repeat('0', 26), provider, owner,"
+        " display_name FROM provider_key",
+    ],
+)
+async def test_no_other_row_keeps_a_key_from_being_revoked(keyvault, method, forgery):
+    """Shown to fail with leases that must be ended first, and with a name that is taken again."""
+    key = await keyvault.add_active()
+    assert await try_lease(keyvault, key) == ""
+    for statement in forgery.split("; "):
+        await keyvault.sql(statement)
+    await keyvault.change(method, key.name)
+    assert await try_lease(keyvault, key) == "WRONG_STATE"
+
+
+async def test_a_sweep_that_was_put_off_is_not(keyvault, monkeypatch):
+    """Shown to fail with a sweep that waits as long as its row says."""
+    key = await keyvault.add_active()
+    await keyvault.sql(
+        "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase,"
+        " due_time) VALUES ('job_x', 'acme', 'x', 'keyvault', true, true, true, 'QUEUED',"
+        " 'infinity')"
+    )
+    await keyvault.change("DestroyKey", key.name)
+    ((due,),) = await keyvault.sql("SELECT due_time::text FROM kek_job")
+    assert due != "infinity"
+    await keyvault.sql("UPDATE kek_job SET due_time = 'infinity' WHERE phase = 'QUEUED'")
+    monkeypatch.setattr(rotation, "UNSWEPT", datetime.timedelta(0))
+    await _pass(keyvault)
+    await keyvault.app._rotation.resweep()
+    assert await keyvault.sql("SELECT 1 FROM kek_job WHERE due_time = 'infinity'") == []
+
+
+async def test_an_id_that_no_key_has_fills_no_page(keyvault):
+    key = await keyvault.add_active()
+    await keyvault.sql(
+        "INSERT INTO provider_key (tenant, key_id, provider, owner, display_name)"
+        " VALUES ('acme', 'key_00' || repeat('z', 200), 'openai', '', 'd')"
+    )
+    await keyvault.sql(
+        "INSERT INTO key_version (tenant, key_id, version, state, state_sequence, state_mac, hint,"
+        " kek_backend, kek_version, envelope) SELECT tenant, key_id, 1, 2, 1, 'x', 'h', 'local', 1,"
+        " 'x' FROM provider_key WHERE length(key_id) > 100"
+    )
+    request = kv.custody_pb2.ListKeysRequest(parent="tenants/acme", page_size=1)
+    page = await keyvault.custody.ListKeys(request)
+    assert ([one.name for one in page.keys], page.next_page_token) == ([key.name], "")
+
+
+async def test_a_key_that_nobody_made_can_not_be_destroyed(keyvault):
+    """And leaves nothing in the chain."""
+    before = len(await keyvault.events())
+    name = f"tenants/acme/providerKeys/{new_id('key')}"
+    await kv.refusal(keyvault.change("DestroyKey", name))
+    assert len(await keyvault.events()) == before
