@@ -323,6 +323,33 @@ async def test_key_that_can_not_be_destroyed_stops_no_other(stack: Stack, monkey
     assert await stack.sql("SELECT key_id FROM key_validation") == [(waiting,)]
 
 
+@pytest.mark.parametrize("reason", ["STATE_TAMPERED", "NOT_FOUND", "ROW_TAMPERED"])
+async def test_key_whose_rows_were_forged_or_hidden_is_destroyed(stack: Stack, monkeypatch, reason):
+    """keyvault answers for it: what it can't show it can still destroy.
+
+    Shown to fail where a key must be shown before it is destroyed.
+    """
+    key_id = stack.keyvault.add("acme")
+    heard = stack.keyvault._heard
+
+    async def refuse(request, context):
+        if isinstance(request, custody_pb2.GetKeyRequest):
+            error = ByokeepError(grpc.StatusCode.DATA_LOSS, reason, "altered")
+            await context.abort(error.code, error.message, error.trailing_metadata())
+        return await heard(request, context)
+
+    monkeypatch.setattr(stack.keyvault, "_heard", refuse)
+    name = names.key_name("acme", key_id)
+    request = key_pb2.DestroyKeyRequest(name=name, request_id=request_id())
+    if reason == "ROW_TAMPERED":
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stack.client("acme").keys.DestroyKey(request)
+        assert stack.keyvault.asked(custody_pb2.DestroyKeyRequest) == []
+    else:
+        destroyed = await stack.client("acme").keys.DestroyKey(request)
+        assert destroyed.key.provider_key.state == DESTROYED
+
+
 async def test_repeated_add_validates_once(stack: Stack) -> None:
     request = add_key_request()
     client = stack.client("acme").keys

@@ -20,6 +20,8 @@ _KV = "services/keyvault/"
 _SEC = "tests/security/"
 _FORGED = _SEC + "test_rows.py::test_forged_row_does_not_keep_its_key_alive"
 _CHANGES = "tests/component/test_keyvault_changes.py::"
+_DEATH = _SEC + "test_destruction.py::"
+_HIDDEN = _DEATH + "test_a_version_that_was_hidden_is_destroyed_with_its_key"
 
 _AUDITLOG = "clients/python/src/byokeep/auditlog/"
 _OR = "services/orchestrator/"
@@ -422,7 +424,7 @@ MUTANTS = (
     Mutant(
         "a lease that ended still counts",
         _KV + "store/leases.py",
-        "SET in_flight = m.in_flight - gone.number",
+        "SET in_flight = greatest(m.in_flight, gone.number) - gone.number",
         "SET in_flight = m.in_flight",
         (_SEC + "test_rogue_orchestrator.py::test_whatever_ends_a_lease_gives_its_place_back",),
     ),
@@ -671,8 +673,8 @@ MUTANTS = (
     Mutant(
         "a forged row keeps its key from being destroyed",
         _KV + "custody.py",
-        "            if trusting:\n                self.check(key)\n",
-        "            self.check(key)\n            if trusting:\n                pass\n",
+        "            key = None if key is None else self._feared(key)\n",
+        "            self.check(key)\n",
         (_FORGED,),
     ),
     Mutant(
@@ -681,6 +683,83 @@ MUTANTS = (
         "one if self._authentic(key, one) else replace(one, state=State.REVOKED)",
         "one",
         (_FORGED,),
+    ),
+    Mutant(
+        "a hidden version outlives its key",
+        _KV + "following.py",
+        "for one in (version, WHOLE_KEY)",
+        "for one in (version,)",
+        (_HIDDEN,),
+    ),
+    Mutant(
+        "a destruction of no row is none",
+        _KV + "custody.py",
+        "known = key is not None or self._reconcile.newest(tenant, key_id, 1) > 0",
+        "known = key is not None",
+        (_HIDDEN,),
+    ),
+    Mutant(
+        "a row of a destroyed key is no difference",
+        _KV + "differences.py",
+        "if state != State.DESTROYED and self._following.destroyed(tenant, key_id, version):",
+        "if state == 99:",
+        (_HIDDEN,),
+    ),
+    Mutant(
+        "put-back ciphertext is wrapped anew",
+        _KV + "rotation.py",
+        "if wrapped is not None and self._reconcile.destroyed(tenant, key_id, version):",
+        "if wrapped == b'':",
+        (_DEATH + "test_ciphertext_that_is_put_back_into_a_tombstone_dies_with_the_sweep",),
+    ),
+    Mutant(
+        "a made-up version stands for a living one",
+        _KV + "wraps.py",
+        "versions += known(job.tenant, key.key_id, one.version)",
+        "versions += 1",
+        (_DEATH + "test_no_made_up_version_stands_for_a_living_key",),
+    ),
+    Mutant(
+        "the event of a whole key counts as a version",
+        _KV + "following.py",
+        "        return version != WHOLE_KEY and found[1] > 0\n",
+        "        return found[1] > 0\n",
+        (_DEATH + "test_no_made_up_version_stands_for_a_living_key",),
+    ),
+    Mutant(
+        "leases that can't be ended keep a key from being revoked",
+        _KV + "database.py",
+        "    except psycopg.Error:\n        failed = True\n    if failed:\n",
+        "    except ZeroDivisionError:\n        failed = True\n    if failed:\n",
+        (_DEATH + "test_no_other_row_keeps_a_key_from_being_revoked",),
+    ),
+    Mutant(
+        "a name that is taken keeps a key from being revoked",
+        _KV + "store/keys.py",
+        "ELSE destroy_time END",
+        "ELSE NULL END",
+        (_DEATH + "test_no_other_row_keeps_a_key_from_being_revoked",),
+    ),
+    Mutant(
+        "a sweep waits as long as its row says",
+        _KV + "rotation.py",
+        "    await store.hasten(connection, tenant, wait)\n",
+        "",
+        (_DEATH + "test_a_sweep_that_was_put_off_is_not",),
+    ),
+    Mutant(
+        "an id that no key has fills a page",
+        _KV + "store/keys.py",
+        "AND length(p.key_id) <= 64 AND EXISTS (",
+        "AND EXISTS (",
+        (_DEATH + "test_an_id_that_no_key_has_fills_no_page",),
+    ),
+    Mutant(
+        "a key that can't be shown can't be destroyed",
+        _OR + "keys.py",
+        'if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):',
+        "if error.reason:",
+        (_OUTLIVED + "test_key_whose_rows_were_forged_or_hidden_is_destroyed",),
     ),
     Mutant(
         "a time that Python does not have keeps its key alive",
@@ -741,8 +820,8 @@ MUTANTS = (
     Mutant(
         "rows without versions fill a page of keys",
         _KV + "store/keys.py",
-        "p.key_id > %(after)s AND EXISTS (",
-        "p.key_id > %(after)s AND %(limit)s > 0 OR EXISTS (",
+        "length(p.key_id) <= 64 AND EXISTS (",
+        "length(p.key_id) <= 64 AND %(limit)s > 0 OR EXISTS (",
         (_SEC + "test_rows.py::test_listed_is_what_can_be_opened",),
     ),
     Mutant(
@@ -1442,8 +1521,8 @@ MUTANTS = (
     Mutant(
         "a trim's proof is of the row as it is read again",
         _KV + "rotation.py",
-        "await self._wraps.proof(connection, job, newest)",
-        "await self._wraps.proof(connection, locked, newest)",
+        "await self._wraps.proof(connection, job, newest, known)",
+        "await self._wraps.proof(connection, locked, newest, known)",
         (_SEC + "test_database_attacker.py::test_two_answers_about_one_trim",),
     ),
     Mutant(
@@ -1692,8 +1771,8 @@ MUTANTS = (
     Mutant(
         "a row older than its chain is made ACTIVE",
         _KV + "custody.py",
-        "                if self._outdated(key, version):",
-        "                if False:",
+        "                if gone or self._outdated(key, version):",
+        "                if gone:",
         (_SEC + "test_revival.py::test_an_old_pending_row_is_not_promoted_again",),
     ),
     Mutant(

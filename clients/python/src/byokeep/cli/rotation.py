@@ -202,8 +202,9 @@ def _rewrap(session: Session, name: str, *, trim: bool, to: str = "") -> None:
                 session.out.json_line(message_dict(latest))
     if not session.out.as_json:
         now = f"; all are under {clean(latest.backend)} v{latest.version} or newer"
+        count = f"rewrapped {latest.done} of {latest.total} data keys"
         session.out.print(
-            f"tenant {name}: rewrapped {latest.done} of {latest.total} data keys"
+            f"tenant {name}: {count if latest.total else 'nothing to rewrap'}"
             f"{now if latest.phase == _DONE else ''}"
             f"{'; its older versions are destroyed' if trim and latest.phase == _DONE else ''}"
         )
