@@ -59,6 +59,11 @@ def test_up_twice_killed_up_again_down(root, stack) -> None:
     assert profile.read_text() == before
     assert (again.returncode, "already up" in again.stdout) == (0, True)
     assert _run(root, "status").returncode == 0
+    # What ends is started again, and known by its new process.
+    runner = _description(root)["processes"]["runner"]
+    os.kill(runner, signal.SIGKILL)
+    assert wait_for(lambda: _description(root)["processes"]["runner"] != runner, 30)
+    assert wait_for(lambda: _run(root, "status").returncode == 0, 30)
     pids = list(_description(root)["processes"].values())
     assert all(map(alive, pids))
 
