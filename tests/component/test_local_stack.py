@@ -96,7 +96,7 @@ def test_another_stack_leaves_the_checkouts_profile_alone(how, tmp_path, monkeyp
 
 @pytest.mark.parametrize("live", [False, True])
 def test_up_says_who_plays_the_providers(live, tmp_path, capsys) -> None:
-    background._print_usage(tmp_path / "config.toml", live=live)
+    background._print_usage(tmp_path / "config.toml", fresh=True, live=live)
     said = capsys.readouterr().out
     assert f"export BYOKEEP_CONFIG={tmp_path / 'config.toml'}" in said
     assert ("sk-proj-" in said) is not live

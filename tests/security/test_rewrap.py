@@ -259,7 +259,10 @@ async def test_shred_sweep_after_destroy(swift):
                     await keyvault.app._backends.primary.unwrap("tenant/acme", wrapped)
         await open_all(keyvault, {key: values[key] for key in values if key not in gone})
         events = await keyvault.events()
-        tombstones = [e for e in events if e.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED]
+        told = [e for e in events if e.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED]
+        # Each key as a whole, then its version.
+        assert [one.key_version for one in told] == [0, 1] * 3
+        tombstones = [one for one in told if one.key_version]
         assert [(one.key_id, one.shred) for one in tombstones] == [(key, "none") for key in gone]
         trimmed = [e for e in events if e.type == audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_TRIMMED]
         assert [(one.detail, one.shred) for one in trimmed] == [("local v2", "none")]
