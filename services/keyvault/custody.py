@@ -125,6 +125,11 @@ class Custody:
                     await chain.append(connection, head, self._deployment, [whole])
                 else:
                     await self.apply(connection, head, key, changes, origin, (whole,))
+                async with aside(connection, "leases_not_ended"):
+                    # Of versions that were hidden too.
+                    await lease_store.revoke(
+                        connection, tenant, key_id, None, lease_pb2.LEASE_OUTCOME_CANCELLED
+                    )
                 await store.erase(connection, tenant, key_id)
                 await queue_sweep(connection, tenant, self._shred_after)
         return await self.get(tenant, key_id)

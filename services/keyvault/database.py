@@ -154,14 +154,12 @@ async def _configure(connection: Connection) -> None:
 @asynccontextmanager
 async def aside(connection: Connection, event: str) -> AsyncIterator[None]:
     """Run statements that the transaction can do without: data that makes them fail undoes them
-    alone, and is told in the log. A lost connection is raised."""
+    alone, and is told in the log. Whatever else fails is raised."""
     failed = False
     try:
         async with connection.transaction():
             yield
-    except (psycopg.OperationalError, psycopg.InterfaceError):
-        raise
-    except psycopg.Error:
+    except (psycopg.DataError, psycopg.IntegrityError):
         failed = True
     if failed:
         logs.event(log, event, level=logging.CRITICAL)

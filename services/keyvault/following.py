@@ -66,7 +66,7 @@ class Following:
         """Start with nothing followed. The key is keyvault's own; `changed` is told of every
         version that an event gives another state."""
         self._database = database
-        self._key = hmac.digest(key, b"byokeep/reconcile/v4", hashlib.sha256)
+        self._key = hmac.digest(key, b"byokeep/reconcile/v5", hashlib.sha256)
         self._changed = changed
         self.forget(Position())
 
@@ -339,16 +339,23 @@ class Following:
             # What was frozen stays so in the chain: no column that SQL could clear.
             self.states.freeze(version)
             self.revived.discard(bound)
-        elif event.type in STATE_AFTER:
-            before, since, _ = self.states.get(version)
-            if sequence > since and not may_become(before, STATE_AFTER[event.type]):
-                # keyvault wrote it, misled by a row that was put back.
-                self.states.freeze(version)
-                self.revived.add(bound)
-            self.states.set(version, STATE_AFTER[event.type], sequence)
-            if event.key_version != WHOLE_KEY:
-                self.versions[tenant] += not since
+        elif event.key_version == WHOLE_KEY:
+            # Nothing takes it back, and nothing else is ever said of all of a key.
+            if event.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:
+                self.states.set(version, State.DESTROYED, sequence)
                 self._changed(bound)
+        elif event.type in STATE_AFTER:
+            before, since, frozen = self.states.get(version)
+            self._changed(bound)
+            if sequence > since and not may_become(before, STATE_AFTER[event.type]):
+                # keyvault wrote it, misled by a row that was put back, or somebody else did: what
+                # is over stays over.
+                self.states.freeze(version)
+                if not frozen:
+                    self.revived.add(bound)
+                return
+            self.states.set(version, STATE_AFTER[event.type], sequence)
+            self.versions[tenant] += not since
 
 
 def _froze(event: audit_pb2.AuditEvent) -> bool:

@@ -146,7 +146,8 @@ class Rotation:
             head = await chain.lock(connection, chain.tenant_chain(job.tenant))
             if await store.lock(connection, job.job_id, "START") is None:
                 return
-            await self._bury(connection, job.tenant)
+            if not self._reconcile.rolled_back:
+                await self._bury(connection, job.tenant)
             if created or job.rotate:
                 kind = (
                     audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED

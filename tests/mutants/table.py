@@ -692,6 +692,29 @@ MUTANTS = (
         (_HIDDEN,),
     ),
     Mutant(
+        "a planted event brings a destroyed key back",
+        _KV + "following.py",
+        "            if event.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:\n"
+        "                self.states.set(version, State.DESTROYED, sequence)\n",
+        "            if event.type in STATE_AFTER:\n"
+        "                self.states.set(version, STATE_AFTER[event.type], sequence)\n",
+        (_DEATH + "test_no_planted_event_brings_a_destroyed_key_back",),
+    ),
+    Mutant(
+        "what is over is over until a later event",
+        _KV + "following.py",
+        "                    self.revived.add(bound)\n                return\n",
+        "                    self.revived.add(bound)\n",
+        (_DEATH + "test_no_planted_event_brings_a_destroyed_key_back",),
+    ),
+    Mutant(
+        "leases of hidden versions live on",
+        _KV + "custody.py",
+        "connection, tenant, key_id, None, lease_pb2.LEASE_OUTCOME_CANCELLED",
+        'connection, tenant, "", None, lease_pb2.LEASE_OUTCOME_CANCELLED',
+        (_DEATH + "test_leases_of_hidden_versions_end_with_their_key",),
+    ),
+    Mutant(
         "a destruction of no row is none",
         _KV + "custody.py",
         "known = key is not None or self._reconcile.newest(tenant, key_id, 1) > 0",
@@ -729,8 +752,8 @@ MUTANTS = (
     Mutant(
         "leases that can't be ended keep a key from being revoked",
         _KV + "database.py",
-        "    except psycopg.Error:\n        failed = True\n    if failed:\n",
-        "    except ZeroDivisionError:\n        failed = True\n    if failed:\n",
+        "    except (psycopg.DataError, psycopg.IntegrityError):\n        failed = True\n",
+        "    except ZeroDivisionError:\n        failed = True\n",
         (_DEATH + "test_no_other_row_keeps_a_key_from_being_revoked",),
     ),
     Mutant(

@@ -12,7 +12,7 @@ import pytest
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import audit_pb2
 
-from services.keyvault import rotation
+from services.keyvault import chain, rotation
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import try_lease
 
@@ -71,6 +71,56 @@ async def test_a_version_that_was_hidden_is_destroyed_with_its_key(keyvault, hid
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"  # and on the record
     last = (await keyvault.events())[-1]
     assert (last.type, last.key_id) == (audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED, key_id)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+async def test_no_planted_event_brings_a_destroyed_key_back(keyvault, version):
+    """Links are hashes that anybody can compute: what is over stays over, whatever comes after it.
+
+    Shown to fail with the newest event of a version, or of the whole key, in force.
+    """
+    key = await keyvault.add_active()
+    key_id = key.name.split("/")[3]
+    await keyvault.sql(LOOT)
+    if version == 0:
+        await keyvault.sql("UPDATE key_version SET version = 7")
+    await keyvault.change("DestroyKey", key.name)
+    await _pass(keyvault)
+    ((sequence, head),) = await keyvault.sql(
+        "SELECT sequence, hash FROM chain WHERE chain = 'tenants/acme'"
+    )
+    body = audit_pb2.AuditEvent(
+        type=audit_pb2.AUDIT_EVENT_TYPE_STAGED,
+        chain="tenants/acme",
+        sequence=sequence + 1,
+        key_id=key_id,
+        key_version=version,
+    ).SerializeToString()
+    link = chain.link_hash(bytes(head), body)
+    await keyvault.sql(
+        "INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)"
+        " VALUES ('tenants/acme', %s, %s, %s, %s, %s)",
+        *(sequence + 1, key_id, body, head, link),
+    )
+    await keyvault.sql(
+        "UPDATE chain SET sequence = sequence + 1, hash = %s WHERE chain = 'tenants/acme'", link
+    )
+    await keyvault.sql("DELETE FROM key_version")
+    await keyvault.sql("INSERT INTO key_version SELECT * FROM loot")
+    for _ in range(2):
+        await _pass(keyvault)
+        assert await try_lease(keyvault, key) in ("WRONG_STATE", "RECONCILE_MISMATCH")
+    assert keyvault.app._reconcile.destroyed("acme", key_id, 1)
+
+
+async def test_leases_of_hidden_versions_end_with_their_key(keyvault):
+    """Shown to fail with the versions that its rows tell of."""
+    key = await keyvault.add_active()
+    assert await try_lease(keyvault, key) == ""
+    await _pass(keyvault)
+    await keyvault.sql("DELETE FROM key_version")
+    await kv.refusal(keyvault.change("DestroyKey", key.name))
+    assert await keyvault.sql("SELECT 1 FROM lease WHERE end_time IS NULL") == []
 
 
 async def test_the_chain_says_that_a_key_is_destroyed_as_a_whole_once(keyvault):
@@ -146,16 +196,16 @@ async def test_no_other_row_keeps_a_key_from_being_revoked(keyvault, method, for
 
 
 async def test_a_sweep_that_was_put_off_is_not(keyvault, monkeypatch):
-    """Shown to fail with a sweep that waits as long as its row says."""
+    """Shown to fail with a sweep that is, and waits as long, as its row says."""
     key = await keyvault.add_active()
     await keyvault.sql(
         "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase,"
-        " due_time) VALUES ('job_x', 'acme', 'x', 'keyvault', true, true, true, 'QUEUED',"
-        " 'infinity')"
+        " due_time, end_time, passes) VALUES ('job_x', 'acme', 'x', 'keyvault', false, true, false,"
+        " 'QUEUED', 'infinity', 'infinity', 30)"
     )
     await keyvault.change("DestroyKey", key.name)
-    ((due,),) = await keyvault.sql("SELECT due_time::text FROM kek_job")
-    assert due != "infinity"
+    asked = "SELECT due_time < 'infinity', end_time, rotate, trim, passes FROM kek_job"
+    assert await keyvault.sql(asked) == [(True, None, True, True, 0)]
     await keyvault.sql("UPDATE kek_job SET due_time = 'infinity' WHERE phase = 'QUEUED'")
     monkeypatch.setattr(rotation, "UNSWEPT", datetime.timedelta(0))
     await _pass(keyvault)

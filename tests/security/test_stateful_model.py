@@ -270,7 +270,8 @@ class Custody(RuleBasedStateMachine):
             previous = digest
             event = audit_pb2.AuditEvent.FromString(body)
             leased += event.type == audit_pb2.AUDIT_EVENT_TYPE_LEASED
-            if event.type in STATE_AFTER:
+            # Of version 0: the key as a whole.
+            if event.type in STATE_AFTER and event.key_version:
                 states[event.key_version] = (STATE_AFTER[event.type], sequence)
         assert states == {version: (state, sequence) for version, state, sequence in rows}
         ((stored,),) = await sql("SELECT count(*) FROM lease WHERE tenant = %s", self.tenant)

@@ -30,7 +30,9 @@ VALUES (%s, %s, %s, %s, %s, %s, %s, 'QUEUED', now() + %s)
 ON CONFLICT DO NOTHING
 """
 _HASTEN = """
-UPDATE kek_job SET due_time = least(due_time, now() + %s)
+UPDATE kek_job SET due_time = least(due_time, now() + %s), end_time = NULL,
+    rotate = true, rewrap = true, trim = true, target_backend = '', target_version = 0,
+    total = NULL, done = 0, failed = 0, after_key_id = '', after_version = 0, passes = 0
 WHERE tenant = %s AND phase = 'QUEUED' AND caller = 'keyvault'
 """
 _GET = f"SELECT {_COLUMNS} FROM kek_job WHERE job_id = %s"  # noqa: S608 constant columns
@@ -269,7 +271,7 @@ async def insert(
 
 
 async def hasten(connection: Connection, tenant: str, wait: datetime.timedelta) -> None:
-    """Let a tenant's waiting sweep wait no longer than this."""
+    """Let a tenant's waiting sweep be one, and wait no longer than this, whatever its row says."""
     await connection.execute(_HASTEN, (wait, tenant))
 
 
