@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sysconfig
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,10 +59,4 @@ def show(rows: list[Row]) -> None:
             met = row.value <= goal[1] if goal[0] == "<=" else row.value >= goal[1]
             verdict = f"{goal[0]} {goal[1]:g}  {'met' if met else 'NOT MET'}"
         print(f"{row.name:28} {row.value:12.2f} {row.unit:10} {verdict}")
-    print(f"on {platform.machine()}, {_python()}")
-
-
-def _python() -> str:
-    # Distributions' Pythons are built with profiles; one from source often is not, and slower.
-    profiled = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
-    return f"Python {platform.python_version()}, built with{'' if profiled else 'out'} profiles"
+    print(f"on {platform.machine()}, Python {platform.python_version()}")
