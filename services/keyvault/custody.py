@@ -118,18 +118,15 @@ class Custody:
                 await self._first_time(connection, key, request)
             key = None if key is None else self._feared(key)
             changes = [] if key is None else domain.destroy(key)
-            known = key is not None or self._reconcile.newest(tenant, key_id, 1) > 0
+            known = key is not None or self._reconcile.known(tenant, key_id, 1)
             if known and (changes or not self._reconcile.destroyed(tenant, key_id, WHOLE_KEY)):
                 whole = _whole(key_id, origin)
                 if key is None:
                     await chain.append(connection, head, self._deployment, [whole])
                 else:
                     await self.apply(connection, head, key, changes, origin, (whole,))
-                async with aside(connection, "leases_not_ended"):
-                    # Of versions that were hidden too.
-                    await lease_store.revoke(
-                        connection, tenant, key_id, None, lease_pb2.LEASE_OUTCOME_CANCELLED
-                    )
+                # Of versions that were hidden too.
+                await _end_leases(connection, tenant, key_id, None)
                 await store.erase(connection, tenant, key_id)
                 await queue_sweep(connection, tenant, self._shred_after)
         return await self.get(tenant, key_id)
@@ -179,11 +176,7 @@ class Custody:
             await store.set_state(connection, key, version)
         ended = [one.version for one in touched if one.state in _GONE]
         if ended:
-            # Rows of leases that were forged keep no key from being revoked.
-            async with aside(connection, "leases_not_ended"):
-                await lease_store.revoke(
-                    connection, key.tenant, key.key_id, ended, lease_pb2.LEASE_OUTCOME_CANCELLED
-                )
+            await _end_leases(connection, key.tenant, key.key_id, ended)
         if touched:
             destroyed = all(one.state is State.DESTROYED for one in versions.values())
             await store.touch(connection, key, destroyed=destroyed)
@@ -297,6 +290,17 @@ class Custody:
         if all(self._authentic(key, one) for one in key.versions):
             event.provider, event.owner = provider_value(key.provider), key.owner
         return event
+
+
+async def _end_leases(
+    connection: Connection, tenant: str, key_id: str, versions: list[int] | None
+) -> None:
+    """End the leases of versions, or of all of a key; forged rows of leases keep no key from being
+    revoked."""
+    async with aside(connection, "leases_not_ended"):
+        await lease_store.revoke(
+            connection, tenant, key_id, versions, lease_pb2.LEASE_OUTCOME_CANCELLED
+        )
 
 
 def _whole(key_id: str, origin: Origin) -> audit_pb2.AuditEvent:

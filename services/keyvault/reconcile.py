@@ -72,6 +72,10 @@ class Reconcile:
         states = self.following.states
         return states.get(states.fingerprint(tenant, key_id, version))[1]
 
+    def known(self, tenant: str, key_id: str, version: int) -> bool:
+        """Say whether a chain tells of a version, as far as chains were followed."""
+        return self.following.known(tenant, key_id, version)
+
     def destroyed(self, tenant: str, key_id: str, version: int) -> bool:
         """Say whether a version was destroyed, as far as chains were followed."""
         return self.following.destroyed(tenant, key_id, version)

@@ -259,8 +259,7 @@ class Rotation:
                 return False
             # Of the job as it is acted on: the row may say something else by now.
             await self._bury(connection, job.tenant)
-            known = self._reconcile.following.known
-            proof = await self._wraps.proof(connection, job, newest, known)
+            proof = await self._wraps.proof(connection, job, newest, self._reconcile.known)
             if proof.versions == versions and not proof.unproven:
                 return True
             again = await store.doubt(connection, job.tenant, proof.unproven)
