@@ -31,6 +31,8 @@ _PREFIX = b"byokeep/audit/v1\n"
 
 _CREATE = "INSERT INTO chain (chain, hash) VALUES (%s, %s) ON CONFLICT DO NOTHING"
 _LOCK = "SELECT sequence, hash, clock_timestamp() FROM chain WHERE chain = %s FOR UPDATE"
+# What stands after a locked head already, keyvault did not write: it must not keep a key from being
+# revoked. Where the head itself was set back, what was followed of the chain tells.
 _APPEND = """
 WITH event AS (
     INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
@@ -38,6 +40,8 @@ WITH event AS (
         %(sequences)s::bigint[], %(keys)s::text[], %(bodies)s::bytea[],
         %(previous)s::bytea[], %(hashes)s::bytea[]
     )
+    ON CONFLICT (chain, sequence) DO UPDATE SET (key_id, body, previous_hash, hash)
+        = (excluded.key_id, excluded.body, excluded.previous_hash, excluded.hash)
 )
 UPDATE chain SET sequence = %(sequence)s, hash = %(hash)s WHERE chain = %(chain)s
 """
@@ -49,6 +53,8 @@ RECORD = """
 , event AS (
     INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
     SELECT chain, sequence, key_id, body, previous, hash FROM item
+    ON CONFLICT (chain, sequence) DO UPDATE SET (key_id, body, previous_hash, hash)
+        = (excluded.key_id, excluded.body, excluded.previous_hash, excluded.hash)
 )
 UPDATE chain SET sequence = newest.sequence, hash = newest.hash
 FROM (SELECT DISTINCT ON (chain) chain, sequence, hash FROM item

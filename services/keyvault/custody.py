@@ -23,6 +23,7 @@ from services.keyvault.differences import mismatch
 from services.keyvault.domain import WHOLE_KEY, Change, Key, State, Version
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.rotation import queue_sweep
+from services.keyvault.store import audit as audit_store
 from services.keyvault.store import changes as change_store
 from services.keyvault.store import keys as store
 from services.keyvault.store import leases as lease_store
@@ -83,7 +84,7 @@ class Custody:
         """Apply what `decide` says to a key, as one transaction; return the key.
 
         A request that was carried out before changes nothing more. A change that does not trust
-        takes forged versions for REVOKED, and is made however often it is asked.
+        lets no forged version keep it from being made, and is made however often it is asked.
 
         Raises:
             ByokeepError: NOT_FOUND, STATE_TAMPERED, REQUEST_ID_CONFLICT, ETAG_MISMATCH, what
@@ -101,6 +102,14 @@ class Custody:
                 await self.apply(connection, head, key, decide(key, head), origin)
         return await self.get(tenant, key_id)
 
+    async def revoke(
+        self, tenant: str, key_id: str, origin: Origin, request: Request | None = None
+    ) -> Key:
+        """Revoke a key, as `destroy` destroys one. Raises ByokeepError: as `destroy`."""
+        async with self._database.transaction() as connection:
+            await self._end(connection, tenant, key_id, origin, request, State.REVOKED)
+        return await self.get(tenant, key_id)
+
     async def destroy(
         self, tenant: str, key_id: str, origin: Origin, request: Request | None = None
     ) -> Key:
@@ -112,24 +121,45 @@ class Custody:
                 REQUEST_ID_CONFLICT, ETAG_MISMATCH.
         """
         async with self._database.transaction() as connection:
-            head = await chain.lock(connection, chain.tenant_chain(tenant))
-            key = await store.get(connection, tenant, key_id)
-            if key is not None and request is not None:
-                await self._first_time(connection, key, request)
-            key = None if key is None else self._feared(key)
-            changes = [] if key is None else domain.destroy(key)
-            known = key is not None or self._reconcile.known(tenant, key_id, 1)
-            if known and (changes or not self._reconcile.destroyed(tenant, key_id, WHOLE_KEY)):
-                whole = _whole(key_id, origin)
-                if key is None:
-                    await chain.append(connection, head, self._deployment, [whole])
-                else:
-                    await self.apply(connection, head, key, changes, origin, (whole,))
-                # Of versions that were hidden too.
-                await _end_leases(connection, tenant, key_id, None)
-                await store.erase(connection, tenant, key_id)
+            ended = await self._end(connection, tenant, key_id, origin, request, State.DESTROYED)
+            if await store.erase(connection, tenant, key_id) or ended:
                 await queue_sweep(connection, tenant, self._shred_after)
         return await self.get(tenant, key_id)
+
+    async def _end(
+        self,
+        connection: Connection,
+        tenant: str,
+        key_id: str,
+        origin: Origin,
+        request: Request | None,
+        after: State,
+    ) -> bool:
+        """Give every version of a key its last state, also those of which no row tells now, and end
+        their leases; False where all of that was so before."""
+        head = await chain.lock(connection, chain.tenant_chain(tenant))
+        key = await self.stored(connection, tenant, key_id)
+        if key is not None and request is not None:
+            await self._first_time(connection, key, request)
+        key = None if key is None else self._feared(key)
+        changes = [] if key is None else domain.end(key, after)
+        known = key is not None or await self._told(connection, tenant, key_id)
+        over = self._reconcile.over(tenant, key_id, WHOLE_KEY)
+        ended = known and (bool(changes) or over not in (after, State.DESTROYED))
+        if ended:
+            whole = _whole(key_id, after, origin)
+            if key is None:
+                await chain.append(connection, head, self._deployment, [whole])
+            else:
+                await self.apply(connection, head, key, changes, origin, (whole,))
+        await end_leases(connection, tenant, key_id)
+        return ended
+
+    async def _told(self, connection: Connection, tenant: str, key_id: str) -> bool:
+        """Say whether the tenant's chain tells of a key, also what was not followed yet."""
+        return self._reconcile.known(tenant, key_id, 1) or await audit_store.tells(
+            connection, chain.tenant_chain(tenant), key_id
+        )
 
     async def destroy_version(
         self, tenant: str, key_id: str, version: int, origin: Origin, request: Request
@@ -162,8 +192,8 @@ class Custody:
             version = versions[change.version]
             if domain.STATE_AFTER[change.event] is State.ACTIVE:
                 self._reconcile.check_chain(key.tenant)
-                gone = self._reconcile.destroyed(key.tenant, key.key_id, change.version)
-                if gone or self._outdated(key, version):
+                over = self._reconcile.over(key.tenant, key.key_id, change.version)
+                if over is not None or self._reconcile.outdated(key, version):
                     raise mismatch(key.key_id)
             events.append(self.event(key, change, origin))
             version = domain.with_state(
@@ -176,7 +206,7 @@ class Custody:
             await store.set_state(connection, key, version)
         ended = [one.version for one in touched if one.state in _GONE]
         if ended:
-            await _end_leases(connection, key.tenant, key.key_id, ended)
+            await end_leases(connection, key.tenant, key.key_id, ended)
         if touched:
             destroyed = all(one.state is State.DESTROYED for one in versions.values())
             await store.touch(connection, key, destroyed=destroyed)
@@ -184,9 +214,13 @@ class Custody:
                 await queue_sweep(connection, key.tenant, self._shred_after)
 
     async def get(self, tenant: str, key_id: str) -> Key:
-        """Return a key. Raises ByokeepError: NOT_FOUND, STATE_TAMPERED."""
+        """Return a key, as its rows tell. Raises ByokeepError: NOT_FOUND, STATE_TAMPERED."""
         async with self._database.transaction() as connection:
-            return await self.checked(connection, tenant, key_id)
+            key = await store.get(connection, tenant, key_id)
+        if key is None:
+            raise domain.not_found("provider key")
+        self.check(key)
+        return key
 
     async def page(self, tenant: str, after: str, limit: int, *, destroyed: bool) -> list[Key]:
         """Return a page of keys, by id. Never touches the KEK backend."""
@@ -211,11 +245,12 @@ class Custody:
 
         async def destroy(row: Row) -> None:
             async def act(connection: Connection, head: chain.Head, versions: int) -> None:
-                key = await self.checked(connection, row[0], row[1])
+                # A forged version keeps no other from being destroyed.
+                key = self._feared(await self._there(connection, row[0], row[1]))
                 over = [
                     change
                     for change in domain.expired(key, head.now)
-                    if not self._outdated(key, key.version(change.version))
+                    if not self._reconcile.outdated(key, key.version(change.version))
                 ]
                 await self.apply(connection, head, key, over, origin)
 
@@ -228,16 +263,43 @@ class Custody:
         await change_store.forget(self._database)
 
     async def checked(self, connection: Connection, tenant: str, key_id: str) -> Key:
-        """Return a key, within a transaction. Raises ByokeepError: NOT_FOUND, STATE_TAMPERED."""
+        """Return a key that is to be changed (see `stored`). Raises ByokeepError: NOT_FOUND,
+        STATE_TAMPERED."""
         key = await self._there(connection, tenant, key_id)
         self.check(key)
         return key
 
     async def _there(self, connection: Connection, tenant: str, key_id: str) -> Key:
-        key = await store.get(connection, tenant, key_id)
+        key = await self.stored(connection, tenant, key_id)
         if key is None:
             raise domain.not_found("provider key")
         return key
+
+    async def stored(self, connection: Connection, tenant: str, key_id: str) -> Key | None:
+        """Return a key that is to be changed: as its rows tell, with the versions of which only its
+        chain tells. A row that was hidden keeps no version from what is done to its key, nor does
+        it free its number."""
+        key = await store.get(connection, tenant, key_id)
+        if key is None:
+            return None
+        versions, number = {one.version: one for one in key.versions}, 1
+        while number in versions or self._reconcile.known(tenant, key_id, number):
+            if number not in versions:
+                state, sequence = self._reconcile.state(tenant, key_id, number)
+                hidden = Version(
+                    number,
+                    state,
+                    sequence,
+                    b"",
+                    "",
+                    self._backends.primary.name,
+                    0,
+                    key.create_time,
+                    key.create_time,
+                )
+                versions[number] = self.authenticated(key, hidden)
+            number += 1
+        return replace(key, versions=tuple(versions[one] for one in sorted(versions)))
 
     async def _first_time(self, connection: Connection, key: Key, request: Request) -> bool:
         name = (key.tenant, key.key_id, request.method, request.request_id)
@@ -258,20 +320,15 @@ class Custody:
         return hmac.digest(self._mac_key, message, hashlib.sha256)
 
     def _feared(self, key: Key) -> Key:
-        """Return a key of which no forged row can say that it is destroyed already."""
+        """Return a key of which no forged row can say that it is over already."""
         versions = (
-            one if self._authentic(key, one) else replace(one, state=State.REVOKED)
+            one if self._authentic(key, one) else replace(one, state=State.UNSPECIFIED)
             for one in key.versions
         )
         return replace(key, versions=tuple(versions))
 
     def _authentic(self, key: Key, version: Version) -> bool:
         return domain.authentic(self._mac_key, self._deployment, key, version)
-
-    def _outdated(self, key: Key, version: Version) -> bool:
-        """Say whether a row was put back: its chain is known to have gone on from there."""
-        followed = self._reconcile.newest(key.tenant, key.key_id, version.version)
-        return followed > version.state_sequence
 
     def event(self, key: Key, change: Change, origin: Origin) -> audit_pb2.AuditEvent:
         """Return the event of a change, not yet linked."""
@@ -292,21 +349,24 @@ class Custody:
         return event
 
 
-async def _end_leases(
-    connection: Connection, tenant: str, key_id: str, versions: list[int] | None
+async def end_leases(
+    connection: Connection,
+    tenant: str,
+    key_id: str | None = None,
+    versions: list[int] | None = None,
 ) -> None:
-    """End the leases of versions, or of all of a key; forged rows of leases keep no key from being
-    revoked."""
+    """End the leases of a tenant, of one of its keys, or of versions of that; forged rows of leases
+    keep no key from being revoked."""
     async with aside(connection, "leases_not_ended"):
         await lease_store.revoke(
             connection, tenant, key_id, versions, lease_pb2.LEASE_OUTCOME_CANCELLED
         )
 
 
-def _whole(key_id: str, origin: Origin) -> audit_pb2.AuditEvent:
-    """Return the event that all of a key is destroyed."""
+def _whole(key_id: str, after: State, origin: Origin) -> audit_pb2.AuditEvent:
+    """Return the event that all of a key is revoked or destroyed."""
     return audit_pb2.AuditEvent(
-        type=audit_pb2.AUDIT_EVENT_TYPE_DESTROYED,
+        type=domain.ENDED_BY[after],
         key_id=key_id,
         key_version=WHOLE_KEY,
         caller=origin.caller,

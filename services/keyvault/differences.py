@@ -19,9 +19,10 @@ from services.keyvault import chain
 from services.keyvault.anchor import stale
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, Row
-from services.keyvault.domain import State, wrong_state
+from services.keyvault.domain import State, Version, wrong_state
 from services.keyvault.following import MISMATCH, Following
 from services.keyvault.store import reconcile as store
+from services.keyvault.store.holds import Hold
 
 log = logging.getLogger(__name__)
 #: In the place of a version: the tenant's hold.
@@ -41,16 +42,24 @@ class Differences:
         #: By tenant, what differed where it could not be found out which of both is right.
         self._unsettled: dict[str, set[store.Bound]] = {}
 
-    def refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
-        """Return why this version may not be leased."""
-        states = self._following.states
-        if chain.tenant_chain(tenant) in self._following.broken:
+    def refusal(
+        self, tenant: str, key_id: str, version: Version, hold: Hold | None
+    ) -> ByokeepError | None:
+        """Return why this version may not be leased, with a row and a tenant's hold as read under
+        the chain's lock: rows that are put back for a moment only, no pass may ever see."""
+        following, number = self._following, version.version
+        states = following.states
+        if chain.tenant_chain(tenant) in following.broken:
             return chain_broken(tenant)
-        if states.get(states.fingerprint(tenant, key_id, version))[2]:
+        if states.get(states.fingerprint(tenant, key_id, number))[2]:
             return mismatch(key_id)
-        if self._following.destroyed(tenant, key_id, version):
-            return wrong_state(State.DESTROYED, "it can't be leased for this purpose")
-        if tenant in self.holds_differ:
+        over = following.over(tenant, key_id, number)
+        if over is not None:
+            return wrong_state(over, "it can't be leased for this purpose")
+        if following.outdated(tenant, key_id, number, version.state, version.state_sequence):
+            return mismatch(key_id)
+        held, since = following.holds.get(tenant, (False, 0))
+        if tenant in self.holds_differ or (held and (hold is None or hold[1] < since)):
             return ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
                 MISMATCH,
@@ -115,7 +124,10 @@ class Differences:
             return True
         states = self._following.states
         found = states.fingerprint(tenant, key_id, version)
-        if state != State.DESTROYED and self._following.destroyed(tenant, key_id, version):
+        over = self._following.over(tenant, key_id, version)
+        if (over is not None and state not in (over, State.DESTROYED)) or self._following.outdated(
+            tenant, key_id, version, state, sequence
+        ):
             return states.get(found)[2]
         return states.agrees(found, state, sequence)
 

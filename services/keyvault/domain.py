@@ -42,12 +42,25 @@ STATE_AFTER = {
 }
 
 
+#: What an event about all of a key, or all of a tenant's keys, says of each version.
+WHOLE_AFTER = {
+    audit_pb2.AUDIT_EVENT_TYPE_REVOKED: State.REVOKED,
+    audit_pb2.AUDIT_EVENT_TYPE_DESTROYED: State.DESTROYED,
+    audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED: State.DESTROYED,
+}
+
 # What is revoked may only be destroyed, and what is destroyed stays so.
 _LAST = {State.REVOKED: (State.REVOKED, State.DESTROYED), State.DESTROYED: (State.DESTROYED,)}
 
-#: In the place of a version: an event is about all of a key, also about versions of which the rows
-#: said nothing when it was written.
+#: In the place of a version: an event is about all of a key, or, without one, of a tenant; versions
+#: of which the rows said nothing when it was written too.
 WHOLE_KEY = 0
+
+#: The event that gives a key its last state.
+ENDED_BY = {
+    State.REVOKED: audit_pb2.AUDIT_EVENT_TYPE_REVOKED,
+    State.DESTROYED: audit_pb2.AUDIT_EVENT_TYPE_DESTROYED,
+}
 
 #: Whether an event holds a tenant's leases back, or lets them go again.
 HELD_AFTER = {
@@ -224,21 +237,12 @@ def roll_back(key: Key, now: datetime.datetime) -> list[Change]:
     return [*changes, Change(previous[-1].version, audit_pb2.AUDIT_EVENT_TYPE_ROLLED_BACK)]
 
 
-def revoke(key: Key) -> list[Change]:
-    """Decide a revocation of every version that is not gone already."""
+def end(key: Key, after: State) -> list[Change]:
+    """Decide that every version becomes REVOKED or DESTROYED that is neither that nor more."""
     return [
-        Change(one.version, audit_pb2.AUDIT_EVENT_TYPE_REVOKED)
+        Change(one.version, ENDED_BY[after])
         for one in key.versions
-        if one.state not in (State.REVOKED, State.DESTROYED)
-    ]
-
-
-def destroy(key: Key) -> list[Change]:
-    """Decide the destruction of every version."""
-    return [
-        Change(one.version, audit_pb2.AUDIT_EVENT_TYPE_DESTROYED)
-        for one in key.versions
-        if one.state is not State.DESTROYED
+        if one.state not in (after, State.DESTROYED)
     ]
 
 

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,14 @@ from google.protobuf.message import DecodeError
 from services.keyvault import chain, merkle, snapshot
 from services.keyvault.carried import Carried
 from services.keyvault.database import Database, Row
-from services.keyvault.domain import HELD_AFTER, STATE_AFTER, WHOLE_KEY, State, may_become
+from services.keyvault.domain import (
+    HELD_AFTER,
+    STATE_AFTER,
+    WHOLE_AFTER,
+    WHOLE_KEY,
+    State,
+    may_become,
+)
 from services.keyvault.position import Position
 from services.keyvault.states import SEQUENCES, States
 from services.keyvault.store import audit as audit_store
@@ -66,7 +74,7 @@ class Following:
         """Start with nothing followed. The key is keyvault's own; `changed` is told of every
         version that an event gives another state."""
         self._database = database
-        self._key = hmac.digest(key, b"byokeep/reconcile/v5", hashlib.sha256)
+        self._key = hmac.digest(key, b"byokeep/reconcile/v6", hashlib.sha256)
         self._changed = changed
         self.forget(Position())
 
@@ -311,16 +319,31 @@ class Following:
         found = self.states.get(self.states.fingerprint(tenant, key_id, version))
         return version != WHOLE_KEY and found[1] > 0
 
-    def destroyed(self, tenant: str, key_id: str, version: int) -> bool:
-        """Say whether a chain tells that a version was destroyed, by itself or with its key."""
-        return any(
-            self.states.get(self.states.fingerprint(tenant, key_id, one))[0] == State.DESTROYED
-            for one in (version, WHOLE_KEY)
-        )
+    def over(self, tenant: str, key_id: str, version: int) -> State | None:
+        """Return REVOKED or DESTROYED where a chain tells that of a version, by itself, with its
+        key or with its tenant."""
+        own = self.states.get(self.states.fingerprint(tenant, key_id, version))[0]
+        last = State(max(own, self._whole(tenant, key_id)[0]))
+        return last if last in WHOLE_AFTER.values() else None
+
+    def outdated(self, tenant: str, key_id: str, version: int, state: int, sequence: int) -> bool:
+        """Say whether a row's state, set by an event with a number, is older than what the chain
+        tells: of the version, or of another one that became ACTIVE in its place."""
+        newest = self.states.get(self.states.fingerprint(tenant, key_id, version))[1]
+        replaced = self.states.get(self.states.fingerprint(tenant, key_id, WHOLE_KEY))[1]
+        return newest > sequence or (state == State.ACTIVE and replaced > sequence)
+
+    def _whole(self, tenant: str, key_id: str) -> tuple[int, int]:
+        """Return the state that events about all of a key or of its tenant give its versions, and
+        the number of that event; ACTIVE: one of them has been so since."""
+        states = self.states
+        whole = (states.fingerprint(tenant, one, WHOLE_KEY) for one in (key_id, ""))
+        return max(states.get(one)[:2] for one in whole)  # numbers rise to what is last
 
     def _swept(self, tenant: str, event: audit_pb2.AuditEvent) -> None:
         if event.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:
-            self.unswept[tenant] = (event.event_time.seconds, "")
+            # A time to come would keep a sweep from ever being overdue.
+            self.unswept[tenant] = (min(event.event_time.seconds, int(time.time())), "")
         elif event.type == audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED:
             self.unswept.pop(tenant, None)
         elif tenant in self.unswept:
@@ -340,22 +363,36 @@ class Following:
             self.states.freeze(version)
             self.revived.discard(bound)
         elif event.key_version == WHOLE_KEY:
-            # Nothing takes it back, and nothing else is ever said of all of a key.
-            if event.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:
-                self.states.set(version, State.DESTROYED, sequence)
+            after = WHOLE_AFTER.get(event.type)
+            # Nothing takes it back.
+            if after is not None and may_become(self.states.get(version)[0], after):
+                self.states.set(version, after, sequence)
                 self._changed(bound)
         elif event.type in STATE_AFTER:
-            before, since, frozen = self.states.get(version)
-            self._changed(bound)
-            if sequence > since and not may_become(before, STATE_AFTER[event.type]):
-                # keyvault wrote it, misled by a row that was put back, or somebody else did: what
-                # is over stays over.
-                self.states.freeze(version)
-                if not frozen:
-                    self.revived.add(bound)
-                return
-            self.states.set(version, STATE_AFTER[event.type], sequence)
-            self.versions[tenant] += not since
+            self._version(bound, sequence, STATE_AFTER[event.type])
+
+    def _version(self, bound: store.Bound, sequence: int, after: State) -> None:
+        tenant, key_id, _ = bound
+        version = self.states.fingerprint(*bound)
+        before, since, frozen = self.states.get(version)
+        whole, whole_since = self._whole(tenant, key_id)
+        self._changed(bound)
+        again = after is State.PENDING and since > 0
+        if (sequence > since and (again or not may_become(before, after))) or (
+            sequence > whole_since and not may_become(whole, after)
+        ):
+            # keyvault wrote it, misled by a row that was put back or hidden, or somebody else did:
+            # what is over stays over, and no number is given twice.
+            self.states.freeze(version)
+            if not frozen:
+                self.revived.add(bound)
+            return
+        self.states.set(version, after, sequence)
+        self.versions[tenant] += not since
+        if after is State.ACTIVE:
+            whole_key = (tenant, key_id, WHOLE_KEY)
+            self.states.set(self.states.fingerprint(*whole_key), after, sequence)
+            self._changed(whole_key)
 
 
 def _froze(event: audit_pb2.AuditEvent) -> bool:

@@ -11,10 +11,12 @@ from bisect import bisect_left
 from collections.abc import Awaitable, Callable
 
 from services.keyvault.database import Database, Row
+from services.keyvault.domain import WHOLE_KEY
 from services.keyvault.store import reconcile as store
 
 ROWS = 1024
 _AT_LEAST = 64
+_LARGEST = 2**31 - 1
 
 
 class Pages:
@@ -35,7 +37,8 @@ class Pages:
         self._begun = False
 
     def touch(self, version: store.Bound) -> None:
-        """Read this version's range again: it should not be what it was."""
+        """Read a version's range again, or all of a key's or a tenant's: it should not be what it
+        was."""
         if self._begun:
             self._touched.append(version)
 
@@ -77,10 +80,18 @@ class Pages:
 
     def _apply_touched(self) -> None:
         for version in self._touched:
-            place = bisect_left(self._ends, version)
-            if place < len(self._digests):
+            first = bisect_left(self._ends, version)
+            last = bisect_left(self._ends, _last(version))
+            for place in range(first, min(last + 1, len(self._digests))):
                 self._digests[place] = None
         self._touched.clear()
 
     def _start(self, page: int) -> store.Bound:
         return self._ends[page - 1] if page else store.FIRST
+
+
+def _last(bound: store.Bound) -> store.Bound:
+    tenant, key_id, version = bound
+    if version != WHOLE_KEY:
+        return bound
+    return (tenant, key_id, _LARGEST) if key_id else (tenant, store.LAST[0], 0)

@@ -26,9 +26,11 @@ from services.keyvault.anchor import STALE_SECONDS, Anchor, stale
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, is_lost
 from services.keyvault.differences import Differences, chain_broken
+from services.keyvault.domain import Key, State, Version
 from services.keyvault.following import MISMATCH, ContradictionError, Following
 from services.keyvault.pages import Pages
 from services.keyvault.store import reconcile as store
+from services.keyvault.store.holds import Hold
 
 log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 20.0
@@ -57,28 +59,38 @@ class Reconcile:
         self._saved = time.monotonic()
         self.last: datetime.datetime | None = None
 
-    def refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
-        """Return why this version may not be leased now."""
-        differs = self._differences.refusal(tenant, key_id, version)
+    def refusal(
+        self, tenant: str, key_id: str, version: Version, hold: Hold | None
+    ) -> ByokeepError | None:
+        """Return why this version may not be leased now: its row, and the tenant's hold, were read
+        under the chain's lock."""
+        differs = self._differences.refusal(tenant, key_id, version, hold)
         # What another replica's operator resumed, this one has not followed yet.
         resumed = self.following.resumed == self._anchor.position.resumed
         if differs is None and (not resumed or time.monotonic() - self._passed > STALE_SECONDS):
             return stale("reconciled")
         return differs
 
-    def newest(self, tenant: str, key_id: str, version: int) -> int:
-        """Return the number of the event that set a version's state, as far as chains were
-        followed; 0 for none."""
+    def state(self, tenant: str, key_id: str, version: int) -> tuple[State, int]:
+        """Return a version's state and the number of the event that set it, as far as chains were
+        followed."""
         states = self.following.states
-        return states.get(states.fingerprint(tenant, key_id, version))[1]
+        state, sequence, _ = states.get(states.fingerprint(tenant, key_id, version))
+        return self.following.over(tenant, key_id, version) or State(state), sequence
 
     def known(self, tenant: str, key_id: str, version: int) -> bool:
         """Say whether a chain tells of a version, as far as chains were followed."""
         return self.following.known(tenant, key_id, version)
 
-    def destroyed(self, tenant: str, key_id: str, version: int) -> bool:
-        """Say whether a version was destroyed, as far as chains were followed."""
-        return self.following.destroyed(tenant, key_id, version)
+    def over(self, tenant: str, key_id: str, version: int) -> State | None:
+        """Return REVOKED or DESTROYED of a version that is, as far as chains were followed."""
+        return self.following.over(tenant, key_id, version)
+
+    def outdated(self, key: Key, version: Version) -> bool:
+        """Say whether a row was put back: its chain is known to have gone on from there."""
+        return self.following.outdated(
+            key.tenant, key.key_id, version.version, version.state, version.state_sequence
+        )
 
     @property
     def rolled_back(self) -> bool:

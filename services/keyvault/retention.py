@@ -17,7 +17,7 @@ from byokeep.keyvault.v1 import audit_pb2
 from services.keyvault import chain
 from services.keyvault.background import each
 from services.keyvault.database import Database, Row
-from services.keyvault.domain import HELD_AFTER, STATE_AFTER
+from services.keyvault.domain import HELD_AFTER, STATE_AFTER, WHOLE_AFTER
 from services.keyvault.following import MISMATCH, Following
 from services.keyvault.store import audit as audit_store
 from services.keyvault.store import reconcile as carried_store
@@ -137,7 +137,7 @@ class Retention:
         tenant, states = name.removeprefix(chain.TENANTS), self._following.states
         if event.type in HELD_AFTER:
             return self._following.holds.get(tenant, (False, 0))[1] <= sequence
-        if event.type not in STATE_AFTER:
+        if event.type not in STATE_AFTER | WHOLE_AFTER:
             return False
         version = states.fingerprint(tenant, event.key_id, event.key_version)
         return states.get(version)[1] <= sequence

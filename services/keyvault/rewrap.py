@@ -1,10 +1,10 @@
 """Rewrap, in the data role: jobs are worked off in batches, each one transaction.
 
 A batch wraps data keys again under the newest version of the tenant's KEK; a row that
-another backend holds moves instead: it gets a fresh data key from the primary one and
-a new envelope (docs/decisions/0006). All state is in the rows: whoever is killed
-leaves a job that goes on where the last batch was committed. Leases go on meanwhile;
-a row that changed since it was read is not written.
+another backend holds, or of which keyvault did not write the data key, moves instead: it
+gets a fresh data key from the primary one and a new envelope (docs/decisions/0006). All
+state is in the rows: whoever is killed leaves a job that goes on where the last batch was
+committed. Leases go on meanwhile; a row that changed since it was read is not written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from services.common import logs
 from services.common.secret import Secret
@@ -97,9 +97,10 @@ class Rewrap:
         if not rows:
             await self._end_pass(connection, job)
             return [], []
-        if any(row[2] != job.target_backend for row in rows):
+        moving = {row[:2] for row in rows if not self._stays(job, row)}
+        if moving:
             rows = rows[:_MOVES]
-        swaps, failures = await self._wrap(connection, job, rows)
+        swaps, failures = await self._wrap(connection, job, rows, moving)
         done = await self._write(connection, job, swaps, failures)
         await store.progress(connection, job, total, done, len(failures), rows[-1])
         return rows, failures
@@ -119,10 +120,10 @@ class Rewrap:
         return done
 
     async def _wrap(
-        self, connection: Connection, job: Job, rows: Sequence[Row]
+        self, connection: Connection, job: Job, rows: Sequence[Row], moving: Collection[Row]
     ) -> tuple[list[Swap], list[Failure]]:
-        here = [row for row in rows if row[2] == job.target_backend]
-        away = [row for row in rows if row[2] != job.target_backend]
+        here = [row for row in rows if row[:2] not in moving]
+        away = [row for row in rows if row[:2] in moving]
         results = await self._rewrapped(job, here) + await self._moved(connection, job, away)
         swaps = [one for one in results if isinstance(one, Swap)]
         return swaps, [one for one in results if isinstance(one, Failure)]
@@ -142,10 +143,19 @@ class Rewrap:
             for row, result in zip(rows, results, strict=True)
         ]
 
+    def _stays(self, job: Job, row: Row) -> bool:
+        """Say whether a row keeps its data key. One that keyvault did not write may be another
+        version's: signed anew, it would prove that this version's own is not needed any more. What
+        moves is opened first."""
+        key_id, version, backend, wrapped, kek_version, mac = row
+        return bool(backend == job.target_backend) and self._wraps.sound(
+            job.tenant, (key_id, version), backend, kek_version, wrapped, mac
+        )
+
     def _swap(
         self, job: Job, row: Row, wrapped: bytes, kek_version: int, envelope: bytes | None
     ) -> Swap:
-        key_id, version, _, old = row
+        key_id, version, _, old = row[:4]
         mac = self._wraps.mac(job.tenant, key_id, version, job.target_backend, kek_version, wrapped)
         return Swap(key_id, version, old, wrapped, kek_version, mac, envelope)
 
@@ -172,7 +182,7 @@ class Rewrap:
     async def _move(
         self, job: Job, row: Row, owner: str, provider: str, envelope: bytes
     ) -> Swap | Failure:
-        key_id, version, source, wrapped = row
+        key_id, version, source, wrapped = row[:4]
         name = kek.tenant_kek(job.tenant)
         context = Context(self._deployment, job.tenant, owner, provider, key_id, version)
         reason = "UNDECRYPTABLE"

@@ -21,6 +21,7 @@ from services.common.errors import ByokeepError
 from services.keyvault import chain, kek
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database
+from services.keyvault.domain import State
 from services.keyvault.following import MISMATCH
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.store import jobs as store
@@ -205,7 +206,9 @@ class Rotation:
             event.count = locked.done
             await chain.append(connection, head, self._deployment, [event])
             # Under the chain's lock: who stores a version looks at the minimum under it too.
-            if await store.left(connection, locked, to_do=False):
+            # What its chain does not tell of, or calls destroyed, no KEK version is kept for.
+            left = await store.left_rows(connection, locked)
+            if any(self._needed(job.tenant, *one) for one in left):
                 await store.move(connection, locked, "PARTIAL", "")
             elif not locked.trim:
                 await store.move(connection, locked, "DONE")
@@ -259,7 +262,7 @@ class Rotation:
                 return False
             # Of the job as it is acted on: the row may say something else by now.
             await self._bury(connection, job.tenant)
-            proof = await self._wraps.proof(connection, job, newest, self._reconcile.known)
+            proof = await self._wraps.proof(connection, job, newest, self._reconcile.following)
             if proof.versions == versions and not proof.unproven:
                 return True
             again = await store.doubt(connection, job.tenant, proof.unproven)
@@ -281,11 +284,19 @@ class Rotation:
             await self._partial(connection, job, reason)
         return False
 
+    def _needed(self, tenant: str, key_id: str, version: int) -> bool:
+        following = self._reconcile.following
+        if chain.tenant_chain(tenant) not in following.chains:
+            return True
+        over = following.over(tenant, key_id, version)
+        return following.known(tenant, key_id, version) and over is not State.DESTROYED
+
     async def _bury(self, connection: Connection, tenant: str) -> None:
         """Delete the ciphertext of versions that the tenant's chain calls destroyed: somebody put
         it back, and it must not be wrapped anew."""
         for key_id, version, _, _, wrapped, _ in await store.wraps(connection, tenant):
-            if wrapped is not None and self._reconcile.destroyed(tenant, key_id, version):
+            over = self._reconcile.over(tenant, key_id, version)
+            if wrapped is not None and over is State.DESTROYED:
                 logs.event(log, "ciphertext_put_back", level=logging.CRITICAL, key=key_id)
                 await key_store.erase(connection, tenant, key_id, version)
 

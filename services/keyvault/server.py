@@ -41,6 +41,7 @@ from services.keyvault.content import ContentKeys
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database
 from services.keyvault.denials import Denials
+from services.keyvault.domain import Version
 from services.keyvault.epochs import Epochs
 from services.keyvault.holds import Holds
 from services.keyvault.intake import IntakeKeys
@@ -64,6 +65,7 @@ from services.keyvault.service.content import ContentKeyService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
 from services.keyvault.staging import Staging
+from services.keyvault.store.holds import Hold
 from services.keyvault.wraps import Wraps
 
 Role = Literal["all", "data", "admin"]
@@ -285,8 +287,10 @@ class App:
         await self._backends.close()
         await self._database.close()
 
-    def _refusal(self, tenant: str, key_id: str, version: int) -> ByokeepError | None:
-        return self._anchor.refusal() or self._reconcile.refusal(tenant, key_id, version)
+    def _refusal(
+        self, tenant: str, key_id: str, version: Version, hold: Hold | None
+    ) -> ByokeepError | None:
+        return self._anchor.refusal() or self._reconcile.refusal(tenant, key_id, version, hold)
 
     async def _follow_keys(self) -> None:
         await system_keys.refresh(

@@ -161,7 +161,7 @@ class Staging:
 
     async def _next_version(self, order: Order) -> int:
         async with self._database.transaction() as connection:
-            key = await store.get(connection, order.tenant, order.key_id)
+            key = await self._custody.stored(connection, order.tenant, order.key_id)
             if order.operation == "rotate":
                 if key is None:
                     raise domain.not_found("provider key")

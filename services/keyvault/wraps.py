@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from byokeep.encoding import fields
@@ -17,6 +17,7 @@ from byokeep.encoding import fields
 from services.keyvault import domain
 from services.keyvault.database import Connection
 from services.keyvault.domain import State
+from services.keyvault.following import Following
 from services.keyvault.store import jobs as store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store.jobs import Job
@@ -51,11 +52,12 @@ class Wraps:
         return hmac.digest(self._mac_key, self._prefix + own, "sha256")
 
     async def proof(
-        self, connection: Connection, job: Job, newest: int, known: Callable[[str, str, int], bool]
+        self, connection: Connection, job: Job, newest: int, following: Following
     ) -> Proof:
         """Look at a tenant's rows; its chain is locked. `newest`: the newest version of its KEK
         that the job's backend has; a row that names a newer one is of an earlier KEK of that name.
-        `known` says of which versions the chain tells: another row stands for none of them.
+        The chain was followed to its head: a row of which it does not tell stands for none of its
+        versions, and one that it calls destroyed needs nothing, whatever the row says.
 
         Raises:
             ByokeepError: STATE_TAMPERED.
@@ -67,27 +69,31 @@ class Wraps:
                 looked += 1
                 if looked % _STRIDE == 0:
                     await asyncio.sleep(0)
-                domain.check_state(self._mac_key, self._deployment, key, one)
-                versions += known(job.tenant, key.key_id, one.version)
                 bound = key.key_id, one.version
-                if one.state is State.DESTROYED:
+                if not following.known(job.tenant, *bound):
                     continue
-                if found[bound][1] > newest or not self._proven(job, bound, *found[bound]):
+                domain.check_state(self._mac_key, self._deployment, key, one)
+                versions += 1
+                if State.DESTROYED in (one.state, following.over(job.tenant, *bound)):
+                    continue
+                backend, kek_version, *wrap = found[bound]
+                aimed = (
+                    backend == job.target_backend and job.target_version <= kek_version <= newest
+                )
+                if not aimed or not self.sound(job.tenant, bound, backend, kek_version, *wrap):
                     unproven.append(bound)
         return Proof(versions, unproven)
 
-    def _proven(
+    def sound(
         self,
-        job: Job,
+        tenant: str,
         bound: tuple[str, int],
         backend: str,
         kek_version: int,
         wrapped: bytes | None,
         mac: bytes | None,
     ) -> bool:
-        if backend != job.target_backend or kek_version < job.target_version:
-            return False
+        """Say whether keyvault itself wrote what wraps a version's data key."""
         if wrapped is None or mac is None:
             return False
-        expected = self.mac(job.tenant, *bound, backend, kek_version, wrapped)
-        return hmac.compare_digest(mac, expected)
+        return hmac.compare_digest(mac, self.mac(tenant, *bound, backend, kek_version, wrapped))

@@ -19,7 +19,7 @@ from services.common.errors import ByokeepError
 from services.keyvault import chain, kek, needed, system_keys
 from services.keyvault.anchor import Anchor
 from services.keyvault.background import each
-from services.keyvault.custody import Custody, Origin
+from services.keyvault.custody import Custody, Origin, end_leases
 from services.keyvault.database import Database
 from services.keyvault.holds import Holds, Word
 from services.keyvault.reconcile import Reconcile
@@ -216,9 +216,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         async with self._database.transaction() as connection:
             # By itself: what is dead already must not wait for a chain that takes no event.
             await key_store.erase(connection, tenant)
+            await epoch_store.forget_tenant(connection, tenant)
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, request.tenant)
-            await epoch_store.forget_tenant(connection, tenant)
+            # Of keys that were hidden too.
+            await end_leases(connection, tenant)
             event = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED, shred=shred)
             await chain.append(connection, head, self._deployment, [event])
             await job_store.cancel(connection, tenant)

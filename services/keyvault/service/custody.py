@@ -93,8 +93,10 @@ class CustodyService(custody_pb2_grpc.CustodyServiceServicer):
 
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Any) -> pb.RevokeKeyResponse:
         """Revoke a key."""
-        key = await self._change(request, lambda key, _: domain.revoke(key))
-        return pb.RevokeKeyResponse(key=key)
+        key = await self._custody.revoke(
+            tenant_of(request.name), last_of(request.name), _origin(request), _asked(request)
+        )
+        return pb.RevokeKeyResponse(key=key_message(key))
 
     async def DestroyKey(
         self, request: pb.DestroyKeyRequest, context: Any

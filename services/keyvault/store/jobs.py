@@ -92,9 +92,10 @@ _NOT_FAILED: LiteralString = """
     AND u.key_id = v.key_id AND u.version = v.version AND u.job_id = %(job)s)
 """
 _LEFT = "SELECT count(*) " + _LEFT_WHERE
+_LEFT_ROWS = "SELECT v.key_id, v.version " + _LEFT_WHERE
 _TO_DO = _LEFT + _NOT_FAILED
 _BATCH = (
-    "SELECT v.key_id, v.version, v.kek_backend, v.wrapped_dek "
+    "SELECT v.key_id, v.version, v.kek_backend, v.wrapped_dek, v.kek_version, v.wrap_mac "
     + _LEFT_WHERE
     + _NOT_FAILED
     + "  AND (v.key_id, v.version) > (%(after_key)s, %(after_version)s)"
@@ -354,8 +355,13 @@ async def left(connection: Connection, job: Job, *, to_do: bool) -> int:
     return int(row[0]) if row else 0
 
 
+async def left_rows(connection: Connection, job: Job) -> list[Row]:
+    """Return (key id, version) of the rows that are not at the job's target."""
+    return await (await connection.execute(_LEFT_ROWS, _parameters(job))).fetchall()
+
+
 async def batch(connection: Connection, job: Job, limit: int) -> list[Row]:
-    """Return (key id, version, backend, wrapped data key) of the pass's next rows."""
+    """Return (key id, version, backend, wrapped data key, KEK version, MAC) of the next rows."""
     parameters = {
         **_parameters(job),
         "after_key": job.after_key_id,

@@ -106,10 +106,11 @@ async def stored(database: Database, tenant: str) -> dict[str, int]:
 
 async def erase(
     connection: Connection, tenant: str, key_id: str | None = None, version: int | None = None
-) -> None:
+) -> int:
     """Delete all ciphertext of a tenant's keys, or of one, or of a version of it, whatever its
-    rows say."""
-    await connection.execute(_ERASE, {"tenant": tenant, "key_id": key_id, "version": version})
+    rows say; return of how many versions there was some."""
+    parameters = {"tenant": tenant, "key_id": key_id, "version": version}
+    return (await connection.execute(_ERASE, parameters)).rowcount
 
 
 async def page(
