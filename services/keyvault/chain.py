@@ -31,36 +31,44 @@ _PREFIX = b"byokeep/audit/v1\n"
 
 _CREATE = "INSERT INTO chain (chain, hash) VALUES (%s, %s) ON CONFLICT DO NOTHING"
 _LOCK = "SELECT sequence, hash, clock_timestamp() FROM chain WHERE chain = %s FOR UPDATE"
-# What stands after a locked head already, keyvault did not write: it must not keep a key from being
-# revoked. Where the head itself was set back, what was followed of the chain tells.
-_APPEND = """
+# What stands after a tenant's locked head already, keyvault did not write: it must not keep a key
+# from being revoked. Where the head itself was set back, what was followed of the chain tells. Of
+# the system chain, which an operator can put right, nothing is overwritten.
+_INSTEAD = """
+    ON CONFLICT (chain, sequence) DO UPDATE SET (key_id, body, previous_hash, hash)
+        = (excluded.key_id, excluded.body, excluded.previous_hash, excluded.hash)
+"""
+_EVENTS = """
 WITH event AS (
     INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
     SELECT %(chain)s, * FROM unnest(
         %(sequences)s::bigint[], %(keys)s::text[], %(bodies)s::bytea[],
         %(previous)s::bytea[], %(hashes)s::bytea[]
     )
-    ON CONFLICT (chain, sequence) DO UPDATE SET (key_id, body, previous_hash, hash)
-        = (excluded.key_id, excluded.body, excluded.previous_hash, excluded.hash)
+"""
+_HEAD = """
 )
 UPDATE chain SET sequence = %(sequence)s, hash = %(hash)s WHERE chain = %(chain)s
 """
+_APPEND = _EVENTS + _INSTEAD + _HEAD
+_APPEND_SYSTEM = _EVENTS + _HEAD
 
-#: The end of a statement that writes events of many locked chains, and those chains' new
-#: heads: its common table `item` has the fields of `Link.item`, as ITEM declares them.
-ITEM = "chain text, sequence bigint, key_id text, body bytea, previous bytea, hash bytea"
-RECORD = """
+_ITEM_EVENTS = """
 , event AS (
     INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)
     SELECT chain, sequence, key_id, body, previous, hash FROM item
-    ON CONFLICT (chain, sequence) DO UPDATE SET (key_id, body, previous_hash, hash)
-        = (excluded.key_id, excluded.body, excluded.previous_hash, excluded.hash)
+"""
+_ITEM_HEADS = """
 )
 UPDATE chain SET sequence = newest.sequence, hash = newest.hash
 FROM (SELECT DISTINCT ON (chain) chain, sequence, hash FROM item
       ORDER BY chain, sequence DESC) AS newest
 WHERE chain.chain = newest.chain
 """
+#: The end of a statement that writes events of many tenants' locked chains, and those chains' new
+#: heads: its common table `item` has the fields of `Link.item`, as ITEM declares them.
+RECORD = _ITEM_EVENTS + _INSTEAD + _ITEM_HEADS
+ITEM = "chain text, sequence bigint, key_id text, body bytea, previous bytea, hash bytea"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,5 +193,6 @@ async def append(
     if not events:
         return head
     head, links = link(head, deployment, events)
-    await connection.execute(_APPEND, append_parameters(head, links))
+    statement = _APPEND_SYSTEM if head.chain == SYSTEM else _APPEND
+    await connection.execute(statement, append_parameters(head, links))
     return head

@@ -71,10 +71,12 @@ async def test_a_difference_that_can_t_be_settled_refuses_its_tenant_at_once(key
     await keyvault.create_tenant("other")
     key, other = await keyvault.add_active(), await keyvault.add_active(tenant="other")
     before = (await keyvault.sql(f"SELECT {_COLUMNS} FROM key_version WHERE tenant = 'acme'"))[0]
+    beside = await keyvault.add_active(name="beside")
     await keyvault.change("RevokeKey", key.name)
     await keyvault.tick()
     await keyvault.sql(
-        f"UPDATE key_version SET ({_COLUMNS}) = (%s, %s, %s) WHERE tenant = 'acme'", *before
+        f"UPDATE key_version SET ({_COLUMNS}) = (%s, %s, %s) WHERE key_id = %s",
+        *(*before, key.name.rpartition("/")[2]),
     )
 
     async def fails(_, name):
@@ -84,9 +86,10 @@ async def test_a_difference_that_can_t_be_settled_refuses_its_tenant_at_once(key
     with monkeypatch.context() as broken:
         broken.setattr(following.Following, "follow", fails)
         await keyvault.app._reconcile.once()
-        assert await try_lease(keyvault, key) == "AUDIT_UNAVAILABLE"
+        assert await try_lease(keyvault, beside) == "AUDIT_UNAVAILABLE"
         assert await try_lease(keyvault, other) == ""
     await keyvault.app._reconcile.once()
+    assert await try_lease(keyvault, beside) == ""
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 

@@ -202,7 +202,9 @@ _TITLES: Mapping[int, _Title] = {
     audit_pb2.AUDIT_EVENT_TYPE_SUPERSEDED: lambda e: f"v{e.key_version} is SUPERSEDED",
     audit_pb2.AUDIT_EVENT_TYPE_ROLLED_BACK: lambda e: f"rolled back to v{e.key_version}",
     audit_pb2.AUDIT_EVENT_TYPE_REJECTED: lambda e: f"v{e.key_version} rejected by its provider",
-    audit_pb2.AUDIT_EVENT_TYPE_REVOKED: lambda e: f"v{e.key_version} is REVOKED",
+    audit_pb2.AUDIT_EVENT_TYPE_REVOKED: lambda e: (
+        f"v{e.key_version} is REVOKED" if e.key_version else "REVOKED as a whole"
+    ),
     audit_pb2.AUDIT_EVENT_TYPE_DESTROYED: lambda e: (
         f"v{e.key_version} destroyed: tombstone" if e.key_version else "destroyed as a whole"
     ),
