@@ -100,6 +100,20 @@ async def test_a_version_that_was_hidden_is_revoked_with_its_key(keyvault, follo
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
+@pytest.mark.parametrize("method", ["RevokeKey", "DestroyKey"])
+async def test_a_version_that_was_hidden_can_t_be_validated_either(keyvault, method):
+    key = await keyvault.add_active(OLD)
+    await keyvault.stage(NEW, key_id=_id(key), operation="rotate")
+    await _hide(keyvault, 2)
+    await keyvault.change(method, key.name)
+    await keyvault.sql(PUT_BACK, 2)
+    validation = {"key_version": 2, "purpose": kv.grant_pb2.LEASE_PURPOSE_VALIDATION}
+    await keyvault.app._reconcile.following.follow("tenants/acme")
+    assert await try_lease(keyvault, key, **validation) == "WRONG_STATE"
+    await _followed(keyvault)
+    assert await try_lease(keyvault, key, **validation) == "RECONCILE_MISMATCH"
+
+
 @pytest.mark.parametrize("followed", [True, False])
 async def test_a_version_that_was_hidden_is_replaced_all_the_same(keyvault, followed):
     key = await keyvault.add_active(OLD)
@@ -309,17 +323,19 @@ async def test_no_version_that_is_put_back_keeps_an_old_kek(keyvault):
     assert await try_lease(keyvault, living) == ""
 
 
-async def test_a_version_that_is_put_back_is_frozen_in_whatever_page_it_is(keyvault):
-    """As if a page of the pass ended between the key's versions."""
-    key = await _rotated(keyvault)
+async def test_a_key_that_is_put_back_is_frozen_in_whatever_page_it_is(keyvault):
+    """As if a page of the pass ended between the tenant's name and the key."""
+    await keyvault.add_active()
     pages = keyvault.app._reconcile._pages
     await keyvault.tick()
-    pages._ends = [("acme", _id(key), 1), *pages._ends]
+    pages._ends = [("acme", "a", 0), *pages._ends]
     pages._digests, pages._next = [None, None], 0
     await _followed(keyvault)
-    await _hide(keyvault, 2)
-    await keyvault.change("DestroyKey", key.name)
-    await keyvault.sql(PUT_BACK, 2)
+    await _hide(keyvault, 1)
+    await keyvault.admin.ShredTenant(
+        admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
+    )
+    await keyvault.sql(PUT_BACK, 1)
     await _followed(keyvault)
     assert keyvault.app._reconcile.frozen() == 1
 

@@ -6,7 +6,7 @@ An old row has a genuine MAC of its own past. Each test is an attack that worked
 from __future__ import annotations
 
 import pytest
-from byokeep.keyvault.v1 import admin_pb2, audit_pb2
+from byokeep.keyvault.v1 import admin_pb2, audit_pb2, lease_pb2
 
 from services.keyvault.store import reconcile as store
 from tests.harness import keyvault as kv
@@ -32,13 +32,18 @@ async def _ended(keyvault, end: str):
     staged = await keyvault.stage()
     pending = await _row(keyvault)
     key = await keyvault.promote(staged.name, 1)
+    if end == "NEEDS_REKEY":
+        await try_lease(keyvault, key)
+        ((lease,),) = await keyvault.sql("SELECT lease_id FROM lease")
+        await kv.released(keyvault, lease, lease_pb2.LEASE_OUTCOME_KEY_REJECTED)
+        return key, pending
     await keyvault.change("RevokeKey", key.name)
     if end == "DESTROYED":
         await keyvault.change("DestroyKey", key.name)
     return key, pending
 
 
-@pytest.mark.parametrize("end", ["REVOKED", "DESTROYED"])
+@pytest.mark.parametrize("end", ["REVOKED", "DESTROYED", "NEEDS_REKEY"])
 async def test_an_old_pending_row_is_not_promoted_again(keyvault, end):
     """A rogue orchestrator promotes what SQL put back: keyvault itself would have written that
     the key is ACTIVE, and row and chain would agree.
@@ -69,6 +74,20 @@ async def test_a_revoked_version_that_was_promoted_again_is_frozen(keyvault):
     assert await try_lease(keyvault, key) == _FROZEN
     events = [one.type for one in await keyvault.events()]
     assert events.count(audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED) == 1
+
+
+async def test_a_destroyed_version_that_was_rolled_back_to_is_frozen(keyvault):
+    """The same with one version of a key that lives on."""
+    key = await keyvault.add_active()
+    await keyvault.add_active(key_id=key.name.rpartition("/")[2], operation="rotate")
+    superseded = await _row(keyvault)
+    await keyvault.change("DestroyKeyVersion", key.name, version=1)
+    await _put_back(keyvault, superseded)
+    await keyvault.change("RollBackKey", key.name)
+
+    for _ in range(2):
+        await keyvault.tick()
+    assert await try_lease(keyvault, key) == _FROZEN
 
 
 async def test_the_sweep_destroys_no_living_version(keyvault):
