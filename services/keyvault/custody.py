@@ -144,7 +144,7 @@ class Custody:
         key = None if key is None else self._feared(key)
         changes = [] if key is None else domain.end(key, after)
         known = key is not None or await self._told(connection, tenant, key_id)
-        over = self._reconcile.over(tenant, key_id, WHOLE_KEY)
+        over = self._reconcile.told(tenant, key_id, WHOLE_KEY).over
         ended = known and (bool(changes) or over not in (after, State.DESTROYED))
         if ended:
             whole = _whole(key_id, after, origin)
@@ -157,7 +157,7 @@ class Custody:
 
     async def _told(self, connection: Connection, tenant: str, key_id: str) -> bool:
         """Say whether the tenant's chain tells of a key, also what was not followed yet."""
-        return self._reconcile.known(tenant, key_id, 1) or await audit_store.tells(
+        return self._reconcile.told(tenant, key_id, 1).known or await audit_store.tells(
             connection, chain.tenant_chain(tenant), key_id
         )
 
@@ -192,8 +192,8 @@ class Custody:
             version = versions[change.version]
             if domain.STATE_AFTER[change.event] is State.ACTIVE:
                 self._reconcile.check_chain(key.tenant)
-                over = self._reconcile.over(key.tenant, key.key_id, change.version)
-                if over is not None or self._reconcile.outdated(key, version):
+                over = self._reconcile.told(key.tenant, key.key_id, change.version).over
+                if over is not None or self._outdated(key, version):
                     raise mismatch(key.key_id)
             events.append(self.event(key, change, origin))
             version = domain.with_state(
@@ -203,7 +203,11 @@ class Custody:
         await chain.append(connection, head, self._deployment, events)
         touched = [versions[number] for number in dict.fromkeys(one.version for one in changes)]
         for version in touched:
-            await store.set_state(connection, key, version)
+            if (
+                not await store.set_state(connection, key, version)
+                and version.state is State.ACTIVE
+            ):
+                raise mismatch(key.key_id)  # its row is hidden
         ended = [one.version for one in touched if one.state in _GONE]
         if ended:
             await end_leases(connection, key.tenant, key.key_id, ended)
@@ -250,7 +254,7 @@ class Custody:
                 over = [
                     change
                     for change in domain.expired(key, head.now)
-                    if not self._reconcile.outdated(key, key.version(change.version))
+                    if not self._outdated(key, key.version(change.version))
                 ]
                 await self.apply(connection, head, key, over, origin)
 
@@ -283,23 +287,17 @@ class Custody:
         if key is None:
             return None
         versions, number = {one.version: one for one in key.versions}, 1
-        while number in versions or self._reconcile.known(tenant, key_id, number):
+        while number in versions or self._reconcile.told(tenant, key_id, number).known:
             if number not in versions:
-                state, sequence = self._reconcile.state(tenant, key_id, number)
-                hidden = Version(
-                    number,
-                    state,
-                    sequence,
-                    b"",
-                    "",
-                    self._backends.primary.name,
-                    0,
-                    key.create_time,
-                    key.create_time,
-                )
-                versions[number] = self.authenticated(key, hidden)
+                versions[number] = self._hidden(key, number)
             number += 1
         return replace(key, versions=tuple(versions[one] for one in sorted(versions)))
+
+    def _hidden(self, key: Key, number: int) -> Version:
+        told, time = self._reconcile.told(key.tenant, key.key_id, number), key.create_time
+        backend, state = self._backends.primary.name, told.over or State(told.state)
+        hidden = Version(number, state, told.sequence, b"", "", backend, 0, time, time)
+        return self.authenticated(key, hidden)
 
     async def _first_time(self, connection: Connection, key: Key, request: Request) -> bool:
         name = (key.tenant, key.key_id, request.method, request.request_id)
@@ -326,6 +324,10 @@ class Custody:
             for one in key.versions
         )
         return replace(key, versions=tuple(versions))
+
+    def _outdated(self, key: Key, version: Version) -> bool:
+        told = self._reconcile.told(key.tenant, key.key_id, version.version)
+        return told.outdated(version.state, version.state_sequence)
 
     def _authentic(self, key: Key, version: Version) -> bool:
         return domain.authentic(self._mac_key, self._deployment, key, version)

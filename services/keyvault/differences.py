@@ -47,18 +47,14 @@ class Differences:
     ) -> ByokeepError | None:
         """Return why this version may not be leased, with a row and a tenant's hold as read under
         the chain's lock: rows that are put back for a moment only, no pass may ever see."""
-        following, number = self._following, version.version
-        states = following.states
-        if chain.tenant_chain(tenant) in following.broken:
+        if chain.tenant_chain(tenant) in self._following.broken:
             return chain_broken(tenant)
-        if states.get(states.fingerprint(tenant, key_id, number))[2]:
+        told = self._following.told(tenant, key_id, version.version)
+        if told.over is not None and not told.frozen:
+            return wrong_state(told.over, "it can't be leased for this purpose")
+        if told.frozen or told.outdated(version.state, version.state_sequence):
             return mismatch(key_id)
-        over = following.over(tenant, key_id, number)
-        if over is not None:
-            return wrong_state(over, "it can't be leased for this purpose")
-        if following.outdated(tenant, key_id, number, version.state, version.state_sequence):
-            return mismatch(key_id)
-        held, since = following.holds.get(tenant, (False, 0))
+        held, since = self._following.holds.get(tenant, (False, 0))
         if tenant in self.holds_differ or (held and (hold is None or hold[1] < since)):
             return ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
@@ -122,14 +118,10 @@ class Differences:
         tenant, key_id, version, state, sequence = row
         if chain.tenant_chain(tenant) in self._following.broken:
             return True
-        states = self._following.states
-        found = states.fingerprint(tenant, key_id, version)
-        over = self._following.over(tenant, key_id, version)
-        if (over is not None and state not in (over, State.DESTROYED)) or self._following.outdated(
-            tenant, key_id, version, state, sequence
-        ):
-            return states.get(found)[2]
-        return states.agrees(found, state, sequence)
+        told = self._following.told(tenant, key_id, version)
+        alive = told.over is not None and state not in (told.over, State.DESTROYED)
+        differs = alive or told.outdated(state, sequence)
+        return told.frozen or (not differs and (told.state, told.sequence) == (state, sequence))
 
     async def _confirm(self, tenant: str, key_id: str, version: int) -> None:
         """Follow the chain once more under its lock, when neither it nor the row can change."""

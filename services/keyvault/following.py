@@ -65,6 +65,37 @@ class Followed:
     logged: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a chain tells of a version."""
+
+    #: Its state, and the number of the event that set it; zeros where nothing tells of it.
+    state: int
+    sequence: int
+    frozen: bool
+    #: The same of all of its key, or its tenant: REVOKED, DESTROYED, or ACTIVE since a version of
+    #: the key became so.
+    whole: int
+    whole_sequence: int
+
+    @property
+    def known(self) -> bool:
+        """Whether an event tells of this very version."""
+        return self.sequence > 0
+
+    @property
+    def over(self) -> State | None:
+        """REVOKED or DESTROYED where it is that."""
+        last = State(max(self.state, self.whole))
+        return last if last in WHOLE_AFTER.values() else None
+
+    def outdated(self, state: int, sequence: int) -> bool:
+        """Say whether a row's state, set by an event with a number, is older than what is told: of
+        the version, or of another one that became ACTIVE in its place."""
+        replaced = state == State.ACTIVE and self.whole_sequence > sequence
+        return replaced or self.sequence > sequence
+
+
 class Following:
     """What was followed: positions of chains and of the log, and the states that they give."""
 
@@ -314,31 +345,14 @@ class Following:
             self._swept(name.removeprefix(chain.TENANTS), event)
         return event
 
-    def known(self, tenant: str, key_id: str, version: int) -> bool:
-        """Say whether a chain tells of a version."""
-        found = self.states.get(self.states.fingerprint(tenant, key_id, version))
-        return version != WHOLE_KEY and found[1] > 0
-
-    def over(self, tenant: str, key_id: str, version: int) -> State | None:
-        """Return REVOKED or DESTROYED where a chain tells that of a version, by itself, with its
-        key or with its tenant."""
-        own = self.states.get(self.states.fingerprint(tenant, key_id, version))[0]
-        last = State(max(own, self._whole(tenant, key_id)[0]))
-        return last if last in WHOLE_AFTER.values() else None
-
-    def outdated(self, tenant: str, key_id: str, version: int, state: int, sequence: int) -> bool:
-        """Say whether a row's state, set by an event with a number, is older than what the chain
-        tells: of the version, or of another one that became ACTIVE in its place."""
-        newest = self.states.get(self.states.fingerprint(tenant, key_id, version))[1]
-        replaced = self.states.get(self.states.fingerprint(tenant, key_id, WHOLE_KEY))[1]
-        return newest > sequence or (state == State.ACTIVE and replaced > sequence)
-
-    def _whole(self, tenant: str, key_id: str) -> tuple[int, int]:
-        """Return the state that events about all of a key or of its tenant give its versions, and
-        the number of that event; ACTIVE: one of them has been so since."""
+    def told(self, tenant: str, key_id: str, version: int) -> Told:
+        """Return what the tenant's chain tells of a version, by itself, with its key and with its
+        tenant."""
         states = self.states
+        own = states.get(states.fingerprint(tenant, key_id, version))
         whole = (states.fingerprint(tenant, one, WHOLE_KEY) for one in (key_id, ""))
-        return max(states.get(one)[:2] for one in whole)  # numbers rise to what is last
+        last = max(states.get(one)[:2] for one in whole)  # the numbers of states rise to the last
+        return Told(*(own if version != WHOLE_KEY else (0, 0, False)), *last)
 
     def _swept(self, tenant: str, event: audit_pb2.AuditEvent) -> None:
         if event.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:
@@ -374,21 +388,20 @@ class Following:
     def _version(self, bound: store.Bound, sequence: int, after: State) -> None:
         tenant, key_id, _ = bound
         version = self.states.fingerprint(*bound)
-        before, since, frozen = self.states.get(version)
-        whole, whole_since = self._whole(tenant, key_id)
+        told = self.told(*bound)
         self._changed(bound)
-        again = after is State.PENDING and since > 0
-        if (sequence > since and (again or not may_become(before, after))) or (
-            sequence > whole_since and not may_become(whole, after)
+        again = after is State.PENDING and told.known
+        if (sequence > told.sequence and (again or not may_become(told.state, after))) or (
+            sequence > told.whole_sequence and not may_become(told.whole, after)
         ):
             # keyvault wrote it, misled by a row that was put back or hidden, or somebody else did:
             # what is over stays over, and no number is given twice.
             self.states.freeze(version)
-            if not frozen:
+            if not told.frozen:
                 self.revived.add(bound)
             return
         self.states.set(version, after, sequence)
-        self.versions[tenant] += not since
+        self.versions[tenant] += not told.known
         if after is State.ACTIVE:
             whole_key = (tenant, key_id, WHOLE_KEY)
             self.states.set(self.states.fingerprint(*whole_key), after, sequence)

@@ -26,8 +26,8 @@ from services.keyvault.anchor import STALE_SECONDS, Anchor, stale
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, is_lost
 from services.keyvault.differences import Differences, chain_broken
-from services.keyvault.domain import Key, State, Version
-from services.keyvault.following import MISMATCH, ContradictionError, Following
+from services.keyvault.domain import Version
+from services.keyvault.following import MISMATCH, ContradictionError, Following, Told
 from services.keyvault.pages import Pages
 from services.keyvault.store import reconcile as store
 from services.keyvault.store.holds import Hold
@@ -71,26 +71,9 @@ class Reconcile:
             return stale("reconciled")
         return differs
 
-    def state(self, tenant: str, key_id: str, version: int) -> tuple[State, int]:
-        """Return a version's state and the number of the event that set it, as far as chains were
-        followed."""
-        states = self.following.states
-        state, sequence, _ = states.get(states.fingerprint(tenant, key_id, version))
-        return self.following.over(tenant, key_id, version) or State(state), sequence
-
-    def known(self, tenant: str, key_id: str, version: int) -> bool:
-        """Say whether a chain tells of a version, as far as chains were followed."""
-        return self.following.known(tenant, key_id, version)
-
-    def over(self, tenant: str, key_id: str, version: int) -> State | None:
-        """Return REVOKED or DESTROYED of a version that is, as far as chains were followed."""
-        return self.following.over(tenant, key_id, version)
-
-    def outdated(self, key: Key, version: Version) -> bool:
-        """Say whether a row was put back: its chain is known to have gone on from there."""
-        return self.following.outdated(
-            key.tenant, key.key_id, version.version, version.state, version.state_sequence
-        )
+    def told(self, tenant: str, key_id: str, version: int) -> Told:
+        """Return what a chain tells of a version, as far as chains were followed."""
+        return self.following.told(tenant, key_id, version)
 
     @property
     def rolled_back(self) -> bool:

@@ -137,7 +137,7 @@ class Retention:
         tenant, states = name.removeprefix(chain.TENANTS), self._following.states
         if event.type in HELD_AFTER:
             return self._following.holds.get(tenant, (False, 0))[1] <= sequence
-        if event.type not in STATE_AFTER | WHOLE_AFTER:
+        if event.type not in STATE_AFTER and event.type not in WHOLE_AFTER:
             return False
         version = states.fingerprint(tenant, event.key_id, event.key_version)
         return states.get(version)[1] <= sequence

@@ -262,7 +262,7 @@ class Rotation:
                 return False
             # Of the job as it is acted on: the row may say something else by now.
             await self._bury(connection, job.tenant)
-            proof = await self._wraps.proof(connection, job, newest, self._reconcile.following)
+            proof = await self._wraps.proof(connection, job, newest, self._reconcile.told)
             if proof.versions == versions and not proof.unproven:
                 return True
             again = await store.doubt(connection, job.tenant, proof.unproven)
@@ -285,17 +285,16 @@ class Rotation:
         return False
 
     def _needed(self, tenant: str, key_id: str, version: int) -> bool:
-        following = self._reconcile.following
-        if chain.tenant_chain(tenant) not in following.chains:
+        if chain.tenant_chain(tenant) not in self._reconcile.following.chains:
             return True
-        over = following.over(tenant, key_id, version)
-        return following.known(tenant, key_id, version) and over is not State.DESTROYED
+        told = self._reconcile.told(tenant, key_id, version)
+        return told.known and told.over is not State.DESTROYED
 
     async def _bury(self, connection: Connection, tenant: str) -> None:
         """Delete the ciphertext of versions that the tenant's chain calls destroyed: somebody put
         it back, and it must not be wrapped anew."""
         for key_id, version, _, _, wrapped, _ in await store.wraps(connection, tenant):
-            over = self._reconcile.over(tenant, key_id, version)
+            over = self._reconcile.told(tenant, key_id, version).over
             if wrapped is not None and over is State.DESTROYED:
                 logs.event(log, "ciphertext_put_back", level=logging.CRITICAL, key=key_id)
                 await key_store.erase(connection, tenant, key_id, version)

@@ -47,11 +47,6 @@ class States:
         value = self._get(fingerprint)
         return value & _STATE, value >> 4, bool(value & _FROZEN)
 
-    def agrees(self, fingerprint: int, state: int, sequence: int) -> bool:
-        """Say whether the chain gives a version this state, by this event; or it is frozen."""
-        value = self._get(fingerprint)
-        return bool(value & _FROZEN) or (value & _STATE, value >> 4) == (state, sequence)
-
     def set(self, fingerprint: int, state: int, sequence: int) -> None:
         """Keep a state, unless a later event's is kept."""
         value = self._get(fingerprint)

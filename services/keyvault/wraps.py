@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from byokeep.encoding import fields
@@ -17,7 +17,7 @@ from byokeep.encoding import fields
 from services.keyvault import domain
 from services.keyvault.database import Connection
 from services.keyvault.domain import State
-from services.keyvault.following import Following
+from services.keyvault.following import Told
 from services.keyvault.store import jobs as store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store.jobs import Job
@@ -52,12 +52,12 @@ class Wraps:
         return hmac.digest(self._mac_key, self._prefix + own, "sha256")
 
     async def proof(
-        self, connection: Connection, job: Job, newest: int, following: Following
+        self, connection: Connection, job: Job, newest: int, chain: Callable[[str, str, int], Told]
     ) -> Proof:
         """Look at a tenant's rows; its chain is locked. `newest`: the newest version of its KEK
         that the job's backend has; a row that names a newer one is of an earlier KEK of that name.
-        The chain was followed to its head: a row of which it does not tell stands for none of its
-        versions, and one that it calls destroyed needs nothing, whatever the row says.
+        `chain` says what the chain tells of a version, followed to its head: a row of which it does
+        not tell stands for none, and one that it calls destroyed needs nothing, whatever it says.
 
         Raises:
             ByokeepError: STATE_TAMPERED.
@@ -70,11 +70,12 @@ class Wraps:
                 if looked % _STRIDE == 0:
                     await asyncio.sleep(0)
                 bound = key.key_id, one.version
-                if not following.known(job.tenant, *bound):
+                told = chain(job.tenant, *bound)
+                if not told.known:
                     continue
                 domain.check_state(self._mac_key, self._deployment, key, one)
                 versions += 1
-                if State.DESTROYED in (one.state, following.over(job.tenant, *bound)):
+                if State.DESTROYED in (one.state, told.over):
                     continue
                 backend, kek_version, *wrap = found[bound]
                 aimed = (

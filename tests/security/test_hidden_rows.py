@@ -144,6 +144,16 @@ async def test_a_version_that_was_hidden_is_rolled_back_from(keyvault):
     assert await try_lease(keyvault, key, key_version=2) == "RECONCILE_MISMATCH"
 
 
+async def test_no_key_is_rolled_back_to_a_hidden_version(keyvault):
+    """Nothing would be ACTIVE then, and the version that was is destroyed."""
+    key = await _rotated(keyvault)
+    await _followed(keyvault)
+    await _hide(keyvault, 1)
+    told = await kv.refusal(keyvault.change("RollBackKey", key.name))
+    assert told == "RECONCILE_MISMATCH"
+    assert await try_lease(keyvault, key) == ""
+
+
 @pytest.mark.parametrize("followed", [True, False])
 async def test_no_version_number_is_given_twice(keyvault, followed):
     """The same number twice would be one context for two values: either envelope opens there."""

@@ -23,8 +23,6 @@ def test_states_are_what_was_set_last_by_sequence():
     for version, (state, sequence) in expected.items():
         for one in (states, copy):
             assert one.get(one.fingerprint(*version)) == (state, sequence, False)
-            assert one.agrees(one.fingerprint(*version), state, sequence)
-            assert not one.agrees(one.fingerprint(*version), state, sequence + 1)
 
 
 def test_what_is_frozen_stays_so():

@@ -164,10 +164,11 @@ async def insert_version(
     )
 
 
-async def set_state(connection: Connection, key: Key, version: Version) -> None:
-    """Store a version's state; DESTROYED deletes its ciphertext in the same statement."""
+async def set_state(connection: Connection, key: Key, version: Version) -> bool:
+    """Store a version's state; DESTROYED deletes its ciphertext in the same statement. False where
+    there is no such row."""
     gone = version.state is State.DESTROYED
-    await connection.execute(
+    cursor = await connection.execute(
         _SET_STATE,
         (
             int(version.state),
@@ -181,6 +182,7 @@ async def set_state(connection: Connection, key: Key, version: Version) -> None:
             version.version,
         ),
     )
+    return cursor.rowcount > 0
 
 
 async def touch(connection: Connection, key: Key, *, destroyed: bool) -> None:
