@@ -215,6 +215,45 @@ async def test_a_sweep_that_was_put_off_is_not(keyvault, monkeypatch):
     assert await keyvault.sql("SELECT 1 FROM kek_job WHERE due_time = 'infinity'") == []
 
 
+@pytest.mark.parametrize(
+    ("due", "end"), [("infinity", None), ("-infinity", "9999-01-01"), ("infinity", "9999-01-01")]
+)
+async def test_a_planted_job_that_is_never_at_work_holds_up_no_sweep(keyvault, due, end):
+    """Shown to fail with whatever is older worked off first."""
+    key = await keyvault.add_active()
+    await keyvault.sql(
+        "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase,"
+        " due_time, create_time, end_time) VALUES ('job_x', 'acme', 'x', 'op', true, true, true,"
+        " 'REWRAP', %s, '-infinity', %s)",
+        *(due, end),
+    )
+    await keyvault.change("DestroyKey", key.name)
+    await keyvault.sql("UPDATE kek_job SET due_time = now() WHERE phase = 'QUEUED'")
+    async with asyncio.timeout(20):
+        # It has wrapped what is left, and waits for leases before it trims.
+        while await keyvault.sql("SELECT phase FROM kek_job WHERE caller = 'keyvault'") != [
+            ("TRIM",)
+        ]:
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("count", [2**63 - 1, -(2**63)])
+async def test_no_count_of_a_job_keeps_it_from_its_end(keyvault, count):
+    """Shown to fail with counts that leave their range, here or in the event about them."""
+    key = await keyvault.add_active()
+    await keyvault.sql("UPDATE key_version SET kek_version = 0")
+    await keyvault.sql(
+        "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase,"
+        " target_backend, target_version, done, failed) VALUES ('job_x', 'acme', 'x', 'op', false,"
+        " true, false, 'REWRAP', 'local', 1, %s, %s)",
+        *(count, count),
+    )
+    async with asyncio.timeout(20):
+        while await keyvault.sql("SELECT phase FROM kek_job") != [("DONE",)]:
+            await asyncio.sleep(0.1)
+    assert await try_lease(keyvault, key) == ""
+
+
 async def test_an_id_that_no_key_has_fills_no_page(keyvault):
     key = await keyvault.add_active()
     await keyvault.sql(
