@@ -14,6 +14,7 @@ from byokeep.keyvault.v1 import audit_pb2
 
 from services.keyvault import chain, rotation
 from services.keyvault.domain import State
+from services.orchestrator.keyvault_client import Keyvault
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import try_lease
 
@@ -254,20 +255,39 @@ async def test_no_count_of_a_job_keeps_it_from_its_end(keyvault, count):
     assert await try_lease(keyvault, key) == ""
 
 
-async def test_an_id_that_no_key_has_fills_no_page(keyvault):
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "'key_00' || repeat('z', 200)",
+        "'a'",
+        "'key_' || repeat('Z', 26)",
+        "'key_' || repeat('0', 27)",
+        "'key_' || repeat('0', 26) || E'\\n'",
+    ],
+)
+async def test_an_id_that_no_request_can_name_fills_no_page(keyvault, planted):
+    """Nor does it keep a tenant from being deleted; it is shredded with the tenant.
+
+    Shown to fail with any id that is short enough.
+    """
     key = await keyvault.add_active()
     await keyvault.sql(
         "INSERT INTO provider_key (tenant, key_id, provider, owner, display_name)"
-        " VALUES ('acme', 'key_00' || repeat('z', 200), 'openai', '', 'd')"
+        f" VALUES ('acme', {planted}, 'openai', '', 'd')"
     )
     await keyvault.sql(
         "INSERT INTO key_version (tenant, key_id, version, state, state_sequence, state_mac, hint,"
         " kek_backend, kek_version, envelope) SELECT tenant, key_id, 1, 2, 1, 'x', 'h', 'local', 1,"
-        " 'x' FROM provider_key WHERE length(key_id) > 100"
+        " 'x' FROM provider_key WHERE display_name = 'd'"
     )
     request = kv.custody_pb2.ListKeysRequest(parent="tenants/acme", page_size=1)
     page = await keyvault.custody.ListKeys(request)
     assert ([one.name for one in page.keys], page.next_page_token) == ([key.name], "")
+    # What the orchestrator does for a deleted tenant, again and again until nothing refuses.
+    assert await Keyvault(keyvault.channel("orchestrator")).destroy_all("acme", "test") == 1
+    shred = kv.admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
+    await keyvault.admin.ShredTenant(shred)
+    assert await keyvault.sql("SELECT 1 FROM key_version WHERE envelope IS NOT NULL") == []
 
 
 async def test_a_key_that_nobody_made_can_not_be_destroyed(keyvault):
