@@ -19,6 +19,7 @@ class Mutant:
 _KV = "services/keyvault/"
 _SEC = "tests/security/"
 _FORGED = _SEC + "test_rows.py::test_forged_row_does_not_keep_its_key_alive"
+_ENDLESS = _SEC + "test_holds.py::test_no_forged_row_keeps_a_lease_from_its_end"
 _CHANGES = "tests/component/test_keyvault_changes.py::"
 _DEATH = _SEC + "test_destruction.py::"
 _HIDDEN = _DEATH + "test_a_version_that_was_hidden_is_destroyed_with_its_key"
@@ -818,6 +819,48 @@ MUTANTS = (
         "        except psycopg.DataError:\n",
         "        except ZeroDivisionError:\n",
         (_FORGED,),
+    ),
+    Mutant(
+        "a time that Python does not have keeps its lease alive",
+        _KV + "database.py",
+        '    connection.adapters.register_loader("timestamptz", _BinaryTime)\n',
+        "",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a state that there is not keeps its lease alive",
+        _KV + "store/leases.py",
+        "row[4], state_of(row[5])",
+        "row[4], State(row[5])",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a version that is hidden keeps its lease alive",
+        _KV + "store/leases.py",
+        "LEFT JOIN key_version v ON",
+        "JOIN key_version v ON",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a number below zero keeps its lease alive",
+        _KV + "store/leases.py",
+        "greatest(l.version, 0)",
+        "l.version",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a provider that there is not keeps its lease alive",
+        _KV + "releases.py",
+        "provider = locked.provider if known else PROVIDERS[0]",
+        "provider = locked.provider",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a forged version keeps a rejected key's lease alive",
+        _KV + "releases.py",
+        "        except ByokeepError:\n",
+        "        except ZeroDivisionError:\n",
+        (_ENDLESS,),
     ),
     Mutant(
         "a number below zero keeps its key alive",

@@ -212,9 +212,10 @@ def key_of(row: Row, versions: Sequence[Row]) -> Key:
         display_name,
         revision,
         create_time,
-        tuple(Version(one[0], _state(one[1]), *one[2:]) for one in versions),
+        tuple(Version(one[0], state_of(one[1]), *one[2:]) for one in versions),
     )
 
 
-def _state(number: int) -> State:
+def state_of(number: int) -> State:
+    """Return a stored state; UNSPECIFIED for a number that keyvault does not write."""
     return State(number) if number in _STATES else State.UNSPECIFIED

@@ -16,7 +16,7 @@ from services.keyvault.database import Connection, Database, Row
 from services.keyvault.domain import Key, State
 from services.keyvault.limits import Meter, windows
 from services.keyvault.store.holds import Hold
-from services.keyvault.store.keys import key_of
+from services.keyvault.store.keys import key_of, state_of
 
 # First the chains are locked, always in this order; what is read by the statements after
 # it is therefore what the last holder of the lock left behind: every change of a key, a
@@ -74,15 +74,17 @@ _COUNTED = """
 """
 # Leases, their counts, their events and the heads of the chains: one statement.
 _REDEEM = _REDEEMED + chain.ITEM + _COUNTED + chain.RECORD
+# A lease ends on the record also where its key's rows are hidden, or say what can't be.
 _OF_LEASES = """
 SELECT c.sequence, c.hash, clock_timestamp(),
-       k.provider, k.owner, v.state, l.release_time IS NOT NULL,
-       l.lease_id, l.grant_id, l.tenant, l.key_id, l.version, l.holder, l.attempt_id, l.review_id,
-       l.fence, l.purpose, l.expire_time
+       coalesce(k.provider, ''), coalesce(k.owner, ''), coalesce(v.state, 0),
+       l.release_time IS NOT NULL,
+       l.lease_id, l.grant_id, l.tenant, l.key_id, greatest(l.version, 0), l.holder, l.attempt_id,
+       l.review_id, greatest(l.fence, 0), l.purpose, l.expire_time
 FROM lease l
 JOIN chain c ON c.chain = 'tenants/' || l.tenant
-JOIN provider_key k ON k.tenant = l.tenant AND k.key_id = l.key_id
-JOIN key_version v ON v.tenant = l.tenant AND v.key_id = l.key_id AND v.version = l.version
+LEFT JOIN provider_key k ON k.tenant = l.tenant AND k.key_id = l.key_id
+LEFT JOIN key_version v ON v.tenant = l.tenant AND v.key_id = l.key_id AND v.version = l.version
 WHERE l.lease_id = ANY(%s)
 """
 # Whoever ends leases counts them down, by the rows that did end.
@@ -249,7 +251,7 @@ async def lock_leases(connection: Connection, lease_ids: Collection[str]) -> dic
 def _locked_lease(row: Row) -> LockedLease:
     lease = Lease(*row[7:])
     head = chain.Head(chain.tenant_chain(lease.tenant), row[0], row[1], row[2])
-    return LockedLease(head, row[3], row[4], State(row[5]), row[6], lease)
+    return LockedLease(head, row[3], row[4], state_of(row[5]), row[6], lease)
 
 
 async def close(connection: Connection, lease_id: str, outcome: int) -> None:
