@@ -758,6 +758,23 @@ MUTANTS = (
         (_DEATH + "test_no_other_row_keeps_a_key_from_being_revoked",),
     ),
     Mutant(
+        "leases that can't be numbered live on",
+        _KV + "store/leases.py",
+        '        row = await _revoke(connection, {**parameters, "told": False})\n',
+        "        return 0\n",
+        (
+            _DEATH + "test_no_other_row_keeps_a_key_from_being_revoked",
+            _SEC + "test_holds.py::test_leases_end_though_no_watcher_can_be_told",
+        ),
+    ),
+    Mutant(
+        "a revocation below one that was planted is taken for news",
+        _KV + "store/leases.py",
+        "    elif row[1] is False:\n",
+        "    elif False:\n",
+        (_SEC + "test_holds.py::test_leases_end_though_no_watcher_can_be_told",),
+    ),
+    Mutant(
         "a name that is taken keeps a key from being revoked",
         _KV + "store/keys.py",
         "ELSE destroy_time END",

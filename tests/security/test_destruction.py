@@ -189,13 +189,15 @@ async def test_no_made_up_version_stands_for_a_living_key(keyvault, numbers):
     ],
 )
 async def test_no_other_row_keeps_a_key_from_being_revoked(keyvault, method, forgery):
-    """Shown to fail with leases that must be ended first, and with a name that is taken again."""
+    """Shown to fail with leases that must be numbered to be ended, and with a name that is taken
+    again."""
     key = await keyvault.add_active()
     assert await try_lease(keyvault, key) == ""
     for statement in forgery.split("; "):
         await keyvault.sql(statement)
     await keyvault.change(method, key.name)
     assert await try_lease(keyvault, key) == "WRONG_STATE"
+    assert await keyvault.sql("SELECT 1 FROM lease WHERE end_time IS NULL") == []
 
 
 async def test_a_sweep_that_was_put_off_is_not(keyvault, monkeypatch):

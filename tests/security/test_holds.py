@@ -139,6 +139,29 @@ async def test_no_forged_row_keeps_a_lease_from_its_end(keyvault, forgery):
     assert [one.lease_id for one in told if one.lease_id] == leases
 
 
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        "SELECT setval('revocation_sequence_seq', 9223372036854775807)",
+        "INSERT INTO revocation (sequence, lease_id, holder) VALUES (1, '', '')",
+        "INSERT INTO revocation (sequence, lease_id, holder) VALUES (9223372036854775807, '', '')",
+    ],
+)
+async def test_leases_end_though_no_watcher_can_be_told(keyvault, forgery, caplog):
+    """And the log says that none was. Shown to fail with leases that are numbered first; with a
+    number that is taken for news whatever it is."""
+    key = await keyvault.add_active()
+    lease = await _lease(keyvault, key)
+    await _lease(keyvault, key)
+    await keyvault.sql(forgery)
+    request = admin_pb2.RevokeLeaseRequest(lease_id=lease, reason="incident 7")
+    assert (await keyvault.admin.RevokeLease(request)).ended
+    assert "watchers_not_told" in caplog.text
+    assert await _revoke(keyvault) == 1
+    assert await keyvault.sql("SELECT 1 FROM lease WHERE end_time IS NULL") == []
+    assert (await keyvault.events())[-1].count == 1
+
+
 async def test_a_tenant_nobody_knows_is_not_held(keyvault):
     request = admin_pb2.RevokeTenantRequest(tenant="tenants/nobody", reason="incident 7")
     assert await refusal(keyvault.admin.RevokeTenant(request)) == "TENANT_KEY_MISSING"

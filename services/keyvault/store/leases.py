@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from services.common import logs
 from services.keyvault import chain
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Database, Row, aside
 from services.keyvault.domain import Key, State
 from services.keyvault.limits import Meter, windows
 from services.keyvault.store.holds import Hold
 from services.keyvault.store.keys import key_of, state_of
 
+log = logging.getLogger(__name__)
 # First the chains are locked, always in this order; what is read by the statements after
 # it is therefore what the last holder of the lock left behind: every change of a key, a
 # lease, a meter or a hold is made under the lock of its tenant's chain.
@@ -126,11 +129,17 @@ WITH ended AS (
       AND (%(lease_id)s::text IS NULL OR lease_id = %(lease_id)s)
     RETURNING lease_id, tenant, key_id, holder
 ), told AS (
-    INSERT INTO revocation (lease_id, holder) SELECT lease_id, holder FROM ended
+    INSERT INTO revocation (lease_id, holder) SELECT lease_id, holder FROM ended WHERE %(told)s
+    RETURNING sequence
 )
 """
-_NUMBER_ENDED = " SELECT count(*) FROM ended"
+# A number below one that was there before is news to no watcher.
+_NUMBER_ENDED = """
+SELECT count(*), (SELECT min(sequence) FROM told) > (SELECT max(sequence) FROM revocation)
+FROM ended
+"""
 _REVOKE = _REVOKE_ENDED + _UNCOUNTED + _NUMBER_ENDED
+_UNTOLD = "watchers_not_told"
 _LIVE_COUNT = "SELECT count(*) FROM lease WHERE end_time IS NULL AND expire_time > now()"
 # A time as text: not every time that a row can have is one in Python.
 _OVERDUE = """
@@ -281,21 +290,29 @@ async def revoke(
 ) -> int:
     """End a tenant's live leases, or those of versions of a key, or one; number them for watchers.
 
-    The tenant's chain is locked. Returns how many ended.
+    The tenant's chain is locked. Returns how many ended. Where somebody made it impossible to tell
+    watchers, the leases end all the same, and the log says so.
     """
     await connection.execute(_REVOCATION_ORDER)
-    cursor = await connection.execute(
-        _REVOKE,
-        {
-            "tenant": tenant,
-            "key_id": key_id,
-            "versions": None if versions is None else list(versions),
-            "lease_id": lease_id,
-            "outcome": outcome,
-        },
-    )
-    row = await cursor.fetchone()
+    parameters = {
+        "tenant": tenant,
+        "key_id": key_id,
+        "versions": None if versions is None else list(versions),
+        "lease_id": lease_id,
+        "outcome": outcome,
+    }
+    row: Row | None = None
+    async with aside(connection, _UNTOLD):
+        row = await _revoke(connection, {**parameters, "told": True})
+    if row is None:
+        row = await _revoke(connection, {**parameters, "told": False})
+    elif row[1] is False:
+        logs.event(log, _UNTOLD, level=logging.CRITICAL)
     return int(row[0]) if row else 0
+
+
+async def _revoke(connection: Connection, parameters: dict[str, object]) -> Row | None:
+    return await (await connection.execute(_REVOKE, parameters)).fetchone()
 
 
 async def live_count(database: Database) -> int:
