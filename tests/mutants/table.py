@@ -1796,6 +1796,13 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "the keys of whatever an event names are counted",
+        _KV + "reconcile.py",
+        "named = _TENANT.fullmatch(tenant) is not None",
+        "named = True",
+        (_SEC + "test_chain_attacker.py::test_an_event_that_names_no_tenant_stops_no_pass",),
+    ),
+    Mutant(
         "what says that it is logged is believed",
         _KV + "reconcile.py",
         '                logs.event(log, "head_kept_from_log", level=logging.CRITICAL, chain=name)\n                self._anchor.owe(name)\n',
