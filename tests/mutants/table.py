@@ -824,11 +824,25 @@ MUTANTS = (
         (_DEATH + "test_an_id_that_no_request_can_name_fills_no_page",),
     ),
     Mutant(
-        "a key that can't be shown can't be destroyed",
+        "a key that can't be shown can't be revoked or destroyed",
         _OR + "keys.py",
         'if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):',
         "if error.reason:",
-        (_OUTLIVED + "test_key_whose_rows_were_forged_or_hidden_is_destroyed",),
+        (_OUTLIVED + "test_key_whose_rows_were_forged_or_hidden_is_ended",),
+    ),
+    Mutant(
+        "a key that can't be shown can't be revoked",
+        _OR + "keys.py",
+        '        """Revoke a key."""\n        rights = access.current()\n        await self._endable(',
+        '        """Revoke a key."""\n        rights = access.current()\n        await self._changeable(',
+        (_OUTLIVED + "test_key_whose_rows_were_forged_or_hidden_is_ended",),
+    ),
+    Mutant(
+        "a user's key is revoked and destroyed by anybody",
+        _OR + "keys.py",
+        'if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):',
+        "if False:",
+        (_SEC + "test_tenant_authz.py::test_user_is_asserted_only_by_who_may",),
     ),
     Mutant(
         "a time that Python does not have keeps its key alive",
