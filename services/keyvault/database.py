@@ -16,9 +16,10 @@ import grpc
 import psycopg
 import psycopg.errors
 from psycopg.abc import AdaptContext, Buffer
+from psycopg.abc import Loader as AbcLoader
 from psycopg.adapt import Loader
 from psycopg.pq import Format
-from psycopg.types.datetime import TimestamptzLoader
+from psycopg.types.datetime import TimestamptzBinaryLoader, TimestamptzLoader
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from services.common import logs
@@ -40,11 +41,7 @@ _OPTIONS = (
 # The orchestrator has a pool of its own: its rows, options and errors are others, and what is
 # alike is not worth that services.common, which the runner loads too, knows of PostgreSQL.
 _LOST = "DEPENDENCY_UNAVAILABLE"
-# psycopg's own, in C where that is installed.
-_TIMES = (
-    psycopg.adapters.get_loader(psycopg.adapters.types["timestamptz"].oid, Format.TEXT)
-    or TimestamptzLoader
-)
+_TIMESTAMPTZ = psycopg.adapters.types["timestamptz"].oid
 
 
 class DuplicateError(Exception):
@@ -132,23 +129,43 @@ class _Time(Loader):
     """A `timestamptz` of any row: one that Python has no time for, such as `infinity`, is the
     first or the last that it has. No row that SQL can write makes its reading fail."""
 
+    # psycopg's own, in C where that is installed.
+    _OWN: type[AbcLoader] = (
+        psycopg.adapters.get_loader(_TIMESTAMPTZ, Format.TEXT) or TimestamptzLoader
+    )
+
     def __init__(self, oid: int, context: AdaptContext | None = None) -> None:
         super().__init__(oid, context)
-        self._load = _TIMES(oid, context).load
+        self._load = self._OWN(oid, context).load
 
     def load(self, data: Buffer) -> datetime.datetime:
         try:
             time: datetime.datetime = self._load(data)
         except psycopg.DataError:
-            text = bytes(data)
-            past = text.startswith(b"-") or text.endswith(b"BC")
+            past = self._past(bytes(data))
             time = datetime.datetime.min if past else datetime.datetime.max
             return time.replace(tzinfo=datetime.UTC)
         return time
 
+    @staticmethod
+    def _past(data: bytes) -> bool:
+        return data.startswith(b"-") or data.endswith(b"BC")
+
+
+class _BinaryTime(_Time):
+    """The same of a time as PostgreSQL has it: signed microseconds from the year 2000 on."""
+
+    format = Format.BINARY
+    _OWN = psycopg.adapters.get_loader(_TIMESTAMPTZ, Format.BINARY) or TimestamptzBinaryLoader
+
+    @staticmethod
+    def _past(data: bytes) -> bool:
+        return data[0] >= 0x80
+
 
 async def _configure(connection: Connection) -> None:
     connection.adapters.register_loader("timestamptz", _Time)
+    connection.adapters.register_loader("timestamptz", _BinaryTime)
 
 
 @asynccontextmanager

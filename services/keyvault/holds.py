@@ -101,12 +101,7 @@ class Holds:
                 raise domain.not_found("lease")
             lease = locked.lease
             ended = await lease_store.revoke(
-                connection,
-                lease.tenant,
-                lease.key_id,
-                [lease.version],
-                lease_pb2.LEASE_OUTCOME_CANCELLED,
-                lease_id,
+                connection, lease.tenant, None, None, lease_pb2.LEASE_OUTCOME_CANCELLED, lease_id
             )
             event = audit_pb2.AuditEvent(
                 type=audit_pb2.AUDIT_EVENT_TYPE_LEASE_REVOKED,

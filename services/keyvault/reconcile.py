@@ -13,6 +13,7 @@ import asyncio
 import datetime
 import logging
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 20.0
 SAVE_SECONDS = 600.0
 _HEADS = 20_000
+# As in the protos: no other name has keys.
+_TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 T = TypeVar("T")
 
 
@@ -207,7 +210,9 @@ class Reconcile:
         await self._pages.look()
         for name in self.following.broken - self._broken_keys.keys():
             tenant = name.removeprefix(chain.TENANTS)
-            self._broken_keys[name] = await store.keys(self._database, tenant)
+            # An event that somebody planted may name what is not even text to the database.
+            named = _TENANT.fullmatch(tenant) is not None
+            self._broken_keys[name] = await store.keys(self._database, tenant) if named else 0
         self._passed = time.monotonic()
         self.last = datetime.datetime.now(datetime.UTC)
 

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from byokeep.keyvault.v1 import audit_pb2, grant_pb2, lease_pb2
+from byokeep.names import PROVIDERS
 
 from services.common import logs
+from services.common.errors import ByokeepError
 from services.keyvault import chain, domain
 from services.keyvault.custody import Custody, Origin
 from services.keyvault.database import Connection, Database
@@ -33,7 +35,12 @@ class _End:
         return self.holder in (None, lease.holder)
 
     def event(self, locked: store.LockedLease) -> audit_pb2.AuditEvent:
-        event = lease_event(locked.lease, locked.provider, locked.owner, self.kind)
+        # Of a key that is hidden or was forged, whose it is may not be known.
+        known = locked.provider in PROVIDERS
+        provider = locked.provider if known else PROVIDERS[0]
+        event = lease_event(locked.lease, provider, locked.owner, self.kind)
+        if not known:
+            event.ClearField("provider")
         event.outcome = self.outcome
         if self.report is not None:
             event.report.CopyFrom(self.report)
@@ -65,7 +72,8 @@ class Releases:
     ) -> None:
         """End a lease; a second release changes nothing. Only its holder may.
 
-        KEY_REJECTED marks an ACTIVE version NEEDS_REKEY in the same transaction.
+        KEY_REJECTED marks an ACTIVE version NEEDS_REKEY in the same transaction, unless its key's
+        rows were forged.
 
         Raises:
             ByokeepError: NOT_FOUND, also for another identity's lease.
@@ -131,7 +139,12 @@ class Releases:
         self, connection: Connection, locked: store.LockedLease, event: audit_pb2.AuditEvent
     ) -> None:
         lease = locked.lease
-        key = await self._custody.checked(connection, lease.tenant, lease.key_id)
+        try:
+            key = await self._custody.checked(connection, lease.tenant, lease.key_id)
+        except ByokeepError:
+            # Another of its rows was forged: no state follows then, but this lease has ended.
+            await chain.append(connection, locked.head, self._deployment, [event])
+            return
         changes = [Change(lease.version, audit_pb2.AUDIT_EVENT_TYPE_REJECTED)]
         origin = Origin(lease.holder, "")
         await self._custody.apply(connection, locked.head, key, changes, origin, before=(event,))

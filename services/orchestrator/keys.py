@@ -151,7 +151,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
     ) -> key_pb2.RevokeKeyResponse:
         """Revoke a key."""
         rights = access.current()
-        await self._changeable(rights, request.name)
+        await self._endable(rights, request.name)
         key = await self._keyvault.revoke(
             custody_pb2.RevokeKeyRequest(
                 name=request.name,
@@ -167,13 +167,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
     ) -> key_pb2.DestroyKeyResponse:
         """Destroy a key."""
         rights = access.current()
-        try:
-            await self._changeable(rights, request.name)
-        except ByokeepError as error:
-            # Whoever forges or hides its rows must not keep it alive: keyvault's chain knows it.
-            # Whose it is can't be known then, and nobody can use it.
-            if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):
-                raise
+        await self._endable(rights, request.name)
         key = await self._keyvault.destroy(
             custody_pb2.DestroyKeyRequest(
                 name=request.name,
@@ -264,6 +258,16 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         key = await self._keyvault.get(name)
         rights.require_user(key.owner, "name")
         return key
+
+    async def _endable(self, rights: access.Rights, name: str) -> None:
+        """Let a key that the caller may change be revoked or destroyed, also one that keyvault
+        can't show: whoever forges or hides its rows must not keep it alive."""
+        try:
+            await self._changeable(rights, name)
+        except ByokeepError as error:
+            # keyvault's chain knows it. Whose it is can't be known then, and nobody can use it.
+            if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):
+                raise
 
     async def _validated(
         self,

@@ -28,6 +28,7 @@ from tests.harness.orchestrator import (
 )
 
 DESTROYED = custody_pb2.KEY_VERSION_STATE_DESTROYED
+REVOKED = custody_pb2.KEY_VERSION_STATE_REVOKED
 SUPERSEDED = custody_pb2.KEY_VERSION_STATE_SUPERSEDED
 
 
@@ -323,11 +324,14 @@ async def test_key_that_can_not_be_destroyed_stops_no_other(stack: Stack, monkey
     assert await stack.sql("SELECT key_id FROM key_validation") == [(waiting,)]
 
 
+@pytest.mark.parametrize(("method", "state"), [("RevokeKey", REVOKED), ("DestroyKey", DESTROYED)])
 @pytest.mark.parametrize("reason", ["STATE_TAMPERED", "NOT_FOUND", "ROW_TAMPERED"])
-async def test_key_whose_rows_were_forged_or_hidden_is_destroyed(stack: Stack, monkeypatch, reason):
-    """keyvault answers for it: what it can't show it can still destroy.
+async def test_key_whose_rows_were_forged_or_hidden_is_ended(
+    stack: Stack, monkeypatch, reason, method, state
+):
+    """keyvault answers for it: what it can't show it can still revoke and destroy.
 
-    Shown to fail where a key must be shown before it is destroyed.
+    Shown to fail where a key must be shown first.
     """
     key_id = stack.keyvault.add("acme")
     heard = stack.keyvault._heard
@@ -340,14 +344,14 @@ async def test_key_whose_rows_were_forged_or_hidden_is_destroyed(stack: Stack, m
 
     monkeypatch.setattr(stack.keyvault, "_heard", refuse)
     name = names.key_name("acme", key_id)
-    request = key_pb2.DestroyKeyRequest(name=name, request_id=request_id())
+    request = getattr(key_pb2, f"{method}Request")(name=name, request_id=request_id())
+    end = getattr(stack.client("acme").keys, method)
     if reason == "ROW_TAMPERED":
         with pytest.raises(grpc.aio.AioRpcError):
-            await stack.client("acme").keys.DestroyKey(request)
-        assert stack.keyvault.asked(custody_pb2.DestroyKeyRequest) == []
+            await end(request)
+        assert stack.keyvault.asked(getattr(custody_pb2, f"{method}Request")) == []
     else:
-        destroyed = await stack.client("acme").keys.DestroyKey(request)
-        assert destroyed.key.provider_key.state == DESTROYED
+        assert (await end(request)).key.provider_key.state == state
 
 
 async def test_repeated_add_validates_once(stack: Stack) -> None:

@@ -19,6 +19,7 @@ class Mutant:
 _KV = "services/keyvault/"
 _SEC = "tests/security/"
 _FORGED = _SEC + "test_rows.py::test_forged_row_does_not_keep_its_key_alive"
+_ENDLESS = _SEC + "test_holds.py::test_no_forged_row_keeps_a_lease_from_its_end"
 _CHANGES = "tests/component/test_keyvault_changes.py::"
 _DEATH = _SEC + "test_destruction.py::"
 _UNSEEN = _SEC + "test_hidden_rows.py::"
@@ -756,6 +757,23 @@ MUTANTS = (
         (_DEATH + "test_no_other_row_keeps_a_key_from_being_revoked",),
     ),
     Mutant(
+        "leases that can't be numbered live on",
+        _KV + "store/leases.py",
+        '        row = await _revoke(connection, {**parameters, "told": False})\n',
+        "        return 0\n",
+        (
+            _DEATH + "test_no_other_row_keeps_a_key_from_being_revoked",
+            _SEC + "test_holds.py::test_leases_end_though_no_watcher_can_be_told",
+        ),
+    ),
+    Mutant(
+        "a revocation below one that was planted is taken for news",
+        _KV + "store/leases.py",
+        "    elif row[1] is False:\n",
+        "    elif False:\n",
+        (_SEC + "test_holds.py::test_leases_end_though_no_watcher_can_be_told",),
+    ),
+    Mutant(
         "a name that is taken keeps a key from being revoked",
         _KV + "store/keys.py",
         "ELSE destroy_time END",
@@ -770,18 +788,60 @@ MUTANTS = (
         (_DEATH + "test_a_sweep_that_was_put_off_is_not",),
     ),
     Mutant(
-        "an id that no key has fills a page",
-        _KV + "store/keys.py",
-        "AND length(p.key_id) <= 64 AND EXISTS (",
-        "AND EXISTS (",
-        (_DEATH + "test_an_id_that_no_key_has_fills_no_page",),
+        "a job that is never due goes before a sweep",
+        _KV + "store/jobs.py",
+        "      AND o.due_time <= now() AND o.end_time IS NULL\n",
+        "      AND o.end_time IS NULL\n",
+        (_DEATH + "test_a_planted_job_that_is_never_at_work_holds_up_no_sweep",),
     ),
     Mutant(
-        "a key that can't be shown can't be destroyed",
+        "a job that has ended goes before a sweep",
+        _KV + "store/jobs.py",
+        "      AND o.due_time <= now() AND o.end_time IS NULL\n",
+        "      AND o.due_time <= now()\n",
+        (_DEATH + "test_a_planted_job_that_is_never_at_work_holds_up_no_sweep",),
+    ),
+    Mutant(
+        "a job's count that is full keeps it from its end",
+        _KV + "store/jobs.py",
+        "least(done, 9223372036854775807 - %(done)s) + %(done)s",
+        "done + %(done)s",
+        (_DEATH + "test_no_count_of_a_job_keeps_it_from_its_end",),
+    ),
+    Mutant(
+        "a job's count below zero keeps it from its end",
+        _KV + "store/jobs.py",
+        "greatest(done, 0)",
+        "done",
+        (_DEATH + "test_no_count_of_a_job_keeps_it_from_its_end",),
+    ),
+    Mutant(
+        "an id that no request can name fills a page",
+        _KV + "store/keys.py",
+        "AND p.key_id ~ '^key_[0-9a-z]{26}$' AND EXISTS (",
+        "AND length(p.key_id) <= 64 AND EXISTS (",
+        (_DEATH + "test_an_id_that_no_request_can_name_fills_no_page",),
+    ),
+    Mutant(
+        "a key that can't be shown can't be revoked or destroyed",
         _OR + "keys.py",
         'if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):',
         "if error.reason:",
-        (_OUTLIVED + "test_key_whose_rows_were_forged_or_hidden_is_destroyed",),
+        (_OUTLIVED + "test_key_whose_rows_were_forged_or_hidden_is_ended",),
+    ),
+    Mutant(
+        "a key that can't be shown can't be revoked",
+        _OR + "keys.py",
+        '        """Revoke a key."""\n        rights = access.current()\n        await self._endable(',
+        '        """Revoke a key."""\n        rights = access.current()\n        await self._changeable(',
+        (_OUTLIVED + "test_key_whose_rows_were_forged_or_hidden_is_ended",),
+    ),
+    Mutant(
+        "a user's key is revoked and destroyed by anybody",
+        _OR + "keys.py",
+        'if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):',
+        "if False:",
+        (_SEC + "test_tenant_authz.py::test_user_is_asserted_only_by_who_may",),
     ),
     Mutant(
         "a time that Python does not have keeps its key alive",
@@ -789,6 +849,48 @@ MUTANTS = (
         "        except psycopg.DataError:\n",
         "        except ZeroDivisionError:\n",
         (_FORGED,),
+    ),
+    Mutant(
+        "a time that Python does not have keeps its lease alive",
+        _KV + "database.py",
+        '    connection.adapters.register_loader("timestamptz", _BinaryTime)\n',
+        "",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a state that there is not keeps its lease alive",
+        _KV + "store/leases.py",
+        "row[4], state_of(row[5])",
+        "row[4], State(row[5])",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a version that is hidden keeps its lease alive",
+        _KV + "store/leases.py",
+        "LEFT JOIN key_version v ON",
+        "JOIN key_version v ON",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a number below zero keeps its lease alive",
+        _KV + "store/leases.py",
+        "greatest(l.version, 0)",
+        "l.version",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a provider that there is not keeps its lease alive",
+        _KV + "releases.py",
+        "provider = locked.provider if known else PROVIDERS[0]",
+        "provider = locked.provider",
+        (_ENDLESS,),
+    ),
+    Mutant(
+        "a forged version keeps a rejected key's lease alive",
+        _KV + "releases.py",
+        "        except ByokeepError:\n",
+        "        except ZeroDivisionError:\n",
+        (_ENDLESS,),
     ),
     Mutant(
         "a number below zero keeps its key alive",
@@ -842,8 +944,8 @@ MUTANTS = (
     Mutant(
         "rows without versions fill a page of keys",
         _KV + "store/keys.py",
-        "length(p.key_id) <= 64 AND EXISTS (",
-        "length(p.key_id) <= 64 AND %(limit)s > 0 OR EXISTS (",
+        "{26}$' AND EXISTS (",
+        "{26}$' AND %(limit)s > 0 OR EXISTS (",
         (_SEC + "test_rows.py::test_listed_is_what_can_be_opened",),
     ),
     Mutant(
@@ -1705,6 +1807,13 @@ MUTANTS = (
             _SEC
             + "test_chain_attacker.py::test_a_pass_that_fails_of_what_is_stored_stops_leases_at_once",
         ),
+    ),
+    Mutant(
+        "the keys of whatever an event names are counted",
+        _KV + "reconcile.py",
+        "named = _TENANT.fullmatch(tenant) is not None",
+        "named = True",
+        (_SEC + "test_chain_attacker.py::test_an_event_that_names_no_tenant_stops_no_pass",),
     ),
     Mutant(
         "what says that it is logged is believed",

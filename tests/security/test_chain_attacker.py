@@ -407,6 +407,28 @@ async def test_a_damaged_system_chain_stops_everything(keyvault):
     assert refused.value.reason == "RECONCILE_MISMATCH"
 
 
+@pytest.mark.parametrize(
+    "named", ["tenants/nobody\0", "tenants/", "tenants/acme\0", "tenants/\uffff"]
+)
+async def test_an_event_that_names_no_tenant_stops_no_pass(keyvault, named):
+    """In the system chain, of a tenant whose name the database can't even be asked for.
+
+    Shown to fail where the keys of whatever an event names are counted.
+    """
+    key = await keyvault.add_active()
+    await keyvault.tick()
+    mark = audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED
+    await _append(keyvault, "system", type=mark, reason=following.MISMATCH, detail=named)
+    for _ in range(2):
+        await keyvault.tick()
+    assert await try_lease(keyvault, key) == ""
+    await keyvault.admin.ResumeLeases(admin_pb2.ResumeLeasesRequest(reason="looked into"))
+    await keyvault.tick()
+    assert await try_lease(keyvault, key) == ""
+    status = await keyvault.admin.GetStatus(admin_pb2.GetStatusRequest())
+    assert status.frozen_keys == 0
+
+
 @pytest.mark.parametrize("named", ["system", "tenants/other"])
 async def test_a_tenants_chain_does_not_speak_for_others(keyvault, named):
     """Shown to fail where any chain may say that another is broken."""

@@ -14,6 +14,7 @@ from byokeep.keyvault.v1 import audit_pb2
 
 from services.keyvault import chain, rotation
 from services.keyvault.domain import State
+from services.orchestrator.keyvault_client import Keyvault
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import try_lease
 
@@ -188,13 +189,15 @@ async def test_no_made_up_version_stands_for_a_living_key(keyvault, numbers):
     ],
 )
 async def test_no_other_row_keeps_a_key_from_being_revoked(keyvault, method, forgery):
-    """Shown to fail with leases that must be ended first, and with a name that is taken again."""
+    """Shown to fail with leases that must be numbered to be ended, and with a name that is taken
+    again."""
     key = await keyvault.add_active()
     assert await try_lease(keyvault, key) == ""
     for statement in forgery.split("; "):
         await keyvault.sql(statement)
     await keyvault.change(method, key.name)
     assert await try_lease(keyvault, key) == "WRONG_STATE"
+    assert await keyvault.sql("SELECT 1 FROM lease WHERE end_time IS NULL") == []
 
 
 async def test_a_sweep_that_was_put_off_is_not(keyvault, monkeypatch):
@@ -215,20 +218,78 @@ async def test_a_sweep_that_was_put_off_is_not(keyvault, monkeypatch):
     assert await keyvault.sql("SELECT 1 FROM kek_job WHERE due_time = 'infinity'") == []
 
 
-async def test_an_id_that_no_key_has_fills_no_page(keyvault):
+@pytest.mark.parametrize(
+    ("due", "end"), [("infinity", None), ("-infinity", "9999-01-01"), ("infinity", "9999-01-01")]
+)
+async def test_a_planted_job_that_is_never_at_work_holds_up_no_sweep(keyvault, due, end):
+    """Shown to fail with whatever is older worked off first."""
+    key = await keyvault.add_active()
+    await keyvault.sql(
+        "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase,"
+        " due_time, create_time, end_time) VALUES ('job_x', 'acme', 'x', 'op', true, true, true,"
+        " 'REWRAP', %s, '-infinity', %s)",
+        *(due, end),
+    )
+    await keyvault.change("DestroyKey", key.name)
+    await keyvault.sql("UPDATE kek_job SET due_time = now() WHERE phase = 'QUEUED'")
+    async with asyncio.timeout(20):
+        # It has wrapped what is left, and waits for leases before it trims.
+        while await keyvault.sql("SELECT phase FROM kek_job WHERE caller = 'keyvault'") != [
+            ("TRIM",)
+        ]:
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("count", [2**63 - 1, -(2**63)])
+async def test_no_count_of_a_job_keeps_it_from_its_end(keyvault, count):
+    """Shown to fail with counts that leave their range, here or in the event about them."""
+    key = await keyvault.add_active()
+    await keyvault.sql("UPDATE key_version SET kek_version = 0")
+    await keyvault.sql(
+        "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase,"
+        " target_backend, target_version, done, failed) VALUES ('job_x', 'acme', 'x', 'op', false,"
+        " true, false, 'REWRAP', 'local', 1, %s, %s)",
+        *(count, count),
+    )
+    async with asyncio.timeout(20):
+        while await keyvault.sql("SELECT phase FROM kek_job") != [("DONE",)]:
+            await asyncio.sleep(0.1)
+    assert await try_lease(keyvault, key) == ""
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "'key_00' || repeat('z', 200)",
+        "'a'",
+        "'key_' || repeat('Z', 26)",
+        "'key_' || repeat('0', 27)",
+        "'key_' || repeat('0', 26) || E'\\n'",
+    ],
+)
+async def test_an_id_that_no_request_can_name_fills_no_page(keyvault, planted):
+    """Nor does it keep a tenant from being deleted; it is shredded with the tenant.
+
+    Shown to fail with any id that is short enough.
+    """
     key = await keyvault.add_active()
     await keyvault.sql(
         "INSERT INTO provider_key (tenant, key_id, provider, owner, display_name)"
-        " VALUES ('acme', 'key_00' || repeat('z', 200), 'openai', '', 'd')"
+        f" VALUES ('acme', {planted}, 'openai', '', 'd')"
     )
     await keyvault.sql(
         "INSERT INTO key_version (tenant, key_id, version, state, state_sequence, state_mac, hint,"
         " kek_backend, kek_version, envelope) SELECT tenant, key_id, 1, 2, 1, 'x', 'h', 'local', 1,"
-        " 'x' FROM provider_key WHERE length(key_id) > 100"
+        " 'x' FROM provider_key WHERE display_name = 'd'"
     )
     request = kv.custody_pb2.ListKeysRequest(parent="tenants/acme", page_size=1)
     page = await keyvault.custody.ListKeys(request)
     assert ([one.name for one in page.keys], page.next_page_token) == ([key.name], "")
+    # What the orchestrator does for a deleted tenant, again and again until nothing refuses.
+    assert await Keyvault(keyvault.channel("orchestrator")).destroy_all("acme", "test") == 1
+    shred = kv.admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
+    await keyvault.admin.ShredTenant(shred)
+    assert await keyvault.sql("SELECT 1 FROM key_version WHERE envelope IS NOT NULL") == []
 
 
 async def test_a_key_that_nobody_made_can_not_be_destroyed(keyvault):

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2, lease_pb2
 
-from tests.harness.keyvault import Child, grant_for, lease_request, refusal, try_lease
+from tests.harness.keyvault import (
+    Child,
+    grant_for,
+    lease_request,
+    refusal,
+    released,
+    try_lease,
+)
 
 ACME = {"tenant": "tenants/acme", "reason": "incident 7"}
 
@@ -92,6 +100,66 @@ async def test_revoke_lease_ends_one(keyvault):
     assert last == [lease]
     request.lease_id = "lea_" + "0" * 26
     assert await refusal(keyvault.admin.RevokeLease(request)) == "NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        "UPDATE lease SET expire_time = 'infinity'",
+        "UPDATE lease SET version = -1, fence = -1",
+        "UPDATE key_version SET state = 77",
+        "UPDATE key_version SET state_mac = ''",
+        "UPDATE provider_key SET provider = 'nobody'",
+        "DELETE FROM key_version",
+        "DELETE FROM key_version; DELETE FROM provider_key",
+    ],
+)
+async def test_no_forged_row_keeps_a_lease_from_its_end(keyvault, forgery):
+    """Revoked, released, expired, or released with a key that its provider rejected.
+
+    Shown to fail with a time, a state, a number or a provider that must be one; with a lease of
+    which the key's rows must be there; with a rejection that must be marked.
+    """
+    key = await keyvault.add_active()
+    leases = [await _lease(keyvault, key) for _ in range(4)]
+    revoked, ended, expired, rejected = leases
+    before = len(await keyvault.events())
+    for statement in forgery.split("; "):
+        await keyvault.sql(statement)
+    request = admin_pb2.RevokeLeaseRequest(lease_id=revoked, reason="incident 7")
+    assert (await keyvault.admin.RevokeLease(request)).ended
+    assert await released(keyvault, ended) == ""
+    await keyvault.sql(
+        "UPDATE lease SET expire_time = now() - interval '1 hour' WHERE lease_id = %s", expired
+    )
+    await keyvault.app._releases.expire()
+    assert await released(keyvault, rejected, lease_pb2.LEASE_OUTCOME_KEY_REJECTED) == ""
+    assert await keyvault.sql("SELECT 1 FROM lease WHERE end_time IS NULL") == []
+    told = (await keyvault.events())[before:]
+    assert [one.lease_id for one in told if one.lease_id] == leases
+
+
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        "SELECT setval('revocation_sequence_seq', 9223372036854775807)",
+        "INSERT INTO revocation (sequence, lease_id, holder) VALUES (1, '', '')",
+        "INSERT INTO revocation (sequence, lease_id, holder) VALUES (9223372036854775807, '', '')",
+    ],
+)
+async def test_leases_end_though_no_watcher_can_be_told(keyvault, forgery, caplog):
+    """And the log says that none was. Shown to fail with leases that are numbered first; with a
+    number that is taken for news whatever it is."""
+    key = await keyvault.add_active()
+    lease = await _lease(keyvault, key)
+    await _lease(keyvault, key)
+    await keyvault.sql(forgery)
+    request = admin_pb2.RevokeLeaseRequest(lease_id=lease, reason="incident 7")
+    assert (await keyvault.admin.RevokeLease(request)).ended
+    assert "watchers_not_told" in caplog.text
+    assert await _revoke(keyvault) == 1
+    assert await keyvault.sql("SELECT 1 FROM lease WHERE end_time IS NULL") == []
+    assert (await keyvault.events())[-1].count == 1
 
 
 async def test_a_tenant_nobody_knows_is_not_held(keyvault):

@@ -219,6 +219,7 @@ async def test_user_is_asserted_only_by_who_may(stack: Stack) -> None:
         assert error_info(refused.value).reason == "USER_ASSERTION_NOT_ALLOWED"
     assert stack.keyvault.asked(custody_pb2.StageKeyRequest) == []
     assert stack.keyvault.asked(custody_pb2.RevokeKeyRequest) == []
+    assert stack.keyvault.asked(custody_pb2.DestroyKeyRequest) == []
 
 
 async def test_review_of_a_user_is_for_who_speaks_for_users(stack: Stack) -> None:

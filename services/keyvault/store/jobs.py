@@ -20,9 +20,10 @@ PASSES = 30
 #: While one process is at a step that leaves the database, the others wait this long.
 CLAIM = datetime.timedelta(seconds=30)
 
+# No count is below zero in an event, whatever a row says.
 _COLUMNS: LiteralString = (
-    "job_id, tenant, caller, rotate, rewrap, trim, phase, target_backend, target_version,"
-    " total, done, failed, after_key_id, after_version, passes, reason"
+    "job_id, tenant, caller, rotate, rewrap, trim, phase, target_backend, target_version, total,"
+    " greatest(done, 0), greatest(failed, 0), after_key_id, after_version, passes, reason"
 )
 _INSERT = """
 INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase, due_time)
@@ -56,11 +57,15 @@ _CLAIM_ONE = f"""
 RETURNING {_COLUMNS}
 """
 # The jobs of one tenant are worked off in their order, each by one process at a time; those
-# of many tenants take turns.
+# of many tenants take turns. Only what is at work itself goes before: a planted job that never is
+# would hold up all sweeps after it. So two of one tenant may be at work at once, where the older
+# one was postponed: neither writes a row that the other has, or has changed (_SWAP), and nothing
+# is trimmed before every row is proven, under the chain's lock, not to need it.
 _NEXT_REWRAP = f"""
 SELECT {_COLUMNS} FROM kek_job j
 WHERE phase = 'REWRAP' AND due_time <= now() AND end_time IS NULL AND NOT EXISTS (
     SELECT 1 FROM kek_job o WHERE o.tenant = j.tenant AND o.phase = 'REWRAP'
+      AND o.due_time <= now() AND o.end_time IS NULL
       AND (o.create_time, o.job_id) < (j.create_time, j.job_id))
 ORDER BY update_time LIMIT 1 FOR UPDATE OF j SKIP LOCKED
 """  # noqa: S608
@@ -139,10 +144,13 @@ FROM unnest(%s::text[], %s::int[]) AS i (key_id, version)
 WHERE v.tenant = %s AND v.key_id = i.key_id AND v.version = i.version
   AND v.wrapped_dek IS NOT NULL
 """
+# A count that somebody else made as high as it goes stays there, and stops nothing.
 _PROGRESS = """
-UPDATE kek_job SET total = coalesce(total, %(total)s), done = done + %(done)s,
-    failed = failed + %(failed)s, after_key_id = %(after_key)s,
-    after_version = %(after_version)s, update_time = clock_timestamp()
+UPDATE kek_job SET total = coalesce(total, %(total)s),
+    done = least(done, 9223372036854775807 - %(done)s) + %(done)s,
+    failed = least(failed, 9223372036854775807 - %(failed)s) + %(failed)s,
+    after_key_id = %(after_key)s, after_version = %(after_version)s,
+    update_time = clock_timestamp()
 WHERE job_id = %(job)s
 """
 _AGAIN = """

@@ -23,11 +23,13 @@ FROM provider_key k JOIN key_version v USING (tenant, key_id)
 """
 _GET = _COLUMNS + "WHERE k.tenant = %s AND k.key_id = %s ORDER BY v.version"
 # A key lives as long as something of it can be opened, whatever else its rows say; and what has
-# no version is no key, and fills no page; nor does what has an id that no key has.
+# no version is no key, and fills no page; nor does what has an id that no request can name
+# (custody.proto): nobody could destroy it, and a tenant's deletion would never end.
 _PAGE_WHERE = """
 WHERE k.tenant = %(tenant)s AND k.key_id IN (
     SELECT p.key_id FROM provider_key p
-    WHERE p.tenant = %(tenant)s AND p.key_id > %(after)s AND length(p.key_id) <= 64 AND EXISTS (
+    WHERE p.tenant = %(tenant)s AND p.key_id > %(after)s
+      AND p.key_id ~ '^key_[0-9a-z]{26}$' AND EXISTS (
         SELECT FROM key_version e WHERE e.tenant = p.tenant AND e.key_id = p.key_id
           AND (%(destroyed)s OR e.wrapped_dek IS NOT NULL OR e.envelope IS NOT NULL))
     ORDER BY p.key_id LIMIT %(limit)s
@@ -213,9 +215,10 @@ def key_of(row: Row, versions: Sequence[Row]) -> Key:
         display_name,
         revision,
         create_time,
-        tuple(Version(one[0], _state(one[1]), *one[2:]) for one in versions),
+        tuple(Version(one[0], state_of(one[1]), *one[2:]) for one in versions),
     )
 
 
-def _state(number: int) -> State:
+def state_of(number: int) -> State:
+    """Return a stored state; UNSPECIFIED for a number that keyvault does not write."""
     return State(number) if number in _STATES else State.UNSPECIFIED

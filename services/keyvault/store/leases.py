@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from services.common import logs
 from services.keyvault import chain
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Database, Row, aside
 from services.keyvault.domain import Key, State
 from services.keyvault.limits import Meter, windows
 from services.keyvault.store.holds import Hold
-from services.keyvault.store.keys import key_of
+from services.keyvault.store.keys import key_of, state_of
 
+log = logging.getLogger(__name__)
 # First the chains are locked, always in this order; what is read by the statements after
 # it is therefore what the last holder of the lock left behind: every change of a key, a
 # lease, a meter or a hold is made under the lock of its tenant's chain.
@@ -74,15 +77,17 @@ _COUNTED = """
 """
 # Leases, their counts, their events and the heads of the chains: one statement.
 _REDEEM = _REDEEMED + chain.ITEM + _COUNTED + chain.RECORD
+# A lease ends on the record also where its key's rows are hidden, or say what can't be.
 _OF_LEASES = """
 SELECT c.sequence, c.hash, clock_timestamp(),
-       k.provider, k.owner, v.state, l.release_time IS NOT NULL,
-       l.lease_id, l.grant_id, l.tenant, l.key_id, l.version, l.holder, l.attempt_id, l.review_id,
-       l.fence, l.purpose, l.expire_time
+       coalesce(k.provider, ''), coalesce(k.owner, ''), coalesce(v.state, 0),
+       l.release_time IS NOT NULL,
+       l.lease_id, l.grant_id, l.tenant, l.key_id, greatest(l.version, 0), l.holder, l.attempt_id,
+       l.review_id, greatest(l.fence, 0), l.purpose, l.expire_time
 FROM lease l
 JOIN chain c ON c.chain = 'tenants/' || l.tenant
-JOIN provider_key k ON k.tenant = l.tenant AND k.key_id = l.key_id
-JOIN key_version v ON v.tenant = l.tenant AND v.key_id = l.key_id AND v.version = l.version
+LEFT JOIN provider_key k ON k.tenant = l.tenant AND k.key_id = l.key_id
+LEFT JOIN key_version v ON v.tenant = l.tenant AND v.key_id = l.key_id AND v.version = l.version
 WHERE l.lease_id = ANY(%s)
 """
 # Whoever ends leases counts them down, by the rows that did end.
@@ -124,11 +129,17 @@ WITH ended AS (
       AND (%(lease_id)s::text IS NULL OR lease_id = %(lease_id)s)
     RETURNING lease_id, tenant, key_id, holder
 ), told AS (
-    INSERT INTO revocation (lease_id, holder) SELECT lease_id, holder FROM ended
+    INSERT INTO revocation (lease_id, holder) SELECT lease_id, holder FROM ended WHERE %(told)s
+    RETURNING sequence
 )
 """
-_NUMBER_ENDED = " SELECT count(*) FROM ended"
+# A number below one that was there before is news to no watcher.
+_NUMBER_ENDED = """
+SELECT count(*), (SELECT min(sequence) FROM told) > (SELECT max(sequence) FROM revocation)
+FROM ended
+"""
 _REVOKE = _REVOKE_ENDED + _UNCOUNTED + _NUMBER_ENDED
+_UNTOLD = "watchers_not_told"
 _LIVE_COUNT = "SELECT count(*) FROM lease WHERE end_time IS NULL AND expire_time > now()"
 # A time as text: not every time that a row can have is one in Python.
 _OVERDUE = """
@@ -249,7 +260,7 @@ async def lock_leases(connection: Connection, lease_ids: Collection[str]) -> dic
 def _locked_lease(row: Row) -> LockedLease:
     lease = Lease(*row[7:])
     head = chain.Head(chain.tenant_chain(lease.tenant), row[0], row[1], row[2])
-    return LockedLease(head, row[3], row[4], State(row[5]), row[6], lease)
+    return LockedLease(head, row[3], row[4], state_of(row[5]), row[6], lease)
 
 
 async def close(connection: Connection, lease_id: str, outcome: int) -> None:
@@ -279,21 +290,29 @@ async def revoke(
 ) -> int:
     """End a tenant's live leases, or those of versions of a key, or one; number them for watchers.
 
-    The tenant's chain is locked. Returns how many ended.
+    The tenant's chain is locked. Returns how many ended. Where somebody made it impossible to tell
+    watchers, the leases end all the same, and the log says so.
     """
     await connection.execute(_REVOCATION_ORDER)
-    cursor = await connection.execute(
-        _REVOKE,
-        {
-            "tenant": tenant,
-            "key_id": key_id,
-            "versions": None if versions is None else list(versions),
-            "lease_id": lease_id,
-            "outcome": outcome,
-        },
-    )
-    row = await cursor.fetchone()
+    parameters = {
+        "tenant": tenant,
+        "key_id": key_id,
+        "versions": None if versions is None else list(versions),
+        "lease_id": lease_id,
+        "outcome": outcome,
+    }
+    row: Row | None = None
+    async with aside(connection, _UNTOLD):
+        row = await _revoke(connection, {**parameters, "told": True})
+    if row is None:
+        row = await _revoke(connection, {**parameters, "told": False})
+    elif row[1] is False:
+        logs.event(log, _UNTOLD, level=logging.CRITICAL)
     return int(row[0]) if row else 0
+
+
+async def _revoke(connection: Connection, parameters: dict[str, object]) -> Row | None:
+    return await (await connection.execute(_REVOKE, parameters)).fetchone()
 
 
 async def live_count(database: Database) -> int:
