@@ -9,13 +9,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2, lease_pb2
 from byokeep.names import provider_value
 
+from services.common.errors import ByokeepError
 from services.keyvault import chain, domain, kek
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, Row, aside
@@ -23,7 +24,6 @@ from services.keyvault.differences import mismatch
 from services.keyvault.domain import WHOLE_KEY, Change, Key, State, Version
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.rotation import queue_sweep
-from services.keyvault.store import audit as audit_store
 from services.keyvault.store import changes as change_store
 from services.keyvault.store import keys as store
 from services.keyvault.store import leases as lease_store
@@ -91,7 +91,8 @@ class Custody:
                 `decide` raises, and RECONCILE_MISMATCH where a version would be made ACTIVE whose
                 row is older than its chain, or of whose tenant the chain was altered.
         """
-        async with self._database.transaction() as connection:
+
+        async def act(connection: Connection) -> None:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
             key = await self._there(connection, tenant, key_id)
             if trusting:
@@ -100,14 +101,19 @@ class Custody:
                 key = self._feared(key)
             if request is None or await self._first_time(connection, key, request) or not trusting:
                 await self.apply(connection, head, key, decide(key, head), origin)
+
+        await self._found(tenant, act)
         return await self.get(tenant, key_id)
 
     async def revoke(
         self, tenant: str, key_id: str, origin: Origin, request: Request | None = None
     ) -> Key:
         """Revoke a key, as `destroy` destroys one. Raises ByokeepError: as `destroy`."""
-        async with self._database.transaction() as connection:
+
+        async def act(connection: Connection) -> None:
             await self._end(connection, tenant, key_id, origin, request, State.REVOKED)
+
+        await self._found(tenant, act)
         return await self.get(tenant, key_id)
 
     async def destroy(
@@ -120,10 +126,13 @@ class Custody:
             ByokeepError: NOT_FOUND (once it is done, where only its chain knew of the key),
                 REQUEST_ID_CONFLICT, ETAG_MISMATCH.
         """
-        async with self._database.transaction() as connection:
+
+        async def act(connection: Connection) -> None:
             ended = await self._end(connection, tenant, key_id, origin, request, State.DESTROYED)
             if await store.erase(connection, tenant, key_id) or ended:
                 await queue_sweep(connection, tenant, self._shred_after)
+
+        await self._found(tenant, act)
         return await self.get(tenant, key_id)
 
     async def _end(
@@ -136,16 +145,17 @@ class Custody:
         after: State,
     ) -> bool:
         """Give every version of a key its last state, also those of which no row tells now, and end
-        their leases; False where all of that was so before."""
+        their leases; False where all of that was so before. Raises ByokeepError: NOT_FOUND."""
         head = await chain.lock(connection, chain.tenant_chain(tenant))
         key = await self.stored(connection, tenant, key_id)
         if key is not None and request is not None:
             await self._first_time(connection, key, request)
         key = None if key is None else self._feared(key)
         changes = [] if key is None else domain.end(key, after)
-        known = key is not None or await self._told(connection, tenant, key_id)
+        if key is None and not self._reconcile.told(tenant, key_id, 1).known:
+            raise domain.not_found("provider key")
         over = self._reconcile.told(tenant, key_id, WHOLE_KEY).over
-        ended = known and (bool(changes) or over not in (after, State.DESTROYED))
+        ended = bool(changes) or over not in (after, State.DESTROYED)
         if ended:
             whole = _whole(key_id, after, origin)
             if key is None:
@@ -155,11 +165,18 @@ class Custody:
         await end_leases(connection, tenant, key_id)
         return ended
 
-    async def _told(self, connection: Connection, tenant: str, key_id: str) -> bool:
-        """Say whether the tenant's chain tells of a key, also what was not followed yet."""
-        return self._reconcile.told(tenant, key_id, 1).known or await audit_store.tells(
-            connection, chain.tenant_chain(tenant), key_id
-        )
+    async def _found(self, tenant: str, act: Callable[[Connection], Awaitable[None]]) -> None:
+        """Act in a transaction; where nothing is found, once more after the chain was followed to
+        its head: it may tell of what was hidden."""
+        try:
+            async with self._database.transaction() as connection:
+                return await act(connection)
+        except ByokeepError as error:
+            if error.reason != "NOT_FOUND":
+                raise
+        await self._reconcile.head(chain.tenant_chain(tenant))
+        async with self._database.transaction() as connection:
+            await act(connection)
 
     async def destroy_version(
         self, tenant: str, key_id: str, version: int, origin: Origin, request: Request

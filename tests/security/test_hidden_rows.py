@@ -276,6 +276,18 @@ async def test_a_key_that_was_hidden_before_it_was_followed_ends_too(keyvault, m
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
+async def test_a_version_that_was_hidden_is_destroyed_by_its_number(keyvault):
+    """A value that its provider refused: hidden when it is to be destroyed, put back after."""
+    key = await keyvault.add_active(OLD)
+    await keyvault.stage(NEW, key_id=_id(key), operation="rotate")
+    await _hide(keyvault, 2)
+    await keyvault.change("DestroyKeyVersion", key.name, version=2)
+    assert (await keyvault.events())[-1].type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED
+    assert (
+        await kv.refusal(keyvault.change("DestroyKeyVersion", key.name, version=3)) == "NOT_FOUND"
+    )
+
+
 async def test_what_stands_where_the_next_event_goes_stops_no_revocation(keyvault):
     """Shown to fail with an insert that gives way."""
     key = await keyvault.add_active()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Database, Row
 
 _PAGE = """
 SELECT sequence, body FROM audit_event
@@ -17,7 +17,6 @@ SELECT sequence, body, previous_hash, hash FROM audit_event
 WHERE chain = %s AND sequence > %s ORDER BY sequence LIMIT %s
 """
 _PRUNED = "SELECT pruned_sequence, pruned_hash FROM chain WHERE chain = %s"
-_TELLS = "SELECT FROM audit_event WHERE chain = %s AND key_id = %s LIMIT 1"
 _HEAD = "SELECT sequence, hash FROM chain WHERE chain = %s"
 _BATCH = 1000
 
@@ -38,11 +37,6 @@ async def links(database: Database, chain: str, after: int = 0) -> AsyncIterator
         for row in rows:
             yield row
         after = rows[-1][0]
-
-
-async def tells(connection: Connection, chain: str, key_id: str) -> bool:
-    """Say whether a chain has an event of a key."""
-    return await (await connection.execute(_TELLS, (chain, key_id))).fetchone() is not None
 
 
 async def head(database: Database, chain: str) -> tuple[int, bytes] | None:
