@@ -2053,4 +2053,11 @@ MUTANTS = (
         "                pass\n",
         (_UNSEEN + "test_no_key_is_rolled_back_to_a_hidden_version",),
     ),
+    Mutant(
+        "a tenant that was shredded gets a key again",
+        _KV + "service/admin.py",
+        "            raise chain.tenant_key_missing(tenant)\n        created",
+        "            pass\n        created",
+        (_UNSEEN + "test_a_tenant_that_was_shredded_has_no_key_again",),
+    ),
 )
