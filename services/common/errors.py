@@ -13,6 +13,10 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 
+# gRPC's retry design (gRFC A6): a pushback that is negative says not to.
+_NO_RETRY = ("grpc-retry-pushback-ms", "-1")
+
+
 class ByokeepError(Exception):
     """A refusal or failure that a caller is told.
 
@@ -37,8 +41,10 @@ class ByokeepError(Exception):
         self.message = message
         self.metadata = metadata
         self.retry_after_seconds = retry_after_seconds
+        #: Whether the caller's own gRPC may try again by itself.
+        self.retried = True
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """Return the rich status (google.rpc.Status) as gRPC carries it."""
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         info = any_pb2.Any()
@@ -52,7 +58,8 @@ class ByokeepError(Exception):
             retry = any_pb2.Any()
             retry.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
             status.details.append(retry)
-        return ((DETAILS_KEY, status.SerializeToString()),)
+        rich = (DETAILS_KEY, status.SerializeToString())
+        return (rich,) if self.retried else (rich, _NO_RETRY)
 
 
 def internal() -> ByokeepError:
@@ -73,10 +80,14 @@ def from_rpc(error: grpc.RpcError, dependency: str) -> ByokeepError:
         known.metadata = info.metadata
         return known
     if info.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return ByokeepError(
+        failed = ByokeepError(
             grpc.StatusCode.UNAVAILABLE,
             "DEPENDENCY_UNAVAILABLE",
             f"{dependency} does not answer; try again",
             dependency=dependency,
         )
+        # What hangs took most of the caller's time: tried again, the caller would see its own
+        # deadline pass, and never who it was.
+        failed.retried = info.code is not grpc.StatusCode.DEADLINE_EXCEEDED
+        return failed
     return internal()
