@@ -12,7 +12,6 @@ from byokeep.errors import DETAILS_KEY, DOMAIN, error_info
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-
 # gRPC's retry design (gRFC A6): a pushback that is negative says not to.
 _NO_RETRY = ("grpc-retry-pushback-ms", "-1")
 

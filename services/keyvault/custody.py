@@ -174,7 +174,7 @@ class Custody:
         except ByokeepError as error:
             if error.reason != "NOT_FOUND":
                 raise
-        await self._reconcile.head(chain.tenant_chain(tenant))
+        await self._reconcile.follow(chain.tenant_chain(tenant))
         async with self._database.transaction() as connection:
             await act(connection)
 

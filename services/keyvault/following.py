@@ -352,7 +352,7 @@ class Following:
         own = states.get(states.fingerprint(tenant, key_id, version))
         whole = (states.fingerprint(tenant, one, WHOLE_KEY) for one in (key_id, ""))
         last = max(states.get(one)[:2] for one in whole)  # the numbers of states rise to the last
-        return Told(*(own if version != WHOLE_KEY else (0, 0, False)), *last)
+        return Told(*(own if version != WHOLE_KEY else (0, 0, own[2])), *last)
 
     def _swept(self, tenant: str, event: audit_pb2.AuditEvent) -> None:
         if event.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:

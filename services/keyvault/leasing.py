@@ -108,6 +108,8 @@ class Leasing:
     ) -> bytes:
         """Open the key, and seal it to the child while it is open."""
         lease_id, locked = redeemed.lease.lease_id, redeemed.locked
+        if not (locked.envelope and locked.wrapped_dek):
+            raise EnvelopeError("nothing is stored")
         check_header(locked.envelope)
         # The KEK's name, and what the envelope must be bound to, come from the grant, never
         # from the row.

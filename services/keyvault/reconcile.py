@@ -10,6 +10,7 @@ docs/decisions/0008-reconcile.md says what this costs and what it can't see.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import math
@@ -75,7 +76,10 @@ class Reconcile:
         return differs
 
     def told(self, tenant: str, key_id: str, version: int) -> Told:
-        """Return what a chain tells of a version, as far as chains were followed."""
+        """Return what a chain tells of a version, as far as chains were followed; nothing of a past
+        that the database does not have any more."""
+        if self.rolled_back or self.following.resumed != self._anchor.position.resumed:
+            return Told(0, 0, False, 0, 0)
         return self.following.told(tenant, key_id, version)
 
     @property
@@ -116,6 +120,12 @@ class Reconcile:
             return head
 
         return await self.at_head(name, that)
+
+    async def follow(self, name: str) -> None:
+        """Follow a chain to its end as it is now; what is wrong with it, a pass says."""
+        async with self._passing:
+            with contextlib.suppress(ContradictionError):
+                await self.following.follow(name)
 
     async def at_head(
         self, name: str, act: Callable[[Connection, chain.Head, int], Awaitable[T]]

@@ -1,9 +1,10 @@
 """Retention: old events are dropped, and the chain says so.
 
 An event RETENTION_PRUNED states up to which link events were dropped, that link's hash,
-and a MAC over what is kept of them: the last state of each key version, and what
-froze one, which the reconcile pass needs for as long as the version is there. An
-export then starts after the dropped events, and is believed only with that event in it.
+and a MAC over what is kept of them: the last state of each key version, which version of
+a key was ACTIVE last, and what froze one, which the reconcile pass needs for as long as the
+version is there. An export then starts after the dropped events, and is believed only with
+that event in it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from byokeep.keyvault.v1 import audit_pb2
 from services.keyvault import chain
 from services.keyvault.background import each
 from services.keyvault.database import Database, Row
-from services.keyvault.domain import HELD_AFTER, STATE_AFTER, WHOLE_AFTER
+from services.keyvault.domain import HELD_AFTER, STATE_AFTER, WHOLE_AFTER, WHOLE_KEY, State
 from services.keyvault.following import MISMATCH, Following
 from services.keyvault.store import audit as audit_store
 from services.keyvault.store import reconcile as carried_store
@@ -139,6 +140,11 @@ class Retention:
             return self._following.holds.get(tenant, (False, 0))[1] <= sequence
         if event.type not in STATE_AFTER and event.type not in WHOLE_AFTER:
             return False
+        if STATE_AFTER.get(event.type) is State.ACTIVE:
+            # Whatever became of that version: the one before it is over.
+            whole = states.fingerprint(tenant, event.key_id, WHOLE_KEY)
+            if states.get(whole)[1] <= sequence:
+                return True
         version = states.fingerprint(tenant, event.key_id, event.key_version)
         return states.get(version)[1] <= sequence
 

@@ -206,9 +206,10 @@ class Rotation:
             event.count = locked.done
             await chain.append(connection, head, self._deployment, [event])
             # Under the chain's lock: who stores a version looks at the minimum under it too.
-            # What its chain does not tell of, or calls destroyed, no KEK version is kept for.
+            # For what its chain does not tell of no KEK version is kept.
             left = await store.left_rows(connection, locked)
-            if any(self._needed(job.tenant, *one) for one in left):
+            followed = chain.tenant_chain(job.tenant) in self._reconcile.following.chains
+            if left and (not followed or any(self._known(job.tenant, *one) for one in left)):
                 await store.move(connection, locked, "PARTIAL", "")
             elif not locked.trim:
                 await store.move(connection, locked, "DONE")
@@ -262,7 +263,7 @@ class Rotation:
                 return False
             # Of the job as it is acted on: the row may say something else by now.
             await self._bury(connection, job.tenant)
-            proof = await self._wraps.proof(connection, job, newest, self._reconcile.told)
+            proof = await self._wraps.proof(connection, job, newest, self._known)
             if proof.versions == versions and not proof.unproven:
                 return True
             again = await store.doubt(connection, job.tenant, proof.unproven)
@@ -284,11 +285,8 @@ class Rotation:
             await self._partial(connection, job, reason)
         return False
 
-    def _needed(self, tenant: str, key_id: str, version: int) -> bool:
-        if chain.tenant_chain(tenant) not in self._reconcile.following.chains:
-            return True
-        told = self._reconcile.told(tenant, key_id, version)
-        return told.known and told.over is not State.DESTROYED
+    def _known(self, tenant: str, key_id: str, version: int) -> bool:
+        return self._reconcile.told(tenant, key_id, version).known
 
     async def _bury(self, connection: Connection, tenant: str) -> None:
         """Delete the ciphertext of versions that the tenant's chain calls destroyed: somebody put

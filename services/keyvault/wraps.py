@@ -17,7 +17,6 @@ from byokeep.encoding import fields
 from services.keyvault import domain
 from services.keyvault.database import Connection
 from services.keyvault.domain import State
-from services.keyvault.following import Told
 from services.keyvault.store import jobs as store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store.jobs import Job
@@ -52,12 +51,13 @@ class Wraps:
         return hmac.digest(self._mac_key, self._prefix + own, "sha256")
 
     async def proof(
-        self, connection: Connection, job: Job, newest: int, chain: Callable[[str, str, int], Told]
+        self, connection: Connection, job: Job, newest: int, known: Callable[[str, str, int], bool]
     ) -> Proof:
         """Look at a tenant's rows; its chain is locked. `newest`: the newest version of its KEK
         that the job's backend has; a row that names a newer one is of an earlier KEK of that name.
-        `chain` says what the chain tells of a version, followed to its head: a row of which it does
-        not tell stands for none, and one that it calls destroyed needs nothing, whatever it says.
+        `known` says of which versions the chain tells, followed to its head: another row stands for
+        none of them. What it tells of an end does not count: anybody can add an event, and of a
+        living version a backup would then be lost.
 
         Raises:
             ByokeepError: STATE_TAMPERED.
@@ -70,12 +70,11 @@ class Wraps:
                 if looked % _STRIDE == 0:
                     await asyncio.sleep(0)
                 bound = key.key_id, one.version
-                told = chain(job.tenant, *bound)
-                if not told.known:
+                if not known(job.tenant, *bound):
                     continue
                 domain.check_state(self._mac_key, self._deployment, key, one)
                 versions += 1
-                if State.DESTROYED in (one.state, told.over):
+                if one.state is State.DESTROYED:
                     continue
                 backend, kek_version, *wrap = found[bound]
                 aimed = (

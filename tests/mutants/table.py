@@ -738,14 +738,14 @@ MUTANTS = (
     Mutant(
         "a made-up version stands for a living one",
         _KV + "wraps.py",
-        "                if not told.known:\n                    continue\n",
+        "                if not known(job.tenant, *bound):\n                    continue\n",
         "",
         (_DEATH + "test_no_made_up_version_stands_for_a_living_key",),
     ),
     Mutant(
         "the event of a whole key counts as a version",
         _KV + "following.py",
-        "*(own if version != WHOLE_KEY else (0, 0, False))",
+        "*(own if version != WHOLE_KEY else (0, 0, own[2]))",
         "*own",
         (_DEATH + "test_no_made_up_version_stands_for_a_living_key",),
     ),
@@ -1290,7 +1290,7 @@ MUTANTS = (
     Mutant(
         "old KEK versions are trimmed although rows are left",
         _KV + "rotation.py",
-        "            if any(self._needed(job.tenant, *one) for one in left):\n",
+        "            if left and (not followed or any(self._known(job.tenant, *one) for one in left)):\n",
         "            if False:\n",
         (_SEC + "test_rewrap.py::test_a_row_that_does_not_open_fails_alone_and_stops_the_trim",),
     ),
@@ -1645,8 +1645,8 @@ MUTANTS = (
     Mutant(
         "a trim's proof is of the row as it is read again",
         _KV + "rotation.py",
-        "await self._wraps.proof(connection, job, newest, self._reconcile.told)",
-        "await self._wraps.proof(connection, locked, newest, self._reconcile.told)",
+        "await self._wraps.proof(connection, job, newest, self._known)",
+        "await self._wraps.proof(connection, locked, newest, self._known)",
         (_SEC + "test_database_attacker.py::test_two_answers_about_one_trim",),
     ),
     Mutant(
@@ -1986,7 +1986,7 @@ MUTANTS = (
     Mutant(
         "a key that was not followed is unknown",
         _KV + "custody.py",
-        "        await self._reconcile.head(chain.tenant_chain(tenant))\n",
+        "        await self._reconcile.follow(chain.tenant_chain(tenant))\n",
         "",
         (_UNSEEN + "test_a_key_that_was_hidden_before_it_was_followed_ends_too",),
     ),
@@ -2014,16 +2014,9 @@ MUTANTS = (
     Mutant(
         "a made-up version keeps a KEK",
         _KV + "rotation.py",
-        "        return told.known and told.over is not State.DESTROYED\n",
-        "        return told.over is not State.DESTROYED\n",
+        "if left and (not followed or any(self._known(job.tenant, *one) for one in left)):",
+        "if left:",
         (_UNSEEN + "test_no_made_up_version_keeps_an_old_kek",),
-    ),
-    Mutant(
-        "a version that was put back keeps a KEK",
-        _KV + "wraps.py",
-        "if State.DESTROYED in (one.state, told.over):",
-        "if one.state is State.DESTROYED:",
-        (_UNSEEN + "test_no_version_that_is_put_back_keeps_an_old_kek",),
     ),
     Mutant(
         "of a key's pages one is read again",
@@ -2058,6 +2051,48 @@ MUTANTS = (
         _KV + "service/admin.py",
         "            raise chain.tenant_key_missing(tenant)\n        created",
         "            pass\n        created",
+        (_UNSEEN + "test_a_tenant_that_was_shredded_has_no_key_again",),
+    ),
+    Mutant(
+        "a proof believes that a living version is destroyed",
+        _KV + "wraps.py",
+        "                if not known(job.tenant, *bound):\n                    continue\n",
+        "                if not known(job.tenant, *bound):\n                    continue\n                if found[bound][2] is None:\n                    versions += 1\n                    continue\n",
+        (_UNSEEN + "test_no_invented_end_has_a_living_keys_kek_destroyed",),
+    ),
+    Mutant(
+        "retention forgets which version was ACTIVE last",
+        _KV + "retention.py",
+        "            if states.get(whole)[1] <= sequence:\n                return True\n",
+        "",
+        (_UNSEEN + "test_retention_keeps_which_version_was_active_last",),
+    ),
+    Mutant(
+        "a row of no version is frozen again and again",
+        _KV + "following.py",
+        "else (0, 0, own[2])",
+        "else (0, 0, False)",
+        (_UNSEEN + "test_a_row_of_no_version_is_frozen_once",),
+    ),
+    Mutant(
+        "a row without ciphertext is an unforeseen error",
+        _KV + "leasing.py",
+        '            raise EnvelopeError("nothing is stored")\n',
+        "            pass\n",
+        (_UNSEEN + "test_a_row_without_ciphertext_ends_its_lease",),
+    ),
+    Mutant(
+        "a lost past gets into the new one",
+        _KV + "reconcile.py",
+        "            return Told(0, 0, False, 0, 0)\n",
+        "            pass\n",
+        (_UNSEEN + "test_a_lost_past_does_not_get_into_the_new_one",),
+    ),
+    Mutant(
+        "a tenant is shredded only once that is followed",
+        _KV + "service/admin.py",
+        "        await self._reconcile.follow(request.tenant)\n",
+        "",
         (_UNSEEN + "test_a_tenant_that_was_shredded_has_no_key_again",),
     ),
 )

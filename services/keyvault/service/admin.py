@@ -77,6 +77,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         """Create a tenant's KEK and its audit chain."""
         tenant = tenant_of(request.tenant)
         backend = self._backends.primary
+        await self._reconcile.follow(request.tenant)
         if self._reconcile.told(tenant, "", WHOLE_KEY).over is not None:
             # Its chain calls whatever key it gets destroyed.
             raise chain.tenant_key_missing(tenant)
