@@ -154,14 +154,14 @@ class Custody:
         changes = [] if key is None else domain.end(key, after)
         if key is None and not self._reconcile.told(tenant, key_id, 1).known:
             raise domain.not_found("provider key")
-        over = self._reconcile.told(tenant, key_id, WHOLE_KEY).over
-        ended = bool(changes) or over not in (after, State.DESTROYED)
+        whole = self._reconcile.told(tenant, key_id, WHOLE_KEY).whole
+        ended = bool(changes) or whole not in (after, State.DESTROYED)
         if ended:
-            whole = _whole(key_id, after, origin)
+            event = _whole(key_id, after, origin)
             if key is None:
-                await chain.append(connection, head, self._deployment, [whole])
+                await chain.append(connection, head, self._deployment, [event])
             else:
-                await self.apply(connection, head, key, changes, origin, (whole,))
+                await self.apply(connection, head, key, changes, origin, (event,))
         await end_leases(connection, tenant, key_id)
         return ended
 
@@ -209,8 +209,9 @@ class Custody:
             version = versions[change.version]
             if domain.STATE_AFTER[change.event] is State.ACTIVE:
                 self._reconcile.check_chain(key.tenant)
-                over = self._reconcile.told(key.tenant, key.key_id, change.version).over
-                if over is not None or self._outdated(key, version):
+                told = self._reconcile.told(key.tenant, key.key_id, change.version)
+                gone = told.over(version.state_sequence) is not None
+                if gone or self._outdated(key, version):
                     raise mismatch(key.key_id)
             events.append(self.event(key, change, origin))
             version = domain.with_state(
@@ -312,7 +313,7 @@ class Custody:
 
     def _hidden(self, key: Key, number: int) -> Version:
         told, time = self._reconcile.told(key.tenant, key.key_id, number), key.create_time
-        backend, state = self._backends.primary.name, told.over or State(told.state)
+        backend, state = self._backends.primary.name, told.over(told.sequence) or State(told.state)
         hidden = Version(number, state, told.sequence, b"", "", backend, 0, time, time)
         return self.authenticated(key, hidden)
 

@@ -50,8 +50,9 @@ class Differences:
         if chain.tenant_chain(tenant) in self._following.broken:
             return chain_broken(tenant)
         told = self._following.told(tenant, key_id, version.version)
-        if told.over is not None and not told.frozen:
-            return wrong_state(told.over, "it can't be leased for this purpose")
+        over = told.over(version.state_sequence)
+        if over is not None and not told.frozen:
+            return wrong_state(over, "it can't be leased for this purpose")
         if told.frozen or told.outdated(version.state, version.state_sequence):
             return mismatch(key_id)
         held, since = self._following.holds.get(tenant, (False, 0))
@@ -119,7 +120,8 @@ class Differences:
         if chain.tenant_chain(tenant) in self._following.broken:
             return True
         told = self._following.told(tenant, key_id, version)
-        alive = told.over is not None and state not in (told.over, State.DESTROYED)
+        over = told.over(sequence)
+        alive = over is not None and state not in (over, State.DESTROYED)
         differs = alive or told.outdated(state, sequence)
         return told.frozen or (not differs and (told.state, told.sequence) == (state, sequence))
 

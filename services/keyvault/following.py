@@ -73,20 +73,23 @@ class Told:
     state: int
     sequence: int
     frozen: bool
-    #: The same of all of its key, or its tenant: REVOKED, DESTROYED, or ACTIVE since a version of
-    #: the key became so.
+    #: The same of all of its key: REVOKED, DESTROYED, or ACTIVE since a version of it became so.
     whole: int
     whole_sequence: int
+    #: The number of the event that its tenant was shredded; 0 where it was not.
+    shredded: int
 
     @property
     def known(self) -> bool:
         """Whether an event tells of this very version."""
         return self.sequence > 0
 
-    @property
-    def over(self) -> State | None:
-        """REVOKED or DESTROYED where it is that."""
-        last = State(max(self.state, self.whole))
+    def over(self, sequence: int) -> State | None:
+        """Return REVOKED or DESTROYED where a version is that whose state an event set with this
+        number: what a tenant has after it was shredded lives."""
+        last = State(max(self.state, self.whole))  # the numbers of states rise to the last
+        if sequence < self.shredded:
+            return State.DESTROYED
         return last if last in WHOLE_AFTER.values() else None
 
     def outdated(self, state: int, sequence: int) -> bool:
@@ -350,9 +353,12 @@ class Following:
         tenant."""
         states = self.states
         own = states.get(states.fingerprint(tenant, key_id, version))
-        whole = (states.fingerprint(tenant, one, WHOLE_KEY) for one in (key_id, ""))
-        last = max(states.get(one)[:2] for one in whole)  # the numbers of states rise to the last
-        return Told(*(own if version != WHOLE_KEY else (0, 0, own[2])), *last)
+        whole, shredded = (
+            states.get(states.fingerprint(tenant, one, WHOLE_KEY)) for one in (key_id, "")
+        )
+        if version == WHOLE_KEY:
+            own = (0, 0, own[2])
+        return Told(*own, *whole[:2], shredded[1])
 
     def _swept(self, tenant: str, event: audit_pb2.AuditEvent) -> None:
         if event.type == audit_pb2.AUDIT_EVENT_TYPE_DESTROYED:

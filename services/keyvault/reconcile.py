@@ -79,7 +79,7 @@ class Reconcile:
         """Return what a chain tells of a version, as far as chains were followed; nothing of a past
         that the database does not have any more."""
         if self.rolled_back or self.following.resumed != self._anchor.position.resumed:
-            return Told(0, 0, False, 0, 0)
+            return Told(0, 0, False, 0, 0, 0)
         return self.following.told(tenant, key_id, version)
 
     @property

@@ -187,6 +187,7 @@ class Rotation:
         raise kek.KekMissingError(name)
 
     async def _settle(self, job: Job) -> None:
+        await self._reconcile.follow(chain.tenant_chain(job.tenant))
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(job.tenant))
             locked = await store.lock(connection, job.job_id, "SETTLE")
@@ -208,8 +209,7 @@ class Rotation:
             # Under the chain's lock: who stores a version looks at the minimum under it too.
             # For what its chain does not tell of no KEK version is kept.
             left = await store.left_rows(connection, locked)
-            followed = chain.tenant_chain(job.tenant) in self._reconcile.following.chains
-            if left and (not followed or any(self._known(job.tenant, *one) for one in left)):
+            if any(self._known(job.tenant, *one) for one in left):
                 await store.move(connection, locked, "PARTIAL", "")
             elif not locked.trim:
                 await store.move(connection, locked, "DONE")
@@ -292,8 +292,9 @@ class Rotation:
         """Delete the ciphertext of versions that the tenant's chain calls destroyed: somebody put
         it back, and it must not be wrapped anew."""
         for key_id, version, _, _, wrapped, _ in await store.wraps(connection, tenant):
-            over = self._reconcile.told(tenant, key_id, version).over
-            if wrapped is not None and over is State.DESTROYED:
+            told = self._reconcile.told(tenant, key_id, version)
+            dead = told.known and told.over(told.sequence) is State.DESTROYED
+            if wrapped is not None and dead:
                 logs.event(log, "ciphertext_put_back", level=logging.CRITICAL, key=key_id)
                 await key_store.erase(connection, tenant, key_id, version)
 

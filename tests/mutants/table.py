@@ -731,8 +731,8 @@ MUTANTS = (
     Mutant(
         "put-back ciphertext is wrapped anew",
         _KV + "rotation.py",
-        "if wrapped is not None and over is State.DESTROYED:",
-        "if wrapped == b'':",
+        "            if wrapped is not None and dead:\n",
+        "            if wrapped == b'':\n",
         (_DEATH + "test_ciphertext_that_is_put_back_into_a_tombstone_dies_with_the_sweep",),
     ),
     Mutant(
@@ -745,8 +745,8 @@ MUTANTS = (
     Mutant(
         "the event of a whole key counts as a version",
         _KV + "following.py",
-        "*(own if version != WHOLE_KEY else (0, 0, own[2]))",
-        "*own",
+        "            own = (0, 0, own[2])\n",
+        "            pass\n",
         (_DEATH + "test_no_made_up_version_stands_for_a_living_key",),
     ),
     Mutant(
@@ -1290,7 +1290,7 @@ MUTANTS = (
     Mutant(
         "old KEK versions are trimmed although rows are left",
         _KV + "rotation.py",
-        "            if left and (not followed or any(self._known(job.tenant, *one) for one in left)):\n",
+        "            if any(self._known(job.tenant, *one) for one in left):\n",
         "            if False:\n",
         (_SEC + "test_rewrap.py::test_a_row_that_does_not_open_fails_alone_and_stops_the_trim",),
     ),
@@ -1902,8 +1902,8 @@ MUTANTS = (
     Mutant(
         "a row older than its chain is made ACTIVE",
         _KV + "custody.py",
-        "if over is not None or self._outdated(key, version):",
-        "if over is not None:",
+        "if gone or self._outdated(key, version):",
+        "if gone:",
         (_SEC + "test_revival.py::test_an_old_pending_row_is_not_promoted_again",),
     ),
     Mutant(
@@ -1923,7 +1923,7 @@ MUTANTS = (
     Mutant(
         "a revocation is of the rows that are there",
         _KV + "custody.py",
-        "                await self.apply(connection, head, key, changes, origin, (whole,))\n",
+        "                await self.apply(connection, head, key, changes, origin, (event,))\n",
         "                await self.apply(connection, head, key, changes, origin)\n",
         (_UNSEEN + "test_a_version_that_was_hidden_is_revoked_with_its_key",),
     ),
@@ -2014,7 +2014,7 @@ MUTANTS = (
     Mutant(
         "a made-up version keeps a KEK",
         _KV + "rotation.py",
-        "if left and (not followed or any(self._known(job.tenant, *one) for one in left)):",
+        "if any(self._known(job.tenant, *one) for one in left):",
         "if left:",
         (_UNSEEN + "test_no_made_up_version_keeps_an_old_kek",),
     ),
@@ -2047,13 +2047,6 @@ MUTANTS = (
         (_UNSEEN + "test_no_key_is_rolled_back_to_a_hidden_version",),
     ),
     Mutant(
-        "a tenant that was shredded gets a key again",
-        _KV + "service/admin.py",
-        "            raise chain.tenant_key_missing(tenant)\n        created",
-        "            pass\n        created",
-        (_UNSEEN + "test_a_tenant_that_was_shredded_has_no_key_again",),
-    ),
-    Mutant(
         "a proof believes that a living version is destroyed",
         _KV + "wraps.py",
         "                if not known(job.tenant, *bound):\n                    continue\n",
@@ -2070,8 +2063,8 @@ MUTANTS = (
     Mutant(
         "a row of no version is frozen again and again",
         _KV + "following.py",
-        "else (0, 0, own[2])",
-        "else (0, 0, False)",
+        "            own = (0, 0, own[2])\n",
+        "            own = (0, 0, False)\n",
         (_UNSEEN + "test_a_row_of_no_version_is_frozen_once",),
     ),
     Mutant(
@@ -2084,15 +2077,25 @@ MUTANTS = (
     Mutant(
         "a lost past gets into the new one",
         _KV + "reconcile.py",
-        "            return Told(0, 0, False, 0, 0)\n",
+        "            return Told(0, 0, False, 0, 0, 0)\n",
         "            pass\n",
         (_UNSEEN + "test_a_lost_past_does_not_get_into_the_new_one",),
     ),
     Mutant(
-        "a tenant is shredded only once that is followed",
-        _KV + "service/admin.py",
-        "        await self._reconcile.follow(request.tenant)\n",
+        "what a tenant has after it was shredded is dead too",
+        _KV + "following.py",
+        "        if sequence < self.shredded:\n",
+        "        if self.shredded:\n",
+        (_SEC + "test_rewrap.py::test_shred_tenant_ends_its_jobs",),
+    ),
+    Mutant(
+        "a failed row is not counted before it was followed",
+        _KV + "rotation.py",
+        "        await self._reconcile.follow(chain.tenant_chain(job.tenant))\n",
         "",
-        (_UNSEEN + "test_a_tenant_that_was_shredded_has_no_key_again",),
+        (
+            _SEC
+            + "test_rewrap.py::test_a_version_that_is_gone_is_counted_and_never_retried_for_ever",
+        ),
     ),
 )

@@ -272,15 +272,6 @@ async def test_a_key_that_was_hidden_is_shredded_with_its_tenant(keyvault):
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
-async def test_a_tenant_that_was_shredded_has_no_key_again(keyvault):
-    """Its chain says that all of it is destroyed: what came under its name would be too."""
-    await keyvault.admin.ShredTenant(
-        admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
-    )
-    again = admin_pb2.CreateTenantKeyRequest(tenant="tenants/acme", request_id=new_id("req"))
-    assert await kv.refusal(keyvault.admin.CreateTenantKey(again)) == "TENANT_KEY_MISSING"
-
-
 @pytest.mark.parametrize("method", ["RevokeKey", "DestroyKey"])
 async def test_a_key_that_was_hidden_before_it_was_followed_ends_too(keyvault, method):
     key = await keyvault.add_active()

@@ -319,7 +319,13 @@ async def test_shred_tenant_ends_its_jobs(swift):
         assert error_info(caught.value).reason == "TENANT_KEY_MISSING"
         assert await kv.try_lease(keyvault, key) == "WRONG_STATE"
         await keyvault.create_tenant()
-        assert await kv.try_lease(keyvault, await keyvault.add_active(name="again")) == ""
+        again = await keyvault.add_active(name="again")
+        assert await kv.try_lease(keyvault, again) == ""
+        await keyvault.tick()
+        await keyvault.tick()
+        assert await kv.try_lease(keyvault, again) == ""
+        assert await kv.try_lease(keyvault, key) == "WRONG_STATE"
+        assert keyvault.app._reconcile.frozen() == 0
 
 
 async def test_a_killed_step_is_taken_up_again(keyvault):

@@ -21,7 +21,6 @@ from services.keyvault.anchor import Anchor
 from services.keyvault.background import each
 from services.keyvault.custody import Custody, Origin, end_leases
 from services.keyvault.database import Database
-from services.keyvault.domain import WHOLE_KEY
 from services.keyvault.holds import Holds, Word
 from services.keyvault.reconcile import Reconcile
 from services.keyvault.rotation import Rotation
@@ -77,10 +76,6 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         """Create a tenant's KEK and its audit chain."""
         tenant = tenant_of(request.tenant)
         backend = self._backends.primary
-        await self._reconcile.follow(request.tenant)
-        if self._reconcile.told(tenant, "", WHOLE_KEY).over is not None:
-            # Its chain calls whatever key it gets destroyed.
-            raise chain.tenant_key_missing(tenant)
         created = await backend.create(kek.tenant_kek(tenant))
         version = await backend.newest(kek.tenant_kek(tenant))
         async with self._database.transaction() as connection:
