@@ -316,7 +316,12 @@ class Following:
                 and hmac.compare_digest(event.carried_hash, kept.digest())
             )
         self.chains[name] = followed
-        if not explained:
+        if explained:
+            return
+        # Retention may have dropped, just now, what was to be read.
+        if (await audit_store.pruned(self._database, name))[0] > start:
+            await self._from_start(name)
+        else:
             self._contradicts(name, "its links don't lead on")
 
     def _take(self, name: str, followed: Followed, row: Row) -> audit_pb2.AuditEvent | None:

@@ -2098,4 +2098,11 @@ MUTANTS = (
             + "test_rewrap.py::test_a_version_that_is_gone_is_counted_and_never_retried_for_ever",
         ),
     ),
+    Mutant(
+        "retention beside a first following damages a chain",
+        _KV + "following.py",
+        "        if (await audit_store.pruned(self._database, name))[0] > start:\n            await self._from_start(name)\n",
+        "        if start < 0:\n            await self._from_start(name)\n",
+        (_SEC + "test_audit.py::test_a_chain_is_followed_from_its_start_beside_retention",),
+    ),
 )

@@ -11,6 +11,7 @@ from byokeep.checkpoint import open_checkpoint
 from byokeep.keyvault.v1 import audit_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from services.keyvault.store import audit as audit_store
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import try_lease
 
@@ -292,6 +293,26 @@ async def test_reconcile_works_after_retention(keyvault, deployment):
         await later.app._reconcile.once()
         assert await try_lease(later, key) == "RECONCILE_MISMATCH"
         assert await try_lease(later, other) == ""
+
+
+async def test_a_chain_is_followed_from_its_start_beside_retention(keyvault, monkeypatch):
+    """Events go between the look at where they begin and their reading: the chain is read again,
+    and not called damaged. Shown to fail without the second look."""
+    key = await keyvault.add_active()
+    await keyvault.tick()
+    following, pruned, late = keyvault.app._reconcile.following, audit_store.pruned, [True]
+
+    async def and_then_dropped(database, name):
+        found = await pruned(database, name)
+        if late and late.pop():
+            await _prune(keyvault)
+        return found
+
+    monkeypatch.setattr(audit_store, "pruned", and_then_dropped)
+    await following._from_start("tenants/acme")
+    assert "tenants/acme" not in following.broken
+    await keyvault.tick()
+    assert await try_lease(keyvault, key) == ""
 
 
 async def test_retention_that_the_chain_does_not_state(keyvault, deployment):
