@@ -108,7 +108,10 @@ class Following:
         """Start with nothing followed. The key is keyvault's own; `changed` is told of every
         version that an event gives another state."""
         self._database = database
+        # Of what is followed, and of its snapshot: with another number all is followed again. What
+        # retention keeps is under a key of its own, for its events can't be written again.
         self._key = hmac.digest(key, b"byokeep/reconcile/v6", hashlib.sha256)
+        self._carried_key = hmac.digest(key, b"byokeep/carried/v1", hashlib.sha256)
         self._changed = changed
         self.forget(Position())
 
@@ -189,7 +192,7 @@ class Following:
 
     def carried(self, name: str, sequence: int, digest: bytes) -> Carried:
         """Return the MAC of what retention keeps of a chain's events up to one of them."""
-        return Carried(self._key, name, sequence, digest)
+        return Carried(self._carried_key, name, sequence, digest)
 
     def snapshot(self) -> list[bytes]:
         """Return what was followed, in parts; the first authenticates the others."""
