@@ -2105,4 +2105,11 @@ MUTANTS = (
         "        if start < 0:\n            await self._from_start(name)\n",
         (_SEC + "test_audit.py::test_a_chain_is_followed_from_its_start_beside_retention",),
     ),
+    Mutant(
+        "a planted number below zero stops watchers",
+        _KV + "store/revocations.py",
+        "greatest(max(sequence), 0)",
+        "coalesce(max(sequence), 0)",
+        (_SEC + "test_holds.py::test_a_number_below_zero_stops_no_watcher",),
+    ),
 )

@@ -162,6 +162,13 @@ async def test_leases_end_though_no_watcher_can_be_told(keyvault, forgery, caplo
     assert (await keyvault.events())[-1].count == 1
 
 
+async def test_a_number_below_zero_stops_no_watcher(keyvault):
+    await keyvault.sql("INSERT INTO revocation (sequence, lease_id, holder) VALUES (-5, '', '')")
+    stream = keyvault.leases().WatchRevocations(lease_pb2.WatchRevocationsRequest())
+    assert (await stream.read()).sequence == 0
+    stream.cancel()
+
+
 async def test_a_tenant_nobody_knows_is_not_held(keyvault):
     request = admin_pb2.RevokeTenantRequest(tenant="tenants/nobody", reason="incident 7")
     assert await refusal(keyvault.admin.RevokeTenant(request)) == "TENANT_KEY_MISSING"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from services.keyvault.database import Database, Row
 
 _NEWS = "SELECT sequence, lease_id, holder FROM revocation WHERE sequence > %s ORDER BY sequence"
-_NEWEST = "SELECT coalesce(max(sequence), 0) FROM revocation"
+# No number is below zero in a message, whatever a row says.
+_NEWEST = "SELECT greatest(max(sequence), 0) FROM revocation"
 _LIVE = """
 SELECT lease_id FROM lease
 WHERE holder = %s AND end_time IS NULL AND expire_time > now()
