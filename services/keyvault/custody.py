@@ -374,13 +374,15 @@ async def end_leases(
     tenant: str,
     key_id: str | None = None,
     versions: list[int] | None = None,
-) -> None:
-    """End the leases of a tenant, of one of its keys, or of versions of that; forged rows of leases
-    keep no key from being revoked."""
+) -> int:
+    """End the leases of a tenant, of one of its keys, or of versions of that; return how many did.
+    Forged rows of leases keep no key from being revoked, and no tenant from being held."""
+    ended = 0
     async with aside(connection, "leases_not_ended"):
-        await lease_store.revoke(
+        ended = await lease_store.revoke(
             connection, tenant, key_id, versions, lease_pb2.LEASE_OUTCOME_CANCELLED
         )
+    return ended
 
 
 def _whole(key_id: str, after: State, origin: Origin) -> audit_pb2.AuditEvent:

@@ -17,7 +17,8 @@ from byokeep.keyvault.v1 import audit_pb2, lease_pb2
 
 from services.common.errors import ByokeepError
 from services.keyvault import chain, domain
-from services.keyvault.database import Connection, Database, aside
+from services.keyvault.custody import end_leases
+from services.keyvault.database import Connection, Database
 from services.keyvault.store import holds as store
 from services.keyvault.store import leases as lease_store
 
@@ -75,12 +76,7 @@ class Holds:
         """
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
-            ended = 0
-            # Rows of leases that were forged keep no tenant from being held.
-            async with aside(connection, "leases_not_ended"):
-                ended = await lease_store.revoke(
-                    connection, tenant, None, None, lease_pb2.LEASE_OUTCOME_CANCELLED
-                )
+            ended = await end_leases(connection, tenant)
             await self._set(connection, head, tenant, word, held=True, count=ended)
         return ended
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import datetime
@@ -33,7 +34,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from deploy.local.pki import CertificateAuthority
 from services.common import server
-from services.keyvault import migrate
+from services.keyvault import chain, migrate
 from services.keyvault.config import Settings
 from services.keyvault.kek.keyring import new_keyring
 from services.keyvault.server import App
@@ -269,6 +270,38 @@ async def released(
         lease_id=lease_id, outcome=lease_pb2.LeaseOutcome.ValueType(outcome)
     )
     return await refusal(keyvault.leases().ReleaseLease(request))
+
+
+async def plant(keyvault: Keyvault, name: str = "tenants/acme", **event) -> None:
+    """Append an event to a chain by SQL, well linked: anybody can compute its hash."""
+    query = "SELECT sequence, hash FROM chain WHERE chain = %s"
+    ((sequence, previous),) = await keyvault.sql(query, name)
+    made = audit_pb2.AuditEvent(deployment=DEPLOYMENT, chain=name, sequence=sequence + 1, **event)
+    if not made.HasField("event_time"):
+        made.event_time.GetCurrentTime()
+    body = made.SerializeToString()
+    digest = chain.link_hash(bytes(previous), body)
+    await keyvault.sql(
+        "INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)"
+        " VALUES (%s, %s, %s, %s, %s, %s)",
+        *(name, sequence + 1, made.key_id, body, bytes(previous), digest),
+    )
+    await keyvault.sql(
+        "UPDATE chain SET sequence = %s, hash = %s WHERE chain = %s", sequence + 1, digest, name
+    )
+
+
+async def swept(keyvault: Keyvault) -> str:
+    """Let the one sweep that there is run, and return how it ended."""
+    for _ in range(60):
+        await keyvault.sql(
+            "UPDATE kek_job SET due_time = now() WHERE due_time > now() + interval '1 second'"
+        )
+        await asyncio.sleep(0.25)
+        ((phase,),) = await keyvault.sql("SELECT phase FROM kek_job")
+        if phase in ("DONE", "PARTIAL", "FAILED"):
+            return str(phase)
+    raise AssertionError("the sweep does not end")
 
 
 def grant_for(key: custody_pb2.ProviderKey, child: Child, **changes) -> grant_pb2.Grant:

@@ -369,27 +369,6 @@ async def test_a_chain_of_another_name_lifts_no_hold(keyvault):
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
-async def _append(keyvault, name: str, **event) -> None:
-    """Append an event to a chain by SQL, well linked."""
-    ((sequence, digest),) = await keyvault.sql(
-        "SELECT sequence, hash FROM chain WHERE chain = %s", name
-    )
-    made = audit_pb2.AuditEvent(
-        deployment=kv.DEPLOYMENT, chain=name, sequence=sequence + 1, **event
-    )
-    made.event_time.GetCurrentTime()
-    body = made.SerializeToString()
-    head = chain.link_hash(bytes(digest), body)
-    await keyvault.sql(
-        "INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)"
-        " VALUES (%s, %s, '', %s, %s, %s)",
-        *(name, sequence + 1, body, bytes(digest), head),
-    )
-    await keyvault.sql(
-        "UPDATE chain SET sequence = %s, hash = %s WHERE chain = %s", sequence + 1, head, name
-    )
-
-
 async def test_a_damaged_system_chain_stops_everything(keyvault):
     """It holds which tenants' chains were altered: one bad link in it would let go of them, and
     hide what is cut off it later. Shown to fail where its damage is taken for a tenant's."""
@@ -418,7 +397,7 @@ async def test_an_event_that_names_no_tenant_stops_no_pass(keyvault, named):
     key = await keyvault.add_active()
     await keyvault.tick()
     mark = audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED
-    await _append(keyvault, "system", type=mark, reason=following.MISMATCH, detail=named)
+    await kv.plant(keyvault, "system", type=mark, reason=following.MISMATCH, detail=named)
     for _ in range(2):
         await keyvault.tick()
     assert await try_lease(keyvault, key) == ""
@@ -436,7 +415,7 @@ async def test_a_tenants_chain_does_not_speak_for_others(keyvault, named):
     other = await keyvault.add_active(tenant="other")
     await keyvault.tick()
     mark = audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED
-    await _append(keyvault, "tenants/acme", type=mark, reason=following.MISMATCH, detail=named)
+    await kv.plant(keyvault, "tenants/acme", type=mark, reason=following.MISMATCH, detail=named)
     await keyvault.tick()
     assert keyvault.app._reconcile.following.broken == set()
     assert await try_lease(keyvault, other) == ""

@@ -12,7 +12,7 @@ import pytest
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import audit_pb2
 
-from services.keyvault import chain, rotation
+from services.keyvault import rotation
 from services.keyvault.domain import State
 from services.orchestrator.keyvault_client import Keyvault
 from tests.harness import keyvault as kv
@@ -25,19 +25,6 @@ ANTHROPIC = {"provider": "anthropic"}
 
 async def _pass(keyvault):
     await keyvault.tick()
-
-
-async def _swept(keyvault):
-    """Let the sweep run, and return how it ended."""
-    for _ in range(60):
-        await keyvault.sql(
-            "UPDATE kek_job SET due_time = now() WHERE due_time > now() + interval '1 second'"
-        )
-        await asyncio.sleep(0.25)
-        ((phase,),) = await keyvault.sql("SELECT phase FROM kek_job")
-        if phase in ("DONE", "PARTIAL", "FAILED"):
-            return phase
-    raise AssertionError("the sweep does not end")
 
 
 @pytest.mark.parametrize(
@@ -88,24 +75,11 @@ async def test_no_planted_event_brings_a_destroyed_key_back(keyvault, version):
         await keyvault.sql("UPDATE key_version SET version = 7")
     await keyvault.change("DestroyKey", key.name)
     await _pass(keyvault)
-    ((sequence, head),) = await keyvault.sql(
-        "SELECT sequence, hash FROM chain WHERE chain = 'tenants/acme'"
-    )
-    body = audit_pb2.AuditEvent(
+    await kv.plant(
+        keyvault,
         type=audit_pb2.AUDIT_EVENT_TYPE_STAGED,
-        chain="tenants/acme",
-        sequence=sequence + 1,
         key_id=key_id,
         key_version=version,
-    ).SerializeToString()
-    link = chain.link_hash(bytes(head), body)
-    await keyvault.sql(
-        "INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)"
-        " VALUES ('tenants/acme', %s, %s, %s, %s, %s)",
-        *(sequence + 1, key_id, body, head, link),
-    )
-    await keyvault.sql(
-        "UPDATE chain SET sequence = sequence + 1, hash = %s WHERE chain = 'tenants/acme'", link
     )
     await keyvault.sql("DELETE FROM key_version")
     await keyvault.sql("INSERT INTO key_version SELECT * FROM loot")
@@ -145,7 +119,7 @@ async def test_ciphertext_that_is_put_back_into_a_tombstone_dies_with_the_sweep(
         "UPDATE key_version v SET envelope = l.envelope, wrapped_dek = l.wrapped_dek,"
         " wrap_mac = l.wrap_mac FROM loot l"
     )
-    assert await _swept(keyvault) == "DONE"
+    assert await kv.swept(keyvault) == "DONE"
     assert await keyvault.sql("SELECT kek_version, envelope, wrapped_dek FROM key_version") == [
         (1, None, None)
     ]
@@ -170,7 +144,7 @@ async def test_no_made_up_version_stands_for_a_living_key(keyvault, numbers):
     await keyvault.change("DestroyKey", other.name)
     await keyvault.sql(LOOT)
     await keyvault.sql("DELETE FROM key_version WHERE key_id = %s", living.name.split("/")[3])
-    assert await _swept(keyvault) == "PARTIAL"
+    assert await kv.swept(keyvault) == "PARTIAL"
     await keyvault.sql(
         "INSERT INTO key_version SELECT * FROM loot WHERE key_id = %s", living.name.split("/")[3]
     )

@@ -5,7 +5,6 @@ All of it is plain SQL on keyvault's own database; LOOT is a copy that the attac
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 
 import pytest
@@ -56,38 +55,6 @@ async def _rotated(keyvault):
 
 def _id(key):
     return key.name.rpartition("/")[2]
-
-
-async def _plant(keyvault, **event):
-    """Append an event to the tenant's chain, as anybody can who computes its hash."""
-    query = "SELECT sequence, hash FROM chain WHERE chain = 'tenants/acme'"
-    ((sequence, previous),) = await keyvault.sql(query)
-    body = audit_pb2.AuditEvent(
-        chain="tenants/acme", sequence=sequence + 1, **event
-    ).SerializeToString()
-    digest = chain.link_hash(bytes(previous), body)
-    await keyvault.sql(
-        "INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)"
-        " VALUES ('tenants/acme', %s, %s, %s, %s, %s)",
-        *(sequence + 1, event.get("key_id", ""), body, previous, digest),
-    )
-    await keyvault.sql(
-        "UPDATE chain SET sequence = %s, hash = %s WHERE chain = 'tenants/acme'",
-        *(sequence + 1, digest),
-    )
-
-
-async def _swept(keyvault):
-    """Let the sweep run, and return how it ended."""
-    for _ in range(60):
-        await keyvault.sql(
-            "UPDATE kek_job SET due_time = now() WHERE due_time > now() + interval '1 second'"
-        )
-        await asyncio.sleep(0.25)
-        ((phase,),) = await keyvault.sql("SELECT phase FROM kek_job")
-        if phase in ("DONE", "PARTIAL", "FAILED"):
-            return phase
-    raise AssertionError("the sweep does not end")
 
 
 @pytest.mark.parametrize("followed", [True, False])
@@ -193,7 +160,7 @@ async def test_no_other_keys_data_key_proves_that_a_kek_version_is_not_needed(ke
         *(_id(living), _id(other)),
     )
     await keyvault.change("DestroyKey", third.name)
-    assert await _swept(keyvault) == "PARTIAL"
+    assert await kv.swept(keyvault) == "PARTIAL"
     await keyvault.sql(
         "UPDATE key_version v SET wrapped_dek = b.wrapped_dek, wrap_mac = b.wrap_mac,"
         " envelope = b.envelope, kek_version = b.kek_version FROM backup b"
@@ -334,7 +301,7 @@ async def test_no_made_up_version_keeps_an_old_kek(keyvault, backend, wrapped):
     await keyvault.sql(MADE_UP.format(backend=backend, wrapped=wrapped), _id(living))
     await _followed(keyvault)
     await keyvault.change("DestroyKey", other.name)
-    assert await _swept(keyvault) == "DONE"
+    assert await kv.swept(keyvault) == "DONE"
     assert await try_lease(keyvault, living) == ""
 
 
@@ -349,13 +316,13 @@ async def test_no_invented_end_has_a_living_keys_kek_destroyed(keyvault, what):
         "key": {"key_id": _id(key)},
         "tenant": {"type": audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED},
     }
-    await _plant(keyvault, **{"type": audit_pb2.AUDIT_EVENT_TYPE_DESTROYED, **ends[what]})
+    await kv.plant(keyvault, **{"type": audit_pb2.AUDIT_EVENT_TYPE_DESTROYED, **ends[what]})
     await _followed(keyvault)
     await keyvault.sql(
         "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase)"
         " VALUES ('job_x', 'acme', 'planted', 'x', true, true, true, 'QUEUED')"
     )
-    assert await _swept(keyvault) == "PARTIAL"
+    assert await kv.swept(keyvault) == "PARTIAL"
     keks = await keyvault.sql("SELECT min(version) FROM local_kek WHERE name = 'tenant/acme'")
     assert keks == [(1,)]
 
@@ -451,7 +418,7 @@ async def test_a_destruction_to_come_keeps_no_sweep_from_being_owed(keyvault, mo
     key = await keyvault.add_active()
     await keyvault.change("DestroyKey", key.name)
     await keyvault.sql("DELETE FROM kek_job")
-    await _plant(
+    await kv.plant(
         keyvault,
         type=audit_pb2.AUDIT_EVENT_TYPE_DESTROYED,
         key_id="key_x",
@@ -467,7 +434,7 @@ async def test_a_destruction_to_come_keeps_no_sweep_from_being_owed(keyvault, mo
 async def test_leases_of_a_key_end_that_somebody_called_destroyed_before(keyvault):
     key = await keyvault.add_active()
     assert await try_lease(keyvault, key) == ""
-    await _plant(keyvault, type=audit_pb2.AUDIT_EVENT_TYPE_DESTROYED, key_id=_id(key))
+    await kv.plant(keyvault, type=audit_pb2.AUDIT_EVENT_TYPE_DESTROYED, key_id=_id(key))
     await _followed(keyvault)
     await _hide(keyvault, 1)
     assert await kv.refusal(keyvault.change("DestroyKey", key.name)) == "NOT_FOUND"
