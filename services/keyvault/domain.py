@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import grpc
+from byokeep.common.v1 import options_pb2
 from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2, custody_pb2
+from byokeep.names import PROVIDERS, provider_value
 
 from services.common.errors import ByokeepError
 
@@ -277,6 +279,11 @@ def expired(key: Key, now: datetime.datetime) -> list[Change]:
         for one in key.versions
         if one.state is State.SUPERSEDED and now - one.state_time > GRACE
     ]
+
+
+def provider_of(stored: str) -> options_pb2.Provider.ValueType:
+    """Return a stored provider; UNSPECIFIED where it is hidden, or forged to what there is not."""
+    return provider_value(stored) if stored in PROVIDERS else options_pb2.PROVIDER_UNSPECIFIED
 
 
 def require(version: Version, state: State) -> None:

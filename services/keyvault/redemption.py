@@ -202,7 +202,7 @@ def lease_event(
         type=kind,
         key_id=lease.key_id,
         key_version=lease.version,
-        provider=provider_value(provider),
+        provider=domain.provider_of(provider),
         owner=owner,
         lease_id=lease.lease_id,
         grant_id=lease.grant_id,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from byokeep.keyvault.v1 import audit_pb2, grant_pb2, lease_pb2
-from byokeep.names import PROVIDERS
 
 from services.common import logs
 from services.common.errors import ByokeepError
@@ -35,12 +34,7 @@ class _End:
         return self.holder in (None, lease.holder)
 
     def event(self, locked: store.LockedLease) -> audit_pb2.AuditEvent:
-        # Of a key that is hidden or was forged, whose it is may not be known.
-        known = locked.provider in PROVIDERS
-        provider = locked.provider if known else PROVIDERS[0]
-        event = lease_event(locked.lease, provider, locked.owner, self.kind)
-        if not known:
-            event.ClearField("provider")
+        event = lease_event(locked.lease, locked.provider, locked.owner, self.kind)
         event.outcome = self.outcome
         if self.report is not None:
             event.report.CopyFrom(self.report)

@@ -880,9 +880,9 @@ MUTANTS = (
     ),
     Mutant(
         "a provider that there is not keeps its lease alive",
-        _KV + "releases.py",
-        "provider = locked.provider if known else PROVIDERS[0]",
-        "provider = locked.provider",
+        _KV + "redemption.py",
+        "provider=domain.provider_of(provider)",
+        "provider=provider_value(provider)",
         (_ENDLESS,),
     ),
     Mutant(

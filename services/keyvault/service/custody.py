@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2 as pb
 from byokeep.keyvault.v1 import custody_pb2_grpc
 from byokeep.names import (
-    PROVIDERS,
     key_name,
     last_of,
     provider_id,
-    provider_value,
     tenant_of,
 )
 
@@ -144,11 +141,7 @@ def key_message(key: Key) -> pb.ProviderKey:
     active = [one.version for one in key.versions if one.state is domain.State.ACTIVE]
     message = pb.ProviderKey(
         name=key_name(key.tenant, key.key_id),
-        provider=(
-            provider_value(key.provider)
-            if key.provider in PROVIDERS
-            else options_pb2.PROVIDER_UNSPECIFIED
-        ),
+        provider=domain.provider_of(key.provider),
         owner=key.owner,
         display_name=key.display_name,
         state=pb.KeyVersionState.ValueType(current.state),
