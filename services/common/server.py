@@ -54,7 +54,7 @@ class App(Protocol):
 
 
 class _Registrar:
-    """Stands for the server while servicers are added, to learn which services there are."""
+    """Takes servicers for the server, and learns which services there are."""
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self._server = server
@@ -64,8 +64,9 @@ class _Registrar:
         self._server.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        # Named only. gRPC's server waits for the next call of each registered method by itself,
+        # all of them anew at each call; the generic handlers, added as well, have the same methods.
         self.services.append(service)
-        self._server.add_registered_method_handlers(service, handlers)
 
 
 def main(name: str, settings: ServiceSettings, make: Callable[[], App]) -> None:
