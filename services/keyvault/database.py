@@ -33,10 +33,12 @@ _WAIT_SECONDS = 5.0
 # What keyvault rests on is not left to a server's or a role's defaults: a commit is on the
 # disk when it is answered, and each statement sees what was committed before it.
 # Names mean PostgreSQL's own things first, whatever a role's search_path says: `now()` too.
-# And a statement is planned once a connection: to plan a lease costs more than to run it.
+# And a statement is planned once a connection: to plan a lease costs more than to run it. So no
+# plan may read a table whole because it was empty when the plan was made (leases are soon many).
 _OPTIONS = (
     r"-c synchronous_commit=on -c default_transaction_isolation=read\ committed"
-    " -c search_path=public,pg_temp -c plan_cache_mode=force_generic_plan"
+    " -c search_path=public,pg_temp"
+    " -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off"
 )
 # The orchestrator has a pool of its own: its rows, options and errors are others, and what is
 # alike is not worth that services.common, which the runner loads too, knows of PostgreSQL.

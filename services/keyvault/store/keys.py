@@ -72,9 +72,10 @@ _SAME_NAME = """
 SELECT key_id FROM provider_key
 WHERE tenant = %s AND provider = %s AND owner = %s AND display_name = %s AND destroy_time IS NULL
 """
+# SUPERSEDED, as a number that the index of such rows has too.
 _PAST_GRACE = """
 SELECT DISTINCT tenant, key_id FROM key_version
-WHERE state = %s AND state_time < now() - interval '24 hours'
+WHERE state = 3 AND state_time < now() - interval '24 hours'
 """
 
 
@@ -194,7 +195,7 @@ async def touch(connection: Connection, key: Key, *, destroyed: bool) -> None:
 
 async def past_grace(database: Database) -> list[Row]:
     """Return (tenant, key id) of keys with a superseded version past its grace."""
-    return await database.all(_PAST_GRACE, (int(State.SUPERSEDED),))
+    return await database.all(_PAST_GRACE)
 
 
 def _keys(rows: Sequence[Row]) -> list[Key]:

@@ -402,4 +402,11 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("tenant", "key_id", "version"),
     )
+    op.create_index(
+        "key_version_superseded",
+        "key_version",
+        ["state_time"],
+        unique=False,
+        postgresql_where=sa.text("state = 3"),
+    )
     # ### end Alembic commands ###
