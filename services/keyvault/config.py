@@ -80,7 +80,7 @@ class Settings(config.ServiceSettings):
         " findings_days",
         default=90,
     )
-    database_connections: int = config.setting("connections to the database", default=8)
+    database_connections: int = config.setting("connections to the database, but one", default=8)
     # Its one endless stream, of revocations, is taken up again at once; an export takes minutes.
     connection_grace_seconds: int = config.setting(
         "a caller's connection is cut, with the calls that still run, so long after its age",

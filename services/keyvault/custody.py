@@ -128,9 +128,10 @@ class Custody:
         """
 
         async def act(connection: Connection) -> None:
-            ended = await self._end(connection, tenant, key_id, origin, request, State.DESTROYED)
-            if await store.erase(connection, tenant, key_id) or ended:
-                await queue_sweep(connection, tenant, self._shred_after)
+            await self._end(connection, tenant, key_id, origin, request, State.DESTROYED)
+            await store.erase(connection, tenant, key_id)
+            # Always: that it was destroyed before, and swept, anybody can add to its chain.
+            await queue_sweep(connection, tenant, self._shred_after)
 
         await self._found(tenant, act)
         return await self.get(tenant, key_id)
@@ -143,27 +144,27 @@ class Custody:
         origin: Origin,
         request: Request | None,
         after: State,
-    ) -> bool:
+    ) -> None:
         """Give every version of a key its last state, also those of which no row tells now, and end
-        their leases; False where all of that was so before. Raises ByokeepError: NOT_FOUND."""
+        their leases. Raises ByokeepError: NOT_FOUND."""
         head = await chain.lock(connection, chain.tenant_chain(tenant))
         key = await self.stored(connection, tenant, key_id)
+        first = True
         if key is not None and request is not None:
-            await self._first_time(connection, key, request)
+            first = await self._first_time(connection, key, request)
         key = None if key is None else self._feared(key)
         changes = [] if key is None else domain.end(key, after)
         if key is None and not self._reconcile.told(tenant, key_id, 1).known:
             raise domain.not_found("provider key")
         whole = self._reconcile.told(tenant, key_id, WHOLE_KEY).whole
-        ended = bool(changes) or whole not in (after, State.DESTROYED)
-        if ended:
+        # What was asked for before has its event, also where that was not followed yet.
+        if changes or (first and whole not in (after, State.DESTROYED)):
             event = _whole(key_id, after, origin)
             if key is None:
                 await chain.append(connection, head, self._deployment, [event])
             else:
                 await self.apply(connection, head, key, changes, origin, (event,))
         await end_leases(connection, tenant, key_id)
-        return ended
 
     async def _found(self, tenant: str, act: Callable[[Connection], Awaitable[None]]) -> None:
         """Act in a transaction; where nothing is found, once more after the chain was followed to
@@ -210,7 +211,7 @@ class Custody:
             if domain.STATE_AFTER[change.event] is State.ACTIVE:
                 self._reconcile.check_chain(key.tenant)
                 told = self._reconcile.told(key.tenant, key.key_id, change.version)
-                gone = told.over(version.state_sequence) is not None
+                gone = told.frozen or told.over(version.state_sequence) is not None
                 if gone or self._outdated(key, version):
                     raise mismatch(key.key_id)
             events.append(self.event(key, change, origin))

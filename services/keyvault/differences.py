@@ -19,7 +19,7 @@ from services.keyvault import chain
 from services.keyvault.anchor import stale
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, Row
-from services.keyvault.domain import State, Version, wrong_state
+from services.keyvault.domain import Key, State, wrong_state
 from services.keyvault.following import MISMATCH, Following
 from services.keyvault.store import reconcile as store
 from services.keyvault.store.holds import Hold
@@ -42,21 +42,26 @@ class Differences:
         #: By tenant, what differed where it could not be found out which of both is right.
         self._unsettled: dict[str, set[store.Bound]] = {}
 
-    def refusal(
-        self, tenant: str, key_id: str, version: Version, hold: Hold | None
-    ) -> ByokeepError | None:
-        """Return why this version may not be leased, with a row and a tenant's hold as read under
-        the chain's lock: rows that are put back for a moment only, no pass may ever see."""
+    def refusal(self, key: Key, hold: Hold | None, head: int) -> ByokeepError | None:
+        """Return why a key's one version may not be leased, with its row, its tenant's hold and the
+        number of the chain's head as read under the chain's lock: rows that are put back for a
+        moment only, no pass may ever see."""
+        tenant, key_id, (version,) = key.tenant, key.key_id, key.versions
         if chain.tenant_chain(tenant) in self._following.broken:
             return chain_broken(tenant)
         told = self._following.told(tenant, key_id, version.version)
         over = told.over(version.state_sequence)
         if over is not None and not told.frozen:
             return wrong_state(over, "it can't be leased for this purpose")
-        if told.frozen or told.outdated(version.state, version.state_sequence):
+        # What a row says and is not newer than what was followed, the chain told too.
+        new = range(self._following.sequence(chain.tenant_chain(tenant)) + 1, head + 1)
+        own = version.state, version.state_sequence
+        invented = own[1] not in new and own != (told.state, told.sequence)
+        if told.frozen or invented or told.outdated(*own):
             return mismatch(key_id)
-        held, since = self._following.holds.get(tenant, (False, 0))
-        if tenant in self.holds_differ or (held and (hold is None or hold[1] < since)):
+        held = (False, 0) if hold is None else hold[:2]
+        invented = held[1] not in new and held != self._following.holds.get(tenant, (False, 0))
+        if tenant in self.holds_differ or invented:
             return ByokeepError(
                 grpc.StatusCode.DATA_LOSS,
                 MISMATCH,
@@ -132,14 +137,17 @@ class Differences:
             head = await chain.lock(connection, name)
             now = await store.row(connection, tenant, key_id, version)
             await self._following.follow(name)
-            if now is not None and not self._settled((tenant, key_id, version, *now)):
+            differs = now is not None and not self._settled((tenant, key_id, version, *now))
+            if differs:
                 await self._freeze(connection, head, tenant, key_id, version)
+        if differs:
+            # Only now: what could not be put on the record is looked at again.
+            states = self._following.states
+            states.freeze(states.fingerprint(tenant, key_id, version))
 
     async def _freeze(
         self, connection: Connection, head: chain.Head, tenant: str, key_id: str, version: int
     ) -> None:
-        states = self._following.states
-        states.freeze(states.fingerprint(tenant, key_id, version))
         logs.event(log, "key_frozen", level=logging.CRITICAL, tenant=tenant, key=key_id)
         await self._record(
             connection, head, audit_pb2.AuditEvent(key_id=key_id, key_version=max(version, 0))

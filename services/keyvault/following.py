@@ -39,7 +39,7 @@ from services.keyvault.store import log as log_store
 from services.keyvault.store import reconcile as store
 
 MISMATCH = "RECONCILE_MISMATCH"
-_PRUNED = audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED
+PRUNED = audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED
 _TRIMMED = audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_TRIMMED
 _NEW_KEK = (
     audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED,
@@ -185,6 +185,11 @@ class Following:
         if followed is not None and sequence < followed.sequence:
             self._contradicts(name, "its end was cut off")
 
+    def sequence(self, name: str) -> int:
+        """Return the newest event of a chain that was followed."""
+        followed = self.chains.get(name)
+        return followed.sequence if followed is not None else 0
+
     def logged(self, name: str) -> int:
         """Return the newest event of a chain that the log was seen to have."""
         followed = self.chains.get(name)
@@ -314,7 +319,7 @@ class Following:
                 explained = False
                 break
             explained = explained or (
-                event.type == _PRUNED
+                event.type == PRUNED
                 and (event.pruned_sequence, event.pruned_hash) == (start, digest)
                 and hmac.compare_digest(event.carried_hash, kept.digest())
             )
@@ -405,7 +410,10 @@ class Following:
         told = self.told(*bound)
         self._changed(bound)
         again = after is State.PENDING and told.known
-        if (sequence > told.sequence and (again or not may_become(told.state, after))) or (
+        # What was there when its tenant was shredded is destroyed, whatever the rows said.
+        shredded = told.known and told.sequence < told.shredded < sequence
+        before = State.DESTROYED if shredded else told.state
+        if (sequence > told.sequence and (again or not may_become(before, after))) or (
             sequence > told.whole_sequence and not may_become(told.whole, after)
         ):
             # keyvault wrote it, misled by a row that was put back or hidden, or somebody else did:

@@ -71,13 +71,15 @@ class Holds:
     async def revoke_tenant(self, tenant: str, word: Word) -> int:
         """End every lease of a tenant and give none until it is resumed; return how many ended.
 
+        Said as often as it is asked: a row that says so already may be put back for a moment.
+
         Raises:
             ByokeepError: TENANT_KEY_MISSING.
         """
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
             ended = await end_leases(connection, tenant)
-            await self._set(connection, head, tenant, word, held=True, count=ended)
+            await self._say(connection, head, tenant, word, held=True, count=ended)
         return ended
 
     async def resume_tenant(self, tenant: str, word: Word) -> bool:
@@ -87,7 +89,10 @@ class Holds:
         """
         async with self._database.transaction() as connection:
             head = await chain.lock(connection, chain.tenant_chain(tenant))
-            return await self._set(connection, head, tenant, word, held=False, count=0)
+            if self._said(tenant, await store.get(connection, tenant)) is False:
+                return False
+            await self._say(connection, head, tenant, word, held=False, count=0)
+        return True
 
     async def revoke_lease(self, lease_id: str, word: Word) -> bool:
         """End one lease; False where it had ended before. Raises ByokeepError: NOT_FOUND."""
@@ -114,7 +119,7 @@ class Holds:
             await chain.append(connection, locked.head, self._deployment, [event] * bool(ended))
         return bool(ended)
 
-    async def _set(
+    async def _say(
         self,
         connection: Connection,
         head: chain.Head,
@@ -123,18 +128,14 @@ class Holds:
         *,
         held: bool,
         count: int,
-    ) -> bool:
-        """Store what is said, with its event; False where it was said before."""
-        current = await store.get(connection, tenant)
-        if held is self._said(tenant, current) and not count:
-            return False
+    ) -> None:
+        """Store what is said, with its event."""
         event = audit_pb2.AuditEvent(
             type=_KINDS[held], caller=word.caller, detail=word.reason, count=count
         )
         head = await chain.append(connection, head, self._deployment, [event])
         mac = self._mac(tenant, head.sequence, held=held)
         await store.put(connection, tenant, (held, head.sequence, mac))
-        return True
 
     def _said(self, tenant: str, current: store.Hold | None) -> bool | None:
         """Return what was said before; None where somebody else wrote it."""

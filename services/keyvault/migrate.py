@@ -38,7 +38,7 @@ def upgrade(url: str) -> None:
 
 async def bootstrap(settings: Settings) -> dict[str, dict[str, str]]:
     """Make keyvault's own keys where they are missing; return the public ones, for clients."""
-    database = open_database(settings)
+    database = open_database(settings, settings.database_connections)
     await database.open()
     try:
         backends = open_backends(settings, database)

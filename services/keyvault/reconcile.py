@@ -28,11 +28,10 @@ from services.keyvault.anchor import STALE_SECONDS, Anchor, stale
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, is_lost
 from services.keyvault.differences import Differences, chain_broken
-from services.keyvault.domain import Version
 from services.keyvault.following import MISMATCH, ContradictionError, Following, Told
 from services.keyvault.pages import Pages
 from services.keyvault.store import reconcile as store
-from services.keyvault.store.holds import Hold
+from services.keyvault.store.leases import Locked
 
 log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 20.0
@@ -46,29 +45,39 @@ T = TypeVar("T")
 class Reconcile:
     """Follows chains, freezes versions that differ, distrusts a log that contradicts."""
 
-    def __init__(self, database: Database, anchor: Anchor, mac_key: bytes, deployment: str) -> None:
-        """Reconcile a database."""
+    def __init__(
+        self,
+        database: Database,
+        reading: Database,
+        anchor: Anchor,
+        mac_key: bytes,
+        deployment: str,
+    ) -> None:
+        """Reconcile a database. Chains are followed on connections of their own (`reading`):
+        whoever holds a chain's lock must not wait for those who wait for it."""
         self._database = database
         self._anchor = anchor
         self._passing = asyncio.Lock()
-        self.following = Following(database, mac_key, lambda version: self._pages.touch(version))
+        self.following = Following(reading, mac_key, lambda version: self._pages.touch(version))
         self._differences = Differences(database, self.following, deployment)
         self._pages = Pages(database, self._differences.agree)
         self._broken_keys: dict[str, int] = {}
         #: Heads that their rows say are logged, and the log was not seen to have.
         self._claimed: dict[str, int] = {}
         self._position = anchor.position
+        #: Chains of which a lease saw more than was followed.
+        self._ahead: set[str] = set()
         self._after = ""
         self._passed = -math.inf
         self._saved = time.monotonic()
         self.last: datetime.datetime | None = None
 
-    def refusal(
-        self, tenant: str, key_id: str, version: Version, hold: Hold | None
-    ) -> ByokeepError | None:
-        """Return why this version may not be leased now: its row, and the tenant's hold, were read
-        under the chain's lock."""
-        differs = self._differences.refusal(tenant, key_id, version, hold)
+    def refusal(self, locked: Locked) -> ByokeepError | None:
+        """Return why this version may not be leased now."""
+        if locked.head.sequence > self.following.sequence(locked.head.chain):
+            # Followed by the next pass, also where it was kept from the log.
+            self._ahead.add(locked.head.chain)
+        differs = self._differences.refusal(locked.key, locked.hold, locked.head.sequence)
         # What another replica's operator resumed, this one has not followed yet.
         resumed = self.following.resumed == self._anchor.position.resumed
         if differs is None and (not resumed or time.monotonic() - self._passed > STALE_SECONDS):
@@ -92,21 +101,31 @@ class Reconcile:
         async with self._passing:
             if self._anchor.rolled_back:
                 return
-            contradiction = ""
-            try:
-                await self._pass()
-            except ContradictionError as error:
-                contradiction = str(error)
-            except Exception as error:
-                # A lost connection is forgiven for a minute; what is stored is not.
-                if not is_lost(error):
-                    self._passed = -math.inf
-                raise
-            if not contradiction:
-                return
-            logs.event(log, "contradiction", level=logging.CRITICAL, what=contradiction)
-            self._forget()
-            await self._anchor.distrust()
+            position = self._anchor.position
+            contradiction = await self._contradiction()
+            if contradiction:
+                self._forget()
+                # Another replica may have anchored, and kept, more than this one knew of.
+                await self._anchor.tick()
+                if self._anchor.position != position and not self._anchor.rolled_back:
+                    contradiction = await self._contradiction()
+            if contradiction:
+                logs.event(log, "contradiction", level=logging.CRITICAL, what=contradiction)
+                self._forget()
+                await self._anchor.distrust()
+
+    async def _contradiction(self) -> str:
+        """Do one pass; return what the database contradicts of its anchored log, or nothing."""
+        try:
+            await self._pass()
+        except ContradictionError as error:
+            return str(error)
+        except Exception as error:
+            # A lost connection is forgiven for a minute; what is stored is not.
+            if not is_lost(error):
+                self._passed = -math.inf
+            raise
+        return ""
 
     async def head(self, name: str) -> chain.Head:
         """Return a chain's head as this process followed it, link by link: what may be signed.
@@ -199,12 +218,15 @@ class Reconcile:
         return frozenset(self._differences.holds_differ)
 
     async def _pass(self) -> None:
-        position = self._anchor.position
+        started, position = time.monotonic(), self._anchor.position
         if position.resumed != self.following.resumed:
             self._forget()
         await self.following.log(position)
         # It says which chains were altered, also before the log has its newest event.
         await self.following.follow(chain.SYSTEM)
+        ahead, self._ahead = self._ahead, set()
+        for name in ahead:
+            await self.following.follow(name)
         await self._check_heads()
         if self.following.found:
             # A database that was put back whole is no damage of its chains.
@@ -223,7 +245,8 @@ class Reconcile:
             # An event that somebody planted may name what is not even text to the database.
             named = _TENANT.fullmatch(tenant) is not None
             self._broken_keys[name] = await store.keys(self._database, tenant) if named else 0
-        self._passed = time.monotonic()
+        # What it knows is of when it began, however long it was held up.
+        self._passed = started
         self.last = datetime.datetime.now(datetime.UTC)
 
     def _forget(self) -> None:

@@ -21,13 +21,12 @@ from services.common.errors import ByokeepError
 from services.keyvault import chain, domain, kek, limits
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database, DuplicateError
-from services.keyvault.domain import Key, State, Version
+from services.keyvault.domain import Key, State
 from services.keyvault.grants import GrantRefusedError, check_time
 from services.keyvault.group import GroupCommit
 from services.keyvault.holds import Holds
 from services.keyvault.limits import Caps, Meter
 from services.keyvault.store import leases as store
-from services.keyvault.store.holds import Hold
 from services.keyvault.store.leases import Lease, Locked
 
 LIFE = datetime.timedelta(minutes=15)
@@ -82,7 +81,7 @@ class Redemption:
         holds: Holds,
         deployment: str,
         caps: tuple[Caps, Caps],
-        refusal: Callable[[str, str, Version, Hold | None], ByokeepError | None],
+        refusal: Callable[[Locked], ByokeepError | None],
     ) -> None:
         """`caps` are a tenant's and a key's; `refusal` says why no lease may be given."""
         self._database = database
@@ -135,7 +134,7 @@ class Redemption:
             raise GrantRefusedError("redeemed before")
         now = one.head.now
         check_time(grant, now)
-        refused = self._refusal(grant.tenant, grant.key_id, one.key.versions[0], one.hold)
+        refused = self._refusal(one)
         if refused is not None:
             raise refused
         self._check_key(grant, one.key)

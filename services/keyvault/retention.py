@@ -19,7 +19,7 @@ from services.keyvault import chain
 from services.keyvault.background import each
 from services.keyvault.database import Database, Row
 from services.keyvault.domain import HELD_AFTER, STATE_AFTER, WHOLE_AFTER, WHOLE_KEY, State
-from services.keyvault.following import MISMATCH, Following
+from services.keyvault.following import MISMATCH, PRUNED, Following
 from services.keyvault.store import audit as audit_store
 from services.keyvault.store import reconcile as carried_store
 from services.keyvault.store import retention as store
@@ -82,12 +82,13 @@ class Retention:
         with the trace of it.
         """
         first = await store.event(self._database, name, pruned + 1)
-        if first is None or _time(first[0]) >= cutoff:
+        if first is None or _time(audit_pb2.AuditEvent.FromString(first[0])) >= cutoff:
             return None
         followed = self._following.chains[name]
         target, at = (followed.sequence, followed.hash), pruned
         digest = (await audit_store.pruned(self._database, name))[1] or chain.GENESIS
         end, end_digest, bodies = pruned, digest, list[tuple[int, bytes]]()
+        before, stated = (pruned, digest), set[bytes]()
         young = False
         async for row in audit_store.links(self._database, name, pruned):
             if at == target[0]:
@@ -96,14 +97,22 @@ class Retention:
                 raise LookupError("the chain does not verify")
             number, body, _, digest = row
             at = number
-            young = young or number > high or _time(body) >= cutoff
+            event = audit_pb2.AuditEvent.FromString(body)
+            if event.type == PRUNED and (event.pruned_sequence, event.pruned_hash) == before:
+                stated.add(event.carried_hash)
+            young = young or number > high or _time(event) >= cutoff
             if not young:
                 end, end_digest = number, digest
                 if self._needed(name, number, body):
                     bodies.append((number, body))
         if (at, digest) != target:
             raise LookupError("the chain does not verify")
-        return await self._kept(name, end, end_digest, bodies) if end > pruned else None
+        if end == pruned or (pruned and not stated):
+            return None  # nothing to drop; or another replica dropped just now
+        was, kept = await self._kept(name, before, (end, end_digest), bodies)
+        if pruned and was not in stated:
+            raise LookupError("what was kept is not what was stated")
+        return kept
 
     async def _prune(self, name: str, pruned: int, kept: _Kept) -> None:
         event = audit_pb2.AuditEvent(
@@ -119,17 +128,25 @@ class Retention:
                 await chain.append(connection, head, self._deployment, [event])
 
     async def _kept(
-        self, name: str, end: int, end_hash: bytes, bodies: list[tuple[int, bytes]]
-    ) -> _Kept:
-        kept, over = self._following.carried(name, end, end_hash), list[int]()
+        self,
+        name: str,
+        before: tuple[int, bytes],
+        after: tuple[int, bytes],
+        bodies: list[tuple[int, bytes]],
+    ) -> tuple[bytes, _Kept]:
+        """Return the MAC over what is kept since `before`, as it is stored, and what will be."""
+        was, kept = (self._following.carried(name, *end) for end in (before, after))
+        over = list[int]()
         async for sequence, body in carried_store.carried(self._database, name):
+            was.add(sequence, body)
             if self._needed(name, sequence, body):
                 kept.add(sequence, body)
             else:
                 over.append(sequence)
         for sequence, body in bodies:
             kept.add(sequence, body)
-        return _Kept(end, end_hash, [sequence for sequence, _ in bodies], over, kept.digest())
+        new = [sequence for sequence, _ in bodies]
+        return was.digest(), _Kept(*after, new, over, kept.digest())
 
     def _needed(self, name: str, sequence: int, body: bytes) -> bool:
         event = audit_pb2.AuditEvent.FromString(body)
@@ -149,5 +166,5 @@ class Retention:
         return states.get(version)[1] <= sequence
 
 
-def _time(body: bytes) -> datetime.datetime:
-    return audit_pb2.AuditEvent.FromString(body).event_time.ToDatetime(datetime.UTC)
+def _time(event: audit_pb2.AuditEvent) -> datetime.datetime:
+    return event.event_time.ToDatetime(datetime.UTC)

@@ -10,6 +10,7 @@ committed. Leases go on meanwhile; a row that changed since it was read is not w
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -147,16 +148,19 @@ class Rewrap:
         """Say whether a row keeps its data key. One that keyvault did not write may be another
         version's: signed anew, it would prove that this version's own is not needed any more. What
         moves is opened first."""
-        key_id, version, backend, wrapped, kek_version, mac = row
+        key_id, version, backend, wrapped, kek_version, mac, envelope_sha256 = row
         return bool(backend == job.target_backend) and self._wraps.sound(
-            job.tenant, (key_id, version), backend, kek_version, wrapped, mac
+            job.tenant, (key_id, version), backend, kek_version, wrapped, mac, envelope_sha256
         )
 
     def _swap(
         self, job: Job, row: Row, wrapped: bytes, kek_version: int, envelope: bytes | None
     ) -> Swap:
         key_id, version, _, old = row[:4]
-        mac = self._wraps.mac(job.tenant, key_id, version, job.target_backend, kek_version, wrapped)
+        digest = row[6] if envelope is None else hashlib.sha256(envelope).digest()
+        mac = self._wraps.mac(
+            job.tenant, (key_id, version), job.target_backend, kek_version, wrapped, digest
+        )
         return Swap(key_id, version, old, wrapped, kek_version, mac, envelope)
 
     async def _moved(

@@ -291,7 +291,7 @@ class Rotation:
     async def _bury(self, connection: Connection, tenant: str) -> None:
         """Delete the ciphertext of versions that the tenant's chain calls destroyed: somebody put
         it back, and it must not be wrapped anew."""
-        for key_id, version, _, _, wrapped, _ in await store.wraps(connection, tenant):
+        for key_id, version, _, _, wrapped, *_ in await store.wraps(connection, tenant):
             told = self._reconcile.told(tenant, key_id, version)
             dead = told.known and told.over(told.sequence) is State.DESTROYED
             if wrapped is not None and dead:

@@ -41,7 +41,6 @@ from services.keyvault.content import ContentKeys
 from services.keyvault.custody import Custody
 from services.keyvault.database import Database
 from services.keyvault.denials import Denials
-from services.keyvault.domain import Version
 from services.keyvault.epochs import Epochs
 from services.keyvault.holds import Holds
 from services.keyvault.intake import IntakeKeys
@@ -65,7 +64,7 @@ from services.keyvault.service.content import ContentKeyService
 from services.keyvault.service.custody import CustodyService
 from services.keyvault.service.lease import LeaseService
 from services.keyvault.staging import Staging
-from services.keyvault.store.holds import Hold
+from services.keyvault.store.leases import Locked
 from services.keyvault.wraps import Wraps
 
 Role = Literal["all", "data", "admin"]
@@ -75,9 +74,9 @@ _FORGET_SECONDS = 3600.0
 _LAST_SECONDS = 5.0
 
 
-def open_database(settings: Settings) -> Database:
+def open_database(settings: Settings, connections: int) -> Database:
     """Return the database of the configured URL, not yet connected."""
-    return Database(read_secret_file(settings.database_url_file), settings.database_connections)
+    return Database(read_secret_file(settings.database_url_file), connections)
 
 
 class App:
@@ -89,7 +88,8 @@ class App:
         check_logins(settings, role)
         self._settings = settings
         self._role = role
-        self._database = open_database(settings)
+        self._database = open_database(settings, settings.database_connections)
+        self._reading = open_database(settings, 1)
         self._backends = open_backends(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
         anchored = open_anchor(settings, self._backends)
@@ -103,6 +103,7 @@ class App:
         settings = self._settings
         try:
             await self._database.open()
+            await self._reading.open()
             kept = datetime.timedelta(days=settings.content_retention_days)
             usable = {*settings.lost_backends(), *(one.name for one in self._backends)}
             needed.require(await needed.needs(self._database, kept), usable)
@@ -141,7 +142,11 @@ class App:
         self._epochs = Epochs(self._database, self._backends, settings.deployment, kept)
         wraps = Wraps(self._keys.state_mac, settings.deployment)
         self._reconcile = Reconcile(
-            self._database, self._anchor, self._keys.state_mac, settings.deployment
+            self._database,
+            self._reading,
+            self._anchor,
+            self._keys.state_mac,
+            settings.deployment,
         )
         self._custody = Custody(
             self._database,
@@ -285,12 +290,11 @@ class App:
             "last_write", steps, lambda step: asyncio.wait_for(step(), _LAST_SECONDS)
         )
         await self._backends.close()
+        await self._reading.close()
         await self._database.close()
 
-    def _refusal(
-        self, tenant: str, key_id: str, version: Version, hold: Hold | None
-    ) -> ByokeepError | None:
-        return self._anchor.refusal() or self._reconcile.refusal(tenant, key_id, version, hold)
+    def _refusal(self, locked: Locked) -> ByokeepError | None:
+        return self._anchor.refusal() or self._reconcile.refusal(locked)
 
     async def _follow_keys(self) -> None:
         await system_keys.refresh(

@@ -117,7 +117,8 @@ class Staging:
         with data_key.plaintext as clear:
             opened = await self._open(order, clear.reveal(), context)
         wrap = backend.name, data_key.kek_version, data_key.wrapped
-        mac = self._wraps.mac(order.tenant, order.key_id, number, *wrap)
+        digest = hashlib.sha256(opened.envelope).digest()
+        mac = self._wraps.mac(order.tenant, (order.key_id, number), *wrap, digest)
         secret = store.StoredSecret(opened.hint, *wrap, mac, opened.envelope)
         async with self._database.transaction() as connection:
             stored = await self._store(connection, order, origin, number, secret)

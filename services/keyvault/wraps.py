@@ -1,4 +1,5 @@
-"""What wraps a data key, said so that SQL alone can't say it: a MAC over each row's wrapping.
+"""What wraps a data key, said so that SQL alone can't say it: a MAC over each row's wrapping, with
+the envelope that it opens.
 
 Old versions of a KEK are destroyed for good, in backups of the database too. So whoever
 destroys them asks not what the rows say, but whether every version of every key, as the
@@ -41,13 +42,20 @@ class Wraps:
         """Use keyvault's state MAC key."""
         self._mac_key = mac_key
         self._deployment = deployment
-        self._prefix = fields("byokeep/wrap/v1", deployment)
+        self._prefix = fields("byokeep/wrap/v2", deployment)
 
     def mac(
-        self, tenant: str, key_id: str, version: int, backend: str, kek_version: int, wrapped: bytes
+        self,
+        tenant: str,
+        bound: tuple[str, int],
+        backend: str,
+        kek_version: int,
+        wrapped: bytes,
+        envelope_sha256: bytes,
     ) -> bytes:
-        """Return the MAC of what wraps a version's data key."""
-        own = fields(tenant, key_id, version, backend, kek_version, wrapped)
+        """Return the MAC of what wraps a version's data key. Not of that alone: a version that
+        moved has had two, and the one before would stand for the other's."""
+        own = fields(tenant, *bound, backend, kek_version, wrapped, envelope_sha256)
         return hmac.digest(self._mac_key, self._prefix + own, "sha256")
 
     async def proof(
@@ -92,8 +100,10 @@ class Wraps:
         kek_version: int,
         wrapped: bytes | None,
         mac: bytes | None,
+        envelope_sha256: bytes | None,
     ) -> bool:
         """Say whether keyvault itself wrote what wraps a version's data key."""
-        if wrapped is None or mac is None:
+        if wrapped is None or mac is None or envelope_sha256 is None:
             return False
-        return hmac.compare_digest(mac, self.mac(tenant, *bound, backend, kek_version, wrapped))
+        own = self.mac(tenant, bound, backend, kek_version, wrapped, envelope_sha256)
+        return hmac.compare_digest(mac, own)

@@ -171,14 +171,14 @@ async def _reconcile(url: str, folder: Path, keys: int, server: psutil.Process) 
         anchor = Anchor(database, FileAnchor(folder / "anchor.json"), "bench")
         await anchor.tick()
         tracemalloc.start()
-        first = Reconcile(database, anchor, bytes(32), "bench")
+        first = Reconcile(database, database, anchor, bytes(32), "bench")
         begun = time.perf_counter()
         await first.once()
         followed = time.perf_counter() - begun
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         await first.save()
-        again = Reconcile(database, anchor, bytes(32), "bench")
+        again = Reconcile(database, database, anchor, bytes(32), "bench")
         begun = time.perf_counter()
         await again.once()
         started = time.perf_counter() - begun

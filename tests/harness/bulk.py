@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 from byokeep.ids import new_id
@@ -52,7 +53,12 @@ async def add_active_keys(
         rows["kek_version"].append(data_key.kek_version)
         rows["wrap_mac"].append(
             Wraps(mac_key, deployment).mac(
-                tenant, key_id, 1, backend.name, data_key.kek_version, data_key.wrapped
+                tenant,
+                (key_id, 1),
+                backend.name,
+                data_key.kek_version,
+                data_key.wrapped,
+                hashlib.sha256(rows["envelope"][-1]).digest(),
             )
         )
     async with database.transaction() as connection:

@@ -22,6 +22,7 @@ _FORGED = _SEC + "test_rows.py::test_forged_row_does_not_keep_its_key_alive"
 _ENDLESS = _SEC + "test_holds.py::test_no_forged_row_keeps_a_lease_from_its_end"
 _CHANGES = "tests/component/test_keyvault_changes.py::"
 _DEATH = _SEC + "test_destruction.py::"
+_BETWEEN = _SEC + "test_between_passes.py::"
 _UNSEEN = _SEC + "test_hidden_rows.py::"
 _HIDDEN = _DEATH + "test_a_version_that_was_hidden_is_destroyed_with_its_key"
 
@@ -1617,7 +1618,7 @@ MUTANTS = (
     Mutant(
         "what wraps a data key is said without its MAC",
         _KV + "wraps.py",
-        "        return hmac.compare_digest(mac, self.mac(tenant, *bound, backend, kek_version, wrapped))\n",
+        "        return hmac.compare_digest(mac, own)\n",
         "        return True\n",
         (_SEC + "test_database_attacker.py::test_planted_trim_destroys_nothing_that_is_used",),
     ),
@@ -1801,8 +1802,8 @@ MUTANTS = (
     Mutant(
         "every failed pass is forgiven for a minute",
         _KV + "reconcile.py",
-        "                if not is_lost(error):",
-        "                if False:",
+        "            if not is_lost(error):",
+        "            if False:",
         (
             _SEC
             + "test_chain_attacker.py::test_a_pass_that_fails_of_what_is_stored_stops_leases_at_once",
@@ -1909,7 +1910,7 @@ MUTANTS = (
     Mutant(
         "a chain may tell of a life after the end",
         _KV + "following.py",
-        "if (sequence > told.sequence and (again or not may_become(told.state, after))) or (",
+        "if (sequence > told.sequence and (again or not may_become(before, after))) or (",
         "if (sequence > told.sequence and again) or (",
         (_SEC + "test_revival.py::test_a_destroyed_version_that_was_rolled_back_to_is_frozen",),
     ),
@@ -1958,16 +1959,157 @@ MUTANTS = (
     Mutant(
         "a lease believes a row that is older than its chain",
         _KV + "differences.py",
-        "if told.frozen or told.outdated(version.state, version.state_sequence):",
+        "if told.frozen or invented or told.outdated(*own):",
         "if told.frozen:",
         (_UNSEEN + "test_a_row_that_is_put_back_between_passes_is_not_leased",),
     ),
     Mutant(
         "a hold that is hidden holds nothing",
         _KV + "differences.py",
-        " or (held and (hold is None or hold[1] < since))",
+        "        if tenant in self.holds_differ or invented:",
+        "        if tenant in self.holds_differ:",
+        (
+            _UNSEEN + "test_a_hold_that_is_hidden_between_passes_still_holds",
+            _BETWEEN + "test_an_invented_resumption_without_a_row_resumes_nothing",
+            _BETWEEN + "test_a_hold_of_an_event_that_was_lost_holds_no_more_and_no_less",
+        ),
+    ),
+    Mutant(
+        "only a tenant that is told to be held needs its row",
+        _KV + "differences.py",
+        "        held = (False, 0) if hold is None else hold[:2]\n",
+        "        told_hold = self._following.holds.get(tenant, (False, 0))\n"
+        "        held = (told_hold if not told_hold[0] else (False, 0)) if hold is None else hold[:2]\n",
+        (_BETWEEN + "test_an_invented_resumption_without_a_row_resumes_nothing",),
+    ),
+    Mutant(
+        "a row may have a number that its chain gave to something else",
+        _KV + "differences.py",
+        "if told.frozen or invented or told.outdated(*own):",
+        "if told.frozen or told.outdated(*own):",
+        (_BETWEEN + "test_a_row_of_an_event_that_was_lost_is_not_leased",),
+    ),
+    Mutant(
+        "a row may have a number that its chain has not come to",
+        _KV + "differences.py",
+        " + 1, head + 1)",
+        " + 1, 2**62)",
+        (_BETWEEN + "test_a_hold_of_an_event_that_was_lost_holds_no_more_and_no_less",),
+    ),
+    Mutant(
+        "an operator's hold is not said where a row says it",
+        _KV + "holds.py",
+        "            await self._say(connection, head, tenant, word, held=True, count=ended)\n",
+        "            if ended or not self._said(tenant, await store.get(connection, tenant)):\n"
+        "                await self._say(connection, head, tenant, word, held=True, count=ended)\n",
+        (_BETWEEN + "test_an_operators_hold_does_not_ask_a_row_whether_it_is_held",),
+    ),
+    Mutant(
+        "what a lease saw beyond what was followed is left to the log",
+        _KV + "reconcile.py",
+        "            self._ahead.add(locked.head.chain)\n",
+        "            pass\n",
+        (_BETWEEN + "test_what_is_kept_from_the_log_is_followed_once_a_lease_saw_it",),
+    ),
+    Mutant(
+        "retention states whatever is kept",
+        _KV + "retention.py",
+        "        if pruned and was not in stated:\n",
+        "        if False:\n",
+        (_BETWEEN + "test_retention_states_nothing_anew_that_somebody_took_away",),
+    ),
+    Mutant(
+        "a frozen version becomes ACTIVE",
+        _KV + "custody.py",
+        "                gone = told.frozen or told.over(version.state_sequence) is not None\n",
+        "                gone = told.over(version.state_sequence) is not None\n",
+        (_BETWEEN + "test_no_key_is_rolled_back_to_a_frozen_version",),
+    ),
+    Mutant(
+        "what another replica anchored meanwhile contradicts",
+        _KV + "reconcile.py",
+        "                    contradiction = await self._contradiction()\n",
+        "                    pass\n",
+        (_BETWEEN + "test_a_start_beside_another_replicas_save",),
+    ),
+    Mutant(
+        "a pass is as new as its end",
+        _KV + "reconcile.py",
+        "        self._passed = started\n",
+        "        self._passed = time.monotonic()\n",
+        (_BETWEEN + "test_a_pass_that_was_held_up_is_as_old_as_its_beginning",),
+    ),
+    Mutant(
+        "a version is frozen before that is on the record",
+        _KV + "differences.py",
+        "            if differs:\n                await self._freeze",
+        "            if differs:\n"
+        "                states = self._following.states\n"
+        "                states.freeze(states.fingerprint(tenant, key_id, version))\n"
+        "                await self._freeze",
+        (_BETWEEN + "test_a_freeze_that_could_not_be_recorded_is_recorded_by_the_next_pass",),
+    ),
+    Mutant(
+        "an event takes a version back that was shredded",
+        _KV + "following.py",
+        "        before = State.DESTROYED if shredded else told.state\n",
+        "        before = told.state\n",
+        (_BETWEEN + "test_what_was_hidden_from_a_shredding_is_not_activated_after_it",),
+    ),
+    Mutant(
+        "a key is staged while its tenant is shredded",
+        _KV + "service/admin.py",
+        "        await self._stage_nothing(tenant)\n",
         "",
-        (_UNSEEN + "test_a_hold_that_is_hidden_between_passes_still_holds",),
+        (_BETWEEN + "test_no_key_is_staged_while_its_tenant_is_shredded",),
+    ),
+    Mutant(
+        "chains are followed on everybody's connections",
+        _KV + "reconcile.py",
+        "        self.following = Following(reading, ",
+        "        self.following = Following(database, ",
+        (_BETWEEN + "test_changes_of_one_tenant_do_not_wait_for_who_follows_its_chain",),
+    ),
+    Mutant(
+        "an end that was asked for twice is said twice",
+        _KV + "custody.py",
+        "        if changes or (first and whole not in (after, State.DESTROYED)):\n",
+        "        if changes or whole not in (after, State.DESTROYED):\n",
+        (_BETWEEN + "test_the_same_request_again_is_said_once",),
+    ),
+    Mutant(
+        "a destruction that changed nothing is not swept",
+        _KV + "custody.py",
+        "            await store.erase(connection, tenant, key_id)\n"
+        "            # Always: that it was destroyed before, and swept, anybody can add to its chain.\n"
+        "            await queue_sweep(connection, tenant, self._shred_after)\n",
+        "            if await store.erase(connection, tenant, key_id):\n"
+        "                await queue_sweep(connection, tenant, self._shred_after)\n",
+        (_BETWEEN + "test_a_destruction_is_swept_whatever_its_chain_says_of_it",),
+    ),
+    Mutant(
+        "what wraps a data key is said without its envelope",
+        _KV + "wraps.py",
+        "        own = fields(tenant, *bound, backend, kek_version, wrapped, envelope_sha256)\n",
+        "        own = fields(tenant, *bound, backend, kek_version, wrapped)\n",
+        (_BETWEEN + "test_a_data_key_of_before_a_move_proves_nothing",),
+    ),
+    Mutant(
+        "a table is read whole because it was empty",
+        _KV + "database.py",
+        " -c enable_seqscan=off",
+        "",
+        (
+            "tests/component/test_keyvault_schema.py"
+            "::test_no_statement_of_a_call_or_sweep_reads_a_table_whole",
+        ),
+    ),
+    Mutant(
+        "a key is looked up before it is ended",
+        "clients/python/src/byokeep/cli/keyref.py",
+        "    if _ID.fullmatch(known):\n",
+        "    if False:\n",
+        ("tests/unit/test_cli_keys.py::test_what_can_not_be_shown_is_ended_by_its_id",),
     ),
     Mutant(
         "a hidden key outlives its tenant",

@@ -208,8 +208,10 @@ async def test_a_version_that_the_backend_never_had_proves_nothing(keyvault):
     """
     key = await keyvault.add_active()
     await rotate(keyvault)
-    ((key_id, wrapped),) = await keyvault.sql("SELECT key_id, wrapped_dek FROM key_version")
-    mac = keyvault.app._rotation._wraps.mac("acme", key_id, 1, "local", 7, wrapped)
+    ((key_id, *wrap),) = await keyvault.sql(
+        "SELECT key_id, wrapped_dek, sha256(envelope) FROM key_version"
+    )
+    mac = keyvault.app._rotation._wraps.mac("acme", (key_id, 1), "local", 7, *wrap)
     await keyvault.sql("UPDATE key_version SET kek_version = 7, wrap_mac = %s", mac)
     await keyvault.sql(PLANT, "TRIM", "local")
     await over(keyvault)

@@ -80,6 +80,7 @@ async def test_revoke_tenant_ends_leases_and_gives_none_until_it_is_resumed(keyv
     operator = "spiffe://byokeep.test/client/operator"
     assert said == [
         (audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED, 3, "incident 7", operator),
+        (audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED, 0, "incident 7", operator),
         (audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED, 0, "incident 7", operator),
     ]
 

@@ -149,16 +149,15 @@ async def test_frozen_on_every_replica_and_after_a_restart(keyvault, deployment)
         await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *now)
         await keyvault.app._anchor.tick()
         await other.tick()
-        tenant, key_id = key.name.split("/")[1::2]
-        (version,) = (await other.app._custody.get(tenant, key_id)).versions
-        asked = tenant, key_id, version, None
-        assert other.app._reconcile.refusal(*asked).reason == "RECONCILE_MISMATCH"
+        asked = await other.app._custody.get(*key.name.split("/")[1::2])
+        refusal = other.app._reconcile._differences.refusal(asked, None, 0)
+        assert refusal.reason == "RECONCILE_MISMATCH"
         frozen = [e for e in await other.events() if e.reason == "RECONCILE_MISMATCH"]
         assert len(frozen) == 1
     for statement in ("SELECT 1", "DELETE FROM reconcile_part"):
         await keyvault.sql(statement)
         async with kv.running(deployment) as restarted:
-            refusal = restarted.app._reconcile.refusal(*asked)
+            refusal = restarted.app._reconcile._differences.refusal(asked, None, 0)
             assert refusal.reason == "RECONCILE_MISMATCH"
 
 

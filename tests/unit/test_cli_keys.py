@@ -245,3 +245,18 @@ def test_no_match_names_no_destroyed_key(edge, byokeep):
 def test_revoke_takes_yes(edge, byokeep):
     edge.add_key()
     assert byokeep("key", "revoke", "openai", "--yes").code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "sent"),
+    [("revoke", key_pb2.RevokeKeyRequest), ("destroy", key_pb2.DestroyKeyRequest)],
+)
+def test_what_can_not_be_shown_is_ended_by_its_id(edge, byokeep, command, sent):
+    """Nor does it matter what changed since it was looked at. Shown to fail: where the key is
+    looked up first, and with its etag."""
+    key_id = edge.add_key()
+    edge.fail("GetKey", "DATA_LOSS", "STATE_TAMPERED", "the stored state is not used", key=key_id)
+    ran = byokeep("key", command, key_id, "--yes")
+    assert ran.code == 0, ran.err
+    (request,) = edge.sent(sent)
+    assert (request.name.rpartition("/")[2], request.etag) == (key_id, "")

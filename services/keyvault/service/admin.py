@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import itertools
 from collections.abc import AsyncIterator
@@ -206,6 +207,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         """Destroy every key of a tenant, then its KEK and its content keys."""
         tenant = tenant_of(request.tenant)
         origin = Origin(authz.current().spiffe_id, "")
+        await self._stage_nothing(tenant)
         stored = await key_store.stored(self._database, tenant)
         # Those too that have no ciphertext any more: their rows may say otherwise than DESTROYED.
         # One that can't be destroyed by itself is with the others, below.
@@ -225,6 +227,15 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             await chain.append(connection, head, self._deployment, [event])
             await job_store.cancel(connection, tenant)
         return pb.ShredTenantResponse(destroyed_versions=sum(stored.values()), shred=shred)
+
+    async def _stage_nothing(self, tenant: str) -> None:
+        """Let no key be stored that a shredding that has begun would not see."""
+        async with self._database.transaction() as connection:
+            # Where a chain was taken away nothing is staged anyway.
+            with contextlib.suppress(ByokeepError):
+                await chain.lock(connection, chain.tenant_chain(tenant))
+            for backend in self._backends:
+                await job_store.raise_minimum(connection, tenant, backend.name, job_store.WHOLE)
 
     async def ResumeLeases(
         self, request: pb.ResumeLeasesRequest, context: Any

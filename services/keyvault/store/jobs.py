@@ -100,7 +100,8 @@ _LEFT = "SELECT count(*) " + _LEFT_WHERE
 _LEFT_ROWS = "SELECT v.key_id, v.version " + _LEFT_WHERE
 _TO_DO = _LEFT + _NOT_FAILED
 _BATCH = (
-    "SELECT v.key_id, v.version, v.kek_backend, v.wrapped_dek, v.kek_version, v.wrap_mac "
+    "SELECT v.key_id, v.version, v.kek_backend, v.wrapped_dek, v.kek_version, v.wrap_mac,"
+    " sha256(v.envelope) "
     + _LEFT_WHERE
     + _NOT_FAILED
     + "  AND (v.key_id, v.version) > (%(after_key)s, %(after_version)s)"
@@ -134,7 +135,7 @@ SET wrapped_dek = f.new, kek_version = f.kek_version, kek_backend = %(backend)s,
 FROM free f WHERE v.tenant = %(tenant)s AND v.key_id = f.key_id AND v.version = f.version
 """
 _WRAPS = """
-SELECT key_id, version, kek_backend, kek_version, wrapped_dek, wrap_mac
+SELECT key_id, version, kek_backend, kek_version, wrapped_dek, wrap_mac, sha256(envelope)
 FROM key_version WHERE tenant = %s
 """
 # Under no version that there is: the next pass wraps it again.

@@ -49,6 +49,18 @@ def find_key(session: Session, reference: str) -> Key:
     )
 
 
+def key_to_end(session: Session, reference: str) -> tuple[str, str]:
+    """Return the name of a key that is to be revoked or destroyed, and how it is called in a
+    question. A whole id is not looked up: what can't be shown must be ended all the same, and a
+    change of the key in the meantime is no reason not to (so no etag goes with it)."""
+    connection = session.connection
+    known = checked.last_part(reference, connection.tenant, "providerKeys")
+    if _ID.fullmatch(known):
+        return names.key_name(connection.tenant, known), known
+    found = find_key(session, reference)
+    return found.provider_key.name, f"{key_id(found)} ({label_of(found)})"
+
+
 def list_keys(session: Session, *, show_destroyed: bool = False) -> list[Key]:
     """Return all keys of the tenant."""
     connection = session.connection

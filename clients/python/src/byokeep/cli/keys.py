@@ -12,7 +12,7 @@ from byokeep import ids, names
 from byokeep.cli import checked, trail
 from byokeep.cli.confirm import confirm
 from byokeep.cli.keyinput import read_key
-from byokeep.cli.keyref import find_key, key_id, label_of, list_keys, provider_of
+from byokeep.cli.keyref import find_key, key_id, key_to_end, list_keys, provider_of
 from byokeep.cli.keyview import key_row, print_change, print_key
 from byokeep.cli.output import message_dict
 from byokeep.cli.session import Session, command, examples, group, request_id
@@ -173,10 +173,8 @@ def revoke(
     It is for emergencies, so no question is asked.
     """
     del yes
-    found = find_key(session, reference)
-    request = key_pb2.RevokeKeyRequest(
-        name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag
-    )
+    name, _ = key_to_end(session, reference)
+    request = key_pb2.RevokeKeyRequest(name=name, request_id=request_id())
     print_change(session, session.connection.keys.RevokeKey(request).key, "revoked")
 
 
@@ -188,11 +186,9 @@ def destroy(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Revoke a key and delete its ciphertext; a tombstone stays. Can't be undone."""
-    found = find_key(session, reference)
-    confirm(f"Destroy {key_id(found)} ({label_of(found)})? It can't be undone", yes=yes)
-    request = key_pb2.DestroyKeyRequest(
-        name=found.provider_key.name, request_id=request_id(), etag=found.provider_key.etag
-    )
+    name, label = key_to_end(session, reference)
+    confirm(f"Destroy {label}? It can't be undone", yes=yes)
+    request = key_pb2.DestroyKeyRequest(name=name, request_id=request_id())
     print_change(session, session.connection.keys.DestroyKey(request).key, "destroyed")
 
 
