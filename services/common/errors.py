@@ -75,7 +75,9 @@ def from_rpc(error: grpc.RpcError, dependency: str) -> ByokeepError:
     """
     info = error_info(error)
     if info.reason:
-        known = ByokeepError(info.code, info.reason, info.message)
+        known = ByokeepError(
+            info.code, info.reason, info.message, retry_after_seconds=info.retry_after_seconds
+        )
         known.metadata = info.metadata
         return known
     if info.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):

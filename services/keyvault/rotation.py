@@ -9,6 +9,7 @@ first, and no transaction is open meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import logging
 
@@ -27,7 +28,7 @@ from services.keyvault.reconcile import Reconcile
 from services.keyvault.store import jobs as store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store.jobs import Job, Order
-from services.keyvault.wraps import Wraps
+from services.keyvault.wraps import STRIDE, Wraps
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +292,10 @@ class Rotation:
     async def _bury(self, connection: Connection, tenant: str) -> None:
         """Delete the ciphertext of versions that the tenant's chain calls destroyed: somebody put
         it back, and it must not be wrapped anew."""
-        for key_id, version, _, _, wrapped, *_ in await store.wraps(connection, tenant):
+        rows = await store.wraps(connection, tenant)
+        for looked, (key_id, version, _, _, wrapped, *_) in enumerate(rows):
+            if looked % STRIDE == 0:
+                await asyncio.sleep(0)  # others have a turn
             told = self._reconcile.told(tenant, key_id, version)
             dead = told.known and told.over(told.sequence) is State.DESTROYED
             if wrapped is not None and dead:

@@ -22,8 +22,8 @@ from services.keyvault.store import jobs as store
 from services.keyvault.store import keys as key_store
 from services.keyvault.store.jobs import Job
 
-# Rows that are looked at before others have a turn.
-_STRIDE = 500
+#: Rows that are looked at before others have a turn.
+STRIDE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Wraps:
         for key in await key_store.of_tenant(connection, job.tenant):
             for one in key.versions:
                 looked += 1
-                if looked % _STRIDE == 0:
+                if looked % STRIDE == 0:
                     await asyncio.sleep(0)
                 bound = key.key_id, one.version
                 if not known(job.tenant, *bound):

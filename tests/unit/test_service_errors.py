@@ -5,12 +5,12 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from services.common.errors import from_rpc
+from services.common.errors import ByokeepError, from_rpc
 
 
 class _Failed(grpc.RpcError):
-    def __init__(self, code):
-        self._code = code
+    def __init__(self, code, metadata=()):
+        self._code, self._metadata = code, metadata
 
     def code(self):
         return self._code
@@ -19,7 +19,7 @@ class _Failed(grpc.RpcError):
         return "untold"
 
     def trailing_metadata(self):
-        return ()
+        return self._metadata
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,20 @@ def test_who_did_not_answer_is_told_before_the_callers_own_deadline(code, retrie
     assert (error.reason, error.metadata) == ("DEPENDENCY_UNAVAILABLE", {"dependency": "keyvault"})
     pushback = dict(error.trailing_metadata()).get("grpc-retry-pushback-ms")
     assert pushback == (None if retried else "-1")
+
+
+def test_a_typed_error_passes_unchanged():
+    """When to try again too. Shown to fail: where the RetryInfo stays behind."""
+    told = ByokeepError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "INTAKE_LIMIT",
+        "too many",
+        retry_after_seconds=3600.0,
+        limit="60",
+    )
+    passed = from_rpc(_Failed(told.code, told.trailing_metadata()), "keyvault")
+    assert (passed.reason, passed.metadata, passed.retry_after_seconds) == (
+        "INTAKE_LIMIT",
+        {"limit": "60"},
+        3600.0,
+    )
