@@ -271,11 +271,13 @@ async def test_reconcile_works_after_retention(keyvault, deployment):
     froze every key.
     """
     key, other = await keyvault.add_active(), await keyvault.add_active(name="second")
+    third = await keyvault.add_active(name="third")
     columns = "state, state_sequence, state_mac"
     where = "WHERE key_id = %s"
     key_id = key.name.split("/")[3]
     before = (await keyvault.sql(f"SELECT {columns} FROM key_version {where}", key_id))[0]
     await keyvault.change("RevokeKey", key.name)
+    await keyvault.change("RevokeKey", third.name)
     await _prune(keyvault)
     assert (await keyvault.sql("SELECT count(*) FROM audit_event WHERE chain LIKE 't%%'"))[0][0] < 3
     await keyvault.sql("DELETE FROM reconcile_part")
@@ -285,6 +287,9 @@ async def test_reconcile_works_after_retention(keyvault, deployment):
     async with kv.running(deployment) as fresh:
         assert await try_lease(fresh, key) == "RECONCILE_MISMATCH"
         assert await try_lease(fresh, other) == ""
+        await fresh.tick()
+        await fresh.tick()
+        assert fresh.app._reconcile.frozen() == 1
         await _prune(fresh)
         await fresh.sql("DELETE FROM reconcile_part")
     async with kv.running(deployment) as later:

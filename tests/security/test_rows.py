@@ -201,9 +201,10 @@ async def test_listed_is_what_can_be_opened(keyvault):
 
 
 async def test_rollback_row_restored_whole(keyvault):
-    """2. An old row restored whole has a valid MAC of its past; the reconcile pass freezes it.
+    """2. An old row restored whole has a valid MAC of its past; the reconcile pass freezes it, and
+    says so in the chain.
 
-    Shown to fail: with Differences._confirm doing nothing, the revoked key was leased.
+    Shown to fail: with Differences._freeze doing nothing, the chain had nothing of it.
     """
     key = await keyvault.add_active()
     columns = "state, state_sequence, state_mac"
@@ -212,6 +213,7 @@ async def test_rollback_row_restored_whole(keyvault):
     await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *before)
     await keyvault.app._reconcile.once()
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
+    assert (await keyvault.events())[-1].reason == "RECONCILE_MISMATCH"
 
 
 async def test_rollback_row_whole_database(keyvault, deployment):
