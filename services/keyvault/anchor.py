@@ -87,6 +87,11 @@ class Anchor:
             logs.event(log, "log_contradicts_chains", level=logging.CRITICAL)
             await self._tell()
 
+    async def moved(self) -> bool:
+        """Say whether another replica has anchored more than this one knows of."""
+        anchored = self._read(await self._store.read())
+        return anchored is not None and anchored.size > self.position.size
+
     async def tick(self) -> None:
         """Compare the database with the anchor; where it holds, extend both."""
         async with self._ticking:

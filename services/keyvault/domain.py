@@ -260,9 +260,12 @@ def destroy_version(key: Key, number: int) -> list[Change]:
 
 def stage_over(key: Key) -> list[Change]:
     """Decide what a new version does to the ones before: an older PENDING one is destroyed."""
-    if key.current().state in (State.REVOKED, State.DESTROYED):
+    state = key.current().state
+    if state is State.DESTROYED:
+        raise wrong_state(state, "it is gone for good, and its name is free: byokeep key add")
+    if state is State.REVOKED:
         raise wrong_state(
-            key.current().state,
+            state,
             f"it is gone for good; byokeep key destroy {key.key_id} frees its name for a new one",
         )
     return [

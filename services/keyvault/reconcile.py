@@ -101,13 +101,12 @@ class Reconcile:
         async with self._passing:
             if self._anchor.rolled_back:
                 return
-            position = self._anchor.position
             contradiction = await self._contradiction()
-            if contradiction:
+            if contradiction and await self._anchor.moved():
+                # Another replica has anchored, and kept, more than this one knew of.
                 self._forget()
-                # Another replica may have anchored, and kept, more than this one knew of.
                 await self._anchor.tick()
-                if self._anchor.position != position and not self._anchor.rolled_back:
+                if not self._anchor.rolled_back:
                     contradiction = await self._contradiction()
             if contradiction:
                 logs.event(log, "contradiction", level=logging.CRITICAL, what=contradiction)

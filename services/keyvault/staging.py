@@ -253,7 +253,7 @@ def _exists(key_id: str) -> ByokeepError:
         "KEY_EXISTS",
         f"a key of that provider, owner and name exists ({key_id}); to replace its value:"
         f" byokeep key rotate {key_id}; if it is revoked, byokeep key destroy {key_id} frees"
-        " its name",
+        " its name; a second key takes another one (--name)",
         key=key_id,
         rotate=f"byokeep key rotate {key_id}",
     )

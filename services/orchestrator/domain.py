@@ -75,12 +75,16 @@ def read_model(model: str, field: str) -> ModelRef:
 
 
 def choose_model(
-    candidates: Sequence[str], keys: Sequence[custody_pb2.ProviderKey], catalog: Catalog
+    candidates: Sequence[str],
+    keys: Sequence[custody_pb2.ProviderKey],
+    catalog: Catalog,
+    user: str = "",
 ) -> ModelRef:
     """Return the first model that somebody chose, else the default of the only usable provider.
 
     `candidates` stand in order of precedence: the review's own, the repository's override, the
-    tenant's default; empty texts are skipped. `keys` are those that the review may run on.
+    tenant's default; empty texts are skipped. `keys` are those that the review may run on: a user's
+    own, where it is a user's review.
     """
     for model in candidates:
         if model:
@@ -89,7 +93,7 @@ def choose_model(
     if len(providers) == 1:
         return ModelRef(providers[0], catalog.default(providers[0]))
     if not providers:
-        raise no_key("", keys)
+        raise no_key("", keys, user)
     *most, last = providers
     raise ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -100,12 +104,14 @@ def choose_model(
     )
 
 
-def choose_key(provider: str, keys: Sequence[custody_pb2.ProviderKey]) -> custody_pb2.ProviderKey:
+def choose_key(
+    provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = ""
+) -> custody_pb2.ProviderKey:
     """Return the oldest usable key of a provider. Raises NO_ACTIVE_KEY or KEY_NEEDS_REKEY."""
     ours = [key for key in keys if key.provider == provider_value(provider)]
     found = min(filter(usable, ours), key=lambda key: key.name, default=None)
     if found is None:
-        raise no_key(provider, ours)
+        raise no_key(provider, ours, user)
     return found
 
 
@@ -115,8 +121,8 @@ def usable(key: custody_pb2.ProviderKey) -> bool:
     return active and key.provider != options_pb2.PROVIDER_UNSPECIFIED
 
 
-def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey]) -> ByokeepError:
-    """Return the refusal where no key is usable; `provider` may be empty."""
+def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = "") -> ByokeepError:
+    """Return the refusal where no key is usable; `provider` and `user` may be empty."""
     for key in keys:
         states = {version.state for version in key.versions} | {key.state}
         if custody_pb2.KEY_VERSION_STATE_NEEDS_REKEY in states:
@@ -131,7 +137,9 @@ def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey]) -> ByokeepErr
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "NO_ACTIVE_KEY",
-        f"no active {provider or 'provider'} key; run 'byokeep key add {provider or 'PROVIDER'}'",
+        f"no active {provider or 'provider'} key"
+        + (f" of user {user}, whose reviews run on the user's own keys" if user else "")
+        + f"; run 'byokeep key add {provider or 'PROVIDER'}{f' --user {user}' if user else ''}'",
         provider=provider,
     )
 

@@ -194,7 +194,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights.require_user_keys(row.owner)
         if not await self._reviews.retried(request, rights.tenant.id):
             keys = await self._keys(rights, row.owner)
-            key = domain.choose_key(row.model.partition("/")[0], keys)
+            key = domain.choose_key(row.model.partition("/")[0], keys, row.owner)
             await self._reviews.retry(
                 request,
                 rights.tenant.id,
@@ -263,8 +263,8 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             overrides = await self._tenants.overrides(rights.tenant.id)
             override = domain.override_for(wanted.repository, overrides)
         chosen = (wanted.model, override, rights.tenant.default_model)
-        model = domain.choose_model(chosen, keys, self._catalog)
-        key = domain.choose_key(model.provider, keys)
+        model = domain.choose_model(chosen, keys, self._catalog, wanted.user)
+        key = domain.choose_key(model.provider, keys, wanted.user)
         return _Prepared(
             model,
             key,

@@ -326,7 +326,8 @@ class _Keys(_Fake, key_pb2_grpc.KeyServiceServicer):
     def RevokeKey(self, request, context):
         self.edge.meet(request, context)
         key = self.edge.keys[request.name]
-        key.provider_key.state = custody_pb2.KEY_VERSION_STATE_REVOKED
+        if key.provider_key.state != custody_pb2.KEY_VERSION_STATE_DESTROYED:
+            key.provider_key.state = custody_pb2.KEY_VERSION_STATE_REVOKED
         return key_pb2.RevokeKeyResponse(key=key)
 
     def DestroyKey(self, request, context):

@@ -1303,11 +1303,11 @@ MUTANTS = (
         (_SEC + "test_rewrap.py::test_what_is_staged_under_a_trimmed_version_is_staged_again",),
     ),
     Mutant(
-        "a destroyed key queues no shred sweep",
+        "a destroyed version queues no shred sweep",
         _KV + "custody.py",
         "            if any(one.state is State.DESTROYED for one in touched):\n",
         "            if False:\n",
-        (_SEC + "test_rewrap.py::test_shred_sweep_after_destroy",),
+        (_SEC + "test_rewrap.py::test_shred_sweep_after_a_version",),
     ),
     Mutant(
         "only a destroyed key queues a shred sweep, not a version of one that lives on",
@@ -1641,7 +1641,7 @@ MUTANTS = (
         _KV + "holds.py",
         "        return held if sound else None",
         "        return held",
-        (_SEC + "test_database_attacker.py::test_planted_hold_silences_no_operator",),
+        (_SEC + "test_holds.py::test_a_hold_that_sql_lifts_stays",),
     ),
     Mutant(
         "a trim's proof is of the row as it is read again",

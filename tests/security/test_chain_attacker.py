@@ -319,6 +319,8 @@ async def test_retention_that_somebody_else_states(deployment):
         )
         kept = hashlib.sha256(b"byokeep/carried/v1\n")
         for sequence, body in await found.fetchall():
+            if audit_pb2.AuditEvent.FromString(body).type == audit_pb2.AUDIT_EVENT_TYPE_REVOKED:
+                continue
             kept.update(sequence.to_bytes(8, "big") + hashlib.sha256(body).digest())
             await connection.execute(
                 "INSERT INTO audit_carried VALUES ('tenants/acme', %s, %s)", (sequence, body)

@@ -260,3 +260,23 @@ def test_what_can_not_be_shown_is_ended_by_its_id(edge, byokeep, command, sent):
     assert ran.code == 0, ran.err
     (request,) = edge.sent(sent)
     assert (request.name.rpartition("/")[2], request.etag) == (key_id, "")
+
+
+@pytest.mark.parametrize("command", ["revoke", "destroy"])
+def test_the_same_line_again_ends_no_other_key(edge, byokeep, command):
+    """Shown to fail: where a key that has ended makes room for the living one of that name."""
+    edge.add_key(name="one", state=custody_pb2.KEY_VERSION_STATE_REVOKED)
+    edge.add_key(name="two")
+    ran = byokeep("key", command, "openai", "--yes")
+    assert (ran.code, edge.sent(key_pb2.RevokeKeyRequest)) == (2, []), ran.err
+    assert edge.sent(key_pb2.DestroyKeyRequest) == []
+
+
+def test_a_destroyed_key_is_not_said_to_be_revoked(edge, byokeep):
+    key_id = edge.add_key(state=custody_pb2.KEY_VERSION_STATE_DESTROYED)
+    assert "is destroyed already" in byokeep("key", "revoke", key_id).out
+
+
+def test_what_is_not_there_says_where_to_look(edge, byokeep):
+    edge.fail("GetKey", "NOT_FOUND", "NOT_FOUND", "no such provider key", resource="provider key")
+    assert "byokeep key list" in byokeep("key", "show", "key_" + "0" * 26).err

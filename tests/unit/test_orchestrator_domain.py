@@ -62,6 +62,16 @@ def test_nothing_to_choose_from(keys, reason) -> None:
     assert refused.value.reason == reason
 
 
+def test_a_user_without_a_key_is_told_to_add_one_of_that_user() -> None:
+    """Another one of the tenant's would change nothing."""
+    for choose in (
+        lambda: domain.choose_model(("", "", ""), [], CATALOG, "ann"),
+        lambda: domain.choose_key("openai", [], "ann"),
+    ):
+        with pytest.raises(ByokeepError, match=r"of user ann.*key add \w+ --user ann'"):
+            choose()
+
+
 def test_oldest_usable_key_of_the_provider() -> None:
     keys = [
         key(3),

@@ -113,6 +113,11 @@ HINTS: Mapping[str, str] = {
     "INTAKE_KEY_EXPIRED": "repeat the command: it asks for a new intake key",
 }
 _OPERATOR_HINT = "takes an operator of the deployment"
+_MISSING_HINTS: Mapping[str, str] = {
+    "provider key": "byokeep key list shows what this tenant has",
+    "review": "byokeep review list shows what this tenant has",
+    "tenant": "byokeep tenant list shows those that there are",
+}
 _CODE_HINTS: Mapping[str, str] = {
     "UNAVAILABLE": "byokeep doctor checks configuration, certificates and both endpoints",
     "DEADLINE_EXCEEDED": "byokeep doctor checks configuration, certificates and both endpoints",
@@ -193,6 +198,8 @@ def failure_hint(failure: str, key_id: str, review_id: str) -> str:
 def _hint(reason: str, metadata: Mapping[str, str]) -> str:
     if reason == "TENANT_NOT_ALLOWED" and metadata.get("roles") == "operator":
         return _OPERATOR_HINT
+    if reason == "NOT_FOUND":
+        return _MISSING_HINTS.get(metadata.get("resource", ""), "")
     # A command to run is never taken from a server's text: only ids of a known form are.
     values = {}
     for name, pattern in _PLACEHOLDERS.items():

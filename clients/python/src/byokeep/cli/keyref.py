@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import grpc
 
 from byokeep import names
 from byokeep.cli import checked
@@ -19,11 +22,14 @@ if TYPE_CHECKING:
     from byokeep.orchestrator.v1.key_pb2 import Key
 
 _ID = re.compile(r"key_[0-9a-z]{26}")
-_ENDED = {custody_pb2.KEY_VERSION_STATE_REVOKED, custody_pb2.KEY_VERSION_STATE_DESTROYED}
+_DESTROYED = {custody_pb2.KEY_VERSION_STATE_DESTROYED}
+_ENDED = {custody_pb2.KEY_VERSION_STATE_REVOKED, *_DESTROYED}
 
 
-def find_key(session: Session, reference: str) -> Key:
-    """Return the key that a reference means. Raises CliError where it is none, or several."""
+def find_key(session: Session, reference: str, *, ending: bool = False) -> Key:
+    """Return the key that a reference means. Raises CliError where it is none, or several: a key
+    that has ended does not count beside a living one, unless one is to be ended, for then the same
+    line, given again, would end another."""
     connection = session.connection
     reference = checked.last_part(reference, connection.tenant, "providerKeys")
     if _ID.fullmatch(reference):
@@ -32,7 +38,8 @@ def find_key(session: Session, reference: str) -> Key:
     keys = list_keys(session, show_destroyed=True)
     for matches in _tiers(reference):
         found = [key for key in keys if matches(key)]
-        found = [key for key in found if key.provider_key.state not in _ENDED] or found
+        gone = _DESTROYED if ending else _ENDED
+        found = [key for key in found if key.provider_key.state not in gone] or found
         if len(found) == 1:
             return found[0]
         if found:
@@ -41,24 +48,31 @@ def find_key(session: Session, reference: str) -> Key:
                 "give the id, or enough of its beginning",
                 reason="KEY_AMBIGUOUS",
             )
-    destroyed = custody_pb2.KEY_VERSION_STATE_DESTROYED
-    left = [key for key in keys if key.provider_key.state != destroyed]
+    left = [key for key in keys if key.provider_key.state not in _DESTROYED]
     known = f"; the tenant has: {_candidates(left)}" if left else "; the tenant has none"
     raise CliError(
         f"no key of tenant {connection.tenant} matches{known}", "byokeep key list", reason="NO_KEY"
     )
 
 
-def key_to_end(session: Session, reference: str) -> tuple[str, str]:
-    """Return the name of a key that is to be revoked or destroyed, and how it is called in a
-    question. A whole id is not looked up: what can't be shown must be ended all the same, and a
-    change of the key in the meantime is no reason not to (so no etag goes with it)."""
+def key_to_end(session: Session, reference: str) -> str:
+    """Return the name of a key that is to be revoked or destroyed. A whole id is not looked up:
+    what can't be shown must be ended all the same, and a change of the key in the meantime is no
+    reason not to (so no etag goes with it)."""
     connection = session.connection
     known = checked.last_part(reference, connection.tenant, "providerKeys")
     if _ID.fullmatch(known):
-        return names.key_name(connection.tenant, known), known
-    found = find_key(session, reference)
-    return found.provider_key.name, f"{key_id(found)} ({label_of(found)})"
+        return names.key_name(connection.tenant, known)
+    return find_key(session, reference, ending=True).provider_key.name
+
+
+def called(session: Session, name: str) -> str:
+    """Return how a key is called in a question: its id, and what it is where that can be shown."""
+    label = ""
+    with contextlib.suppress(grpc.RpcError):
+        key = session.connection.keys.GetKey(key_pb2.GetKeyRequest(name=name)).key
+        label = f" ({label_of(key)})"
+    return names.last_of(name) + label
 
 
 def list_keys(session: Session, *, show_destroyed: bool = False) -> list[Key]:

@@ -12,7 +12,7 @@ from byokeep import ids, names
 from byokeep.cli import checked, trail
 from byokeep.cli.confirm import confirm
 from byokeep.cli.keyinput import read_key
-from byokeep.cli.keyref import find_key, key_id, key_to_end, list_keys, provider_of
+from byokeep.cli.keyref import called, find_key, key_id, key_to_end, list_keys, provider_of
 from byokeep.cli.keyview import key_row, print_change, print_key
 from byokeep.cli.output import message_dict
 from byokeep.cli.session import Session, command, examples, group, request_id
@@ -170,12 +170,15 @@ def revoke(
 ) -> None:
     """Revoke a key: no new lease from now on, running attempts end. Can't be undone.
 
-    It is for emergencies, so no question is asked.
+    It is for emergencies, so no question is asked. By its whole id, one that can't be shown any
+    more is revoked too.
     """
     del yes
-    name, _ = key_to_end(session, reference)
+    name = key_to_end(session, reference)
     request = key_pb2.RevokeKeyRequest(name=name, request_id=request_id())
-    print_change(session, session.connection.keys.RevokeKey(request).key, "revoked")
+    key = session.connection.keys.RevokeKey(request).key
+    gone = key.provider_key.state == custody_pb2.KEY_VERSION_STATE_DESTROYED
+    print_change(session, key, "destroyed already" if gone else "revoked")
 
 
 @app.command(epilog=examples("byokeep key destroy key_01k", "byokeep key destroy openai --yes"))
@@ -186,8 +189,9 @@ def destroy(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Revoke a key and delete its ciphertext; a tombstone stays. Can't be undone."""
-    name, label = key_to_end(session, reference)
-    confirm(f"Destroy {label}? It can't be undone", yes=yes)
+    name = key_to_end(session, reference)
+    if not yes:
+        confirm(f"Destroy {called(session, name)}? It can't be undone", yes=False)
     request = key_pb2.DestroyKeyRequest(name=name, request_id=request_id())
     print_change(session, session.connection.keys.DestroyKey(request).key, "destroyed")
 
