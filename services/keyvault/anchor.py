@@ -87,11 +87,6 @@ class Anchor:
             logs.event(log, "log_contradicts_chains", level=logging.CRITICAL)
             await self._tell()
 
-    async def moved(self) -> bool:
-        """Say whether another replica has anchored more than this one knows of."""
-        anchored = self._read(await self._store.read())
-        return anchored is not None and anchored.size > self.position.size
-
     async def tick(self) -> None:
         """Compare the database with the anchor; where it holds, extend both."""
         async with self._ticking:
@@ -150,6 +145,7 @@ class Anchor:
             self.rolled_back = False
         self._frontier = extended
         self._owed -= owed
+        self.position = anchored or self.position  # also where another replica is faster now
         if await self._write(before, anchored or Position()):
             self._held = time.monotonic()
         return False

@@ -128,10 +128,9 @@ class Custody:
         """
 
         async def act(connection: Connection) -> None:
-            await self._end(connection, tenant, key_id, origin, request, State.DESTROYED)
-            await store.erase(connection, tenant, key_id)
-            # Always: that it was destroyed before, and swept, anybody can add to its chain.
-            await queue_sweep(connection, tenant, self._shred_after)
+            ended = await self._end(connection, tenant, key_id, origin, request, State.DESTROYED)
+            if await store.erase(connection, tenant, key_id) or ended:
+                await queue_sweep(connection, tenant, self._shred_after)
 
         await self._found(tenant, act)
         return await self.get(tenant, key_id)
@@ -144,9 +143,9 @@ class Custody:
         origin: Origin,
         request: Request | None,
         after: State,
-    ) -> None:
+    ) -> bool:
         """Give every version of a key its last state, also those of which no row tells now, and end
-        their leases. Raises ByokeepError: NOT_FOUND."""
+        their leases; False where all of that was so before. Raises ByokeepError: NOT_FOUND."""
         head = await chain.lock(connection, chain.tenant_chain(tenant))
         key = await self.stored(connection, tenant, key_id)
         first = True
@@ -158,13 +157,15 @@ class Custody:
             raise domain.not_found("provider key")
         whole = self._reconcile.told(tenant, key_id, WHOLE_KEY).whole
         # What was asked for before has its event, also where that was not followed yet.
-        if changes or (first and whole not in (after, State.DESTROYED)):
+        ended = bool(changes) or (first and whole not in (after, State.DESTROYED))
+        if ended:
             event = _whole(key_id, after, origin)
             if key is None:
                 await chain.append(connection, head, self._deployment, [event])
             else:
                 await self.apply(connection, head, key, changes, origin, (event,))
         await end_leases(connection, tenant, key_id)
+        return ended
 
     async def _found(self, tenant: str, act: Callable[[Connection], Awaitable[None]]) -> None:
         """Act in a transaction; where nothing is found, once more after the chain was followed to

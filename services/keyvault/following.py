@@ -53,6 +53,11 @@ class ContradictionError(Exception):
     """The database is not what the anchored log says it was."""
 
 
+class BehindError(ContradictionError):
+    """What was kept is of a longer log than this process knows to be anchored. Nothing of it was
+    followed yet."""
+
+
 @dataclass(slots=True)
 class Followed:
     """How far a chain was followed."""
@@ -233,7 +238,7 @@ class Following:
         if (head["resumed"], head["order"], head["states"]) != expected:
             return None
         if head["leaves"] > position.size:
-            raise ContradictionError("the log is shorter than what was verified of it")
+            raise BehindError("the log is shorter than what was verified of it")
         self.holds = {tenant: (held, at) for tenant, (held, at) in head["holds"].items()}
         self.broken.update(head["broken"])
         self.unswept = {tenant: (at, kek) for tenant, (at, kek) in head["unswept"].items()}

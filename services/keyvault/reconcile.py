@@ -28,8 +28,15 @@ from services.keyvault.anchor import STALE_SECONDS, Anchor, stale
 from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, is_lost
 from services.keyvault.differences import Differences, chain_broken
-from services.keyvault.following import MISMATCH, ContradictionError, Following, Told
+from services.keyvault.following import (
+    MISMATCH,
+    BehindError,
+    ContradictionError,
+    Following,
+    Told,
+)
 from services.keyvault.pages import Pages
+from services.keyvault.position import Position
 from services.keyvault.store import reconcile as store
 from services.keyvault.store.leases import Locked
 
@@ -62,7 +69,7 @@ class Reconcile:
         self._differences = Differences(database, self.following, deployment)
         self._pages = Pages(database, self._differences.agree)
         self._broken_keys: dict[str, int] = {}
-        #: Heads that their rows say are logged, and the log was not seen to have.
+        #: Heads that the log was not seen to have when they were looked at.
         self._claimed: dict[str, int] = {}
         self._position = anchor.position
         #: Chains of which a lease saw more than was followed.
@@ -101,30 +108,31 @@ class Reconcile:
         async with self._passing:
             if self._anchor.rolled_back:
                 return
-            contradiction = await self._contradiction()
-            if contradiction and await self._anchor.moved():
-                # Another replica has anchored, and kept, more than this one knew of.
-                self._forget()
-                await self._anchor.tick()
-                if not self._anchor.rolled_back:
-                    contradiction = await self._contradiction()
-            if contradiction:
-                logs.event(log, "contradiction", level=logging.CRITICAL, what=contradiction)
-                self._forget()
-                await self._anchor.distrust()
+            contradiction = ""
+            try:
+                await self._pass_started()
+            except ContradictionError as error:
+                contradiction = str(error)
+            except Exception as error:
+                # A lost connection is forgiven for a minute; what is stored is not.
+                if not is_lost(error):
+                    self._passed = -math.inf
+                raise
+            if not contradiction:
+                return
+            logs.event(log, "contradiction", level=logging.CRITICAL, what=contradiction)
+            self._forget()
+            await self._anchor.distrust()
 
-    async def _contradiction(self) -> str:
-        """Do one pass; return what the database contradicts of its anchored log, or nothing."""
+    async def _pass_started(self) -> None:
         try:
+            return await self._pass()
+        except BehindError:
+            pass
+        # Another replica may have anchored, and kept, more than this one knew of when it started.
+        await self._anchor.tick()
+        if not self._anchor.rolled_back:
             await self._pass()
-        except ContradictionError as error:
-            return str(error)
-        except Exception as error:
-            # A lost connection is forgiven for a minute; what is stored is not.
-            if not is_lost(error):
-                self._passed = -math.inf
-            raise
-        return ""
 
     async def head(self, name: str) -> chain.Head:
         """Return a chain's head as this process followed it, link by link: what may be signed.
@@ -226,7 +234,7 @@ class Reconcile:
         ahead, self._ahead = self._ahead, set()
         for name in ahead:
             await self.following.follow(name)
-        await self._check_heads()
+        await self._check_heads(position)
         if self.following.found:
             # A database that was put back whole is no damage of its chains.
             await self._anchor.tick()
@@ -255,20 +263,20 @@ class Reconcile:
         self._claimed.clear()
         self._passed = -math.inf
 
-    async def _check_heads(self) -> None:
-        """Look at some thousand heads: none may be before what was followed, and what is said to
-        be in the log must be there by the next pass."""
+    async def _check_heads(self, position: Position) -> None:
+        """Look at some thousand heads: none may be before what was followed, and each must be in
+        the log by the next pass, whatever its row says of that."""
         heads = await store.heads(self._database, self._after, _HEADS)
         claimed = {}
-        for name, sequence, logged in heads:
+        for name, sequence in heads:
             self.following.stated(name, sequence)
-            if logged >= sequence > self.following.logged(name):
+            if sequence > self.following.logged(name):
                 claimed[name] = sequence
         self._after = heads[-1][0] if len(heads) == _HEADS else ""
-        if self._position is self._anchor.position:
+        if self._position is position:
             return  # nothing was anchored since: what was claimed then may still come
         for name, sequence in self._claimed.items():
             if self.following.logged(name) < sequence:
                 logs.event(log, "head_kept_from_log", level=logging.CRITICAL, chain=name)
                 self._anchor.owe(name)
-        self._claimed, self._position = claimed, self._anchor.position
+        self._claimed, self._position = claimed, position

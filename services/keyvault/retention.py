@@ -139,7 +139,8 @@ class Retention:
         over = list[int]()
         async for sequence, body in carried_store.carried(self._database, name):
             was.add(sequence, body)
-            if self._needed(name, sequence, body):
+            # What is not of before is somebody else's, above all where nothing was kept yet.
+            if sequence <= before[0] and self._needed(name, sequence, body):
                 kept.add(sequence, body)
             else:
                 over.append(sequence)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 import grpc
@@ -206,14 +206,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> pb.ShredTenantResponse:
         """Destroy every key of a tenant, then its KEK and its content keys."""
         tenant = tenant_of(request.tenant)
-        origin = Origin(authz.current().spiffe_id, "")
-        await self._stage_nothing(tenant)
-        stored = await key_store.stored(self._database, tenant)
-        # Those too that have no ciphertext any more: their rows may say otherwise than DESTROYED.
-        # One that can't be destroyed by itself is with the others, below.
-        await each("destroy", stored, lambda key: self._custody.destroy(tenant, key, origin))
+        stored = await self._destroy_all(tenant)
         for backend in self._backends:
             await backend.destroy(kek.tenant_kek(tenant))
+        # A job of the tenant's that began meanwhile may have let keys in again: none can any more.
+        stored |= await self._destroy_all(tenant, but=stored)
         shred = self._backends.primary.shred
         async with self._database.transaction() as connection:
             # By itself: what is dead already must not wait for a chain that takes no event.
@@ -228,14 +225,22 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             await job_store.cancel(connection, tenant)
         return pb.ShredTenantResponse(destroyed_versions=sum(stored.values()), shred=shred)
 
-    async def _stage_nothing(self, tenant: str) -> None:
-        """Let no key be stored that a shredding that has begun would not see."""
+    async def _destroy_all(self, tenant: str, but: Collection[str] = ()) -> dict[str, int]:
+        """Let no key be stored from now on, and destroy those that there are but some; return how
+        many versions of each had ciphertext."""
         async with self._database.transaction() as connection:
             # Where a chain was taken away nothing is staged anyway.
             with contextlib.suppress(ByokeepError):
                 await chain.lock(connection, chain.tenant_chain(tenant))
             for backend in self._backends:
                 await job_store.raise_minimum(connection, tenant, backend.name, job_store.WHOLE)
+        found = await key_store.stored(self._database, tenant)
+        stored = {key: number for key, number in found.items() if key not in but}
+        origin = Origin(authz.current().spiffe_id, "")
+        # Those too that have no ciphertext any more: their rows may say otherwise than DESTROYED.
+        # One that can't be destroyed by itself is with the others, by its tenant's chain.
+        await each("destroy", stored, lambda key: self._custody.destroy(tenant, key, origin))
+        return stored
 
     async def ResumeLeases(
         self, request: pb.ResumeLeasesRequest, context: Any

@@ -38,7 +38,7 @@ _ROW = """
 SELECT state, state_sequence FROM key_version WHERE tenant = %s AND key_id = %s AND version = %s
 """
 _HEADS = """
-SELECT chain, sequence, logged_sequence FROM chain WHERE chain > %s ORDER BY chain LIMIT %s
+SELECT chain, sequence FROM chain WHERE chain > %s ORDER BY chain LIMIT %s
 """
 _CARRIED = """
 SELECT sequence, body FROM audit_carried WHERE chain = %s AND sequence > %s
