@@ -280,3 +280,15 @@ def test_a_destroyed_key_is_not_said_to_be_revoked(edge, byokeep):
 def test_what_is_not_there_says_where_to_look(edge, byokeep):
     edge.fail("GetKey", "NOT_FOUND", "NOT_FOUND", "no such provider key", resource="provider key")
     assert "byokeep key list" in byokeep("key", "show", "key_" + "0" * 26).err
+
+
+def test_who_does_not_wait_is_not_told_that_something_failed(edge, byokeep):
+    ran = add(byokeep, "--wait", "0")
+    assert (ran.code, "byokeep key show key_" in ran.err) == (0, True), ran.err
+
+
+def test_what_was_said_of_an_ended_key_does_not_count(edge, byokeep):
+    edge.add_key(state=custody_pb2.KEY_VERSION_STATE_REVOKED)
+    shown = byokeep("key", "show", "openai").out
+    assert "the key has ended" in shown
+    assert "models" not in shown

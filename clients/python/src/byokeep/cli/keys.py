@@ -45,7 +45,8 @@ FromEnv = Annotated[
     typer.Option(metavar="VAR", help="Read the key from this environment variable."),
 ]
 Wait = Annotated[
-    float, typer.Option(metavar="SECONDS", min=0, help="Wait this long for the verdict.")
+    float,
+    typer.Option(metavar="SECONDS", min=0, help="Wait this long for the verdict; 0: not at all."),
 ]
 
 

@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from byokeep.orchestrator.v1.key_pb2 import Key
 
 
+_ENDED = ("REVOKED", "DESTROYED")
+
+
 def print_key(session: Session, key: Key) -> None:
     """Print a key with its versions."""
     out, kept = session.out, key.provider_key
     out.print(f"{key_id(key)}  {provider_of(key)}  {clean(kept.display_name)}", style="bold")
     out.print(f"owner     {clean(kept.owner) or 'the tenant'}")
     out.print(f"added     {when(kept.create_time)}")
-    out.print(f"verdict   {_verdict(key)}")
-    if key.validation.models:
+    # What a provider said of a key that has ended means nothing any more.
+    ended = key_state(key) in _ENDED
+    out.print(f"verdict   {'none that counts: the key has ended' if ended else _verdict(key)}")
+    if key.validation.models and not ended:
         models = [clean(model) for model in key.validation.models]
         more = f" and {len(models) - 8} more" if len(models) > 8 else ""
         out.print(f"models    {', '.join(models[:8])}{more}")
@@ -66,8 +71,7 @@ def key_row(key: Key) -> list[Text | str]:
         clean(kept.owner) or "-",
         state_text(key_state(key)),
         clean(kept.hint) or "-",
-        # What a provider said of it means nothing any more.
-        (key_state(key) not in ("REVOKED", "DESTROYED") and serving_verdict(key)) or "-",
+        (key_state(key) not in _ENDED and serving_verdict(key)) or "-",
     ]
 
 

@@ -36,7 +36,8 @@ def serving_verdict(key: Key) -> str:
 
 
 def follow(session: Session, key: Key, wait: float) -> None:
-    """Show a key's validation as it goes on, and end as its verdict says.
+    """Show a key's validation as it goes on, and end as its verdict says; at once where nobody
+    waits for it.
 
     Raises:
         CliError: the provider rejected it, could not be asked, or was not asked in time.
@@ -46,6 +47,11 @@ def follow(session: Session, key: Key, wait: float) -> None:
     what = f"{provider_of(key)} {clean(key.provider_key.display_name)} {hint}".rstrip()
     if not out.as_json:
         out.print(f"sealed and stored: {key_id(key)} ({what})")
+    if not wait:
+        if out.as_json:
+            out.json_line(message_dict(key))
+        out.note(f"its provider will be asked; what it says: byokeep key show {key_id(key)}")
+        return
     done = False
     with out.progress(f"asking {provider_of(key)} whether it works …"):
         for answer in _watch(session, key, wait):
