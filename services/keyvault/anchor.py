@@ -60,8 +60,9 @@ class Anchor:
         self._owed: set[str] = set()
         self.rolled_back = False
         #: What is anchored, as this process knows it: the log's leaves are held against it.
-        #: Another object after every tick that succeeded.
         self.position = Position()
+        #: When the last tick began that took in every head and is anchored.
+        self.taken = -math.inf
 
     def refusal(self) -> ByokeepError | None:
         """Return why no lease may be given now."""
@@ -123,7 +124,7 @@ class Anchor:
 
     async def _tick(self) -> bool:
         """Extend database and anchor; True where the one was just found to contradict the other."""
-        owed = set(self._owed)
+        owed, began = set(self._owed), time.monotonic()
         async with self._database.transaction() as connection:
             await store.lock(connection)
             before = await self._store.read()
@@ -135,7 +136,7 @@ class Anchor:
             resumed = self.rolled_back
             holds = await self._holds(connection, anchored)
             if holds:
-                extended = await self._extend(connection, owed)
+                extended, everything = await self._extend(connection, owed)
         # After the commit: an anchor must never be ahead of its database.
         if not holds:
             self.position = anchored or Position(resumed=self.position.resumed)
@@ -148,6 +149,8 @@ class Anchor:
         self.position = anchored or self.position  # also where another replica is faster now
         if await self._write(before, anchored or Position()):
             self._held = time.monotonic()
+            if everything:
+                self.taken = began
         return False
 
     async def _tell(self) -> None:
@@ -204,12 +207,13 @@ class Anchor:
             for leaf in leaves:
                 self._frontier.append(leaf)
 
-    async def _extend(self, connection: Connection, owed: set[str]) -> merkle.Frontier:
+    async def _extend(self, connection: Connection, owed: set[str]) -> tuple[merkle.Frontier, bool]:
         await self._follow(connection, await store.size(connection))
         # A copy: where the transaction fails, no leaf stays that the log never had.
         frontier = merkle.Frontier(self._frontier.size, self._frontier.roots())
         new = []
-        for name, sequence, digest in await store.unlogged(connection, owed):
+        heads = await store.unlogged(connection, owed)
+        for name, sequence, digest in heads:
             # Blinded: who holds a checkpoint and one tenant's record learns nothing of others.
             blind = os.urandom(32)
             leaf = merkle.leaf_hash(fields(blind, name, sequence, digest))
@@ -218,7 +222,7 @@ class Anchor:
             new.append(store.Leaf(index, name, sequence, blind, digest, leaf, nodes))
         if new:
             await store.add(connection, new)
-        return frontier
+        return frontier, len(heads) < store.HEADS
 
     async def _note(
         self, kind: audit_pb2.AuditEventType.ValueType, caller: str, detail: str

@@ -239,6 +239,9 @@ class Following:
             return None
         if head["leaves"] > position.size:
             raise BehindError("the log is shorter than what was verified of it")
+        # A call may have followed a chain before the first pass: what is taken in would replace
+        # what it told, and not how far it was followed.
+        self.forget(position)
         self.holds = {tenant: (held, at) for tenant, (held, at) in head["holds"].items()}
         self.broken.update(head["broken"])
         self.unswept = {tenant: (at, kek) for tenant, (at, kek) in head["unswept"].items()}

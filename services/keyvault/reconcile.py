@@ -36,7 +36,6 @@ from services.keyvault.following import (
     Told,
 )
 from services.keyvault.pages import Pages
-from services.keyvault.position import Position
 from services.keyvault.store import reconcile as store
 from services.keyvault.store.leases import Locked
 
@@ -71,7 +70,7 @@ class Reconcile:
         self._broken_keys: dict[str, int] = {}
         #: Heads that the log was not seen to have when they were looked at.
         self._claimed: dict[str, int] = {}
-        self._position = anchor.position
+        self._claimed_at = -math.inf
         #: Chains of which a lease saw more than was followed.
         self._ahead: set[str] = set()
         self._after = ""
@@ -125,14 +124,17 @@ class Reconcile:
             await self._anchor.distrust()
 
     async def _pass_started(self) -> None:
-        try:
-            return await self._pass()
-        except BehindError:
-            pass
-        # Another replica may have anchored, and kept, more than this one knew of when it started.
-        await self._anchor.tick()
-        if not self._anchor.rolled_back:
-            await self._pass()
+        while True:
+            size = self._anchor.position.size
+            try:
+                return await self._pass()
+            except BehindError:
+                # Another replica may have anchored, and kept, more than this one knew of.
+                await self._anchor.tick()
+                if self._anchor.rolled_back:
+                    return
+                if self._anchor.position.size <= size:
+                    raise
 
     async def head(self, name: str) -> chain.Head:
         """Return a chain's head as this process followed it, link by link: what may be signed.
@@ -225,7 +227,7 @@ class Reconcile:
         return frozenset(self._differences.holds_differ)
 
     async def _pass(self) -> None:
-        started, position = time.monotonic(), self._anchor.position
+        started, position, taken = time.monotonic(), self._anchor.position, self._anchor.taken
         if position.resumed != self.following.resumed:
             self._forget()
         await self.following.log(position)
@@ -234,7 +236,7 @@ class Reconcile:
         ahead, self._ahead = self._ahead, set()
         for name in ahead:
             await self.following.follow(name)
-        await self._check_heads(position)
+        await self._check_heads(taken)
         if self.following.found:
             # A database that was put back whole is no damage of its chains.
             await self._anchor.tick()
@@ -263,20 +265,21 @@ class Reconcile:
         self._claimed.clear()
         self._passed = -math.inf
 
-    async def _check_heads(self, position: Position) -> None:
+    async def _check_heads(self, taken: float) -> None:
         """Look at some thousand heads: none may be before what was followed, and each must be in
         the log by the next pass, whatever its row says of that."""
         heads = await store.heads(self._database, self._after, _HEADS)
+        looked = time.monotonic()
         claimed = {}
         for name, sequence in heads:
             self.following.stated(name, sequence)
             if sequence > self.following.logged(name):
                 claimed[name] = sequence
         self._after = heads[-1][0] if len(heads) == _HEADS else ""
-        if self._position is position:
+        if taken <= self._claimed_at:
             return  # nothing was anchored since: what was claimed then may still come
         for name, sequence in self._claimed.items():
             if self.following.logged(name) < sequence:
                 logs.event(log, "head_kept_from_log", level=logging.CRITICAL, chain=name)
                 self._anchor.owe(name)
-        self._claimed, self._position = claimed, position
+        self._claimed, self._claimed_at = claimed, looked

@@ -2035,8 +2035,8 @@ MUTANTS = (
     Mutant(
         "any contradiction is looked at again, with nothing that was followed",
         _KV + "reconcile.py",
-        "        except BehindError:\n            pass\n",
-        "        except ContradictionError:\n            self._forget()\n",
+        "            except BehindError:\n",
+        "            except ContradictionError:\n                self._forget()\n",
         (_BETWEEN + "test_what_contradicts_is_a_verdict_though_the_log_grew",),
     ),
     Mutant(
@@ -2054,6 +2054,28 @@ MUTANTS = (
         (_BETWEEN + "test_a_head_is_missed_in_the_log_whatever_its_row_says",),
     ),
     Mutant(
+        "any tick may have taken a head in",
+        _KV + "reconcile.py",
+        "        if taken <= self._claimed_at:\n",
+        "        if False:\n",
+        (_BETWEEN + "test_no_honest_head_is_missed_in_the_log",),
+    ),
+    Mutant(
+        "a tick that took some heads in took all",
+        _KV + "anchor.py",
+        "            if everything:\n",
+        "            if True:\n",
+        (_BETWEEN + "test_no_honest_head_is_missed_in_the_log",),
+    ),
+    Mutant(
+        "a shredding forgets the minimum that it set",
+        _KV + "store/jobs.py",
+        "    await connection.execute(_CANCEL, (tenant,))\n",
+        "    await connection.execute(_CANCEL, (tenant,))\n"
+        '    await connection.execute("DELETE FROM kek_minimum WHERE tenant = %s", (tenant,))\n',
+        (_BETWEEN + "test_no_key_is_stored_after_its_tenant_was_shredded",),
+    ),
+    Mutant(
         "a first retention keeps what it finds",
         _KV + "retention.py",
         "            if sequence <= before[0] and self._needed",
@@ -2063,7 +2085,7 @@ MUTANTS = (
     Mutant(
         "a shredding looks once for keys",
         _KV + "service/admin.py",
-        "        stored |= await self._destroy_all(tenant, but=stored)\n",
+        "        stored = await self._destroy_all(tenant) | stored\n",
         "",
         (_BETWEEN + "test_no_key_is_staged_while_its_tenant_is_shredded",),
     ),

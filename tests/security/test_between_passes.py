@@ -10,14 +10,16 @@ import asyncio
 import contextlib
 import datetime
 from collections.abc import AsyncIterator
+from unittest.mock import AsyncMock
 
 import pytest
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2, custody_pb2
 
-from services.keyvault import chain
+from services.keyvault import chain, staging
 from services.keyvault.anchor_store import FileAnchor
 from services.keyvault.service import admin
+from services.keyvault.store import log as log_store
 from services.keyvault.store import reconcile as reconcile_store
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import refusal, try_lease
@@ -415,7 +417,6 @@ async def test_what_contradicts_is_a_verdict_though_the_log_grew(keyvault):
             "UPDATE chain SET sequence = %s, hash = %s WHERE chain = 'system'", number, head
         )
         await kv.plant(keyvault, "tenants/zeta", type=audit_pb2.AUDIT_EVENT_TYPE_RELEASED)
-    await keyvault.app._anchor.tick()
     await keyvault.app._reconcile.once()
     assert keyvault.app._anchor.rolled_back
 
@@ -456,3 +457,50 @@ async def test_a_first_retention_keeps_nothing_that_was_kept_before(keyvault):
     numbers = await keyvault.sql("SELECT sequence FROM audit_carried WHERE chain = 'tenants/acme'")
     assert numbers
     assert (46,) not in numbers
+
+
+@pytest.mark.parametrize("how", ["the anchor is not written", "more heads than one tick takes"])
+async def test_no_honest_head_is_missed_in_the_log(keyvault, monkeypatch, caplog, how):
+    """Shown to fail: where any tick between two passes is one that took a head in."""
+    for name in ("zeta", "eta", "theta", "iota"):
+        await keyvault.create_tenant(name)
+    for task in keyvault.app._tasks:
+        task.cancel()
+    await asyncio.gather(*keyvault.app._tasks, return_exceptions=True)
+    await _followed(keyvault)
+    if how == "the anchor is not written":
+        monkeypatch.setattr(FileAnchor, "write", AsyncMock(side_effect=OSError))
+        await keyvault.add_active()
+    else:
+        monkeypatch.setattr(log_store, "HEADS", 1)
+        await keyvault.admin.ResumeLeases(admin_pb2.ResumeLeasesRequest(reason="a drill"))
+    for _ in range(3):
+        with contextlib.suppress(OSError):
+            await keyvault.app._anchor.tick()
+        await keyvault.app._reconcile.once()
+    assert "head_kept_from_log" not in [one.getMessage() for one in caplog.records]
+
+
+async def test_no_key_is_stored_after_its_tenant_was_shredded(keyvault, monkeypatch):
+    """Its data key was made before, under a KEK that is gone. Shown to fail: where a shredding
+    forgets the minimum that it set."""
+    await keyvault.add_active(OLD)
+    late = await keyvault.stage_request(NEW, name="second")
+    opened, shredded, open_ = asyncio.Event(), asyncio.Event(), staging.Staging._open
+
+    async def slow(self, *arguments):
+        found = await open_(self, *arguments)
+        opened.set()
+        await shredded.wait()
+        return found
+
+    monkeypatch.setattr(staging.Staging, "_open", slow)
+    told = asyncio.create_task(refusal(keyvault.custody.StageKey(late)))
+    await opened.wait()
+    await keyvault.admin.ShredTenant(
+        admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
+    )
+    shredded.set()
+    assert await told == "TENANT_KEY_MISSING"
+    await keyvault.create_tenant()
+    await keyvault.add_active(NEW, name="third")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import itertools
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -209,8 +209,9 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         stored = await self._destroy_all(tenant)
         for backend in self._backends:
             await backend.destroy(kek.tenant_kek(tenant))
-        # A job of the tenant's that began meanwhile may have let keys in again: none can any more.
-        stored |= await self._destroy_all(tenant, but=stored)
+        # A job of the tenant's that began meanwhile may have let keys in again; and what failed
+        # once may not again.
+        stored = await self._destroy_all(tenant) | stored
         shred = self._backends.primary.shred
         async with self._database.transaction() as connection:
             # By itself: what is dead already must not wait for a chain that takes no event.
@@ -225,17 +226,16 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             await job_store.cancel(connection, tenant)
         return pb.ShredTenantResponse(destroyed_versions=sum(stored.values()), shred=shred)
 
-    async def _destroy_all(self, tenant: str, but: Collection[str] = ()) -> dict[str, int]:
-        """Let no key be stored from now on, and destroy those that there are but some; return how
-        many versions of each had ciphertext."""
+    async def _destroy_all(self, tenant: str) -> dict[str, int]:
+        """Let no key be stored from now on, and destroy those that there are; return how many
+        versions of each had ciphertext."""
         async with self._database.transaction() as connection:
             # Where a chain was taken away nothing is staged anyway.
             with contextlib.suppress(ByokeepError):
                 await chain.lock(connection, chain.tenant_chain(tenant))
             for backend in self._backends:
                 await job_store.raise_minimum(connection, tenant, backend.name, job_store.WHOLE)
-        found = await key_store.stored(self._database, tenant)
-        stored = {key: number for key, number in found.items() if key not in but}
+        stored = await key_store.stored(self._database, tenant)
         origin = Origin(authz.current().spiffe_id, "")
         # Those too that have no ciphertext any more: their rows may say otherwise than DESTROYED.
         # One that can't be destroyed by itself is with the others, by its tenant's chain.

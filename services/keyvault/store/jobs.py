@@ -191,7 +191,6 @@ INSERT INTO kek_minimum (tenant, backend, version) VALUES (%s, %s, %s)
 ON CONFLICT (tenant, backend) DO UPDATE SET version = greatest(kek_minimum.version,
     excluded.version)
 """
-_LOWER = "DELETE FROM kek_minimum WHERE tenant = %s"
 # A job that was begun when another backend was the primary one: it may be destroying a KEK that
 # is the tenant's again.
 _ELSEWHERE: LiteralString = """
@@ -340,9 +339,9 @@ async def move(
 
 
 async def cancel(connection: Connection, tenant: str) -> None:
-    """End the jobs of a tenant that is shredded, and forget its minimum versions."""
+    """End the jobs of a tenant that is shredded. Its minimum stays until it has a KEK again: a data
+    key that was made before must not be stored."""
     await connection.execute(_CANCEL, (tenant,))
-    await connection.execute(_LOWER, (tenant,))
 
 
 async def forget_ended(database: Database) -> None:

@@ -92,7 +92,7 @@ async def hold(connection: Connection, tenant: str) -> Row | None:
 
 
 async def heads(database: Database, after: str, limit: int) -> list[Row]:
-    """Return (chain, sequence, how far its row says it is logged) of chains after a name."""
+    """Return (chain, sequence) of chains after a name."""
     return await database.all(_HEADS, (after, limit))
 
 

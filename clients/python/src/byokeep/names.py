@@ -44,4 +44,4 @@ def provider_value(provider: str) -> options_pb2.Provider.ValueType:
 
 def provider_id(value: options_pb2.Provider.ValueType) -> str:
     """Return `openai`, `anthropic` or `gemini` for an enum value. Raises KeyError."""
-    return next(name for name, known in _PROVIDERS.items() if known == value)
+    return {known: name for name, known in _PROVIDERS.items()}[value]

@@ -15,6 +15,7 @@ from byokeep.cli.errors import CliError
 from byokeep.cli.output import short
 from byokeep.cli.session import Session, pages
 from byokeep.cli.text import clean
+from byokeep.common.v1.options_pb2 import Provider
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2
 
@@ -92,7 +93,7 @@ def key_id(key: Key) -> str:
 def provider_of(key: Key) -> str:
     """Return `openai`, `anthropic` or `gemini`; `unknown` where keyvault's row names none."""
     provider = key.provider_key.provider
-    return names.provider_id(provider) if provider else "unknown"
+    return names.provider_id(provider) if provider in Provider.values()[1:] else "unknown"
 
 
 def label_of(key: Key) -> str:
