@@ -213,7 +213,7 @@ class Custody:
                 self._reconcile.check_chain(key.tenant)
                 told = self._reconcile.told(key.tenant, key.key_id, change.version)
                 gone = told.frozen or told.over(version.state_sequence) is not None
-                if gone or self._outdated(key, version):
+                if gone or told.outdated(version.state, version.state_sequence):
                     raise mismatch(key.key_id)
             events.append(self.event(key, change, origin))
             version = domain.with_state(

@@ -82,7 +82,7 @@ class Retention:
         with the trace of it.
         """
         first = await store.event(self._database, name, pruned + 1)
-        if first is None or _time(audit_pb2.AuditEvent.FromString(first[0])) >= cutoff:
+        if first is None or _time(_event(first[0])) >= cutoff:
             return None
         followed = self._following.chains[name]
         target, at = (followed.sequence, followed.hash), pruned
@@ -97,13 +97,13 @@ class Retention:
                 raise LookupError("the chain does not verify")
             number, body, _, digest = row
             at = number
-            event = audit_pb2.AuditEvent.FromString(body)
+            event = _event(body)
             if event.type == PRUNED and (event.pruned_sequence, event.pruned_hash) == before:
                 stated.add(event.carried_hash)
             young = young or number > high or _time(event) >= cutoff
             if not young:
                 end, end_digest = number, digest
-                if self._needed(name, number, body):
+                if self._needed(name, number, event):
                     bodies.append((number, body))
         if (at, digest) != target:
             raise LookupError("the chain does not verify")
@@ -140,7 +140,7 @@ class Retention:
         async for sequence, body in carried_store.carried(self._database, name):
             was.add(sequence, body)
             # What is not of before is somebody else's, above all where nothing was kept yet.
-            if sequence <= before[0] and self._needed(name, sequence, body):
+            if sequence <= before[0] and self._needed(name, sequence, _event(body)):
                 kept.add(sequence, body)
             else:
                 over.append(sequence)
@@ -149,8 +149,7 @@ class Retention:
         new = [sequence for sequence, _ in bodies]
         return was.digest(), _Kept(*after, new, over, kept.digest())
 
-    def _needed(self, name: str, sequence: int, body: bytes) -> bool:
-        event = audit_pb2.AuditEvent.FromString(body)
+    def _needed(self, name: str, sequence: int, event: audit_pb2.AuditEvent) -> bool:
         if event.reason == MISMATCH:
             return True
         tenant, states = name.removeprefix(chain.TENANTS), self._following.states
@@ -165,6 +164,10 @@ class Retention:
                 return True
         version = states.fingerprint(tenant, event.key_id, event.key_version)
         return states.get(version)[1] <= sequence
+
+
+def _event(body: bytes) -> audit_pb2.AuditEvent:
+    return audit_pb2.AuditEvent.FromString(body)
 
 
 def _time(event: audit_pb2.AuditEvent) -> datetime.datetime:

@@ -272,6 +272,19 @@ async def released(
     return await refusal(keyvault.leases().ReleaseLease(request))
 
 
+async def followed(keyvault: Keyvault) -> None:
+    """Anchor and pass twice: what was written before is in the log, and followed."""
+    await keyvault.tick()
+    await keyvault.tick()
+
+
+async def prune(keyvault: Keyvault) -> None:
+    """Drop all that retention may drop now, as if it were old."""
+    await keyvault.tick()
+    keyvault.app._retention._age = datetime.timedelta(days=-1)
+    await keyvault.app._retention.tick()
+
+
 async def plant(keyvault: Keyvault, name: str = "tenants/acme", **event) -> None:
     """Append an event to a chain by SQL, well linked: anybody can compute its hash."""
     query = "SELECT sequence, hash FROM chain WHERE chain = %s"

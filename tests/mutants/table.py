@@ -1903,7 +1903,7 @@ MUTANTS = (
     Mutant(
         "a row older than its chain is made ACTIVE",
         _KV + "custody.py",
-        "if gone or self._outdated(key, version):",
+        "if gone or told.outdated(version.state, version.state_sequence):",
         "if gone:",
         (_SEC + "test_revival.py::test_an_old_pending_row_is_not_promoted_again",),
     ),

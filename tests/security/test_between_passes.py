@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 from collections.abc import AsyncIterator
 from unittest.mock import AsyncMock
 
@@ -35,11 +34,6 @@ FROM loot l WHERE (v.key_id, v.version) = (l.key_id, l.version)
 KEPT_FROM_LOG = "UPDATE chain SET logged_sequence = sequence WHERE chain = 'tenants/acme'"
 
 
-async def _followed(keyvault) -> None:
-    await keyvault.tick()
-    await keyvault.tick()
-
-
 async def _hold(keyvault) -> None:
     await keyvault.admin.RevokeTenant(admin_pb2.RevokeTenantRequest(**WORD))
 
@@ -61,13 +55,13 @@ async def test_an_operators_hold_does_not_ask_a_row_whether_it_is_held(keyvault)
     await keyvault.sql("CREATE TABLE held AS SELECT * FROM tenant_hold")
     await _resume(keyvault)
     await keyvault.sql("CREATE TABLE free AS SELECT * FROM tenant_hold")
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, key) == ""
     await keyvault.sql("UPDATE lease SET end_time = now() WHERE end_time IS NULL")
     await _holding(keyvault, "held")
     await _hold(keyvault)
     await _holding(keyvault, "free")
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
@@ -75,13 +69,13 @@ async def test_an_invented_resumption_without_a_row_resumes_nothing(keyvault):
     """Shown to fail: where only a tenant that is told to be held needs its row."""
     key = await keyvault.add_active()
     await _hold(keyvault)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await kv.plant(keyvault, type=audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED)
     ((number,),) = await keyvault.sql("SELECT sequence FROM chain WHERE chain = 'tenants/acme'")
     await keyvault.sql(
         "UPDATE tenant_hold SET held = false, state_sequence = %s, state_mac = '\\x00'", number
     )
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql("DELETE FROM tenant_hold")
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
@@ -113,14 +107,14 @@ async def test_a_row_of_an_event_that_was_lost_is_not_leased(keyvault):
     key_id = key.name.rpartition("/")[2]
     key = await keyvault.add_active(NEW, key_id=key_id, operation="rotate")
     other = await keyvault.add_active(name="other")
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql("CREATE TABLE kept AS SELECT * FROM key_version")
     statements = LOOT, "DELETE FROM key_version", "INSERT INTO key_version SELECT * FROM kept"
     async with _forgotten(keyvault, *statements):
         await keyvault.change("RollBackKey", key.name)
     assert [await try_lease(keyvault, other) for _ in range(4)] == [""] * 4
     assert await try_lease(keyvault, key, key_version=2) == ""
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql(PUT_BACK + "AND v.version = 1")
     assert await try_lease(keyvault, key, key_version=1) == "RECONCILE_MISMATCH"
 
@@ -129,14 +123,14 @@ async def test_a_hold_of_an_event_that_was_lost_holds_no_more_and_no_less(keyvau
     """Also where its number is beyond the chain's head. Shown to fail: without the comparison of a
     hold's row with what was followed, and without that with the head."""
     key = await keyvault.add_active()
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     async with _forgotten(
         keyvault, "CREATE TABLE free AS SELECT * FROM tenant_hold", "DELETE FROM tenant_hold"
     ):
         await _hold(keyvault)
         await _resume(keyvault)
     await _hold(keyvault)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await _holding(keyvault, "free")
     assert [await try_lease(keyvault, key) for _ in range(2)] == ["RECONCILE_MISMATCH"] * 2
 
@@ -144,7 +138,7 @@ async def test_a_hold_of_an_event_that_was_lost_holds_no_more_and_no_less(keyvau
 async def test_what_is_kept_from_the_log_is_followed_once_a_lease_saw_it(keyvault, monkeypatch):
     """However many chains there are. Shown to fail: without following what leases saw."""
     key = await keyvault.add_active()
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql(LOOT)
     await keyvault.change("RevokeKey", key.name)
     await keyvault.sql(PUT_BACK)
@@ -165,7 +159,7 @@ async def test_retention_states_nothing_anew_that_somebody_took_away(deployment,
     async with kv.running(deployment) as keyvault:
         await keyvault.create_tenant()
         key = await keyvault.add_active()
-        await _followed(keyvault)
+        await kv.followed(keyvault)
         await keyvault.sql(LOOT)
         if what == audit_pb2.AUDIT_EVENT_TYPE_REVOKED:
             await keyvault.sql("DELETE FROM key_version")
@@ -184,15 +178,14 @@ async def test_retention_states_nothing_anew_that_somebody_took_away(deployment,
         await sql.execute("DELETE FROM tenant_hold")
         await sql.execute("INSERT INTO key_version SELECT * FROM loot ON CONFLICT DO NOTHING")
     async with kv.running(deployment) as keyvault:
-        await _followed(keyvault)
+        await kv.followed(keyvault)
         assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
 async def _prune(keyvault) -> None:
-    await _followed(keyvault)
-    keyvault.app._retention._age = datetime.timedelta(days=-1)
-    await keyvault.app._retention.tick()
-    await _followed(keyvault)
+    await kv.followed(keyvault)
+    await kv.prune(keyvault)
+    await kv.followed(keyvault)
 
 
 async def test_no_key_is_rolled_back_to_a_frozen_version(keyvault):
@@ -206,7 +199,7 @@ async def test_no_key_is_rolled_back_to_a_frozen_version(keyvault):
     await keyvault.sql("CREATE TABLE good AS SELECT * FROM key_version")
     await keyvault.tick()
     await keyvault.sql(PUT_BACK)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql(PUT_BACK.replace("loot", "good"))
     assert await refusal(keyvault.change("RollBackKey", key.name)) == "RECONCILE_MISMATCH"
     assert await try_lease(keyvault, key, key_version=2) == ""
@@ -220,7 +213,7 @@ async def test_a_start_beside_another_replicas_save(deployment, monkeypatch, fas
     async with kv.running(deployment) as one:
         await one.create_tenant()
         key = await one.add_active()
-        await _followed(one)
+        await kv.followed(one)
         await one.app._reconcile.save()
         read, write, done = reconcile_store.parts, FileAnchor.write, []
 
@@ -253,7 +246,7 @@ async def test_a_pass_that_was_held_up_is_as_old_as_its_beginning(keyvault, depl
     reconcile = keyvault.app._reconcile
     await keyvault.create_tenant("zeta")
     await keyvault.add_active(tenant="zeta")
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql(
         "UPDATE key_version SET state_sequence = state_sequence - 1 WHERE tenant = 'zeta'"
     )
@@ -273,7 +266,7 @@ async def test_a_freeze_that_could_not_be_recorded_is_recorded_by_the_next_pass(
 ):
     """Shown to fail: where a version is frozen in memory before its event is committed."""
     key = await keyvault.add_active()
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql(LOOT)
     await keyvault.change("RevokeKey", key.name)
     await keyvault.tick()
@@ -300,18 +293,18 @@ async def test_what_was_hidden_from_a_shredding_is_not_activated_after_it(keyvau
     to fail: where an event of a version that was shredded sets its state."""
     key = await keyvault.add_active(OLD)
     key_id = key.name.rpartition("/")[2]
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql(LOOT)
     await keyvault.sql("DELETE FROM key_version")
     await keyvault.admin.ShredTenant(
         admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
     )
     await keyvault.create_tenant()
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql("INSERT INTO key_version SELECT * FROM loot")
     await keyvault.stage(NEW, key_id=key_id, operation="rotate")
     await keyvault.promote(key.name, 2)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await refusal(keyvault.change("RollBackKey", key.name)) == "RECONCILE_MISMATCH"
 
 
@@ -337,7 +330,7 @@ async def test_no_key_is_staged_while_its_tenant_is_shredded(keyvault, monkeypat
         admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
     )
     assert told[0] == ("" if rotated else "TENANT_KEY_MISSING")
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert keyvault.app._reconcile.frozen() == 0
 
 
@@ -345,7 +338,7 @@ async def test_changes_of_one_tenant_do_not_wait_for_who_follows_its_chain(keyva
     """More of them than there are connections, all behind the lock of one who must read on. Shown
     to fail: where chains are followed on the connections of everybody."""
     keys = [await keyvault.add_active(name=f"key-{number}") for number in range(12)]
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     reconcile, revoking = keyvault.app._reconcile, []
 
     async def act(connection, head, versions):
@@ -380,7 +373,7 @@ async def test_a_data_key_of_before_a_move_proves_nothing(keyvault):
     data key alone."""
     wrap = "wrapped_dek, wrap_mac, kek_version"
     key, other = await keyvault.add_active(), await keyvault.add_active(name="other")
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql("CREATE TABLE old AS SELECT * FROM key_version")
     await keyvault.sql("UPDATE key_version SET wrap_mac = '\\x00', kek_version = 0")
     request = admin_pb2.RewrapTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
@@ -403,7 +396,7 @@ async def test_what_contradicts_is_a_verdict_though_the_log_grew(keyvault):
     """What was followed is all that tells of it. Shown to fail: where a pass is made once more, on
     nothing that was followed, for any contradiction."""
     await keyvault.create_tenant("zeta")
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     ((number, head),) = await keyvault.sql(
         "SELECT sequence, hash FROM chain WHERE chain = 'system'"
     )
@@ -426,7 +419,7 @@ async def test_a_head_is_missed_in_the_log_whatever_its_row_says(keyvault, deplo
     only a head that claims to be logged is looked for."""
     await keyvault.create_tenant("zeta")
     await keyvault.add_active()
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     said = "UPDATE chain SET logged_sequence = sequence - %s WHERE chain = 'tenants/acme'"
     async with kv.database(deployment) as sql:
         lock = "SELECT pg_advisory_{}lock(hashtext('byokeep_log'))"
@@ -447,7 +440,7 @@ async def test_a_head_is_missed_in_the_log_whatever_its_row_says(keyvault, deplo
 async def test_a_first_retention_keeps_nothing_that_was_kept_before(keyvault):
     """There is nothing that it could be. Shown to fail: where it states whatever it finds."""
     await keyvault.add_active()
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     planted = audit_pb2.AuditEvent(type=audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED)
     await keyvault.sql(
         "INSERT INTO audit_carried (chain, sequence, body) VALUES ('tenants/acme', 46, %s)",
@@ -467,7 +460,7 @@ async def test_no_honest_head_is_missed_in_the_log(keyvault, monkeypatch, caplog
     for task in keyvault.app._tasks:
         task.cancel()
     await asyncio.gather(*keyvault.app._tasks, return_exceptions=True)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     if how == "the anchor is not written":
         monkeypatch.setattr(FileAnchor, "write", AsyncMock(side_effect=OSError))
         await keyvault.add_active()

@@ -5,7 +5,6 @@ Each test is an attack that worked; what stops it now is named beside it.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 from contextlib import asynccontextmanager
 
@@ -23,13 +22,6 @@ from tests.security.test_audit import export, verify
 _COLUMNS = "state, state_sequence, state_mac"
 _RESUMED = audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED
 _HEAD = "SELECT sequence, hash FROM chain WHERE chain = 'tenants/acme'"
-
-
-async def _prune(keyvault) -> None:
-    """Drop all that retention may drop now, as if it were old."""
-    await keyvault.tick()
-    keyvault.app._retention._age = datetime.timedelta(days=-1)
-    await keyvault.app._retention.tick()
 
 
 @asynccontextmanager
@@ -116,7 +108,7 @@ async def test_carried_garbage_breaks_its_chain_and_nothing_else(deployment):
     """
     async with two_tenants(deployment) as keyvault:
         key, other = await keyvault.add_active(), await keyvault.add_active(tenant="other")
-        await _prune(keyvault)
+        await kv.prune(keyvault)
         assert await keyvault.sql("SELECT 1 FROM audit_carried WHERE chain = 'tenants/acme'")
     for damage in (
         "UPDATE audit_carried SET body = '\\xff' WHERE chain = 'tenants/acme'",

@@ -37,11 +37,6 @@ FROM key_version WHERE key_id = %s
 """
 
 
-async def _followed(keyvault):
-    await keyvault.tick()
-    await keyvault.tick()
-
-
 async def _hide(keyvault, version):
     await keyvault.sql(LOOT)
     await keyvault.sql("DELETE FROM key_version WHERE version = %s", version)
@@ -62,14 +57,14 @@ async def test_a_version_that_was_hidden_is_revoked_with_its_key(keyvault, follo
     """Shown to fail with an event for each row that is there, and none about the key."""
     key = await _rotated(keyvault)
     if followed:
-        await _followed(keyvault)
+        await kv.followed(keyvault)
     assert await try_lease(keyvault, key) == ""
     await _hide(keyvault, 2)
     answer = await keyvault.change("RevokeKey", key.name)
     assert answer.state == State.REVOKED
     assert await keyvault.sql("SELECT count(*) FROM lease WHERE end_time IS NULL") == [(0,)]
     await keyvault.sql(PUT_BACK, 2)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
@@ -83,7 +78,7 @@ async def test_a_version_that_was_hidden_can_t_be_validated_either(keyvault, met
     validation = {"key_version": 2, "purpose": kv.grant_pb2.LEASE_PURPOSE_VALIDATION}
     await keyvault.app._reconcile.following.follow("tenants/acme")
     assert await try_lease(keyvault, key, **validation) == "WRONG_STATE"
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, key, **validation) == "RECONCILE_MISMATCH"
 
 
@@ -92,11 +87,11 @@ async def test_a_version_that_was_hidden_is_replaced_all_the_same(keyvault, foll
     key = await keyvault.add_active(OLD)
     await keyvault.stage(NEW, key_id=_id(key), operation="rotate")
     if followed:
-        await _followed(keyvault)
+        await kv.followed(keyvault)
     await _hide(keyvault, 1)
     await keyvault.promote(key.name, 2, destroy_previous=True)
     await keyvault.sql(PUT_BACK, 1)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
     replaced = [event.type for event in await keyvault.events() if event.key_version == 1]
     assert (audit_pb2.AUDIT_EVENT_TYPE_DESTROYED in replaced) is followed
@@ -104,7 +99,7 @@ async def test_a_version_that_was_hidden_is_replaced_all_the_same(keyvault, foll
 
 async def test_a_version_that_was_hidden_is_rolled_back_from(keyvault):
     key = await _rotated(keyvault)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await _hide(keyvault, 2)
     await keyvault.change("RollBackKey", key.name)
     last = [(event.type, event.key_version) for event in (await keyvault.events())[-2:]]
@@ -113,14 +108,14 @@ async def test_a_version_that_was_hidden_is_rolled_back_from(keyvault):
         (audit_pb2.AUDIT_EVENT_TYPE_ROLLED_BACK, 1),
     ]
     await keyvault.sql(PUT_BACK, 2)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, key, key_version=2) == "RECONCILE_MISMATCH"
 
 
 async def test_no_key_is_rolled_back_to_a_hidden_version(keyvault):
     """Nothing would be ACTIVE then, and the version that was is destroyed."""
     key = await _rotated(keyvault)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await _hide(keyvault, 1)
     told = await kv.refusal(keyvault.change("RollBackKey", key.name))
     assert told == "RECONCILE_MISMATCH"
@@ -133,7 +128,7 @@ async def test_no_version_number_is_given_twice(keyvault, followed):
     key = await keyvault.add_active("sk-proj-" + "f" * 40)
     key = await keyvault.add_active(OLD, key_id=_id(key), operation="rotate")
     if followed:
-        await _followed(keyvault)
+        await kv.followed(keyvault)
     await _hide(keyvault, 2)
     key = await keyvault.add_active(NEW, key_id=_id(key), operation="rotate")
     assert key.active_version == (3 if followed else 2)
@@ -143,7 +138,7 @@ async def test_no_version_number_is_given_twice(keyvault, followed):
         " WHERE l.version = 2 AND v.version = %s",
         key.active_version,
     )
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, key) == ("ROW_TAMPERED" if followed else "RECONCILE_MISMATCH")
 
 
@@ -152,7 +147,7 @@ async def test_no_other_keys_data_key_proves_that_a_kek_version_is_not_needed(ke
     living = await keyvault.add_active(OLD)
     other = await keyvault.add_active(OTHERS, provider="anthropic")
     third = await keyvault.add_active("AIza" + "q" * 35, provider="gemini")
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql("CREATE TABLE backup AS SELECT * FROM key_version")
     await keyvault.sql(
         "UPDATE key_version v SET wrapped_dek = o.wrapped_dek FROM key_version o"
@@ -185,7 +180,7 @@ async def test_a_made_up_version_keeps_no_other_beyond_its_grace(keyvault):
     )
     made_up = MADE_UP.format(backend="kek_backend", wrapped="wrapped_dek") + "AND version = 2"
     await keyvault.sql(made_up, _id(key))
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.app._custody.sweep()
     assert await keyvault.sql("SELECT state FROM key_version WHERE version = 1") == [(6,)]
 
@@ -195,7 +190,7 @@ async def test_a_row_that_is_put_back_between_passes_is_not_leased(keyvault):
     key = await _rotated(keyvault)
     await keyvault.sql(LOOT)
     await keyvault.change("RollBackKey", key.name)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql("CREATE TABLE good AS SELECT * FROM key_version")
     for _ in range(2):
         await keyvault.sql("DELETE FROM key_version")
@@ -204,7 +199,7 @@ async def test_a_row_that_is_put_back_between_passes_is_not_leased(keyvault):
         assert await try_lease(keyvault, key, key_version=1) == "RECONCILE_MISMATCH"
         await keyvault.sql("DELETE FROM key_version")
         await keyvault.sql("INSERT INTO key_version SELECT * FROM good")
-        await _followed(keyvault)
+        await kv.followed(keyvault)
     assert await try_lease(keyvault, key, key_version=1) == ""
 
 
@@ -213,20 +208,20 @@ async def test_a_hold_that_is_hidden_between_passes_still_holds(keyvault):
     await keyvault.admin.RevokeTenant(
         admin_pb2.RevokeTenantRequest(tenant="tenants/acme", reason="now")
     )
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql("CREATE TABLE hold AS SELECT * FROM tenant_hold")
     for _ in range(2):
         await keyvault.sql("DELETE FROM tenant_hold")
         assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
         await keyvault.sql("INSERT INTO tenant_hold SELECT * FROM hold")
-        await _followed(keyvault)
+        await kv.followed(keyvault)
     assert await try_lease(keyvault, key) == "TENANT_NOT_ACTIVE"
 
 
 async def test_a_key_that_was_hidden_is_shredded_with_its_tenant(keyvault):
     key = await keyvault.add_active()
     assert await try_lease(keyvault, key) == ""
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql("CREATE TABLE keks AS SELECT * FROM local_kek WHERE name = 'tenant/acme'")
     await _hide(keyvault, 1)
     await keyvault.admin.ShredTenant(
@@ -235,7 +230,7 @@ async def test_a_key_that_was_hidden_is_shredded_with_its_tenant(keyvault):
     assert await keyvault.sql("SELECT count(*) FROM lease WHERE end_time IS NULL") == [(0,)]
     await keyvault.sql("INSERT INTO local_kek SELECT * FROM keks")
     await keyvault.sql(PUT_BACK, 1)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
@@ -245,7 +240,7 @@ async def test_a_key_that_was_hidden_before_it_was_followed_ends_too(keyvault, m
     await _hide(keyvault, 1)
     assert await kv.refusal(keyvault.change(method, key.name)) == "NOT_FOUND"
     await keyvault.sql(PUT_BACK, 1)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
 
 
@@ -266,7 +261,7 @@ async def test_what_stands_where_the_next_event_goes_stops_no_revocation(keyvaul
     key = await keyvault.add_active()
     content = content_pb2_grpc.ContentKeyServiceStub(keyvault.channel("orchestrator"))
     await content.GetContentKey(content_pb2.GetContentKeyRequest(tenant="tenants/acme"))
-    await _followed(keyvault)
+    await kv.followed(keyvault)
 
     async def plant():
         await keyvault.sql(
@@ -288,7 +283,7 @@ async def test_what_stands_where_the_next_event_goes_stops_no_revocation(keyvaul
         admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
     )
     assert await keyvault.sql("SELECT count(*) FROM content_key WHERE tenant = 'acme'") == [(0,)]
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert chain.tenant_chain("acme") not in keyvault.app._reconcile.following.broken
 
 
@@ -299,7 +294,7 @@ async def test_no_made_up_version_keeps_an_old_kek(keyvault, backend, wrapped):
     living = await keyvault.add_active()
     other = await keyvault.add_active(OTHERS, provider="anthropic")
     await keyvault.sql(MADE_UP.format(backend=backend, wrapped=wrapped), _id(living))
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.change("DestroyKey", other.name)
     assert await kv.swept(keyvault) == "DONE"
     assert await try_lease(keyvault, living) == ""
@@ -310,14 +305,14 @@ async def test_no_invented_end_has_a_living_keys_kek_destroyed(keyvault, what):
     """A backup of the database needs it. Shown to fail where a proof believes a chain's word that
     a version is destroyed."""
     key = await keyvault.add_active(OLD)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     ends = {
         "version": {"key_id": _id(key), "key_version": 1},
         "key": {"key_id": _id(key)},
         "tenant": {"type": audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED},
     }
     await kv.plant(keyvault, **{"type": audit_pb2.AUDIT_EVENT_TYPE_DESTROYED, **ends[what]})
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await keyvault.sql(
         "INSERT INTO kek_job (job_id, tenant, request_id, caller, rotate, rewrap, trim, phase)"
         " VALUES ('job_x', 'acme', 'planted', 'x', true, true, true, 'QUEUED')"
@@ -336,7 +331,7 @@ async def test_retention_keeps_which_version_was_active_last(keyvault, deploymen
     await try_lease(keyvault, key)
     ((lease,),) = await keyvault.sql("SELECT lease_id FROM lease")
     await kv.released(keyvault, lease, lease_pb2.LEASE_OUTCOME_KEY_REJECTED)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     retention = keyvault.app._retention
     retention._age = datetime.timedelta(microseconds=1)
     await retention.tick()
@@ -344,7 +339,7 @@ async def test_retention_keeps_which_version_was_active_last(keyvault, deploymen
     await keyvault.sql("DELETE FROM reconcile_part")
     async with kv.running(deployment) as fresh:
         await fresh.sql(PUT_BACK, 1)
-        await _followed(fresh)
+        await kv.followed(fresh)
         assert await try_lease(fresh, key, key_version=1) == "RECONCILE_MISMATCH"
 
 
@@ -353,7 +348,7 @@ async def test_a_row_of_no_version_is_frozen_once(keyvault):
     made_up = MADE_UP.format(backend="kek_backend", wrapped="wrapped_dek")
     await keyvault.sql(made_up.replace("key_id, 7,", "key_id, 0,"), _id(key))
     for _ in range(3):
-        await _followed(keyvault)
+        await kv.followed(keyvault)
     events = [event.type for event in await keyvault.events()]
     assert events.count(audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED) == 1
 
@@ -369,7 +364,7 @@ async def test_a_lost_past_does_not_get_into_the_new_one(keyvault):
     """A database put back under a running keyvault: what was followed of before is not there any
     more, no version of it is hidden, and nothing that it ended is dead."""
     key = await keyvault.add_active(OLD)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     tables = [
         name
         for (name,) in await keyvault.sql(
@@ -380,7 +375,7 @@ async def test_a_lost_past_does_not_get_into_the_new_one(keyvault):
         await keyvault.sql(f"CREATE TABLE old_{name} AS SELECT * FROM {name}")
     await keyvault.stage(NEW, key_id=_id(key), operation="rotate")
     await keyvault.change("RevokeKey", key.name)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     async with keyvault.app._database.transaction() as connection:
         await connection.execute("TRUNCATE " + ", ".join(tables) + " CASCADE")
         for name in sorted(tables, key=lambda name: name == "key_version"):
@@ -392,7 +387,7 @@ async def test_a_lost_past_does_not_get_into_the_new_one(keyvault):
     again = await keyvault.add_active(NEW, key_id=_id(key), operation="rotate")
     assert [one.version for one in again.versions] == [1, 2]
     await keyvault.admin.ResumeLeases(admin_pb2.ResumeLeasesRequest(reason="failover"))
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert await try_lease(keyvault, again) == ""
     assert keyvault.app._reconcile.following.versions["acme"] == 2
 
@@ -404,13 +399,13 @@ async def test_a_key_that_is_put_back_is_frozen_in_whatever_page_it_is(keyvault)
     await keyvault.tick()
     pages._ends = [("acme", "a", 0), *pages._ends]
     pages._digests, pages._next = [None, None], 0
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await _hide(keyvault, 1)
     await keyvault.admin.ShredTenant(
         admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
     )
     await keyvault.sql(PUT_BACK, 1)
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     assert keyvault.app._reconcile.frozen() == 1
 
 
@@ -425,7 +420,7 @@ async def test_a_destruction_to_come_keeps_no_sweep_from_being_owed(keyvault, mo
         key_version=1,
         event_time=Timestamp(seconds=253402300799),
     )
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     monkeypatch.setattr(rotation, "UNSWEPT", datetime.timedelta(0))
     await keyvault.app._rotation.resweep()
     assert await keyvault.sql("SELECT count(*) FROM kek_job") == [(1,)]
@@ -435,7 +430,7 @@ async def test_leases_of_a_key_end_that_somebody_called_destroyed_before(keyvaul
     key = await keyvault.add_active()
     assert await try_lease(keyvault, key) == ""
     await kv.plant(keyvault, type=audit_pb2.AUDIT_EVENT_TYPE_DESTROYED, key_id=_id(key))
-    await _followed(keyvault)
+    await kv.followed(keyvault)
     await _hide(keyvault, 1)
     assert await kv.refusal(keyvault.change("DestroyKey", key.name)) == "NOT_FOUND"
     assert await keyvault.sql("SELECT count(*) FROM lease WHERE end_time IS NULL") == [(0,)]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _ID = re.compile(r"key_[0-9a-z]{26}")
 _DESTROYED = {custody_pb2.KEY_VERSION_STATE_DESTROYED}
-_ENDED = {custody_pb2.KEY_VERSION_STATE_REVOKED, *_DESTROYED}
+#: States that a key has no way back from.
+ENDED = {custody_pb2.KEY_VERSION_STATE_REVOKED, *_DESTROYED}
 
 
 def find_key(session: Session, reference: str, *, ending: bool = False) -> Key:
@@ -39,7 +40,7 @@ def find_key(session: Session, reference: str, *, ending: bool = False) -> Key:
     keys = list_keys(session, show_destroyed=True)
     for matches in _tiers(reference):
         found = [key for key in keys if matches(key)]
-        gone = _DESTROYED if ending else _ENDED
+        gone = _DESTROYED if ending else ENDED
         found = [key for key in found if key.provider_key.state not in gone] or found
         if len(found) == 1:
             return found[0]
@@ -71,8 +72,7 @@ def called(session: Session, name: str) -> str:
     """Return how a key is called in a question: its id, and what it is where that can be shown."""
     label = ""
     with contextlib.suppress(grpc.RpcError):
-        key = session.connection.keys.GetKey(key_pb2.GetKeyRequest(name=name)).key
-        label = f" ({label_of(key)})"
+        label = f" ({label_of(find_key(session, name))})"
     return names.last_of(name) + label
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from byokeep.cli.keyref import key_id, key_state, label_of, provider_of
+from byokeep.cli.keyref import ENDED, key_id, key_state, label_of, provider_of
 from byokeep.cli.output import message_dict, short, state_text, when
 from byokeep.cli.session import Session
 from byokeep.cli.text import clean
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from byokeep.orchestrator.v1.key_pb2 import Key
 
 
-_ENDED = ("REVOKED", "DESTROYED")
-
-
 def print_key(session: Session, key: Key) -> None:
     """Print a key with its versions."""
     out, kept = session.out, key.provider_key
@@ -27,7 +24,7 @@ def print_key(session: Session, key: Key) -> None:
     out.print(f"owner     {clean(kept.owner) or 'the tenant'}")
     out.print(f"added     {when(kept.create_time)}")
     # What a provider said of a key that has ended means nothing any more.
-    ended = key_state(key) in _ENDED
+    ended = kept.state in ENDED
     out.print(f"verdict   {'none that counts: the key has ended' if ended else _verdict(key)}")
     if key.validation.models and not ended:
         models = [clean(model) for model in key.validation.models]
@@ -71,7 +68,7 @@ def key_row(key: Key) -> list[Text | str]:
         clean(kept.owner) or "-",
         state_text(key_state(key)),
         clean(kept.hint) or "-",
-        (key_state(key) not in _ENDED and serving_verdict(key)) or "-",
+        (kept.state not in ENDED and serving_verdict(key)) or "-",
     ]
 
 
