@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 # Many tests wait for processes: more workers than cores.
 WORKERS ?= 3
 export BENCH_SECONDS
+export ROUNDS
 
 BIN := .venv/bin
 VENV := .venv/.stamp
@@ -22,7 +23,7 @@ LOCKED := keyvault aws_kms orchestrator llm_runner
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run prove up down status clean test test-deep test-integration mutants lint bench protos lock setup
+.PHONY: help run prove up down status clean test test-deep test-integration chaos mutants lint bench protos lock setup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +35,7 @@ help: ## this list
 	@echo "  PYTEST_ARGS=...   make test: arguments for pytest"
 	@echo "  WORKERS=N         make test: processes that run tests (3)"
 	@echo "  BYOKEEP_TEST_VAULT=openbao  make test-integration: on OpenBao, not on Vault"
+	@echo "  ROUNDS=N          make chaos: kills, each at another step or of another process (20)"
 	@echo "  BENCH_SECONDS=N   make bench: seconds per measurement"
 	@echo "  PYTHON=python3.x  the Python >= 3.11 that .venv is made with"
 
@@ -72,6 +74,9 @@ test-deep: $(VENV) $(STUBS) ## the long rounds: memory scans, live certificates,
 test-integration: $(VENV) $(STUBS) ## tests on a real Vault or OpenBao; a Vault is built the first time (ten minutes)
 	$(BIN)/python -m tests.harness.vault_binary
 	$(BIN)/python -m pytest tests/integration --timeout 300 $(PYTEST_ARGS)
+
+chaos: $(VENV) $(STUBS) ## kill each process at each step of a review and of a key, and count; ROUNDS=n
+	$(BIN)/python -m tests.chaos
 
 mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fail (half an hour)
 	$(BIN)/python -m tests.mutants
