@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import psutil
 from byokeep.testing import Stack
 
+from tests.bench.processes import SERVICES, family
 from tests.bench.results import Row
-
-_SERVICES = ("keyvault", "orchestrator", "runner")
 
 
 def _pss_mb(pid: int) -> float:
@@ -23,8 +21,6 @@ def run(stack: Stack) -> list[Row]:
     """Measure a stack that has done nothing yet."""
     time.sleep(2)
     detail: dict[str, float] = {}
-    for name in _SERVICES:
-        process = psutil.Process(stack.process(name).pid)
-        family = [process, *process.children(recursive=True)]
-        detail[name] = round(sum(_pss_mb(one.pid) for one in family), 1)
+    for name in SERVICES:
+        detail[name] = round(sum(_pss_mb(one.pid) for one in family(stack, name)), 1)
     return [Row("idle_mb", sum(detail.values()), "MB", dict(detail))]
