@@ -26,6 +26,7 @@ from byokeep import dsse, hpke
 from byokeep.common.v1 import options_pb2
 from byokeep.encoding import fields
 from byokeep.ids import new_id
+from byokeep.keyshape import KeyFormatError
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.sealing import MAX_WINDOW, SealContext
 
@@ -43,13 +44,6 @@ _REMAINING = datetime.timedelta(minutes=15)
 _CHILD_SECONDS = 20.0
 _CHILDREN = 4  # at once
 _REMEMBERED = 16
-_REFUSALS = {
-    "seal": ("SEAL_INVALID", "the sealed key does not open for this tenant, key and request"),
-    "charset": ("KEY_CHARSET", "a provider key has printable ASCII characters only"),
-    "length": ("KEY_LENGTH", "a provider key has 16 to 512 characters"),
-    "provider": ("KEY_OF_OTHER_PROVIDER", "this looks like a key of another provider"),
-    "admin": ("KEY_IS_ADMIN", "an administrator's key is refused; use an ordinary API key"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +102,7 @@ class IntakeKeys:
         """Open a seal in a one-shot process, and encrypt it there under a data key.
 
         Raises:
-            ByokeepError: INTAKE_KEY_EXPIRED, SEAL_INVALID, KEY_CHARSET, KEY_LENGTH, KEY_IS_ADMIN,
-                KEY_OF_OTHER_PROVIDER.
+            ByokeepError: INTAKE_KEY_EXPIRED, SEAL_INVALID, or as byokeep.keyshape refuses.
         """
         key = await store.get(self._database, sealed.intake_key_id)
         if key is None or key.suite != sealed.suite:
@@ -131,7 +124,7 @@ class IntakeKeys:
                 output = await asyncio.to_thread(_run_child, head, private.reveal(), data_key)
         answer = json.loads(output)
         if "refusal" in answer:
-            raise refusal(answer["refusal"])
+            raise refusal(answer["refusal"], context.provider)
         return Opened(bytes.fromhex(answer["envelope"]), answer["hint"])
 
     async def forget_closed(self) -> None:
@@ -206,10 +199,14 @@ def _expired() -> ByokeepError:
     )
 
 
-def refusal(rule: str) -> ByokeepError:
-    """Return the error for what the one-shot process refused, by its rule (see _REFUSALS)."""
-    reason, sentence = _REFUSALS[rule]
-    field = "sealed_key" if reason == "SEAL_INVALID" else "key"
+def refusal(rule: str, provider: str) -> ByokeepError:
+    """Return the error for what the one-shot process refused: `seal`, or a rule of keyshape."""
+    if rule == "seal":
+        field, reason = "sealed_key", "SEAL_INVALID"
+        sentence = "the sealed key does not open for this tenant, key and request"
+    else:
+        refused = KeyFormatError(rule, provider)
+        field, reason, sentence = "key", refused.reason, str(refused)
     return ByokeepError(grpc.StatusCode.INVALID_ARGUMENT, reason, sentence, field=field, rule=rule)
 
 

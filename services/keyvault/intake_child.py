@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from byokeep import hpke
-from byokeep.sealing import KeyFormatError, check_key
+from byokeep.keyshape import KeyFormatError, check_key
 
 from services.common import hardening, logs
 from services.keyvault.envelope import Context, encrypt
@@ -31,8 +31,7 @@ def answer(order: dict[str, Any], private: bytes, data_key: bytearray) -> dict[s
     except hpke.SealError:
         return {"refusal": "seal"}
     try:
-        # Latin-1 maps every byte, so that the check sees what a refusal is about.
-        key = opened.decode("latin-1")
+        key = opened.decode(errors="replace")
         check_key(order["provider"], key)
     except KeyFormatError as error:
         return {"refusal": error.rule}

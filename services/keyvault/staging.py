@@ -150,7 +150,7 @@ class Staging:
         if earlier.digest != order.digest():
             raise domain.id_conflict()
         if earlier.refusal is not None:
-            raise refusal(earlier.refusal)
+            raise refusal(earlier.refusal, order.provider)
         if earlier.version is not None:
             return earlier.version
         # Whoever the actor is said to be: a tenant's own cap holds, so that a rogue

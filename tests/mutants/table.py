@@ -576,6 +576,20 @@ MUTANTS = (
         (_SEC + "test_intake.py::test_key_charset",),
     ),
     Mutant(
+        "a stranger's key is sealed for the provider that was named",
+        "clients/python/src/byokeep/keyshape.py",
+        "    if issuer != provider:\n",
+        "    if False:\n",
+        ("tests/unit/test_keyshape.py::test_the_published_cases_hold",),
+    ),
+    Mutant(
+        "a key in quotation marks is sealed",
+        "clients/python/src/byokeep/keyshape.py",
+        "        if re.search(form.pattern, head):",
+        "        if name != 'quotes' and re.search(form.pattern, head):",
+        ("tests/unit/test_keyshape.py::test_the_published_cases_hold",),
+    ),
+    Mutant(
         "hints of short keys show the last four",
         _KV + "hint.py",
         "key[-4:] if len(key) >= 24 else ''",

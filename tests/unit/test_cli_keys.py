@@ -56,13 +56,20 @@ def test_stdin_loses_one_newline(edge, byokeep, given, kept):
         (b"sk-short", "KEY_LENGTH"),
         (b"sk-" + b"a" * 600, "KEY_LENGTH"),
         (b"sk-admin-" + b"a1" * 20, "KEY_IS_ADMIN"),
+        (b'"' + KEY.encode() + b'"', "KEY_FORMAT"),
+        (b"OPENAI_API_KEY=" + KEY.encode(), "KEY_FORMAT"),
+        (b"https://example/?key=" + KEY.encode(), "KEY_FORMAT"),
+        (b'{"key": "' + KEY.encode() + b'"}', "KEY_FORMAT"),
+        (b"sk-ant-api03-" + b"a1" * 20, "KEY_OF_OTHER_PROVIDER"),
+        (b"sk-or-v1-" + b"a1" * 20, "KEY_OF_OTHER_PROVIDER"),
+        (b"AQ." + b"a1" * 20, "KEY_OF_OTHER_PROVIDER"),
     ],
 )
 def test_what_cannot_be_a_key_is_refused_before_it_is_sealed(edge, byokeep, given, reason):
     ran = byokeep("key", "add", "openai", "--stdin", stdin=given)
     assert ran.code == 2
     assert reason in ran.err
-    assert edge.sent(key_pb2.AddKeyRequest) == []
+    assert edge.requests == []
     assert given.decode(errors="replace").strip() not in ran.err
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 
 import pytest
 from byokeep import dsse, hpke, sealing
 from byokeep.common.v1 import options_pb2
+from byokeep.keyshape import KeyFormatError
 from byokeep.keyvault.v1 import custody_pb2
-from byokeep.sealing import KeyFormatError, SealContext, UntrustedIntakeKeyError
+from byokeep.sealing import SealContext, UntrustedIntakeKeyError
 
 from tests.harness.chain import SigningKey
 
@@ -146,45 +146,11 @@ def test_a_malformed_public_key_is_refused(length):
         sealing.seal_key(KEY, CONTEXT, target)
 
 
-BAD = ["\n", "\r", "\0", " ", "\t", "\x7f", "é", "\u200b", "\ud800"]
-
-
-@pytest.mark.parametrize(("bad", "at"), list(itertools.product(BAD, [0, 12, 32])))
-def test_bad_characters_are_refused_without_echo(bad, at):
-    key = KEY[:at] + bad + KEY[at:]
-    with pytest.raises(KeyFormatError) as caught:
-        sealing.check_key("openai", key)
-    assert caught.value.rule == "charset"
-    assert "aB3x" not in str(caught.value) + repr(caught.value)
-
-
-@pytest.mark.parametrize("length", [0, 15, 513, 10_000])
-def test_bad_lengths(length):
-    with pytest.raises(KeyFormatError) as caught:
-        sealing.check_key("gemini", "a" * length)
-    assert caught.value.rule == "length"
-
-
-@pytest.mark.parametrize("length", [16, 512])
-def test_lengths_that_are_taken(length):
-    sealing.check_key("gemini", "a" * length)
-
-
-@pytest.mark.parametrize(
-    ("provider", "key", "refused"),
-    [
-        ("openai", "sk-admin-" + "a" * 30, True),
-        ("anthropic", "sk-ant-admin01-" + "a" * 30, True),
-        ("openai", "sk-proj-" + "a" * 30, False),
-        ("gemini", "sk-admin-" + "a" * 30, True),
-    ],
-)
-def test_administrators_keys(provider, key, refused):
-    if not refused:
-        sealing.check_key(provider, key)
-        return
-    with pytest.raises(KeyFormatError, match="administrator"):
-        sealing.check_key(provider, key)
+def test_what_cannot_be_a_key_is_not_sealed(private):
+    """The rule itself: tests/unit/test_keyshape.py."""
+    target = custody_pb2.IntakeStatement(suite=private.suite, public_key=private.public_bytes)
+    with pytest.raises(KeyFormatError):
+        sealing.seal_key(f'"{KEY}"', CONTEXT, target)
 
 
 def test_no_exception_of_sealing_holds_the_key_in_its_chain():

@@ -23,6 +23,7 @@ import grpc
 
 from byokeep import names, sealing
 from byokeep.identity import Followed, IdentityError, Pem, TlsFiles, checked
+from byokeep.keyshape import check_key
 from byokeep.keyvault.v1 import admin_pb2_grpc, audit_pb2_grpc, custody_pb2
 from byokeep.orchestrator.v1 import (
     key_pb2,
@@ -165,7 +166,7 @@ class Connection:
             UntrustedIntakeKeyError: the statement is not to be believed; nothing was sealed.
             grpc.RpcError: the statement could not be had.
         """
-        sealing.check_key(provider, key_text)
+        check_key(provider, key_text)
         answer = self.keys.GetIntakeKey(
             key_pb2.GetIntakeKeyRequest(parent=self.parent, suite=sealing.SUITE)
         )

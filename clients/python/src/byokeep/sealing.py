@@ -17,35 +17,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from byokeep import dsse, hpke
 from byokeep.common.v1 import options_pb2
 from byokeep.encoding import fields
+from byokeep.keyshape import check_key
 from byokeep.keyvault.v1 import custody_pb2
 
 LABEL = "byokeep/intake/v1"
 MAX_WINDOW = datetime.timedelta(hours=1)
-KEY_MIN, KEY_MAX = 16, 512
 SUITE = hpke.HYBRID_V1
 
 _SKEW = datetime.timedelta(minutes=2)
-_ADMIN_PREFIXES = ("sk-admin-", "sk-ant-admin")
-# Shapes that are one provider's for certain; others change, so they are not judged.
-_OWN_PREFIXES = {
-    "sk-ant-": "anthropic",
-    "sk-proj-": "openai",
-    "sk-svcacct-": "openai",
-    "AIza": "gemini",
-}
 
 
 class UntrustedIntakeKeyError(Exception):
     """The intake statement is not one that this client may seal to."""
-
-
-class KeyFormatError(ValueError):
-    """The text can't be a provider key. `rule` is charset, length, admin or provider."""
-
-    def __init__(self, rule: str, message: str) -> None:
-        """Keep the rule that was broken beside the sentence."""
-        super().__init__(message)
-        self.rule = rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,33 +54,6 @@ class SealContext:
             self.key_id,
             self.operation,
             self.request_id,
-        )
-
-
-def check_key(provider: str, key: str) -> None:
-    """Refuse what can't be a key or must not be kept. Raises KeyFormatError."""
-    if not KEY_MIN <= len(key) <= KEY_MAX:
-        raise KeyFormatError(
-            "length", f"a provider key has {KEY_MIN} to {KEY_MAX} characters; this has {len(key)}"
-        )
-    if any(not "\x21" <= character <= "\x7e" for character in key):
-        raise KeyFormatError(
-            "charset",
-            "a provider key has printable ASCII characters only:"
-            " no blank, line break or accented letter",
-        )
-    if key.startswith(_ADMIN_PREFIXES):
-        raise KeyFormatError(
-            "admin",
-            "this is an administrator's key, which can make and delete keys;"
-            " create an ordinary API key for reviews",
-        )
-
-    owner = next((who for shape, who in _OWN_PREFIXES.items() if key.startswith(shape)), provider)
-    if owner != provider:
-        # Asking the wrong provider would disclose it to a stranger.
-        raise KeyFormatError(
-            "provider", f"this looks like a key of {owner}, not of {provider}; nothing was sent"
         )
 
 

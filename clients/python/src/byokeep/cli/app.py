@@ -132,8 +132,9 @@ def _run(arguments: Sequence[str]) -> int | CliError:
 
 def _explain(error: Exception) -> CliError:
     from byokeep.auditlog import VerificationError
+    from byokeep.keyshape import KeyFormatError
     from byokeep.profile import ProfileError
-    from byokeep.sealing import KeyFormatError, UntrustedIntakeKeyError
+    from byokeep.sealing import UntrustedIntakeKeyError
 
     if isinstance(error, typer.Abort):
         print(file=sys.stderr)
@@ -141,7 +142,7 @@ def _explain(error: Exception) -> CliError:
     if isinstance(error, ProfileError):
         return CliError(str(error), error.hint, reason="CONFIGURATION")
     if isinstance(error, KeyFormatError):
-        return CliError(str(error), reason=f"KEY_{_RULES[error.rule]}")
+        return CliError(str(error), "nothing was sealed or sent", reason=error.reason)
     if isinstance(error, UntrustedIntakeKeyError):
         return from_untrusted(error)
     if isinstance(error, VerificationError):
@@ -160,14 +161,6 @@ def _explain(error: Exception) -> CliError:
         Exit.UNAVAILABLE,
         reason="INTERNAL",
     )
-
-
-_RULES = {
-    "charset": "CHARSET",
-    "length": "LENGTH",
-    "admin": "IS_ADMIN",
-    "provider": "OF_OTHER_PROVIDER",
-}
 
 
 def from_untrusted(error: Exception) -> CliError:

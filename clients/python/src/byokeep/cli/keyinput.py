@@ -46,7 +46,7 @@ def _from_stdin() -> str:
     text = raw.removesuffix(b"\n").removesuffix(b"\r") if raw.endswith(b"\n") else raw
     if not text:
         raise CliError("there is no key on standard input")
-    return text.decode("ascii", "replace")
+    return text.decode(errors="replace")
 
 
 def _from_prompt(provider: str) -> str:

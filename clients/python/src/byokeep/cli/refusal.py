@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from byokeep.cli.errors import CliError
+from byokeep.keyshape import KNOWN_PREFIX
 
-# Public prefixes of the three providers' keys.
-_PREFIX = r"(?:sk[-_]|AIza|AQ\.)"
-_WHOLE = re.compile(rf"{_PREFIX}[A-Za-z0-9._-]*")
-_INSIDE = re.compile(rf"(?<![A-Za-z0-9]){_PREFIX}[A-Za-z0-9._-]{{16,}}")
+_WHOLE = re.compile(r"(?:sk[-_]|AIza|AQ\.)[A-Za-z0-9._-]*")
+_INSIDE = re.compile(rf"(?<![A-Za-z0-9])(?:{KNOWN_PREFIX}|sk_)[A-Za-z0-9._-]{{16,}}")
 _RANDOM = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*[0-9])[A-Za-z0-9_-]{32,}")
 
 
