@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -20,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from services.common import authz, hardening, logs
+from services.common.background import Background
 from services.common.config import ConfigError, ServiceSettings
 from services.common.errors import ByokeepError
 from services.common.interceptor import Gate
@@ -28,6 +30,8 @@ from services.common.tls import ServerIdentity
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 10.0
 _HEALTH_SECONDS = 1.0
+# A service that can't even say so within this time is not well.
+_MISSING_SECONDS = 5.0
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 
 _OPTIONS: list[tuple[str, int]] = [
@@ -40,14 +44,20 @@ _OPTIONS: list[tuple[str, int]] = [
 
 
 class App(Protocol):
-    """What a service brings. It may also have `authorize` and `denied` (see interceptor), and
-    `serving`: an async function that says whether its health is to be SERVING."""
+    """What a service brings. It may also have `authorize` and `denied` (see interceptor)."""
+
+    #: What it does beside its calls; nothing of it may be down for health to be SERVING.
+    background: Background
 
     async def start(self) -> None:
         """Open what the service needs, before it serves."""
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add its servicers."""
+
+    async def missing(self) -> list[str]:
+        """Name what the service can't work without and has not got now: health says SERVING
+        where that is nothing."""
 
     async def stop(self) -> None:
         """Close everything, after the last call ended."""
@@ -142,9 +152,10 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
     gc.collect()
     gc.freeze()
     logs.event(log, "serving", listen=settings.listen, deployment=settings.deployment)
-    following = asyncio.create_task(_follow(app, status))
+    health = Background()
+    health.every("health", _HEALTH_SECONDS, _Health(app, health, status).look)
     await stop.wait()
-    following.cancel()
+    await health.close()
     logs.event(log, "draining")
     await status.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     await server.stop(DRAIN_SECONDS)
@@ -153,21 +164,27 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
     logs.event(log, "stopped")
 
 
-async def _follow(app: App, status: health_aio.HealthServicer) -> None:
-    """Let the health port say what the service says of itself."""
-    ask = getattr(app, "serving", None)
-    known = True
-    while ask is not None:
-        await asyncio.sleep(_HEALTH_SECONDS)
-        try:
-            well = await ask()
-        except ByokeepError:
-            well = False
-        if well is not known:
-            logs.event(log, "health", level=logging.INFO if well else logging.ERROR, serving=well)
-            code = health_pb2.HealthCheckResponse
-            await status.set("", code.SERVING if well else code.NOT_SERVING)
-        known = well
+class _Health:
+    """Lets the health port say what the service says of itself."""
+
+    def __init__(self, app: App, own: Background, status: health_aio.HealthServicer) -> None:
+        self._app, self._own, self._status = app, own, status
+        self._known: list[str] = []
+
+    async def look(self) -> None:
+        """Look once."""
+        missing = ["no answer"]
+        with contextlib.suppress(ByokeepError, TimeoutError):
+            async with asyncio.timeout(_MISSING_SECONDS):
+                missing = await self._app.missing()
+        missing += self._app.background.down() + self._own.down()
+        if missing == self._known:
+            return
+        self._known = missing
+        level = logging.ERROR if missing else logging.INFO
+        logs.event(log, "health", level=level, serving=not missing, missing=missing)
+        code = health_pb2.HealthCheckResponse
+        await self._status.set("", code.NOT_SERVING if missing else code.SERVING)
 
 
 async def _health(listen: str) -> tuple[health_aio.HealthServicer, grpc.aio.Server]:

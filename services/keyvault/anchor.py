@@ -22,10 +22,10 @@ from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2
 
 from services.common import logs
+from services.common.background import each
 from services.common.errors import ByokeepError
 from services.keyvault import chain, merkle, position
 from services.keyvault.anchor_store import AnchorStore, Stored
-from services.keyvault.background import each
 from services.keyvault.database import Connection, Database
 from services.keyvault.position import Position
 from services.keyvault.store import log as store

@@ -16,9 +16,9 @@ from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2, lease_pb2
 from byokeep.names import provider_value
 
+from services.common.background import each
 from services.common.errors import ByokeepError
 from services.keyvault import chain, domain, kek
-from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, Row, aside
 from services.keyvault.differences import mismatch
 from services.keyvault.domain import WHOLE_KEY, Change, Key, State, Version

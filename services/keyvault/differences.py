@@ -14,10 +14,10 @@ import grpc
 from byokeep.keyvault.v1 import audit_pb2
 
 from services.common import logs
+from services.common.background import each
 from services.common.errors import ByokeepError
 from services.keyvault import chain
 from services.keyvault.anchor import stale
-from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, Row
 from services.keyvault.domain import Key, State, wrong_state
 from services.keyvault.following import MISMATCH, Following

@@ -19,9 +19,9 @@ from byokeep.keyvault.v1 import audit_pb2
 from byokeep.sealing import MAX_WINDOW
 
 from services.common import logs
+from services.common.background import each
 from services.common.errors import ByokeepError
 from services.keyvault import chain, kek
-from services.keyvault.background import each
 from services.keyvault.database import Database
 from services.keyvault.store import epochs as store
 

@@ -22,10 +22,10 @@ from typing import TypeVar
 import grpc
 
 from services.common import logs
+from services.common.background import each
 from services.common.errors import ByokeepError
 from services.keyvault import chain
 from services.keyvault.anchor import STALE_SECONDS, Anchor, stale
-from services.keyvault.background import each
 from services.keyvault.database import Connection, Database, is_lost
 from services.keyvault.differences import Differences, chain_broken
 from services.keyvault.following import (

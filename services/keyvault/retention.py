@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from byokeep.keyvault.v1 import audit_pb2
 
+from services.common.background import each
 from services.keyvault import chain
-from services.keyvault.background import each
 from services.keyvault.database import Database, Row
 from services.keyvault.domain import HELD_AFTER, STATE_AFTER, WHOLE_AFTER, WHOLE_KEY, State
 from services.keyvault.following import MISMATCH, PRUNED, Following

@@ -18,9 +18,9 @@ from byokeep.ids import new_id
 from byokeep.keyvault.v1 import audit_pb2
 
 from services.common import logs
+from services.common.background import each
 from services.common.errors import ByokeepError
 from services.keyvault import chain, kek
-from services.keyvault.background import each
 from services.keyvault.database import Connection, Database
 from services.keyvault.domain import State
 from services.keyvault.following import MISMATCH

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Awaitable, Callable
 from typing import Literal
 
 import grpc
@@ -16,11 +15,11 @@ from byokeep.keyvault.v1 import (
     lease_pb2_grpc,
 )
 
+from services.common.background import Background, each
 from services.common.config import ConfigError, read_secret_file
 from services.common.errors import ByokeepError
 from services.keyvault import (
     anchor,
-    background,
     checkpoints,
     denials,
     epochs,
@@ -96,7 +95,7 @@ class App:
         self._anchor = Anchor(self._database, anchored, settings.deployment)
         self._revocations = Revocations(self._database)
         self._grant_keys = grants.GrantKeys(settings.grant_keys_dir)
-        self._tasks: list[asyncio.Task[None]] = []
+        self.background = Background()
 
     async def start(self) -> None:
         """Connect, open keyvault's own keys, look at the anchor, start what runs beside."""
@@ -122,11 +121,11 @@ class App:
         # Anchor and pass look once before anything is served. What the pass fails of gives no
         # lease, and must not keep an operator from seeing why.
         await self._anchor.tick()
-        await background.each("reconcile", (self._reconcile.once,), lambda step: step())
+        await each("reconcile", (self._reconcile.once,), lambda step: step())
         await self._revocations.start()
         if self._role in ("all", "admin"):
             # A backend that is away now must not keep the admin role from starting.
-            await background.each("epochs", (self._epochs.tick,), lambda step: step())
+            await each("epochs", (self._epochs.tick,), lambda step: step())
         self._run_beside()
 
     def _wire(self, kept: datetime.timedelta) -> None:
@@ -205,31 +204,33 @@ class App:
 
     def _run_beside(self) -> None:
         """Start what goes on beside the calls."""
-        self._run("denials", denials.TICK_SECONDS, self._denials.tick)
-        self._run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
-        self._run("checkpoints", checkpoints.TICK_SECONDS, self._checkpoints.tick)
-        self._run(
+        run = self.background.every
+        run("denials", denials.TICK_SECONDS, self._denials.tick)
+        run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
+        run("checkpoints", checkpoints.TICK_SECONDS, self._checkpoints.tick)
+        run(
             "reconcile",
             reconcile.INTERVAL_SECONDS,
             self._reconcile.once,
             self._reconcile.save_if_due,
         )
-        self._run("retention", retention.TICK_SECONDS, self._retention.tick)
-        self._run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read)
-        self._run("sweep", _SWEEP_SECONDS, self._releases.expire, self._custody.sweep)
-        self._run("keys", _KEYS_SECONDS, self._follow_keys, self._grant_keys.follow)
+        run("retention", retention.TICK_SECONDS, self._retention.tick)
+        run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read, vital=True)
+        run("sweep", _SWEEP_SECONDS, self._releases.expire, self._custody.sweep)
+        run("keys", _KEYS_SECONDS, self._follow_keys, self._grant_keys.follow)
         if self._role in ("all", "data"):
-            self._run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
-        self._run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
-        self._run("requests", _FORGET_SECONDS, self._custody.forget)
+            run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
+        run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
+        run("requests", _FORGET_SECONDS, self._custody.forget)
         if self._role in ("all", "admin"):
-            self._run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
-            self._run("jobs", _FORGET_SECONDS, self._rotation.forget, self._rotation.resweep)
-            self._run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
+            run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
+            run("jobs", _FORGET_SECONDS, self._rotation.forget, self._rotation.resweep)
+            run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
 
-    async def serving(self) -> bool:
-        """Say whether calls are worth sending here: every KEK backend would answer."""
-        return all([(await backend.health()).ok for backend in self._backends])
+    async def missing(self) -> list[str]:
+        """Name the KEK backends that would not answer, with the state of each."""
+        found = {backend.name: await backend.health() for backend in self._backends}
+        return [f"{name}: {health.state}" for name, health in found.items() if not health.ok]
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers of the role."""
@@ -277,18 +278,14 @@ class App:
 
     async def stop(self) -> None:
         """Write what is counted, anchor once more, close."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.background.close()
 
         async def count() -> None:
             await self._denials.flush(0.0, everything=True)
 
         steps = (count, self._anchor.tick, self._reconcile.once, self._reconcile.save)
         # A locked table must not hold a shutdown up.
-        await background.each(
-            "last_write", steps, lambda step: asyncio.wait_for(step(), _LAST_SECONDS)
-        )
+        await each("last_write", steps, lambda step: asyncio.wait_for(step(), _LAST_SECONDS))
         await self._backends.close()
         await self._reading.close()
         await self._database.close()
@@ -300,6 +297,3 @@ class App:
         await system_keys.refresh(
             self._keys, self._database, self._backends, self._settings.deployment
         )
-
-    def _run(self, name: str, seconds: float, *steps: Callable[[], Awaitable[None]]) -> None:
-        self._tasks.append(asyncio.create_task(background.forever(name, seconds, *steps)))

@@ -50,24 +50,16 @@ class RevocationWatch:
         self._settled = asyncio.Event()
         self._settled.set()
         self._silent: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[None] | None = None
 
     @property
     def healthy(self) -> bool:
         """Whether a revocation would be heard: new calls may start."""
         return self._healthy.is_set()
 
-    def start(self) -> None:
-        """Begin to watch."""
-        self._task = asyncio.create_task(self._watch())
-
-    async def close(self) -> None:
-        """Stop watching."""
+    def close(self) -> None:
+        """Kill nobody any more."""
         if self._silent is not None:
             self._silent.cancel()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
 
     @contextlib.asynccontextmanager
     async def leasing(self) -> AsyncIterator[None]:
@@ -97,7 +89,8 @@ class RevocationWatch:
         """Forget a lease whose child is gone."""
         self._holders.pop(lease_id, None)
 
-    async def _watch(self) -> None:
+    async def watch(self) -> None:
+        """Watch for ever."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_SILENCE_SECONDS):
@@ -109,13 +102,16 @@ class RevocationWatch:
                 code = error.code().name
             except TimeoutError:
                 code = "SILENCE"
-            except Exception as error:
-                # This task must outlive a defect: without it no key is ever leased again.
-                logs.failure(log, "revocations_broke", error)
-            if self.healthy:
-                logs.event(log, "revocations_lost", level=logging.WARNING, code=code)
-            self._healthy.clear()
+            except Exception:
+                self._lost("DEFECT")
+                raise
+            self._lost(code)
             await asyncio.sleep(_RECONNECT_SECONDS)
+
+    def _lost(self, code: str) -> None:
+        if self.healthy:
+            logs.event(log, "revocations_lost", level=logging.WARNING, code=code)
+        self._healthy.clear()
 
     async def _follow(self) -> None:
         call = self._stub.WatchRevocations(

@@ -12,6 +12,7 @@ from byokeep import transport
 from byokeep.runner.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
 
 from services.common import logs
+from services.common.background import Background
 from services.common.config import ConfigError
 from services.llm_runner.attempt import Means
 from services.llm_runner.attempts import Attempts
@@ -34,6 +35,7 @@ class App:
         self._settings = settings
         self._spawner = spawner
         self.zygote_lost = False
+        self.background = Background()
 
     async def start(self) -> None:
         """Wait for the zygote, and open the channel to keyvault. Raises ConfigError."""
@@ -50,17 +52,22 @@ class App:
         except (SpawnError, TimeoutError):
             raise ConfigError("the zygote does not start; it says above why") from None
         self._spawner.lost = self._lost
-        self._watch.start()
+        self.background.run("revocations", self._watch.watch)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add RunnerService."""
         add_RunnerServiceServicer_to_server(RunnerService(self._attempts), server)
 
+    async def missing(self) -> list[str]:
+        """Name keyvault where no revocation would be heard: no key is leased then."""
+        return [] if self._watch.healthy else ["keyvault's revocations"]
+
     async def stop(self) -> None:
         """Kill what is left, release its leases, close everything."""
         await self._attempts.close(_STOP_SECONDS)
         await self._leases.close(_STOP_SECONDS)
-        await self._watch.close()
+        await self.background.close()
+        self._watch.close()
         await self._spawner.close()
         await self._channel.close()
 

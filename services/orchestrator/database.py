@@ -119,6 +119,15 @@ class Database:
             "the database has no schema: run 'python -m services.orchestrator migrate' first"
         )
 
+    async def answers(self) -> bool:
+        """Say whether the database answers."""
+        try:
+            async with self.statement() as session:
+                await session.one("SELECT")
+        except ByokeepError:
+            return False
+        return True
+
     async def close(self) -> None:
         """Close every connection."""
         await self._pool.close()

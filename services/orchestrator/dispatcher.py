@@ -89,22 +89,13 @@ class Dispatcher:
                 del self._running[attempt_id]
 
     async def beat(self) -> None:
-        """Say that our attempts live, for ever; stop those that are not ours any more."""
-        while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            try:
-                await self.beat_once()
-            except ByokeepError:
-                continue  # told where it was raised; the next beat comes
-
-    async def beat_once(self) -> None:
         """Say that our attempts live; stop those that are not ours any more."""
         ours = dict(self._running)
         if not ours:
             return
         alive = await self._store.heartbeat(list(ours))
-        for attempt_id in ours.keys() - alive:
-            await ours[attempt_id].stop()
+        # At once: no runner that takes no word may keep the next beat from coming.
+        await asyncio.gather(*(ours[attempt_id].stop() for attempt_id in ours.keys() - alive))
 
     async def _opened(self, work: Work) -> Work | None:
         """Open what is to be reviewed; where it can't be, the attempt has ended with that."""

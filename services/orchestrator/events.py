@@ -52,17 +52,6 @@ class Events:
         """Prepare to listen on a `postgresql://` URL."""
         self._url = database_url
         self._subscriptions: dict[tuple[str, str], set[Subscription]] = {}
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to listen."""
-        self._task = asyncio.create_task(self._listen(), name="events")
-
-    async def stop(self) -> None:
-        """End listening."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
 
     @contextmanager
     def subscribe(self, channel: str, payload: str) -> Iterator[Subscription]:
@@ -77,7 +66,8 @@ class Events:
             if not left:
                 del self._subscriptions[channel, payload]
 
-    async def _listen(self) -> None:
+    async def listen(self) -> None:
+        """Listen for ever; a lost connection is made anew."""
         while True:
             try:
                 await self._receive()

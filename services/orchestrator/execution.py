@@ -136,8 +136,9 @@ class Execution:
         self._lost = True
         if self._deadline is not None:
             self._deadline.reschedule(asyncio.get_running_loop().time() + _LAST_WORD_SECONDS)
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await self._say(cancel=runner_pb2.Cancel(key_revoked=key_revoked))
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError, TimeoutError):
+            async with asyncio.timeout(_LAST_WORD_SECONDS):
+                await self._say(cancel=runner_pb2.Cancel(key_revoked=key_revoked))
 
     async def _until_outcome(self) -> int | None:
         """Converse; return the outcome's sequence number, or None where none came."""
@@ -197,8 +198,11 @@ class Execution:
 
     @asynccontextmanager
     async def _limited(self) -> AsyncIterator[None]:
-        async with asyncio.timeout(None) as self._deadline:
-            yield
+        try:
+            async with asyncio.timeout(None) as self._deadline:
+                yield
+        finally:
+            self._deadline = None  # over: nothing is left to be hurried
 
     async def _hear(self, response: runner_pb2.ExecuteResponse) -> bool:
         """Act on a response; True for the outcome."""

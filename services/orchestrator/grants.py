@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.common.config import ConfigError, read_secret_file
 
 GRANT_SECONDS: Final = 60
-_LOOK_SECONDS: Final = 2.0
+LOOK_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +48,10 @@ class GrantSigner:
         self._runner_class = runner_class
 
     async def follow(self) -> None:
-        """Look at the file again and again; one that can't be read raises an alarm, and the key
-        before it goes on signing. keyvault must trust the new key before: its public part goes
-        into BYOKEEP_GRANT_KEYS_DIR first."""
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)
-            self._key.refresh()
+        """Look at the file again; one that can't be read raises an alarm, and the key before it
+        goes on signing. keyvault must trust the new key before: its public part goes into
+        BYOKEEP_GRANT_KEYS_DIR first."""
+        self._key.refresh()
 
     def sign(self, subject: Subject, recipient_public_key: bytes) -> SignedEnvelope:
         """Return a signed grant that only the holder of the recipient's key can make use of."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from typing import Any, Final
+from typing import Any
 
 import grpc
 from byokeep.common.v1 import options_pb2
@@ -18,15 +17,16 @@ from byokeep.orchestrator.v1 import (
 from byokeep.runner.v1 import runner_pb2_grpc
 from byokeep.transport import aio_channel
 
-from services.common import authz, logs, models
+from services.common import authz, models
+from services.common.background import Background
 from services.common.config import ConfigError
 from services.orchestrator.access import Authority
 from services.orchestrator.config import Settings, database_url
 from services.orchestrator.content import ContentKeys
 from services.orchestrator.database import Database
-from services.orchestrator.dispatcher import Dispatcher
+from services.orchestrator.dispatcher import HEARTBEAT_SECONDS, Dispatcher
 from services.orchestrator.events import Events
-from services.orchestrator.grants import GrantSigner
+from services.orchestrator.grants import LOOK_SECONDS, GrantSigner
 from services.orchestrator.keys import KeyServicer
 from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.queue import Queue
@@ -39,9 +39,6 @@ from services.orchestrator.store_tenants import TenantStore
 from services.orchestrator.sweeper import Sweeper
 from services.orchestrator.tenants import CallerServicer, TenantServicer
 from services.orchestrator.verdicts import Verdicts
-
-log = logging.getLogger(__name__)
-_RUN_AGAIN_SECONDS: Final = 1.0
 
 
 class App:
@@ -69,8 +66,8 @@ class App:
         self._authority = Authority(self.tenants)
         self._channels: list[grpc.aio.Channel] = []
         self._stopping = asyncio.Event()
-        self._worker: asyncio.Task[None] | None = None
-        self._chores: list[asyncio.Task[None]] = []
+        self._drained = asyncio.Event()
+        self.background = Background()
 
     async def start(self) -> None:
         """Open database, queue and channels, and begin to work."""
@@ -105,13 +102,12 @@ class App:
         )
         await self._database.open()
         await self.queue.open()
-        self._events.start()
-        self._worker = asyncio.create_task(self._work(), name="worker")
-        self._chores = [
-            asyncio.create_task(self.dispatcher.beat(), name="heartbeat"),
-            asyncio.create_task(self.sweeper.run(), name="sweeper"),
-            asyncio.create_task(self._signer.follow(), name="grant-key"),
-        ]
+        background = self.background
+        background.run("events", self._events.listen)
+        background.run("queue", self._work)
+        background.every("heartbeat", HEARTBEAT_SECONDS, self.dispatcher.beat, vital=True)
+        background.every("grant-key", LOOK_SECONDS, self._signer.follow)
+        self.sweeper.start(background)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers."""
@@ -156,28 +152,23 @@ class App:
         """Let a caller in with its rights for the tenant, or refuse it."""
         await self._authority.authorize(caller, access, request)
 
+    async def missing(self) -> list[str]:
+        """Name the database where it does not answer."""
+        return [] if await self._database.answers() else ["database"]
+
     async def stop(self) -> None:
         """Take no more attempts, wait for those that run, close everything."""
         self._stopping.set()
-        if self._worker is not None:
-            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(self._worker, self._settings.drain_seconds)
-        for chore in self._chores:
-            chore.cancel()
-        await asyncio.gather(*self._chores, return_exceptions=True)
-        await self._events.stop()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._drained.wait(), self._settings.drain_seconds)
+        await self.background.close()
         for channel in self._channels:
             await channel.close()
         await self.queue.close()
         await self._database.close()
 
     async def _work(self) -> None:
-        while not self._stopping.is_set():
-            failed: Exception | None = None
-            try:
-                await self.queue.run(self.dispatcher.handle, self._stopping)
-            except Exception as error:
-                failed = error
-            if failed is not None:
-                logs.failure(log, "queue_failed", failed)
-                await asyncio.sleep(_RUN_AGAIN_SECONDS)
+        await self.queue.run(self.dispatcher.handle, self._stopping)
+        if self._stopping.is_set():
+            self._drained.set()
+            await asyncio.Event().wait()  # its end is that of the service

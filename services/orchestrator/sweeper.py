@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2
 
 from services.common import logs
+from services.common.background import Background
 from services.common.errors import ByokeepError
 from services.orchestrator import domain
 from services.orchestrator.dispatcher import ORPHANED_SECONDS, review_ending, unreachable
@@ -66,13 +65,12 @@ class Sweeper:
         self._content_hours = content_hours
         self._findings_days = findings_days
 
-    async def run(self) -> None:
-        """Sweep for ever; a chore that has to wait for keyvault holds up no other."""
-        async with asyncio.TaskGroup() as chores:
-            chores.create_task(_every(_TICK_SECONDS, self.attempts))
-            chores.create_task(_every(_TICK_SECONDS, self._verdicts.apply_all))
-            chores.create_task(_every(_UNSCHEDULED_SECONDS, self.unscheduled))
-            chores.create_task(_every(_RETENTION_SECONDS, self.retention))
+    def start(self, background: Background) -> None:
+        """Sweep from now on; a chore that has to wait for keyvault holds up no other."""
+        background.every("attempts", _TICK_SECONDS, self.attempts, vital=True)
+        background.every("verdicts", _TICK_SECONDS, self._verdicts.apply_all)
+        background.every("unscheduled", _UNSCHEDULED_SECONDS, self.unscheduled)
+        background.every("retention", _RETENTION_SECONDS, self.retention)
 
     async def attempts(self) -> None:
         """Have attempts taken over whose worker is gone, or fence them off; enqueue again what
@@ -155,15 +153,3 @@ def after_silence(stale: Stale) -> Ending | ValidationEnding:
     delay = domain.retry_delay(failure, stale.tries) if stale.calls_left > 0 else None
     successor = None if delay is None else Successor(delay, stale.key_version)
     return review_ending(stale, failure, successor, "FENCED")
-
-
-async def _every(seconds: float, chore: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        failed: Exception | None = None
-        try:
-            await chore()
-        except Exception as error:
-            failed = error
-        if failed is not None:
-            logs.failure(log, "sweep_failed", failed)
-        await asyncio.sleep(seconds)

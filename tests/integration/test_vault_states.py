@@ -98,7 +98,7 @@ async def test_vault_states_a_quota_refuses_calls(keyvault, proxy):
     proxy.rule = lambda method, path: Answer(429) if "/decrypt/" in path else None
     for _ in range(5):
         assert await kv.try_lease(keyvault, key) == "KEK_UNAVAILABLE"
-    assert await keyvault.app.serving()
+    assert not await keyvault.app.missing()
     proxy.heal()
     assert await kv.try_lease(keyvault, key) == ""
 
@@ -113,7 +113,7 @@ async def test_vault_states_a_standby_serves(keyvault, proxy, status, state):
         return (await keyvault.app._backends.primary.health()).state == state
 
     await until(standby)
-    assert await keyvault.app.serving()
+    assert not await keyvault.app.missing()
     assert await kv.try_lease(keyvault, key) == ""
 
 
@@ -230,7 +230,7 @@ async def test_sealed_restarted_and_gone(own_vault, deployment, tmp_path):
                 return (await backend.health()).state == state
 
             await until(is_said)
-            assert not await keyvault.app.serving()
+            assert await keyvault.app.missing()
             assert await kv.try_lease(keyvault, key) == "KEK_UNAVAILABLE"
 
         vault.seal()

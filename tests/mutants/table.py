@@ -1233,7 +1233,7 @@ MUTANTS = (
     ),
     Mutant(
         "one bad row ends the pass",
-        _KV + "background.py",
+        "services/common/background.py",
         "            await act(item)\n        except Exception as error:\n            failed = error",
         "            await act(item)\n        except KeyError as error:\n            failed = error",
         ("tests/unit/test_background.py",),
@@ -1547,7 +1547,7 @@ MUTANTS = (
     ),
     Mutant(
         "cancelled work goes on",
-        _KV + "background.py",
+        "services/common/background.py",
         "        raise asyncio.CancelledError",
         "        return",
         ("tests/unit/test_background.py",),

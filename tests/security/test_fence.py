@@ -139,7 +139,7 @@ async def test_call_under_way_is_not_repeated_when_its_worker_falls_silent(stack
     ended = await stack.ended(review)
     assert ended.failure == review_pb2.FAILURE_REASON_AMBIGUOUS
     assert (ended.ambiguous_calls, ended.calls_started, ended.attempts) == (1, 1, 1)
-    await stack.app.dispatcher.beat_once()  # tells the silent worker
+    await stack.app.dispatcher.beat()  # tells the silent worker
     assert len(stack.runner.talks) == 1
     again = await stack.client("acme").reviews.RetryReview(
         review_pb2.RetryReviewRequest(name=review.name, request_id=request_id())
@@ -156,7 +156,7 @@ async def test_worker_that_lives_keeps_its_attempt(stack: Stack) -> None:
     async with asyncio.timeout(20):
         await paused.accepted.wait()
     await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
-    await stack.app.dispatcher.beat_once()
+    await stack.app.dispatcher.beat()
     (attempt,) = await stack.sql("SELECT id FROM attempt")
     await stack.app.sweeper.fence_off(attempt[0], "acme")
     assert await stack.app.attempts.take_over(attempt[0], ORPHANED_SECONDS) is None

@@ -16,10 +16,10 @@ from byokeep.keyvault.v1 import admin_pb2_grpc, audit_pb2
 from byokeep.names import tenant_name, tenant_of
 
 from services.common import authz
+from services.common.background import each
 from services.common.errors import ByokeepError
 from services.keyvault import chain, kek, needed, system_keys
 from services.keyvault.anchor import Anchor
-from services.keyvault.background import each
 from services.keyvault.custody import Custody, Origin, end_leases
 from services.keyvault.database import Database
 from services.keyvault.holds import Holds, Word

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from services.common.background import Background
 from services.common.config import ConfigError
 from services.common.secret import Secret
 from services.keyvault.config import Settings
@@ -56,7 +57,8 @@ class VaultBackend:
         self._keys = Keys(lambda: self.session("admin"), place)
         seconds = settings.vault_deadline_ms / 1000
         self._wire = Wire(_address(settings), _existing(settings.vault_ca))
-        self._watch = Watch(self._wire, settings.vault_namespace, seconds)
+        self._background = Background()
+        self._watch = Watch(self._wire, settings.vault_namespace, seconds, self._background)
         self._sessions: dict[str, Session] = {}
         for name, text, threads in (
             ("data", settings.vault_data_login, settings.vault_calls),
@@ -87,12 +89,15 @@ class VaultBackend:
                 raise failed
             await asyncio.sleep(_RETRY_SECONDS)
         self._watch.start(next(iter(self._sessions.values())).alive)
+        for name, session in self._sessions.items():
+            self._background.run(f"vault-token-{name}", session.keep)
 
     async def close(self) -> None:
         """Stop watching and renewing; tokens end with their life."""
-        await self._watch.close()
+        await self._background.close()
+        self._watch.close()
         for session in self._sessions.values():
-            await session.close()
+            session.close()
         self._wire.close()
 
     async def health(self) -> Health:

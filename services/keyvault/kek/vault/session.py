@@ -50,23 +50,17 @@ class Session:
         self._renewable = False
         self._since = 0.0
         self._logging_in = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Log in, and keep the token alive beside; nothing where that is done already.
+        """Log in; nothing where that is done already.
 
         Raises:
             KekUnavailableError: it was not possible now.
         """
-        if self._task is None:
-            await self._log_in("")
-            self._task = asyncio.create_task(self._keep())
+        await self._log_in("")
 
-    async def close(self) -> None:
-        """Stop renewing; the token ends with its life."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+    def close(self) -> None:
+        """Make no more calls; the token ends with its life."""
         self._pool.close()
 
     async def ask(
@@ -157,7 +151,7 @@ class Session:
         self._seconds = float(seconds) or _FOREVER
         self._since = time.monotonic()
 
-    async def _keep(self) -> None:
+    async def keep(self) -> None:
         """Renew the token, or log in anew, until cancelled; failures are retried."""
         pause = _RETRY_SECONDS[0]
         wait = self._seconds * _RENEW_AT

@@ -33,6 +33,7 @@ SENTENCES = {
     "sealed": "Vault is sealed; unseal it",
     "removed": "Vault's node was removed from its cluster; point keyvault at another",
     "starting": "keyvault has not reached Vault yet",
+    "unwatched": "keyvault's watch on Vault, or on its own token, died; it is started again",
     "unreachable": "Vault can't be reached at its address",
     "slow": "Vault does not answer within the deadline",
     "broken": "Vault's connection breaks off, or something else answers at its address",

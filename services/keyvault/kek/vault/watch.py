@@ -8,11 +8,12 @@ own token (which goes the whole way through Vault), are well.
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 
 from services.common import logs
+from services.common.background import Background
 from services.keyvault.kek import Health, KekUnavailableError
 from services.keyvault.kek.vault import states
 from services.keyvault.kek.vault.client import Call
@@ -30,29 +31,29 @@ _HARMLESS = frozenset({"ok", "busy", "rate_limited", "no_mount", "misconfigured"
 class Watch:
     """Vault's state (see the module)."""
 
-    def __init__(self, wire: Wire, namespace: str, seconds: float) -> None:
-        """Ask through `wire`, `seconds` at most."""
+    def __init__(self, wire: Wire, namespace: str, seconds: float, background: Background) -> None:
+        """Ask through `wire`, `seconds` at most; watch in `background`."""
         self._wire = wire
         self._pool = Pool("watch", 1, seconds)
         self._namespace = namespace
         self._state = "starting"
         self._failures = 0
         self._last_failure = ""
-        self._task: asyncio.Task[None] | None = None
+        self._background = background
 
     def start(self, alive: Callable[[], Awaitable[str]]) -> None:
         """Watch from now on; `alive` tries the whole way to Vault."""
-        self._task = asyncio.create_task(self._watch(alive))
+        look = functools.partial(self._look_on, alive)
+        self._background.every("vault-watch", _INTERVAL_SECONDS, look)
 
-    async def close(self) -> None:
-        """Stop watching."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+    def close(self) -> None:
+        """Ask no more."""
         self._pool.close()
 
     def health(self) -> Health:
         """Return how Vault is, as of the last look; asks nothing."""
+        if self._background.down():
+            return states.health("unwatched")
         return states.health(self._closed() or self._state)
 
     def refusal(self) -> KekUnavailableError | None:
@@ -94,9 +95,7 @@ class Watch:
         self._state = state
         return state
 
-    async def _watch(self, alive: Callable[[], Awaitable[str]]) -> None:
-        while True:
-            await asyncio.sleep(_INTERVAL_SECONDS)
-            state = await self.look()
-            if state in states.USABLE and self._failures >= _FAILURES:
-                self.note(await alive())
+    async def _look_on(self, alive: Callable[[], Awaitable[str]]) -> None:
+        state = await self.look()
+        if state in states.USABLE and self._failures >= _FAILURES:
+            self.note(await alive())
