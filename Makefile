@@ -18,12 +18,12 @@ VENV := .venv/.stamp
 PACKAGE := clients/python/src/byokeep
 STUBS := $(PACKAGE)/common/v1/options_pb2.py
 PROTOS := $(shell find protos -name '*.proto') protos/generate.py
-LINTED := services deploy tests clients/python/src/byokeep protos
+LINTED := services deploy docs tests clients/python/src/byokeep protos
 LOCKED := keyvault aws_kms orchestrator llm_runner
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run prove up down status clean test test-deep test-integration chaos mutants lint bench protos lock setup
+.PHONY: help run prove up down status clean test test-deep test-integration chaos mutants lint bench docs protos lock setup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -84,13 +84,17 @@ mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fai
 lint: $(VENV) $(STUBS) build/image.binpb ## ruff, mypy --strict, import-linter, buf
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
-	$(BIN)/mypy services deploy $(PACKAGE)
+	$(BIN)/mypy services deploy docs $(PACKAGE)
 	$(BIN)/lint-imports
 	$(BIN)/buf lint build/image.binpb --config protos/buf.yaml
 	$(BIN)/buf breaking build/image.binpb --against protos/baseline.binpb --config protos/buf.yaml
 
 bench: $(VENV) $(STUBS) ## measure; writes build/bench/results.json
 	$(BIN)/python -m tests.bench
+
+docs: $(VENV) $(STUBS) ## build the documentation as a site, into build/site
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/docs.txt
+	@$(BIN)/python -m docs.site
 
 protos: $(STUBS) ## make the Python stubs from protos/
 	@:
@@ -102,6 +106,7 @@ lock: $(VENV) ## pin and hash requirements/*.txt anew from the pyproject files
 		--no-emit-index-url --no-annotate requirements/openbao.in -o requirements/openbao.txt
 	for service in $(LOCKED); do \
 		$(COMPILE) --extra $$service pyproject.toml -o requirements/$$service.txt || exit 1; done
+	$(COMPILE) --extra docs pyproject.toml -o requirements/docs.txt
 	$(COMPILE) $(foreach extra,$(LOCKED) local dev,--extra $(extra)) pyproject.toml \
 		-o requirements/dev.txt
 
