@@ -1271,6 +1271,16 @@ MUTANTS = (
         ("tests/unit/test_profile.py::test_the_working_directory_brings_no_config",),
     ),
     Mutant(
+        "a trust bundle that others can write",
+        "clients/python/src/byokeep/profile.py",
+        '    text = _read(path, "trust bundle")\n    _check_owned(path)\n',
+        '    text = _read(path, "trust bundle")\n',
+        (
+            "tests/unit/test_profile.py::test_what_others_can_write_is_refused",
+            "tests/unit/test_profile.py::test_what_another_user_owns_is_refused",
+        ),
+    ),
+    Mutant(
         "make prove takes an answered call for a refusal",
         "deploy/local/prove/attack.py",
         '        raise GotThroughError(f"the call was answered with a {type(answer).__name__}")',

@@ -74,6 +74,8 @@ def test_default_profile_and_named_profile(config):
         ("profiles = 3", "no \\[profiles"),
         (f"[profiles.a]{PROFILE}[profiles.b]{PROFILE}", "several profiles"),
         ('default_profile = "x"\n[profiles.a]', "no such profile"),
+        ("default_profile = []\n[profiles.a]", "default_profile must be"),
+        ("[profiles.a]" + PROFILE.replace("trust.json", "\\u0000"), "NUL"),
         ("[profiles.a]", "no `orchestrator`"),
         (f"[profiles.a]{PROFILE}tenent = 'x'", "unknown setting tenent"),
         (f"[profiles.a]{PROFILE}keyvault = 'h:1'", "no `keyvault_name`"),
@@ -189,26 +191,77 @@ def test_this_environment_looks_in_its_checkout(tmp_path, checkout):
     assert found.stdout.strip() == str(config), found.stderr
 
 
-@pytest.mark.parametrize(
-    ("what", "mode"), [("file", 0o620), ("file", 0o602), ("folder", 0o770), ("folder", 0o707)]
-)
-def test_a_checkouts_config_that_others_can_write_is_refused(checkout, what, mode):
-    """Shown to fail without `_check_owned`."""
-    config, place = checkout
-    (config if what == "file" else config.parent).chmod(mode)
-    with pytest.raises(ProfileError, match="writable by others"):
-        find_config({}, **place)
+@pytest.mark.parametrize("what", ["config.toml", "trust.json", "."])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_what_others_can_write_is_refused(config, what, mode):
+    """Shown to fail without `_check_owned`, in `_profiles` and in `load_trust`."""
+    path = config.parent / what
+    path.chmod(path.stat().st_mode | mode)
+    with pytest.raises(ProfileError, match="writable by others") as caught:
+        load_profile(config=config)
+    assert caught.value.hint.endswith(f"chmod go-w {path}")
 
 
-def test_a_checkouts_config_of_another_user_is_refused(checkout, monkeypatch):
-    """Shown to fail without `_check_owned`."""
-    config, place = checkout
+@pytest.mark.parametrize("what", ["config.toml", "trust.json"])
+def test_what_another_user_owns_is_refused(config, what, monkeypatch):
+    """Shown to fail without `_check_owned`, in `_profiles` and in `load_trust`."""
     if os.geteuid() == 0:
-        os.chown(config, 4321, 4321)
+        os.chown(config.parent / what, 4321, 4321)
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 4321)
     with pytest.raises(ProfileError, match="another user"):
-        find_config({}, **place)
+        load_profile(config=config)
+
+
+def test_a_link_into_a_folder_of_others_is_refused(config, tmp_path):
+    """Shown to fail where only the link's own folder is looked at."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (config.parent / "trust.json").rename(shared / "trust.json")
+    (config.parent / "trust.json").symlink_to(shared / "trust.json")
+    assert load_profile(config=config).name == "demo"
+    shared.chmod(0o777)
+    with pytest.raises(ProfileError, match="writable by others"):
+        load_profile(config=config)
+
+
+def test_a_folder_where_nobody_replaces_files_of_others_will_do(config):
+    config.parent.chmod(0o1777)
+    assert load_profile(config=config).name == "demo"
+
+
+def test_a_config_with_a_byte_order_mark_is_read(config):
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    assert load_profile(config=config).name == "demo"
+
+
+@pytest.mark.parametrize("nested", ["[" * 100_000, "[" * 100_000 + "]" * 100_000])
+def test_what_is_nested_too_deep_is_told(config, nested):
+    """Shown to fail with json's and tomllib's RecursionError let through."""
+    trusted = (config.parent / "trust.json").read_text()
+    (config.parent / "trust.json").write_text(nested)
+    with pytest.raises(ProfileError, match="nested too deep"):
+        load_profile(config=config)
+    (config.parent / "trust.json").write_text(trusted)
+    config.write_text(f"x = {nested}")
+    with pytest.raises(ProfileError, match="nested too deep"):
+        load_profile(config=config)
+
+
+@pytest.mark.parametrize("name", ["config.toml", "trust.json", "me.key"])
+def test_a_device_a_pipe_and_a_heap_are_not_read(config, name):
+    """Shown to fail with `read_bytes`: /dev/zero takes all memory, a pipe hangs."""
+    path = config.parent / name
+    for kind in ("device", "pipe", "heap"):
+        path.unlink()
+        if kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.write_bytes(b" " * 1_048_577)
+        with pytest.raises(ProfileError, match="not a regular file|longer than"):
+            load_profile(config=config).read_identity()
 
 
 def test_no_config_says_how_to_get_one(tmp_path, monkeypatch):

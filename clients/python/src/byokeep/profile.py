@@ -10,6 +10,8 @@ import base64
 import binascii
 import json
 import os
+import shlex
+import stat
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+_MOST_BYTES = 1_048_576
 # The package's source in a checkout.
 _PACKAGE = Path("clients", "python", "src", "byokeep")
 _ENDPOINTS = ("orchestrator", "keyvault")
@@ -88,7 +91,7 @@ class Profile:
         if os.name == "posix" and self.key.stat().st_mode & 0o077:
             raise ProfileError(
                 f"the private key {self.key} can be read by others than its owner",
-                f"chmod 600 {self.key}",
+                f"chmod 600 {shlex.quote(str(self.key))}",
             )
         return certificate, key
 
@@ -107,8 +110,6 @@ def find_config(
     working directory is never searched: a config file chooses where keys are sent and whom
     they are sealed to, and a cloned repository could bring one.
 
-    Raises:
-        ProfileError: others could have written the checkout's config file.
     """
     environ = os.environ if environ is None else environ
     if named := environ.get("BYOKEEP_CONFIG"):
@@ -119,7 +120,6 @@ def find_config(
     # A virtual environment inside somebody else's repository has no say, whatever lies beside
     # it; one that runs this checkout's source already trusts the checkout.
     if source == checkout / _PACKAGE and own.is_file():
-        _check_owned(own)
         return own
     home = Path(environ.get("HOME") or Path.home()) / ".config" / "byokeep" / "config.toml"
     return home if home.is_file() else None
@@ -129,7 +129,8 @@ def load_profile(name: str | None = None, config: Path | None = None) -> Profile
     """Read a profile; without a name, the file's default one, else its only one.
 
     Raises:
-        ProfileError: there is no config file, no such profile, or it is wrong.
+        ProfileError: there is no config file, no such profile, it is wrong, or others could have
+            written it.
     """
     path = config or find_config()
     if path is None:
@@ -143,11 +144,20 @@ def load_profile(name: str | None = None, config: Path | None = None) -> Profile
 
 
 def load_trust(path: Path) -> TrustBundle:
-    """Read a trust bundle. Raises ProfileError, which names the field that is wrong."""
+    """Read a trust bundle.
+
+    Raises:
+        ProfileError: others could have written it (who does chooses whom keys are sealed to), or
+            it is wrong; the field is named.
+    """
+    text = _read(path, "trust bundle")
+    _check_owned(path)
     try:
-        data = json.loads(_read(path, "trust bundle"))
+        data = json.loads(text)
     except ValueError as error:
         raise ProfileError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise ProfileError(f"{path} is not a trust bundle: it is nested too deep") from None
     if not isinstance(data, dict):
         raise ProfileError(f"{path} is not a trust bundle: a JSON object is expected")
     deployment, ca = data.get("deployment"), data.get("ca")
@@ -164,23 +174,39 @@ def load_trust(path: Path) -> TrustBundle:
 
 
 def _check_owned(path: Path) -> None:
+    """Refuse a file that others than its owner and root can write, or put another in its place."""
     if os.name != "posix":
         return
-    for each in (path.parent, path):
+    for each in {path.parent: None, path.resolve().parent: None, path: None}:
         status = each.stat()
         if status.st_uid not in (0, os.geteuid()):
-            raise ProfileError(f"{each} belongs to another user", "name a file with --config")
-        if status.st_mode & 0o022:
-            raise ProfileError(f"{each} is writable by others", f"chmod go-w {each}")
+            raise ProfileError(
+                f"{each} belongs to another user, who could have changed it",
+                f"look at it, then make it yours: chown {os.geteuid()} {shlex.quote(str(each))}",
+            )
+        # In a sticky folder nobody replaces a file of others; on a read-only mount nobody at all.
+        kept = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if status.st_mode & 0o022 and not kept and not os.statvfs(each).f_flag & os.ST_RDONLY:
+            raise ProfileError(
+                f"{each} is writable by others, who could have changed it",
+                f"look at it, then: chmod go-w {shlex.quote(str(each))}",
+            )
 
 
 def _profiles(path: Path) -> dict[str, Any]:
+    text = _read(path, "configuration")
+    _check_owned(path)
     try:
-        data = tomllib.loads(_read(path, "configuration").decode())
+        # Editors on Windows begin a file with a byte-order mark, which TOML does not know.
+        data = tomllib.loads(text.decode("utf-8-sig"))
     except ValueError as error:
         raise ProfileError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ProfileError(f"{path} is no configuration: it is nested too deep") from None
     if not isinstance(data.get("profiles"), dict) or not data["profiles"]:
         raise ProfileError(f"{path} has no [profiles.NAME]")
+    if not isinstance(data.get("default_profile", ""), str):
+        raise ProfileError(f"{path}: default_profile must be the name of a profile")
     return data
 
 
@@ -241,6 +267,15 @@ def _is_certificate(entry: object) -> bool:
 
 def _read(path: Path, what: str) -> bytes:
     try:
-        return path.read_bytes()
+        # A device has no end, and a pipe may never begin.
+        if path.exists() and not path.is_file():
+            raise ProfileError(f"the {what} {path} is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise ProfileError(f"the {what} {path} can't be read: {error.strerror}") from None
+    except ValueError:
+        raise ProfileError(f"the path of the {what} is none: it has a NUL") from None
+    if len(data) > _MOST_BYTES:
+        raise ProfileError(f"the {what} {path} is longer than {_MOST_BYTES:,} bytes")
+    return data
