@@ -16,7 +16,7 @@ from byokeep.orchestrator.v1 import tenant_pb2
 from services.common import authz
 from services.common.errors import ByokeepError
 from services.orchestrator.domain import PLANS, Entitlements, plan_lacks
-from services.orchestrator.store_tenants import TenantRow, TenantStore
+from services.orchestrator.store_tenants import TenantRow, TenantStore, deleted
 
 _TENANT = re.compile(r"tenants/([a-z0-9][a-z0-9-]{0,62})(?:/.*)?")
 # What keyvault's audit takes.
@@ -53,7 +53,7 @@ class Rights:
     def require_active(self) -> None:
         """Refuse what is new for a tenant out of service. Raises TENANT_NOT_ACTIVE."""
         if self.tenant.state != "ACTIVE":
-            raise not_active(self.tenant.id)
+            raise not_active(self.tenant.id, self.tenant.state)
 
     def require_user(self, user: str, field: str) -> None:
         """Refuse a user that the caller may not speak for. Raises USER_ASSERTION_NOT_ALLOWED."""
@@ -105,13 +105,14 @@ async def again() -> Rights:
     return current()
 
 
-def not_active(tenant: str) -> ByokeepError:
-    """Return the refusal of what is new for a tenant out of service."""
+def not_active(tenant: str, state: str) -> ByokeepError:
+    """Return the refusal of what is new for a tenant that is SUSPENDED or DELETED."""
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "TENANT_NOT_ACTIVE",
-        "the tenant is suspended or deleted; an operator can say more",
+        f"the tenant is {state.lower()}",
         tenant=tenant,
+        state=state,
     )
 
 
@@ -130,7 +131,8 @@ class Authority:
         A tenant that doesn't exist looks like one that is not allowed, but for operators.
 
         Raises:
-            ByokeepError: TENANT_NOT_ALLOWED, NOT_FOUND, INVALID_FIELD.
+            ByokeepError: TENANT_NOT_ALLOWED, WRONG_STATE of a deleted tenant, NOT_FOUND,
+                INVALID_FIELD.
         """
         _question.set(lambda: self.authorize(caller, access, request))
         tenant = tenant_of(request)
@@ -141,6 +143,9 @@ class Authority:
         if operator:
             held.add(options_pb2.TENANT_ROLE_OPERATOR)
         if not held.intersection(access.roles):
+            # A deleted tenant has no callers; who may know that it was there is told why.
+            if operator and found is not None and found.tenant.state == "DELETED":
+                raise deleted()
             raise _not_allowed(tenant, access)
         if found is None and not creates:
             raise ByokeepError(

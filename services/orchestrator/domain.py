@@ -134,6 +134,19 @@ def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = "
                 key=key_id,
                 rotate=f"byokeep key rotate {key_id}",
             )
+    # Of several, the one that was added last.
+    for key in sorted(keys, key=lambda key: key.name, reverse=True):
+        if key.state == custody_pb2.KEY_VERSION_STATE_PENDING:
+            key_id = key.name.rsplit("/", 1)[1]
+            return ByokeepError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NO_ACTIVE_KEY",
+                f"{key_id} is PENDING: its provider has not said yet whether it accepts it;"
+                f" 'byokeep key show {key_id}' says why, and it becomes ACTIVE by itself",
+                provider=provider,
+                key=key_id,
+                state="PENDING",
+            )
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "NO_ACTIVE_KEY",

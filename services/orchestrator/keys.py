@@ -137,7 +137,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             custody_pb2.ListKeysRequest(
                 parent=request.parent,
                 page_size=paging.size(request.page_size),
-                page_token=paging.after(request.page_token),
+                page_token=request.page_token,
                 show_destroyed=request.show_destroyed,
             )
         )
@@ -206,7 +206,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         rows = await self._store.uses(
             rights.tenant.id,
             names.last_of(request.name),
-            paging.after(request.page_token),
+            request.page_token,
             limit + 1,
         )
         page, token = paging.cut(rows, limit, lambda row: row.attempt_id)

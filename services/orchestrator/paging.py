@@ -1,13 +1,9 @@
-"""Pages: a token is the last id of the page before."""
+"""Pages: a token is the last id of the page before; the protos have its form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
-
-import grpc
-
-from services.common.errors import ByokeepError
 
 T = TypeVar("T")
 DEFAULT: Final = 50
@@ -23,16 +19,3 @@ def cut(rows: Sequence[T], limit: int, key: Callable[[T], str]) -> tuple[Sequenc
     if len(rows) <= limit:
         return rows, ""
     return rows[:limit], key(rows[limit - 1])
-
-
-def after(token: str) -> str:
-    """Return the id that a page begins after. Raises ByokeepError: INVALID_FIELD."""
-    if token.isascii() and (token.isprintable() or not token):
-        return token
-    raise ByokeepError(
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "INVALID_FIELD",
-        "page_token: not one that a page before gave",
-        field="page_token",
-        rule="page_token",
-    )

@@ -135,7 +135,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         limit = paging.size(request.page_size)
         rows = await self._reviews.page(
             rights.tenant.id,
-            paging.after(request.page_token),
+            request.page_token,
             limit + 1,
             request.repository,
             of_users=rights.may_read_users,

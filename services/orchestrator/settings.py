@@ -67,8 +67,12 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         if "default_model" in paths and request.settings.default_model:
             domain.read_model(request.settings.default_model, "settings.default_model")
         values: dict[str, Any] = {path: getattr(request.settings, path) for path in paths}
+        tenant = access.current().tenant
+        for path, (most, whose) in _most(tenant, self._settings).items():
+            if values.get(path, 0) > most:
+                raise domain.unexpected(f"settings.{path}", f"at most {most:,}, {whose} ceiling,")
         row = await self._store.change_settings(
-            access.current().tenant.id, values, request, etag=request.settings.etag
+            tenant.id, values, request, etag=request.settings.etag
         )
         return settings_pb2.UpdateSettingsResponse(settings=await self._message(row))
 
@@ -105,7 +109,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             for model in models:
                 usable.setdefault(model, []).append(key_id)
         limit = paging.size(request.page_size, _MODELS_A_PAGE)
-        after = paging.after(request.page_token)
+        after = request.page_token
         rows = sorted(model for model in usable if model > after)
         page, token = paging.cut(rows, limit, str)
         return settings_pb2.ListModelsResponse(
@@ -163,11 +167,20 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
 
 
 def ceilings(row: TenantRow, deployment: Settings) -> settings_pb2.Ceilings:
-    """Return what holds for a tenant now. Its own ceiling on reviews can't exceed its plan's."""
-    reviews = PLANS[row.plan].reviews_per_day
+    """Return what holds for a tenant now: its own, but no more than its plan or the deployment."""
     return settings_pb2.Ceilings(
-        max_diff_bytes=row.max_diff_bytes or deployment.max_diff_bytes,
-        max_calls_per_review=row.max_calls_per_review or deployment.max_calls_per_review,
-        max_reviews_per_day=min(row.max_reviews_per_day or reviews, reviews),
         max_calls_per_day=row.max_calls_per_day,
+        **{
+            name: min(getattr(row, name) or most, most)
+            for name, (most, _) in _most(row, deployment).items()
+        },
     )
+
+
+def _most(row: TenantRow, deployment: Settings) -> dict[str, tuple[int, str]]:
+    """Return what a tenant's own ceilings may be at most, and who says so."""
+    return {
+        "max_diff_bytes": (deployment.max_diff_bytes, "the deployment's"),
+        "max_calls_per_review": (deployment.max_calls_per_review, "the deployment's"),
+        "max_reviews_per_day": (PLANS[row.plan].reviews_per_day, "the plan's"),
+    }

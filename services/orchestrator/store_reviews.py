@@ -221,7 +221,7 @@ async def _places(session: Session, tenant: str) -> int:
     """Lock an active tenant; return how many of its attempts may be in flight."""
     row = await session.one(sql.LOCK_TENANT, {"tenant": tenant})
     if row.state != "ACTIVE":
-        raise access.not_active(tenant)
+        raise access.not_active(tenant, row.state)
     return PLANS[row.plan].attempts_in_flight
 
 

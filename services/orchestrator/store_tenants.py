@@ -287,7 +287,7 @@ def deleted() -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "WRONG_STATE",
-        "the tenant is deleted",
+        "the tenant is deleted, for good",
         state="DELETED",
     )
 

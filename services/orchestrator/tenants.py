@@ -67,7 +67,7 @@ class TenantServicer(tenant_pb2_grpc.TenantServiceServicer):
         operator = options_pb2.CALLER_CLASS_OPERATOR in caller.classes
         limit = paging.size(request.page_size)
         rows = await self._store.page(
-            None if operator else caller.spiffe_id, paging.after(request.page_token), limit + 1
+            None if operator else caller.spiffe_id, request.page_token, limit + 1
         )
         page, token = paging.cut(rows, limit, lambda row: row.id)
         return tenant_pb2.ListTenantsResponse(
@@ -133,7 +133,7 @@ class CallerServicer(tenant_pb2_grpc.CallerServiceServicer):
         """List a tenant's callers."""
         limit = paging.size(request.page_size)
         rows = await self._store.callers(
-            names.tenant_of(request.parent), paging.after(request.page_token), limit + 1
+            names.tenant_of(request.parent), request.page_token, limit + 1
         )
         page, token = paging.cut(rows, limit, lambda row: row.spiffe_id)
         return tenant_pb2.ListCallersResponse(

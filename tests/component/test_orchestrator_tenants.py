@@ -10,7 +10,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from byokeep.errors import error_info
-from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
+from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb2
 from sqlalchemy import create_engine
 
 from services.common.config import ConfigError
@@ -139,6 +139,10 @@ async def test_deleted_tenant_leaves_its_id_alone(stack: Stack) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call(message)
         assert reason_of(refused) in ("TENANT_EXISTS", "WRONG_STATE")
+    # Whoever may know that it was there is told what became of it.
+    with pytest.raises(grpc.aio.AioRpcError, match="the tenant is deleted") as refused:
+        await stack.client("operator").keys.ListKeys(key_pb2.ListKeysRequest(parent="tenants/acme"))
+    assert reason_of(refused) == "WRONG_STATE"
 
 
 async def test_caller_that_is_allowed_while_the_tenant_is_deleted_is_refused(stack: Stack) -> None:
@@ -251,6 +255,28 @@ async def test_malformed_settings_are_refused(stack: Stack, request_) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stack.client("acme").settings.UpdateSettings(request_)
     assert reason_of(refused) == "INVALID_FIELD"
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "most"),
+    [
+        ("max_diff_bytes", 2 * 1024 * 1024),
+        ("max_calls_per_review", 20),
+        ("max_reviews_per_day", 10_000),
+    ],
+)
+async def test_no_ceiling_of_a_tenant_is_above_the_deployments(stack: Stack, ceiling, most) -> None:
+    """Shown to fail without the comparison in UpdateSettings, and without `min` in `ceilings`."""
+    client = stack.client("acme").settings
+    with pytest.raises(grpc.aio.AioRpcError, match=f"at most {most:,}") as refused:
+        await client.UpdateSettings(update([ceiling], **{ceiling: most + 1}))
+    assert error_info(refused.value).metadata["field"] == f"settings.{ceiling}"
+    changed = (await client.UpdateSettings(update([ceiling], **{ceiling: most}))).settings
+    assert getattr(changed, ceiling) == getattr(changed.in_force, ceiling) == most
+    # The deployment's was lowered since.
+    await stack.sql(f"UPDATE tenant SET {ceiling} = {most + 1} RETURNING 1")
+    request = settings_pb2.GetSettingsRequest(name="tenants/acme/settings")
+    assert getattr((await client.GetSettings(request)).settings.in_force, ceiling) == most
 
 
 async def test_overrides_are_an_entitlement(stack: Stack) -> None:

@@ -62,6 +62,23 @@ def test_nothing_to_choose_from(keys, reason) -> None:
     assert refused.value.reason == reason
 
 
+def test_a_key_that_is_pending_and_none_at_all_are_two_sentences() -> None:
+    """Shown to fail without the look at the state: whoever added a key is told to add one."""
+    waiting = key(2, state=custody_pb2.KEY_VERSION_STATE_PENDING)
+    revoked = key(1, state=custody_pb2.KEY_VERSION_STATE_REVOKED)
+    told = {}
+    for name, keys in {"none": [], "ended": [revoked], "pending": [revoked, waiting]}.items():
+        with pytest.raises(ByokeepError) as refused:
+            domain.choose_key("openai", keys)
+        told[name] = refused.value
+    assert {error.reason for error in told.values()} == {"NO_ACTIVE_KEY"}
+    assert told["none"].message == told["ended"].message
+    assert told["none"].message == "no active openai key; run 'byokeep key add openai'"
+    assert "is PENDING" in told["pending"].message
+    assert "byokeep key show key_" in told["pending"].message
+    assert told["pending"].metadata["key"] == waiting.name.rsplit("/", 1)[1]
+
+
 def test_a_user_without_a_key_is_told_to_add_one_of_that_user() -> None:
     """Another one of the tenant's would change nothing."""
     for choose in (

@@ -260,7 +260,7 @@ def test_a_device_a_pipe_and_a_heap_are_not_read(config, name):
             os.mkfifo(path)
         else:
             path.write_bytes(b" " * 1_048_577)
-        with pytest.raises(ProfileError, match="not a regular file|longer than"):
+        with pytest.raises(ProfileError, match=r"not a regular file|longer than"):
             load_profile(config=config).read_identity()
 
 
