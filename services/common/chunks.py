@@ -44,7 +44,9 @@ MAX_OUTPUT_TOKENS: Final = 32_000
 """Models that think by default count their thinking as output."""
 
 _MARGIN_TOKENS: Final = 1_000
-_SEPARATOR: Final = "   ..."
+SEPARATOR: Final = "   ..."
+"""Stands between two hunks of a file."""
+
 _MARKER_BYTES: Final = 64
 _UNSAFE: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 _NOTES: Final = {
@@ -145,9 +147,9 @@ class _Packer:
     def add(self, file: FileDiff) -> None:
         """Add a file, whole where one chunk can hold it."""
         header = _header(file)
-        cap = min(MAX_LINE_BYTES, self.limit - _size(header) - _size([_SEPARATOR]))
+        cap = min(MAX_LINE_BYTES, self.limit - _size(header) - _size([SEPARATOR]))
         hunks = [list(_render(hunk, cap)) for hunk in file.hunks]
-        if self._size + _size(header) + sum(_size([_SEPARATOR, *hunk]) for hunk in hunks) > (
+        if self._size + _size(header) + sum(_size([SEPARATOR, *hunk]) for hunk in hunks) > (
             self.limit
         ):
             self.flush()
@@ -175,7 +177,7 @@ class _Packer:
         if self._header is not header:
             lines = header + lines
         elif not same_hunk:
-            lines = [_SEPARATOR, *lines]
+            lines = [SEPARATOR, *lines]
         size = _size(lines)
         if self._size + size > self.limit:
             return False

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import enum
 import logging
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from byokeep.keyvault.v1 import lease_pb2
-from byokeep.orchestrator.v1 import review_pb2
+from byokeep.orchestrator.v1 import key_pb2, review_pb2
 from byokeep.runner.v1 import runner_pb2
 
 from services.common import logs
@@ -74,7 +75,8 @@ class Attempt:
             Kind.ACCEPTED: self._accepted,
             Kind.OPENED: self._opened,
             Kind.CALL_STARTED: self._call_started,
-            Kind.CALL_ENDED: self._call_ended,
+            Kind.CALL_PROGRESS: self._call_progress,
+            Kind.CHUNK_SPLIT: self._chunk_split,
             Kind.DIAL: self._dial,
             Kind.CHUNK_RESULT: self._chunk_result,
             Kind.VALIDATION_RESULT: self._validation_result,
@@ -183,15 +185,24 @@ class Attempt:
         self._call = _Call.ANNOUNCED
         self._call_sequence = self.outbox.post(call_started=started)
 
-    async def _call_ended(self, payload: bytes) -> None:
+    async def _call_progress(self, payload: bytes) -> None:
+        pass
+
+    async def _chunk_split(self, payload: bytes) -> None:
         self._call = _Call.NONE
+        self.outbox.post(chunk_split=runner_pb2.ChunkSplit.FromString(payload))
 
     async def _dial(self, payload: bytes) -> None:
-        sock = None
+        dialled: socket.socket | key_pb2.UnreachableCause.ValueType
+        dialled = key_pb2.UNREACHABLE_CAUSE_UNSPECIFIED
         if self._call is _Call.OPEN:
-            sock = await self._means.dialer.dial(self._provider, payload.decode("ascii", "replace"))
-        with sock or contextlib.nullcontext():
-            self._child.channel.answer(Kind.DIALLED, sock)
+            asked = payload.decode("ascii", "replace")
+            dialled = await self._means.dialer.dial(self._provider, asked)
+        if isinstance(dialled, int):
+            self._child.channel.answer(Kind.DIALLED, bytes([dialled]))
+        else:
+            with dialled:
+                self._child.channel.answer(Kind.DIALLED, sock=dialled)
 
     async def _chunk_result(self, payload: bytes) -> None:
         self._call = _Call.NONE

@@ -13,9 +13,10 @@ child asked, so that neither side ever has more than one small frame in flight.
     CALL_STARTED       runner.CallStarted
                                          ACK               empty
     DIAL               host:port
-                                         DIALLED           empty; the connected socket beside it,
-                                                           or none where there is no connection
-    CALL_ENDED         empty: the call has an answer, though not one of use
+                                         DIALLED           empty, the connected socket beside it;
+                                                           else one byte, an UnreachableCause
+    CALL_PROGRESS      runner.CallProgress
+    CHUNK_SPLIT        runner.ChunkSplit: no call is open, for a chunk is split that has no answer
     CHUNK_RESULT       runner.ChunkResult
     VALIDATION_RESULT  runner.ValidationResult
     END                runner.Outcome without its report; the child exits
@@ -33,6 +34,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
+from byokeep.orchestrator.v1 import key_pb2
 from google.protobuf.message import Message
 
 MAX_PAYLOAD: Final = 17 * 1024 * 1024
@@ -52,11 +54,12 @@ class Kind(enum.IntEnum):
     ACCEPTED = 16
     OPENED = 17
     CALL_STARTED = 18
-    CALL_ENDED = 19
-    CHUNK_RESULT = 20
-    VALIDATION_RESULT = 21
-    DIAL = 22
-    END = 23
+    CALL_PROGRESS = 19
+    CHUNK_SPLIT = 20
+    CHUNK_RESULT = 21
+    VALIDATION_RESULT = 22
+    DIAL = 23
+    END = 24
 
 
 class ChannelClosedError(Exception):
@@ -85,10 +88,12 @@ class ChildEnd:
             vanish()
         return self._read(length)
 
-    def receive_socket(self) -> socket.socket | None:
-        """Return the socket that came with a DIALLED frame; None where there is none."""
-        self.receive(Kind.DIALLED)
-        return socket.socket(fileno=self._fds.pop()) if self._fds else None
+    def receive_dialled(self) -> socket.socket | key_pb2.UnreachableCause.ValueType:
+        """Return the socket that came with a DIALLED frame, or why there is none."""
+        cause = self.receive(Kind.DIALLED)
+        if self._fds:
+            return socket.socket(fileno=self._fds.pop())
+        return key_pb2.UnreachableCause.ValueType(cause[0])
 
     def wait(self, sock: socket.socket | None, events: int, seconds: float | None) -> bool:
         """Wait for a socket's events, or, without a socket, for the time to pass.
@@ -140,13 +145,13 @@ class ParentEnd:
         with _closed():
             await self._loop.sock_sendall(self._sock, _frame(kind, message))
 
-    def answer(self, kind: Kind, sock: socket.socket | None = None) -> None:
-        """Send an empty frame, with a socket or without; the child waits for it, so it fits.
+    def answer(self, kind: Kind, payload: bytes = b"", sock: socket.socket | None = None) -> None:
+        """Send a small frame, with a socket or without; the child waits for it, so it fits.
 
         Raises ChannelClosedError.
         """
         with _closed():
-            socket.send_fds(self._sock, [_frame(kind, b"")], [sock.fileno()] if sock else [])
+            socket.send_fds(self._sock, [_frame(kind, payload)], [sock.fileno()] if sock else [])
 
     async def receive(self) -> tuple[Kind, bytes]:
         """Return the next frame. Raises ChannelClosedError at the child's end."""

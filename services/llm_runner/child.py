@@ -49,7 +49,6 @@ class _Lease:
     adapter: providers.Adapter
     key: str = field(repr=False)
     done_chunk_ids: frozenset[str]
-    end_time: float
 
 
 class _RefusedError(Exception):
@@ -69,9 +68,8 @@ def prepare(environ: Mapping[str, str]) -> Tools:
 def main(channel: ChildEnd, tools: Tools) -> None:
     """Run the attempt that the parent assigns, and say how it ended."""
     assign = runner_pb2.Assign.FromString(channel.receive(Kind.ASSIGN))
-    started = time.monotonic()
     try:
-        outcome = _attempt(channel, tools, assign, started + assign.timeout_seconds)
+        outcome = _attempt(channel, tools, assign)
     except _RefusedError as refused:
         outcome = refused.outcome
     except Exception as error:
@@ -83,18 +81,15 @@ def main(channel: ChildEnd, tools: Tools) -> None:
     channel.send(Kind.END, outcome)
 
 
-def _attempt(
-    channel: ChildEnd, tools: Tools, assign: runner_pb2.Assign, deadline: float
-) -> runner_pb2.Outcome:
+def _attempt(channel: ChildEnd, tools: Tools, assign: runner_pb2.Assign) -> runner_pb2.Outcome:
     reviewing = assign.purpose == grant_pb2.LEASE_PURPOSE_REVIEW
     work = _plan(assign, tools) if reviewing else None
     lease = _lease(channel, assign, work)
-    deadline = min(deadline, time.monotonic() + lease.end_time - time.time())
     transport = wire.transport(tools.tls, tools.network(channel))
     with providers.client(lease.adapter, lease.key, transport, _TIMEOUT) as client:
         if work is None:
-            return validation.run(channel, Calls(channel, 1, deadline), lease.adapter, client)
-        calls = Calls(channel, assign.max_calls, deadline)
+            return validation.run(channel, Calls(channel, 1), lease.adapter, client)
+        calls = Calls(channel, assign.max_calls)
         return review.run(channel, calls, work, lease.done_chunk_ids, lease.adapter, client)
 
 
@@ -126,7 +121,6 @@ def _lease(channel: ChildEnd, assign: runner_pb2.Assign, work: plan.Plan | None)
         providers.ADAPTERS[names.provider_id(grant.provider)],
         key.decode("ascii"),
         frozenset(proceed.done_chunk_ids),
-        leased.expire_time.ToNanoseconds() / 1e9,
     )
 
 
@@ -134,10 +128,7 @@ def _accepted(public_key: bytes, work: plan.Plan | None) -> runner_pb2.Accepted:
     return runner_pb2.Accepted(
         public_key=public_key,
         suite=SUITE,
-        chunks=[
-            runner_pb2.PlannedChunk(chunk_id=chunk.id, estimated_tokens=chunk.estimated_tokens)
-            for chunk in (work.chunks if work else ())
-        ],
+        chunks=[review.planned(chunk) for chunk in (work.chunks if work else ())],
     )
 
 

@@ -1,4 +1,4 @@
-"""What a failed provider call means for the attempt: one table."""
+"""What a failed provider call means for the attempt and for the key: one table."""
 
 from __future__ import annotations
 
@@ -13,60 +13,44 @@ from services.llm_runner.providers import FailureKind, ProviderError
 class _Meaning(NamedTuple):
     reason: review_pb2.FailureReason.ValueType
     retryable: bool
-    # How often one chunk may be tried in this attempt.
-    tries: int
     verdict: key_pb2.ValidationVerdict.ValueType
 
 
+_K: Final = FailureKind
 _UNREACHABLE: Final = key_pb2.VALIDATION_VERDICT_UNREACHABLE
+# fmt: off
 _MEANINGS: Final = {
-    FailureKind.KEY_REJECTED: _Meaning(
-        review_pb2.FAILURE_REASON_KEY_REJECTED, False, 1, key_pb2.VALIDATION_VERDICT_INVALID
-    ),
-    FailureKind.KEY_RESTRICTED: _Meaning(
-        review_pb2.FAILURE_REASON_KEY_RESTRICTED, False, 1, key_pb2.VALIDATION_VERDICT_RESTRICTED
-    ),
-    FailureKind.QUOTA_EXHAUSTED: _Meaning(
-        review_pb2.FAILURE_REASON_QUOTA_EXHAUSTED,
-        False,
-        1,
-        key_pb2.VALIDATION_VERDICT_QUOTA_EXHAUSTED,
-    ),
-    FailureKind.RATE_LIMITED: _Meaning(
-        review_pb2.FAILURE_REASON_RATE_LIMITED, True, 5, _UNREACHABLE
-    ),
-    FailureKind.PROVIDER_UNAVAILABLE: _Meaning(
-        review_pb2.FAILURE_REASON_PROVIDER_UNAVAILABLE, True, 3, _UNREACHABLE
-    ),
-    FailureKind.BAD_REQUEST: _Meaning(
-        review_pb2.FAILURE_REASON_BAD_REQUEST, False, 1, _UNREACHABLE
-    ),
-    FailureKind.MODEL_NOT_FOUND: _Meaning(
-        review_pb2.FAILURE_REASON_MODEL_NOT_FOUND, False, 1, _UNREACHABLE
-    ),
-    FailureKind.BAD_RESPONSE: _Meaning(
-        review_pb2.FAILURE_REASON_BAD_RESPONSE, False, 1, _UNREACHABLE
-    ),
-    FailureKind.REFUSED: _Meaning(review_pb2.FAILURE_REASON_REFUSED, False, 1, _UNREACHABLE),
-    FailureKind.NETWORK_BEFORE_SEND: _Meaning(
-        review_pb2.FAILURE_REASON_NETWORK, True, 3, _UNREACHABLE
-    ),
-    FailureKind.AMBIGUOUS: _Meaning(review_pb2.FAILURE_REASON_AMBIGUOUS, False, 1, _UNREACHABLE),
-    FailureKind.REDIRECTED: _Meaning(
-        review_pb2.FAILURE_REASON_BAD_RESPONSE, False, 1, _UNREACHABLE
-    ),
+    _K.KEY_REJECTED: _Meaning(
+        review_pb2.FAILURE_REASON_KEY_REJECTED, False, key_pb2.VALIDATION_VERDICT_INVALID),
+    _K.KEY_RESTRICTED: _Meaning(
+        review_pb2.FAILURE_REASON_KEY_RESTRICTED, False, key_pb2.VALIDATION_VERDICT_RESTRICTED),
+    _K.QUOTA_EXHAUSTED: _Meaning(
+        review_pb2.FAILURE_REASON_QUOTA_EXHAUSTED, False,
+        key_pb2.VALIDATION_VERDICT_QUOTA_EXHAUSTED),
+    _K.RATE_LIMITED: _Meaning(review_pb2.FAILURE_REASON_RATE_LIMITED, True, _UNREACHABLE),
+    _K.PROVIDER_UNAVAILABLE: _Meaning(
+        review_pb2.FAILURE_REASON_PROVIDER_UNAVAILABLE, True, _UNREACHABLE),
+    _K.REGION_REFUSED: _Meaning(review_pb2.FAILURE_REASON_REGION_REFUSED, False, _UNREACHABLE),
+    _K.CONTEXT_TOO_LONG: _Meaning(review_pb2.FAILURE_REASON_CONTEXT_TOO_LONG, False, _UNREACHABLE),
+    _K.BAD_REQUEST: _Meaning(review_pb2.FAILURE_REASON_BAD_REQUEST, False, _UNREACHABLE),
+    _K.MODEL_NOT_FOUND: _Meaning(review_pb2.FAILURE_REASON_MODEL_NOT_FOUND, False, _UNREACHABLE),
+    _K.BAD_RESPONSE: _Meaning(review_pb2.FAILURE_REASON_BAD_RESPONSE, False, _UNREACHABLE),
+    _K.TRUNCATED: _Meaning(review_pb2.FAILURE_REASON_BAD_RESPONSE, False, _UNREACHABLE),
+    _K.REFUSED: _Meaning(review_pb2.FAILURE_REASON_REFUSED, False, _UNREACHABLE),
+    _K.NETWORK_BEFORE_SEND: _Meaning(review_pb2.FAILURE_REASON_NETWORK, True, _UNREACHABLE),
+    _K.AMBIGUOUS: _Meaning(review_pb2.FAILURE_REASON_AMBIGUOUS, False, _UNREACHABLE),
+    _K.REDIRECTED: _Meaning(review_pb2.FAILURE_REASON_BAD_RESPONSE, False, _UNREACHABLE),
 }
+# fmt: on
 
 
-def failed(
-    reason: review_pb2.FailureReason.ValueType, message: str, *, retryable: bool = False
-) -> runner_pb2.Outcome:
-    """Return the outcome of an attempt that failed in the child."""
-    return runner_pb2.Outcome(failure=reason, message=message, retryable=retryable)
+def failed(reason: review_pb2.FailureReason.ValueType, message: str) -> runner_pb2.Outcome:
+    """Return the outcome of an attempt that failed in the child, and would again."""
+    return runner_pb2.Outcome(failure=reason, message=message)
 
 
 def provider_failed(error: ProviderError) -> runner_pb2.Outcome:
-    """Return the outcome of an attempt whose provider call failed for good."""
+    """Return the outcome of an attempt whose provider call failed."""
     meaning = _MEANINGS[error.kind]
     return runner_pb2.Outcome(
         failure=meaning.reason,
@@ -80,8 +64,3 @@ def provider_failed(error: ProviderError) -> runner_pb2.Outcome:
 def verdict(error: ProviderError) -> key_pb2.ValidationVerdict.ValueType:
     """Return what a failed model list says of the key."""
     return _MEANINGS[error.kind].verdict
-
-
-def tries(error: ProviderError) -> int:
-    """Return how often a call that fails like this is made in one attempt."""
-    return _MEANINGS[error.kind].tries

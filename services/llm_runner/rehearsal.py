@@ -59,7 +59,7 @@ def _greet(tls: ssl.SSLContext) -> None:
 
 def _review(tools: child.Tools) -> None:
     message = {"content": json.dumps({"findings": [_FINDING]})}
-    body = json.dumps({"choices": [{"message": message}]}).encode()
+    body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
     head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     network = httpcore.MockBackend([head % len(body), body])
     channel = _Script()

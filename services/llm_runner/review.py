@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 from functools import partial
+from typing import Final
 
 import httpx
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
+from services.common.chunks import Chunk
 from services.llm_runner import failures, findings
 from services.llm_runner.calls import Calls
 from services.llm_runner.channel import ChildEnd, Kind
 from services.llm_runner.plan import Plan
-from services.llm_runner.providers import Adapter, ProviderError
+from services.llm_runner.providers import Adapter, FailureKind, ProviderError
+from services.llm_runner.split import halve, was_split
+
+_TOO_MANY_CALLS: Final = failures.failed(
+    review_pb2.FAILURE_REASON_BAD_REQUEST, "The review needs more calls than it may make."
+)
+_TOO_MANY_PARTS: Final = failures.failed(
+    review_pb2.FAILURE_REASON_CONTEXT_TOO_LONG,
+    "The provider takes less at once than one call holds, and smaller ones are more than the"
+    " review may make.",
+)
 
 
 def run(
@@ -24,34 +37,65 @@ def run(
     adapter: Adapter,
     client: httpx.Client,
 ) -> runner_pb2.Outcome:
-    """Review every chunk that is not done yet, and send what was found."""
-    todo = [chunk for chunk in plan.chunks if chunk.id not in done]
-    if len(todo) > calls.left:
-        return failures.failed(
-            review_pb2.FAILURE_REASON_BAD_REQUEST,
-            "The review needs more calls than it may make.",
-        )
-    for index, chunk in enumerate(todo):
-        prompt = plan.prompt(chunk)
-        failure = None
-        try:
-            answer = calls.make(
-                chunk.id, len(todo) - index - 1, partial(adapter.review, client, prompt)
-            )
-        except ProviderError as error:
-            failure = error
-        if failure is not None:
-            return failures.provider_failed(failure)
-        accepted = findings.accept(answer.findings, plan.diff, chunk)
+    """Review every chunk that is not done yet, and send what was found.
+
+    What the provider finds too long is split, and so is every later chunk of that length.
+    """
+    todo = deque(chunk for chunk in plan.chunks if chunk.id not in done)
+    known = {chunk.id for chunk in plan.chunks}
+    parts = [chunk_id for chunk_id in done if chunk_id not in known]
+    too_long: int | None = None
+    while todo:
+        if len(todo) > calls.left:
+            return _TOO_MANY_CALLS if too_long is None else _TOO_MANY_PARTS
+        chunk = todo.popleft()
+        if not was_split(chunk, parts) and (too_long is None or chunk.estimated_tokens < too_long):
+            failure = _review(channel, calls, plan, chunk, adapter, client)
+            if failure is None:
+                continue
+            if failure.kind is not FailureKind.CONTEXT_TOO_LONG:
+                return failures.provider_failed(failure)
+            too_long = chunk.estimated_tokens
+        halves = halve(chunk)
+        if not halves:
+            return failures.provider_failed(ProviderError(FailureKind.CONTEXT_TOO_LONG))
         channel.send(
-            Kind.CHUNK_RESULT,
-            runner_pb2.ChunkResult(
-                chunk_id=chunk.id,
-                findings=[_message(finding) for finding in accepted.findings],
-                dropped=accepted.dropped,
-            ),
+            Kind.CHUNK_SPLIT,
+            runner_pb2.ChunkSplit(chunk_id=chunk.id, into=[planned(half) for half in halves]),
         )
+        todo.extendleft(half for half in reversed(halves) if half.id not in done)
     return runner_pb2.Outcome()
+
+
+def planned(chunk: Chunk) -> runner_pb2.PlannedChunk:
+    """Return what the orchestrator is told of a chunk."""
+    return runner_pb2.PlannedChunk(chunk_id=chunk.id, estimated_tokens=chunk.estimated_tokens)
+
+
+def _review(
+    channel: ChildEnd,
+    calls: Calls,
+    plan: Plan,
+    chunk: Chunk,
+    adapter: Adapter,
+    client: httpx.Client,
+) -> ProviderError | None:
+    """Make the call for a chunk, and send what was found; return why there is nothing."""
+    prompt = plan.prompt(chunk)
+    try:
+        answer = calls.make(chunk.id, partial(adapter.review, client, prompt))
+    except ProviderError as error:
+        return error
+    accepted = findings.accept(answer.findings, plan.diff, chunk)
+    channel.send(
+        Kind.CHUNK_RESULT,
+        runner_pb2.ChunkResult(
+            chunk_id=chunk.id,
+            findings=[_message(finding) for finding in accepted.findings],
+            dropped=accepted.dropped,
+        ),
+    )
+    return None
 
 
 def _message(finding: findings.Finding) -> review_pb2.Finding:

@@ -19,7 +19,7 @@ def run(
     models: tuple[str, ...] = ()
     verdict: key_pb2.ValidationVerdict.ValueType = key_pb2.VALIDATION_VERDICT_VALID
     try:
-        models = calls.make("", calls.left, lambda: adapter.list_models(client))
+        models = calls.make("", lambda: adapter.list_models(client))
     except ProviderError as error:
         verdict = failures.verdict(error)
     channel.send(

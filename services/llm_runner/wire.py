@@ -73,8 +73,8 @@ class Network(httpcore.NetworkBackend):
     ) -> httpcore.NetworkStream:
         """Ask the parent for a connection; it has a limit of its own."""
         self._channel.send(Kind.DIAL, f"{host}:{port}".encode())
-        sock = self._channel.receive_socket()
-        if sock is None:
+        sock = self._channel.receive_dialled()
+        if isinstance(sock, int):
             raise httpcore.ConnectError("no connection")
         sock.setblocking(False)
         return _Stream(sock, self._channel)

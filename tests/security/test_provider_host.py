@@ -17,6 +17,12 @@ from services.llm_runner.providers import ADAPTERS
 from services.llm_runner.sockets import HOSTS, Dialer, parse_overrides
 from tests.component.runner.harness import KEYS, running_bench
 
+# Of the shape of all three.
+UNAUTHORIZED = (
+    b'{"type": "error", "error": {"type": "authentication_error", "code": 401, "status": "x",'
+    b' "message": "no"}}'
+)
+
 
 @pytest.fixture(scope="module")
 def shared_bench(tmp_path_factory):
@@ -56,10 +62,24 @@ async def test_the_parent_dials_the_assigned_provider_alone(asked):
         dialer = Dialer(dict.fromkeys([*HOSTS.values(), asked.partition(":")[0]], here))
         openai = provider_value("openai")
 
-        assert await dialer.dial(openai, asked) is None
+        assert await dialer.dial(openai, asked) == key_pb2.UNREACHABLE_CAUSE_UNSPECIFIED
         allowed = await dialer.dial(openai, "api.openai.com:443")
-        assert allowed is not None
-        allowed.close()
+        assert isinstance(allowed, socket.socket)
+        with allowed:
+            assert allowed.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+@pytest.mark.parametrize(
+    ("address", "cause"), [("no-such-host.invalid", "NAME_RESOLUTION"), ("127.0.0.1", "CONNECT")]
+)
+async def test_the_parent_says_what_was_unreachable(address, cause):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    dialer = Dialer({"api.openai.com": (address, port)})
+
+    said = await dialer.dial(provider_value("openai"), "api.openai.com:443")
+
+    assert key_pb2.UnreachableCause.Name(said) == f"UNREACHABLE_CAUSE_{cause}"
 
 
 @pytest.mark.parametrize("text", ["evil.example=127.0.0.1:1", "api.openai.com", "api.openai.com=1"])
@@ -92,7 +112,11 @@ def test_tls_is_for_the_providers_name_and_the_key_is_in_a_header(tmp_path, righ
     names = list(HOSTS.values()) if right else ["api.mistaken.example"]
     leaf = ca.issue(tmp_path / "provider", dns=names)
     with (
-        listening(leaf, answer=b"HTTP/1.1 401 No\r\ncontent-length: 2\r\n\r\n{}") as seen,
+        listening(
+            leaf,
+            answer=b"HTTP/1.1 401 No\r\ncontent-length: %d\r\n\r\n%s"
+            % (len(UNAUTHORIZED), UNAUTHORIZED),
+        ) as seen,
         running_bench(
             tmp_path,
             BYOKEEP_PROVIDER_CA=str(tmp_path / "provider-ca.pem"),

@@ -106,6 +106,7 @@ def quota(*ids):
 
 RETRY_34 = {"@type": "RetryInfo", "retryDelay": "34.5s"}
 WAIT = {"retry-after": "2"}
+TOO_LARGE = "Request too large for gpt-x on tokens per min (TPM): Limit 30000, Requested 36278."
 SCOPES = "You have insufficient permissions for this operation. Missing scopes: api.model.read."
 
 CLASSIFIED = [
@@ -117,7 +118,12 @@ CLASSIFIED = [
     ("openai", 401, openai("no", "insufficient_scope"), {}, K.KEY_RESTRICTED),
     ("openai", 403, openai(SCOPES), {}, K.KEY_RESTRICTED),
     ("openai", 403, openai("no access", "model_not_found"), {}, K.MODEL_NOT_FOUND),
-    ("openai", 403, openai("x", "unsupported_country_region_territory"), {}, K.BAD_REQUEST),
+    ("openai", 401, openai("Your IP is not on the IP allowlist"), {}, K.KEY_RESTRICTED),
+    ("openai", 401, {"error": "Unauthorized"}, {}, K.PROVIDER_UNAVAILABLE),
+    ("openai", 401, {"error": {"message": "denied"}}, {}, K.PROVIDER_UNAVAILABLE),
+    ("openai", 403, {"detail": "denied"}, {}, K.PROVIDER_UNAVAILABLE),
+    ("openai", 403, openai("x", "unsupported_country_region_territory"), {}, K.REGION_REFUSED),
+    ("openai", 403, openai("Country, region, or territory not supported"), {}, K.REGION_REFUSED),
     ("openai", 404, openai("no", "model_not_found"), {}, K.MODEL_NOT_FOUND),
     ("openai", 429, openai("q", "insufficient_quota", "insufficient_quota"), {}, K.QUOTA_EXHAUSTED),
     ("openai", 429, openai("q", None, "insufficient_quota"), WAIT, K.QUOTA_EXHAUSTED),
@@ -127,7 +133,24 @@ CLASSIFIED = [
     ("openai", 400, openai("q", "billing_hard_limit_reached"), {}, K.QUOTA_EXHAUSTED),
     ("openai", 429, openai("r", "rate_limit_exceeded", "requests"), WAIT, K.RATE_LIMITED),
     ("openai", 429, openai("r", "slow_down"), {}, K.RATE_LIMITED),
-    ("openai", 400, openai("x", "context_length_exceeded"), {}, K.BAD_REQUEST),
+    (
+        "openai",
+        429,
+        openai("Rate limit reached for x on tokens", type="tokens"),
+        WAIT,
+        K.RATE_LIMITED,
+    ),
+    ("openai", 429, openai(TOO_LARGE, "rate_limit_exceeded", "tokens"), WAIT, K.CONTEXT_TOO_LONG),
+    ("openai", 400, openai("x", "context_length_exceeded"), {}, K.CONTEXT_TOO_LONG),
+    (
+        "openai",
+        400,
+        openai("This model's maximum context length is 1 token."),
+        {},
+        K.CONTEXT_TOO_LONG,
+    ),
+    ("openai", 400, openai("Input tokens exceed the configured limit"), {}, K.CONTEXT_TOO_LONG),
+    ("openai", 413, openai(), {}, K.CONTEXT_TOO_LONG),
     ("openai", 400, openai("flagged", "invalid_prompt"), {}, K.REFUSED),
     ("openai", 503, openai("x", "slow_down"), WAIT, K.PROVIDER_UNAVAILABLE),
     # Anthropic
@@ -156,7 +179,14 @@ CLASSIFIED = [
         WAIT,
         K.QUOTA_EXHAUSTED,
     ),
-    ("anthropic", 429, anthropic("rate_limit_error"), {}, K.QUOTA_EXHAUSTED),
+    ("anthropic", 429, anthropic("rate_limit_error"), {}, K.RATE_LIMITED),
+    (
+        "anthropic",
+        429,
+        anthropic("rate_limit_error", "You have reached your API usage limits"),
+        {},
+        K.QUOTA_EXHAUSTED,
+    ),
     ("anthropic", 429, anthropic("rate_limit_error"), WAIT, K.RATE_LIMITED),
     (
         "anthropic",
@@ -166,11 +196,59 @@ CLASSIFIED = [
         K.KEY_REJECTED,
     ),
     ("anthropic", 400, anthropic("invalid_request_error"), {}, K.BAD_REQUEST),
-    ("anthropic", 413, anthropic("request_too_large"), {}, K.BAD_REQUEST),
+    ("anthropic", 413, anthropic("request_too_large"), {}, K.CONTEXT_TOO_LONG),
+    (
+        "anthropic",
+        400,
+        anthropic("invalid_request_error", "prompt is too long: 208310 tokens > 200000 maximum"),
+        {},
+        K.CONTEXT_TOO_LONG,
+    ),
+    (
+        "anthropic",
+        400,
+        anthropic(
+            "invalid_request_error",
+            "input length and `max_tokens` exceed context limit: 178959 + 64000 > 200000",
+        ),
+        {},
+        K.CONTEXT_TOO_LONG,
+    ),
+    (
+        "anthropic",
+        403,
+        {"error": {"type": "forbidden", "message": "Request not allowed"}},
+        {},
+        K.REGION_REFUSED,
+    ),
+    ("anthropic", 403, {"error": {"type": "forbidden"}}, {}, K.PROVIDER_UNAVAILABLE),
+    (
+        "anthropic",
+        401,
+        anthropic("authentication_error", "CORS requests are not allowed for this Organization"),
+        {},
+        K.BAD_REQUEST,
+    ),
     ("anthropic", 529, anthropic("overloaded_error"), {}, K.PROVIDER_UNAVAILABLE),
     # Gemini
     ("gemini", 400, google("API key not valid.", info("API_KEY_INVALID")), {}, K.KEY_REJECTED),
     ("gemini", 400, google("bad argument"), {}, K.BAD_REQUEST),
+    ("gemini", 400, [google("no", info("API_KEY_INVALID"))], {}, K.KEY_REJECTED),
+    (
+        "gemini",
+        400,
+        google("The input token count (3475108) exceeds the maximum number of tokens allowed (1)."),
+        {},
+        K.CONTEXT_TOO_LONG,
+    ),
+    (
+        "gemini",
+        400,
+        google("User location is not supported for the API use.", status="FAILED_PRECONDITION"),
+        {},
+        K.REGION_REFUSED,
+    ),
+    ("gemini", 403, {"error": {"message": "denied"}}, {}, K.PROVIDER_UNAVAILABLE),
     ("gemini", 401, google("x", info("ACCESS_TOKEN_TYPE_UNSUPPORTED")), {}, K.KEY_REJECTED),
     ("gemini", 403, google("Your API key was reported as leaked."), {}, K.KEY_REJECTED),
     ("gemini", 403, google(f"Consumer 'api_key:{KEY}' has been suspended."), {}, K.KEY_REJECTED),
@@ -205,15 +283,31 @@ def test_classification(name, status, document, headers, kind):
         (302, K.REDIRECTED),
         (204, K.BAD_RESPONSE),
         (400, K.BAD_REQUEST),
-        (401, K.KEY_REJECTED),
+        (401, K.PROVIDER_UNAVAILABLE),
+        (402, K.PROVIDER_UNAVAILABLE),
+        (403, K.PROVIDER_UNAVAILABLE),
+        (404, K.PROVIDER_UNAVAILABLE),
+        (413, K.CONTEXT_TOO_LONG),
+        (429, K.RATE_LIMITED),
         (408, K.PROVIDER_UNAVAILABLE),
         (500, K.PROVIDER_UNAVAILABLE),
         (504, K.PROVIDER_UNAVAILABLE),
         (529, K.PROVIDER_UNAVAILABLE),
     ],
 )
-@pytest.mark.parametrize("content", [b"", b"<html>", b'{"error": 7}', b'{"error": {"details": 1}}'])
-def test_status_alone_decides_when_the_body_says_nothing(name, status, kind, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<html><title>403 Forbidden</title>cloudflare: has been suspended, missing scopes",
+        b'{"error": 7}',
+        b'{"error": {"details": 1}}',
+        b'{"error": {"code": "x", "type": "y", "message": 1, "status": []}, "type": "error"}',
+        b'[{"error": "x"}, {}]',
+    ],
+)
+def test_a_body_that_is_not_the_providers_says_nothing_of_the_key(name, status, kind, content):
+    """Shown to fail with `documented` always true."""
     assert failure(name, answering(status, content=content)).kind is kind
 
 
@@ -222,6 +316,7 @@ def test_status_alone_decides_when_the_body_says_nothing(name, status, kind, con
     [
         ({"retry-after": "12"}, 12.0),
         ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after": "700"}, 700.0),
         ({"retry-after": "9", "retry-after-ms": "1500"}, 1.5),
         ({"retry-after": "-5"}, 0.0),
         ({"retry-after": "1e300"}, 86400.0),
@@ -286,7 +381,7 @@ BROKEN = [
 @pytest.mark.parametrize("text", BROKEN)
 def test_answers_off_the_schema(name, text):
     error = failure(name, answering(200, success(name, text)))
-    assert (error.kind, error.detail) == (K.BAD_RESPONSE, "")
+    assert error.kind is K.BAD_RESPONSE
 
 
 @pytest.mark.parametrize(
@@ -319,19 +414,44 @@ def test_refusals(name, document):
     assert failure(name, answering(200, document)).kind is K.REFUSED
 
 
-@pytest.mark.parametrize(
-    ("name", "finish"),
-    [
-        ("openai", "length"),
-        ("anthropic", "max_tokens"),
-        ("anthropic", "model_context_window_exceeded"),
-        ("gemini", "MAX_TOKENS"),
+PUBLISHED = [
+    *[("openai", one, K.BAD_RESPONSE) for one in ("tool_calls", "function_call")],
+    ("openai", "length", K.TRUNCATED),
+    ("openai", "content_filter", K.REFUSED),
+    *[("anthropic", one, K.BAD_RESPONSE) for one in ("tool_use", "pause_turn", "stop_sequence")],
+    ("anthropic", "max_tokens", K.TRUNCATED),
+    ("anthropic", "refusal", K.REFUSED),
+    ("anthropic", "model_context_window_exceeded", K.CONTEXT_TOO_LONG),
+    ("gemini", "MAX_TOKENS", K.TRUNCATED),
+    *[
+        ("gemini", one, K.REFUSED)
+        for one in (
+            *("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"),
+            *("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"),
+        )
     ],
-)
-def test_truncated(name, finish):
+    *[
+        ("gemini", one, K.BAD_RESPONSE)
+        for one in (
+            *("FINISH_REASON_UNSPECIFIED", "OTHER", "MALFORMED_FUNCTION_CALL", "NO_IMAGE"),
+            *("UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", "IMAGE_OTHER"),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(("name", "reason", "kind"), PUBLISHED)
+def test_an_answer_that_did_not_end_by_itself_is_none(name, reason, kind):
+    """Whole or not: what was found in half of an answer is not what a review found."""
     text = json.dumps({"findings": [FINDING]})
-    error = failure(name, answering(200, success(name, text, finish)))
-    assert (error.kind, error.detail) == (K.BAD_RESPONSE, "truncated")
+    assert failure(name, answering(200, success(name, text, reason))).kind is kind
+
+
+@pytest.mark.parametrize("reason", ["a_value_of_next_year", 7, 1.5, True, {"a": 1}, ["STOP"]])
+def test_a_reason_of_any_type_that_nobody_published_is_a_bad_response(name, reason):
+    """Shown to fail with `reason in` a set: a list raises TypeError there."""
+    text = json.dumps({"findings": [FINDING]})
+    assert failure(name, answering(200, success(name, text, reason))).kind is K.BAD_RESPONSE
 
 
 @pytest.mark.parametrize("status", [200, 400])

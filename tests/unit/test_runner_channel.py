@@ -6,6 +6,7 @@ import asyncio
 import socket
 
 import pytest
+from byokeep.orchestrator.v1 import key_pb2
 
 from services.llm_runner import channel
 from services.llm_runner.channel import ChannelClosedError, ChildEnd, Kind, ParentEnd
@@ -26,13 +27,13 @@ async def test_a_channel_passes_large_frames_and_sockets():
 
     one, other = socket.socketpair()
     with one, other:
-        parent.answer(Kind.DIALLED, one)
-        passed = child.receive_socket()
+        parent.answer(Kind.DIALLED, sock=one)
+        passed = child.receive_dialled()
         with passed:
             passed.send(b"x")
             assert other.recv(1) == b"x"
-    parent.answer(Kind.DIALLED)
-    assert child.receive_socket() is None
+    parent.answer(Kind.DIALLED, b"\x02")
+    assert child.receive_dialled() == key_pb2.UNREACHABLE_CAUSE_CONNECT
 
     child.send(Kind.END, b"1234")
     child.send(Kind.END)

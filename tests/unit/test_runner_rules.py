@@ -1,8 +1,6 @@
-"""The runner's pure parts: outbox, retries, endings, planning, settings, the lease's binding."""
+"""The runner's pure parts: calls, splits, endings, planning, settings, the lease's binding."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 from byokeep.keyvault.v1 import lease_pb2
@@ -12,18 +10,18 @@ from byokeep.runner.v1 import runner_pb2
 
 from services.common import models
 from services.common.config import ConfigError
-from services.llm_runner import config, endings, failures, plan
+from services.llm_runner import config, endings, failures, plan, review
 from services.llm_runner.calls import Calls
 from services.llm_runner.channel import Kind
 from services.llm_runner.endings import Ending
-from services.llm_runner.providers import FailureKind, ProviderError
+from services.llm_runner.providers import FailureKind, ProviderError, ReviewAnswer
 
 K = FailureKind
-NEVER_AGAIN = set(K) - {K.RATE_LIMITED, K.PROVIDER_UNAVAILABLE, K.NETWORK_BEFORE_SEND}
 REQUIRED = (
     *("DEPLOYMENT", "TRUST_DOMAIN", "LISTEN", "HEALTH_LISTEN", "CALLERS"),
     *("TLS_CERT", "TLS_KEY", "TLS_CA", "KEYVAULT_ADDRESS", "KEYVAULT_NAME"),
 )
+DIFF = b"--- a/x.py\n+++ b/x.py\n@@ -0,0 +1 @@\n+x = 1\n"
 ENV = {f"BYOKEEP_{name}": "x" for name in REQUIRED}
 
 
@@ -35,84 +33,134 @@ def test_a_lease_is_bound_to_its_grant_and_its_id():
 
 
 class FakeChannel:
-    """Stores nothing but what a child said; waits take no time."""
+    """Acknowledges whatever a child says, and remembers it."""
 
     def __init__(self):
         self.said = []
-        self.waited = []
 
     def send(self, kind, message=b""):
-        self.said.append(kind)
+        self.said.append((kind, message))
 
     def receive(self, kind):
         return b""
 
-    def wait(self, sock, events, seconds):
-        self.waited.append(seconds)
+    def of(self, kind):
+        return [message for said, message in self.said if said is kind]
 
 
-class FakeCall:
-    """Fails in turn with each of some errors, then answers."""
+class FakeAdapter:
+    """Takes a prompt up to a length, and finds nothing; or fails with some errors first."""
 
-    def __init__(self, *errors):
+    def __init__(self, longest, *errors):
+        self.longest = longest
         self.errors = list(errors)
+        self.prompts = []
 
-    def __call__(self):
+    def review(self, client, prompt):
+        self.prompts.append(prompt.user)
         if self.errors:
             raise self.errors.pop(0)
-        return "answer"
+        if len(prompt.user) > self.longest:
+            raise ProviderError(K.CONTEXT_TOO_LONG, http_status=400)
+        return ReviewAnswer([])
 
 
-def call_started(fake):
-    return fake.said.count(Kind.CALL_STARTED)
-
-
-@pytest.mark.parametrize(
-    ("kind", "tries"),
-    [
-        (K.RATE_LIMITED, 5),
-        (K.PROVIDER_UNAVAILABLE, 3),
-        (K.NETWORK_BEFORE_SEND, 3),
-        *((kind, 1) for kind in sorted(NEVER_AGAIN)),
-    ],
-)
-def test_only_what_can_help_is_tried_again(kind, tries):
+def attempt(adapter, diff, *, done=(), max_calls=20):
+    """A review in a child, without the child; what it said, and its outcome."""
     fake = FakeChannel()
-    calls = Calls(fake, 20, time.monotonic() + 600)
-
-    with pytest.raises(ProviderError):
-        calls.make("chunk", 0, FakeCall(*[ProviderError(kind)] * 20))
-
-    assert call_started(fake) == tries
-    assert calls.left == 20 - tries
-    assert all(0 < one < 10 for one in fake.waited)
+    made = plan.plan(assign(diff=diff), "openai", models.load(None))
+    outcome = review.run(fake, Calls(fake, max_calls), made, done, adapter, None)
+    return fake, made, outcome
 
 
-@pytest.mark.parametrize(
-    ("limit", "reserved", "left", "retry_after", "made"),
-    [
-        (20, 0, 600, 7.0, 2),
-        (20, 0, 600, 20.0, 2),
-        (20, 0, 600, 20.1, 1),
-        (20, 0, 20, 19.0, 1),
-        (3, 2, 600, 1.0, 1),
-        (3, 1, 600, 1.0, 2),
-        (1, 0, 600, 1.0, 1),
-    ],
-)
-def test_retries_stay_within_time_and_calls(limit, reserved, left, retry_after, made):
-    fake = FakeChannel()
-    calls = Calls(fake, limit, time.monotonic() + left)
-    call = FakeCall(ProviderError(K.RATE_LIMITED, retry_after_seconds=retry_after))
+def long_diff(files=4, lines=600):
+    body = "".join(f"+value_{line} = compute({line})\n" for line in range(lines))
+    return "".join(
+        f"--- /dev/null\n+++ b/f{number}.py\n@@ -0,0 +1,{lines} @@\n{body}"
+        for number in range(files)
+    ).encode()
 
-    if made == 1:
-        with pytest.raises(ProviderError):
-            calls.make("chunk", reserved, call)
-    else:
-        assert calls.make("chunk", reserved, call) == "answer"
 
-    assert call_started(fake) == made
-    assert fake.waited == [retry_after] * (made - 1)
+@pytest.mark.parametrize("kind", list(K))
+def test_a_call_is_made_once_whatever_it_fails_with(kind):
+    """Fails with a loop around the call in Calls.make: a dead provider got nine calls."""
+    adapter = FakeAdapter(10**9, ProviderError(kind, retry_after_seconds=1))
+
+    fake, _, outcome = attempt(adapter, DIFF)
+
+    assert outcome.failure != review_pb2.FAILURE_REASON_UNSPECIFIED
+    assert len(adapter.prompts) == len(fake.of(Kind.CALL_STARTED)) == 1
+
+
+def test_what_is_too_long_is_split_until_it_fits():
+    adapter = FakeAdapter(30_000)
+
+    fake, made, outcome = attempt(adapter, long_diff())
+
+    assert outcome == runner_pb2.Outcome()
+    (whole,) = chunk_ids(made)
+    plan_now = [whole]
+    for split in fake.of(Kind.CHUNK_SPLIT):
+        place = plan_now.index(split.chunk_id)
+        plan_now[place : place + 1] = [chunk.chunk_id for chunk in split.into]
+    assert plan_now == [result.chunk_id for result in fake.of(Kind.CHUNK_RESULT)]
+    assert [one.call_number for one in fake.of(Kind.CALL_STARTED)] == list(
+        range(1, len(adapter.prompts) + 1)
+    )
+    read = [prompt for prompt in adapter.prompts if len(prompt) <= 30_000]
+    shown = [line for prompt in read for line in prompt.splitlines() if " +value_" in line]
+    assert len(shown) == 4 * 600  # every line once
+    assert all("### f" in prompt for prompt in read)
+
+
+def test_what_is_as_long_as_what_was_too_long_is_not_tried():
+    """Fails without `too_long`: each of the two chunks is then refused once."""
+    diff = long_diff(files=2, lines=5_000)
+    adapter = FakeAdapter(150_000)
+
+    fake, made, outcome = attempt(adapter, diff)
+
+    assert outcome == runner_pb2.Outcome()
+    assert len(made.chunks) == 2
+    assert len([one for one in adapter.prompts if len(one) > 150_000]) == 1
+    assert len(fake.of(Kind.CHUNK_SPLIT)) == 2
+
+
+def test_what_no_split_makes_short_enough_fails_with_its_reason():
+    fake, _, outcome = attempt(FakeAdapter(10), long_diff(), max_calls=100)
+
+    assert outcome.failure == review_pb2.FAILURE_REASON_CONTEXT_TOO_LONG
+    assert not outcome.retryable
+    assert len(fake.of(Kind.CALL_STARTED)) < 12
+
+
+@pytest.mark.parametrize("limit", range(1, 6))
+def test_split_calls_count(limit):
+    fake, _, outcome = attempt(FakeAdapter(30_000), long_diff(), max_calls=limit)
+
+    assert outcome.failure == review_pb2.FAILURE_REASON_CONTEXT_TOO_LONG
+    assert len(fake.of(Kind.CALL_STARTED)) <= limit
+
+
+def test_a_review_of_more_chunks_than_calls_starts_none():
+    fake, _, outcome = attempt(FakeAdapter(10**9), long_diff(2, 5_000), max_calls=1)
+
+    assert outcome.failure == review_pb2.FAILURE_REASON_BAD_REQUEST
+    assert not fake.said
+
+
+def test_a_later_attempt_goes_on_with_the_parts_that_are_left():
+    """Fails without `was_split`: the whole chunk is then sent, and refused, once more."""
+    first, _, _ = attempt(FakeAdapter(30_000), long_diff())
+    results = [one.chunk_id for one in first.of(Kind.CHUNK_RESULT)]
+    adapter = FakeAdapter(30_000)
+
+    fake, _, outcome = attempt(adapter, long_diff(), done=results[:-1])
+
+    assert outcome == runner_pb2.Outcome()
+    assert [one.chunk_id for one in fake.of(Kind.CHUNK_RESULT)] == results[-1:]
+    assert len(adapter.prompts) == 1
+    assert fake.of(Kind.CHUNK_SPLIT) == first.of(Kind.CHUNK_SPLIT)
 
 
 @pytest.mark.parametrize("kind", list(K))
@@ -127,7 +175,6 @@ def test_every_kind_of_failure_has_a_meaning(kind):
     assert outcome.ambiguous_call == (kind is K.AMBIGUOUS)
     assert not (outcome.ambiguous_call and outcome.retryable)
     assert failures.verdict(error)
-    assert outcome.retryable or failures.tries(error) == 1
 
 
 @pytest.mark.parametrize("ending", list(Ending))
@@ -145,10 +192,7 @@ def test_every_ending_is_told_and_never_pays_twice(ending):
 
 
 def assign(**changed):
-    given = {
-        "repository": "a/b",
-        "diff": b"--- a/x.py\n+++ b/x.py\n@@ -0,0 +1 @@\n+x = 1\n",
-    }
+    given = {"repository": "a/b", "diff": DIFF}
     return runner_pb2.Assign(model="some-model", input=review_pb2.ReviewInput(**(given | changed)))
 
 

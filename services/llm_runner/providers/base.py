@@ -11,9 +11,11 @@ from typing import Any, ClassVar, Final, NoReturn
 
 import httpx
 
+from services.llm_runner.providers import table
 from services.llm_runner.providers.errors import FailureKind, ProviderError
 from services.llm_runner.providers.exchange import Answer, exchange, retry_after
 from services.llm_runner.providers.findings import FINDINGS_SCHEMA, parse_findings
+from services.llm_runner.providers.table import Said
 
 __all__ = [
     "FINDINGS_SCHEMA",
@@ -79,11 +81,10 @@ class Adapter(ABC):
         """Make one review call and return its validated findings."""
 
     @abstractmethod
-    def _classify(self, answer: Answer, error: Mapping[str, Any]) -> FailureKind | None:
-        """Kind that the error body tells; None leaves it to the HTTP status."""
+    def _said(self, status: int, document: Mapping[str, Any]) -> Said:
+        """Reduce an error answer to what the table looks at."""
 
-    def _retry_after(self, answer: Answer, error: Mapping[str, Any]) -> float | None:
-        del error
+    def _retry_after(self, answer: Answer) -> float | None:
         return retry_after(answer.headers)
 
     def _call(
@@ -104,39 +105,18 @@ class Adapter(ABC):
         return document
 
     def _fail(self, answer: Answer) -> NoReturn:
-        error = _error_object(answer)
-        kind = _kind_by_status(answer.status)
-        if answer.status >= 400:
-            kind = self._classify(answer, error) or kind
+        said = self._said(answer.status, answer.document())
+        kind = table.failure(self.name, said)
         raise ProviderError(
             kind,
             http_status=answer.status,
-            retry_after_seconds=self._retry_after(answer, error) if kind in _WAITABLE else None,
+            retry_after_seconds=self._retry_after(answer) if kind in _WAITABLE else None,
         )
 
-
-def _error_object(answer: Answer) -> Mapping[str, Any]:
-    # OpenAI sends some authorisation errors as a bare string.
-    error = answer.document().get("error")
-    if isinstance(error, str):
-        return {"message": error}
-    return error if isinstance(error, dict) else {}
-
-
-def _kind_by_status(status: int) -> FailureKind:
-    if 300 <= status < 400:
-        return FailureKind.REDIRECTED
-    if status < 400:
-        return FailureKind.BAD_RESPONSE
-    if status >= 500 or status == 408:
-        return FailureKind.PROVIDER_UNAVAILABLE
-    return {
-        401: FailureKind.KEY_REJECTED,
-        402: FailureKind.QUOTA_EXHAUSTED,
-        403: FailureKind.KEY_RESTRICTED,
-        404: FailureKind.MODEL_NOT_FOUND,
-        429: FailureKind.RATE_LIMITED,
-    }.get(status, FailureKind.BAD_REQUEST)
+    def _ended(self, reason: str) -> None:
+        """Raise ProviderError unless the model stopped where its answer is whole."""
+        if (kind := table.end(self.name, reason)) is not None:
+            raise ProviderError(kind, http_status=200)
 
 
 def text(value: object) -> str:

@@ -35,8 +35,10 @@ class Answer:
     body: bytes = field(repr=False)
 
     def document(self) -> dict[str, Any]:
-        """The body as a JSON object; empty when it is anything else."""
+        """The body as a JSON object, or the one in an array; empty when it is anything else."""
         parsed = load_json(self.body)
+        if isinstance(parsed, list) and len(parsed) == 1:
+            parsed = parsed[0]  # Gemini's errors of a stream
         return parsed if isinstance(parsed, dict) else {}
 
 

@@ -15,8 +15,6 @@ import httpx
 from services.llm_runner.providers.base import (
     MAX_MODEL_PAGES,
     Adapter,
-    FailureKind,
-    ProviderError,
     ReviewAnswer,
     ReviewPrompt,
     mapping,
@@ -26,9 +24,9 @@ from services.llm_runner.providers.base import (
     text,
 )
 from services.llm_runner.providers.exchange import Answer, bounded_wait, retry_after
+from services.llm_runner.providers.table import Said
 
 _PAGE_SIZE: Final = 1000
-_BLOCKED: Final = frozenset({"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"})
 # These generate content, but speech or pictures.
 _NOT_TEXT: Final = re.compile(r"-(tts|image|live|audio)\b")
 _DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)s")
@@ -65,32 +63,26 @@ class Gemini(Adapter):
         path = f"/v1beta/models/{quote(prompt.model, safe='')}:generateContent"
         document = self._call(client, "POST", path, body=_request(prompt))
         candidate = next(iter(objects(document.get("candidates"))), {})
-        finish = candidate.get("finishReason")
-        if finish in _BLOCKED or mapping(document.get("promptFeedback")).get("blockReason"):
-            raise ProviderError(FailureKind.REFUSED, http_status=200)
-        if finish == "MAX_TOKENS":
-            raise ProviderError(FailureKind.BAD_RESPONSE, http_status=200, detail="truncated")
+        blocked = mapping(document.get("promptFeedback")).get("blockReason")
+        self._ended("PROMPT_BLOCKED" if blocked else text(candidate.get("finishReason")))
         parts = objects(mapping(candidate.get("content")).get("parts"))
         answer = "".join(text(p.get("text")) for p in parts if p.get("thought") is not True)
         return ReviewAnswer(parse_findings(answer))
 
-    def _classify(self, answer: Answer, error: Mapping[str, Any]) -> FailureKind | None:
-        reasons = {text(detail.get("reason")) for detail in _details(error, "ErrorInfo")}
-        message = text(error.get("message")).lower()
-        if "API_KEY_INVALID" in reasons or "api key not valid" in message:
-            return FailureKind.KEY_REJECTED
-        if answer.status == 403 and (
-            "reported as leaked" in message
-            or "has been suspended" in message
-            or "CONSUMER_SUSPENDED" in reasons
-        ):
-            return FailureKind.KEY_REJECTED
-        if answer.status == 429 and ("credits are depleted" in message or _daily_quota(error)):
-            return FailureKind.QUOTA_EXHAUSTED
-        return None
+    def _said(self, status: int, document: Mapping[str, Any]) -> Said:
+        error = mapping(document.get("error"))
+        code, message = error.get("code"), error.get("message")
+        reasons = [text(detail.get("reason")) for detail in _details(error, "ErrorInfo")]
+        return Said(
+            status,
+            type(code) is int and isinstance(message, str) and "status" in error,
+            code=" ".join([*reasons, *_quotas(error)]),
+            type=text(error.get("status")),
+            message=text(message),
+        )
 
-    def _retry_after(self, answer: Answer, error: Mapping[str, Any]) -> float | None:
-        for detail in _details(error, "RetryInfo"):
+    def _retry_after(self, answer: Answer) -> float | None:
+        for detail in _details(mapping(answer.document().get("error")), "RetryInfo"):
             if match := _DURATION.fullmatch(text(detail.get("retryDelay"))):
                 return bounded_wait(float(match[1]))
         return retry_after(answer.headers)
@@ -109,12 +101,10 @@ def _details(error: Mapping[str, Any], kind: str) -> Iterator[Mapping[str, Any]]
             yield detail
 
 
-def _daily_quota(error: Mapping[str, Any]) -> bool:
-    return any(
-        "PerDay" in text(violation.get("quotaId"))
-        for failure in _details(error, "QuotaFailure")
-        for violation in objects(failure.get("violations"))
-    )
+def _quotas(error: Mapping[str, Any]) -> Iterator[str]:
+    for failure in _details(error, "QuotaFailure"):
+        for violation in objects(failure.get("violations")):
+            yield text(violation.get("quotaId"))
 
 
 def _request(prompt: ReviewPrompt) -> dict[str, Any]:

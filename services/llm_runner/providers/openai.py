@@ -13,8 +13,6 @@ import httpx
 
 from services.llm_runner.providers.base import (
     Adapter,
-    FailureKind,
-    ProviderError,
     ReviewAnswer,
     ReviewPrompt,
     mapping,
@@ -23,20 +21,13 @@ from services.llm_runner.providers.base import (
     parse_findings,
     text,
 )
-from services.llm_runner.providers.exchange import Answer
+from services.llm_runner.providers.table import Said
 
 # The list gives ids only. These families speak chat completions with structured output...
 _CHAT: Final = re.compile(r"(ft:)?(gpt-(4o|4\.|[5-9]|\d\d)|chatgpt-|o[1-9])")
 # ...except these members, which take or give something else, or have other endpoints.
 _NOT_CHAT: Final = re.compile(
     r"audio|codex|deep-research|image|live|realtime|search|transcribe|tts|-pro\b|instruct"
-)
-_QUOTA_CODES: Final = re.compile(
-    r"insufficient_quota|credit_balance_exhausted|.*_spend_limit_exceeded"
-    r"|.*_usage_limit_exceeded|billing_hard_limit_reached|billing_not_active"
-)
-_SCOPE: Final = re.compile(
-    r"missing scopes|insufficient_scope|insufficient permissions|ip allowlist"
 )
 
 
@@ -62,25 +53,21 @@ class OpenAI(Adapter):
         choice = next(iter(objects(document.get("choices"))), {})
         message = mapping(choice.get("message"))
         finish = choice.get("finish_reason")
-        if message.get("refusal") or finish == "content_filter":
-            raise ProviderError(FailureKind.REFUSED, http_status=200)
-        if finish == "length":
-            raise ProviderError(FailureKind.BAD_RESPONSE, http_status=200, detail="truncated")
+        self._ended("refusal" if message.get("refusal") else text(finish))
         return ReviewAnswer(parse_findings(text(message.get("content"))))
 
-    def _classify(self, answer: Answer, error: Mapping[str, Any]) -> FailureKind | None:
-        code, message = text(error.get("code")), text(error.get("message")).lower()
-        if _QUOTA_CODES.fullmatch(code) or error.get("type") == "insufficient_quota":
-            return FailureKind.QUOTA_EXHAUSTED
-        if code == "model_not_found":
-            return FailureKind.MODEL_NOT_FOUND
-        if answer.status == 401 and (_SCOPE.search(message) or _SCOPE.search(code)):
-            return FailureKind.KEY_RESTRICTED
-        if answer.status == 403 and code == "unsupported_country_region_territory":
-            return FailureKind.BAD_REQUEST
-        if answer.status == 400 and code in ("content_policy_violation", "invalid_prompt"):
-            return FailureKind.REFUSED
-        return None
+    def _said(self, status: int, document: Mapping[str, Any]) -> Said:
+        error = document.get("error")
+        if isinstance(error, str):  # some authorisation errors; too little to know it by
+            return Said(status, message=error)
+        error = mapping(error)
+        return Said(
+            status,
+            isinstance(error.get("message"), str) and {"type", "code"} <= error.keys(),
+            code=text(error.get("code")),
+            type=text(error.get("type")),
+            message=text(error.get("message")),
+        )
 
 
 def _request(prompt: ReviewPrompt) -> dict[str, Any]:
