@@ -69,7 +69,7 @@ def child_dials_elsewhere(attacker: Attacker) -> str:
 
 async def _dials(dialer: Dialer, provider: options_pb2.Provider.ValueType, asked: str) -> bool:
     connected = await dialer.dial(provider, asked)
-    if connected is None:
+    if isinstance(connected, int):
         return False
     connected.close()
     return True
