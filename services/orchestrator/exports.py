@@ -10,14 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeVar
 from urllib.parse import quote
 
 from byokeep.loglines import disarmed
 from byokeep.orchestrator.v1.review_pb2 import Category, Finding, Review, ReviewState, Severity
 
+T = TypeVar("T")
+#: Most bytes of an export's findings: what a service sends and GitHub takes in one message.
+MAX_BYTES: Final = 8 * 1024 * 1024
 _TEXT = "text/plain; charset=utf-8"
 _SARIF = "application/sarif+json"
 _JSON = "application/json"
@@ -57,9 +62,11 @@ _ANSI = re.compile(
     r"|\x1b[ -/]*[0-~]"
 )
 _JOINERS = "\u200c\u200d"  # part of how some scripts and emoji are written
+_SEEN = frozenset(string.printable[:95] + "\n" + _JOINERS)
 _FENCE = re.compile(r"^ *```[^`\n]*$", re.MULTILINE)
+_INDENT = re.compile(r"\n +")
 _SPAN = re.compile(r"`([^`\n]++)`")
-_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+_PUNCTUATION = str.maketrans({mark: f"\\{mark}" for mark in string.punctuation})
 # What GitHub turns into a mention, a reference or a link, once it is escaped.
 _ACTIVE = re.compile(r"(\\[@#](?=\w)|\bGH\\-(?=\d)|\\:(?=\\/\\/)|\bwww(?=\\\.))", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -68,14 +75,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def text(review: Review) -> tuple[str, str]:
     """Return a review for people to read, without control characters and what a CI run takes for a
     command, and its media type."""
-    lines = [_headline(review), *_notes(review)]
-    for finding in review.findings:
-        severity, category = _severity(finding), _category(finding)
-        lines += ["", f"{_place(finding)}: {severity}, {category}: {_line(finding.title)}"]
-        lines += [f"    {line}".rstrip() for line in _clean(finding.message).split("\n")]
-        if finding.suggestion.strip():
-            first, *rest = _clean(finding.suggestion).split("\n")
-            lines += [f"    Suggestion: {first}", *(f"    {line}".rstrip() for line in rest)]
+    findings, cut = _rendered(review.findings, _paragraph, len)
+    lines = [_headline(review), *_notes(review), *cut, *findings]
     return disarmed("\n".join(lines)) + "\n", _TEXT
 
 
@@ -88,6 +89,9 @@ def sarif(review: Review) -> tuple[str, str]:
     """
     rules = sorted({_rule_id(finding) for finding in review.findings})
     seen: Counter[str] = Counter()
+    results, cut = _rendered(
+        review.findings, lambda finding: _result(finding, rules, seen), _json_bytes
+    )
     run = {
         "tool": {"driver": {"name": "byokeep", "rules": [_rule(rule) for rule in rules]}},
         "automationDetails": {"id": "byokeep/"},
@@ -95,8 +99,10 @@ def sarif(review: Review) -> tuple[str, str]:
         "invocations": [
             {"executionSuccessful": review.state == ReviewState.REVIEW_STATE_COMPLETED}
         ],
-        "results": [_result(finding, rules, seen) for finding in review.findings],
+        "results": results,
     }
+    if cut:
+        run["properties"] = {"notes": cut}
     log = {"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}
     return json.dumps(log, indent=2) + "\n", _SARIF
 
@@ -107,14 +113,55 @@ def github(review: Review) -> tuple[str, str]:
     Source: https://docs.github.com/rest/pulls/reviews. It comments, and neither
     approves nor requests changes: that is people's to do.
     """
+    comments, cut = _rendered(review.findings, _comment, _json_bytes)
     body: dict[str, object] = {
         "event": "COMMENT",
-        "body": "\n\n".join(_prose(line) for line in [_headline(review), *_notes(review)]),
-        "comments": [_comment(finding) for finding in review.findings],
+        "body": "\n\n".join(_prose(line) for line in [_headline(review), *_notes(review), *cut]),
+        "comments": comments,
     }
     if _COMMIT.fullmatch(review.head_commit):
         body["commit_id"] = review.head_commit
     return json.dumps(body, indent=2) + "\n", _JSON
+
+
+def _rendered(
+    findings: Sequence[Finding], render: Callable[[Finding], T], size: Callable[[T], int]
+) -> tuple[list[T], list[str]]:
+    """Return findings in their form and order, the worst of them where all are too many bytes,
+    and then a note that says so."""
+    room, kept = MAX_BYTES, {}
+    for at in sorted(range(len(findings)), key=lambda at: -findings[at].severity):
+        form = render(findings[at])
+        room -= size(form)
+        if room < 0:
+            break
+        kept[at] = form
+    left_out = len(findings) - len(kept)
+    cut = (
+        [
+            f"Left out, for the export would be too large: {left_out} findings, none worse than"
+            " those that are here"
+        ]
+        if left_out
+        else []
+    )
+    return [kept[at] for at in sorted(kept)], cut
+
+
+def _json_bytes(form: object) -> int:
+    return len(json.dumps(form, indent=2))
+
+
+def _paragraph(finding: Finding) -> str:
+    lines = [
+        "",
+        f"{_place(finding)}: {_severity(finding)}, {_category(finding)}: {_line(finding.title)}",
+    ]
+    lines += [f"    {line}".rstrip() for line in _clean(finding.message).split("\n")]
+    if finding.suggestion.strip():
+        first, *rest = _clean(finding.suggestion).split("\n")
+        lines += [f"    Suggestion: {first}", *(f"    {line}".rstrip() for line in rest)]
+    return "\n".join(lines)
 
 
 def _headline(review: Review) -> str:
@@ -250,18 +297,19 @@ def _prose(source: str) -> str:
 
 def _escape(prose: str) -> str:
     # Indentation would make code, where the backslashes show.
-    escaped = _PUNCTUATION.sub(r"\\\1", re.sub(r"\n +", "\n", prose))
-    # GitHub looks for names and numbers in what is rendered, behind the backslash.
-    return _ACTIVE.sub("\\1\u200b", escaped)
+    escaped = _INDENT.sub("\n", prose).translate(_PUNCTUATION)
+    # GitHub looks for names and numbers in what is rendered, behind the backslash. One character
+    # is no name, and there may be thousands of such pieces.
+    return _ACTIVE.sub("\\1\u200b", escaped) if len(prose) > 1 else escaped
 
 
 def _clean(raw: str) -> str:
     """Remove terminal sequences, control and invisible characters but newlines."""
     plain = _ANSI.sub("", raw.replace("\r\n", "\n").replace("\r", "\n"))
     plain = "\n".join(line.rstrip() for line in plain.replace("\t", "    ").split("\n")).strip()
-    return "".join(
-        char for char in plain if char == "\n" or char in _JOINERS or not _invisible(char)
-    )
+    # Each character is looked up once, however often it stands there.
+    unseen = {ord(char) for char in set(plain) - _SEEN if _invisible(char)}
+    return plain.translate(dict.fromkeys(unseen)) if unseen else plain
 
 
 def _invisible(char: str) -> bool:

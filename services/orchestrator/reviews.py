@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,11 +17,12 @@ from services.orchestrator import (
     access,
     content,
     domain,
-    exports,
     paging,
     planning,
     store_requests,
 )
+from services.orchestrator.compute import Compute
+from services.orchestrator.compute_child import Job
 from services.orchestrator.config import Settings
 from services.orchestrator.events import REVIEW, Events
 from services.orchestrator.keyvault_client import Keyvault
@@ -35,11 +36,6 @@ TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
 _WATCH_SECONDS: Final = 5.0
 # Nothing tells of the start of an attempt, see CLAIM.
 _QUEUED_SECONDS: Final = 1.0
-_EXPORTS: Final[dict[int, Callable[[review_pb2.Review], tuple[str, str]]]] = {
-    review_pb2.EXPORT_FORMAT_TEXT: exports.text,
-    review_pb2.EXPORT_FORMAT_SARIF: exports.sarif,
-    review_pb2.EXPORT_FORMAT_GITHUB: exports.github,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +44,8 @@ class _Prepared:
 
     model: ModelRef
     key: custody_pb2.ProviderKey
-    plan: planning.Plan
+    #: What follows from the diff; the rest of a dry run's answer is added.
+    plan: review_pb2.DryRunReviewResponse
     max_calls: int
 
 
@@ -64,6 +61,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         keyvault: Keyvault,
         contents: content.ContentKeys,
         catalog: Catalog,
+        compute: Compute,
         events: Events,
     ) -> None:
         """Use the stores, keyvault's list of keys, and the models that are known."""
@@ -74,7 +72,8 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self._keyvault = keyvault
         self._contents = contents
         self._catalog = catalog
-        self._planner = planning.Planner(catalog)
+        self._compute = compute
+        self._planner = planning.Planner(catalog, compute)
         self._events = events
 
     async def SubmitReview(
@@ -107,19 +106,11 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights.require_active()
         self._require_sender(rights, request.input)
         prepared = await self._prepare(rights, request.input)
-        return review_pb2.DryRunReviewResponse(
-            model=str(prepared.model),
-            key_id=names.last_of(prepared.key.name),
-            calls=len(prepared.plan.chunks),
-            max_calls_per_review=prepared.max_calls,
-            chunks=[
-                review_pb2.DryRunReviewResponse.Chunk(
-                    files=chunk.files, estimated_tokens=chunk.estimated_tokens
-                )
-                for chunk in prepared.plan.chunks
-            ],
-            skipped_files=prepared.plan.skipped_files,
-        )
+        answer = prepared.plan
+        answer.model = str(prepared.model)
+        answer.key_id = names.last_of(prepared.key.name)
+        answer.max_calls_per_review = prepared.max_calls
+        return answer
 
     async def GetReview(
         self, request: review_pb2.GetReviewRequest, context: object
@@ -219,14 +210,16 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 "only a completed review can be exported",
                 state=state,
             )
-        content, media_type = _EXPORTS[request.format](review)
-        return review_pb2.ExportReviewResponse(content=content, media_type=media_type)
+        answer = await self._compute.run(
+            access.current().tenant.id, Job(request.format), review.SerializeToString()
+        )
+        return review_pb2.ExportReviewResponse.FromString(answer)
 
     async def _submit(
         self, rights: access.Rights, wanted: review_pb2.ReviewInput, scope: str, digest: bytes
     ) -> ReviewRow:
         prepared = await self._prepare(rights, wanted)
-        planning.require_calls(prepared.plan, prepared.max_calls)
+        planning.require_calls(prepared.plan.calls, prepared.max_calls)
         content_key = await self._contents.current(rights.tenant.id)
         review_id = ids.new_id("rev")
         return await self._reviews.submit(
@@ -244,7 +237,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 owner=wanted.user,
                 actor=rights.actor(wanted.user),
                 max_calls=prepared.max_calls,
-                chunks_total=len(prepared.plan.chunks),
+                chunks_total=prepared.plan.calls,
                 input=content_key.seal(review_id, content.INPUT, wanted.SerializeToString()),
             ),
             self._ceilings(rights).max_reviews_per_day,
@@ -268,7 +261,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         return _Prepared(
             model,
             key,
-            await self._planner.plan(wanted, model),
+            await self._planner.plan(rights.tenant.id, wanted, model),
             self._ceilings(rights).max_calls_per_review,
         )
 

@@ -21,6 +21,7 @@ from services.common import authz, models
 from services.common.background import Background
 from services.common.config import ConfigError
 from services.orchestrator.access import Authority
+from services.orchestrator.compute import Compute
 from services.orchestrator.config import Settings, database_url
 from services.orchestrator.content import ContentKeys
 from services.orchestrator.database import Database
@@ -59,6 +60,7 @@ class App:
         self._database = Database(url, settings.database_connections)
         self.queue = Queue(url, settings.concurrency)
         self._events = Events(url)
+        self._compute = Compute()
         self.tenants = TenantStore(self._database)
         self.keys = KeyStore(self._database, self.queue)
         self.attempts = AttemptStore(self._database, self.queue)
@@ -141,6 +143,7 @@ class App:
                 self.keyvault,
                 self._contents,
                 self._catalog,
+                self._compute,
                 self._events,
             ),
             server,
@@ -162,6 +165,7 @@ class App:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._drained.wait(), self._settings.drain_seconds)
         await self.background.close()
+        await self._compute.close()
         for channel in self._channels:
             await channel.close()
         await self.queue.close()

@@ -17,6 +17,7 @@ GOALS = {
     "review_overhead_p99_ms": ("<=", 250.0),
     "noop_reviews_per_s": (">=", 44.0),
     "recovery_s": ("<=", 15.0),
+    "stall_ms": ("<=", 500.0),
     "lease_vault_ratio": ("<=", 1.3),
     "rewrap_vault_ratio": (">=", 0.8),
     "idle_mb": ("<=", 300.0),

@@ -1,0 +1,23 @@
+"""How a diff would be divided: what of a dry run follows from the diff alone."""
+
+from __future__ import annotations
+
+from byokeep.orchestrator.v1 import review_pb2
+
+from services.common import chunks, diff
+
+
+def outline(raw: bytes, budget: int) -> review_pb2.DryRunReviewResponse:
+    """Divide a diff into calls of at most `budget` tokens. Raises DiffError."""
+    parsed = diff.parse(raw)
+    planned = chunks.plan(parsed, budget, salt="")
+    return review_pb2.DryRunReviewResponse(
+        calls=len(planned),
+        chunks=[
+            review_pb2.DryRunReviewResponse.Chunk(
+                files=chunk.files, estimated_tokens=chunk.estimated_tokens
+            )
+            for chunk in planned
+        ],
+        skipped_files=[file.path for file in parsed.files if not file.hunks],
+    )

@@ -1,0 +1,89 @@
+"""One tenant that stalls all: each attack with a victim beside it, whose call must be answered
+while nearly all of the attack is still to be done. No clock is asked: what is compared is order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from byokeep.orchestrator.v1 import review_pb2, settings_pb2
+
+from tests.harness import orchestrator as harness
+
+#: 63 kB, which take 80 ms to plan.
+SHORT_LINES = b"--- a/x\n+++ b/x\n@@ -0,0 +1,31500 @@\n" + b"+\n" * 31_500
+ATTACKS = 12
+
+
+@pytest.fixture
+async def stack(orchestrator_database_url: str, tmp_path: Path) -> AsyncIterator[harness.Stack]:
+    async with harness.running(orchestrator_database_url, tmp_path) as running:
+        for tenant in ("acme", "flood"):
+            await running.tenant(tenant)
+            running.keyvault.add(tenant)
+        yield running
+
+
+async def unfinished(stack: harness.Stack, attack: list[Awaitable[Any]]) -> int:
+    """How much of an attack is not done yet when a call of another tenant is."""
+    tasks = [asyncio.ensure_future(call) for call in attack]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    await stack.client("acme").settings.GetSettings(
+        settings_pb2.GetSettingsRequest(name="tenants/acme/settings")
+    )
+    left = sum(not task.done() for task in tasks)
+    await asyncio.gather(*tasks)
+    return left
+
+
+def dry_run(stack: harness.Stack) -> Awaitable[Any]:
+    return stack.client("flood").reviews.DryRunReview(
+        review_pb2.DryRunReviewRequest(
+            parent="tenants/flood",
+            input=review_pb2.ReviewInput(repository="a/b", diff=SHORT_LINES),
+        )
+    )
+
+
+async def test_dry_runs_of_short_lines(stack: harness.Stack) -> None:
+    """Was shown to fail with the diff planned on the event loop: none was left."""
+    await dry_run(stack)
+    assert await unfinished(stack, [dry_run(stack) for _ in range(ATTACKS)]) >= ATTACKS // 2
+
+
+async def test_exports_full_of_marks(stack: harness.Stack) -> None:
+    """Was shown to fail with `exports.github` called on the event loop: none was left."""
+    words = "`*" * 2_000
+    hostile = review_pb2.Finding(
+        path="app.py",
+        start_line=2,
+        end_line=2,
+        severity=review_pb2.SEVERITY_LOW,
+        category=review_pb2.CATEGORY_STYLE,
+        title=words[:200],
+        message=words,
+        suggestion=words,
+    )
+
+    async def script(talk: harness.Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        await talk.result("c1", *[hostile] * 100)
+        await talk.end()
+
+    stack.runner.default = script
+    review = await stack.ended(await stack.submit("flood"))
+    assert review.finding_count == 100
+    request = review_pb2.ExportReviewRequest(
+        name=review.name, format=review_pb2.EXPORT_FORMAT_GITHUB
+    )
+
+    def export() -> Awaitable[Any]:
+        return stack.client("flood").reviews.ExportReview(request)
+
+    await export()
+    assert await unfinished(stack, [export() for _ in range(ATTACKS)]) >= ATTACKS // 2
