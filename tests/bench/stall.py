@@ -1,5 +1,6 @@
-"""stall_ms: another tenant's worst wait for an ordinary call, while one tenant keeps 100 dry runs of
-the diff in flight that takes longest to plan for its size, and sends again at once what is refused.
+"""stall_ms: another tenant's worst wait for an ordinary call, while one tenant keeps 100 dry runs
+in flight, and sends again at once what is refused. Their diff is 63 kB of short lines: no other of
+that size takes so long to plan.
 
 The attack has a process of its own: what is measured is the wait at the orchestrator.
 """

@@ -1084,6 +1084,23 @@ MUTANTS = (
         ("tests/unit/test_log_lines.py::test_an_exported_text_has_no_command",),
     ),
     Mutant(
+        "diffs are planned on the event loop",
+        _OR + "planning.py",
+        "len(request.diff) <= _AT_ONCE_BYTES",
+        "len(request.diff) <= 1 << 30",
+        (
+            "tests/unit/test_orchestrator_planning.py::test_the_loop_turns_while_a_diff_is_planned",
+            "tests/component/test_stalls.py::test_dry_runs_of_short_lines",
+        ),
+    ),
+    Mutant(
+        "one tenant's jobs take every process",
+        _OR + "compute.py",
+        "Turns(at_once=1)",
+        "Turns(at_once=100)",
+        ("tests/unit/test_orchestrator_planning.py::test_one_tenants_plans_hold_up_no_other",),
+    ),
+    Mutant(
         "an open call that is taken over and can't be stored is made again",
         _OR + "dispatcher.py",
         "ambiguous=work.turn > 0",
