@@ -61,7 +61,7 @@ class LocalStack:
         numbers = {
             name: self._ports.reserve()
             for service in SERVICES
-            for name in (service, f"{service}-health")
+            for name in (service, f"{service}-health", f"{service}-metrics")
         }
         self.topology = Topology(state, numbers, live, extra or {})
         self._processes: dict[str, Process] = {}

@@ -45,9 +45,9 @@ _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_CER
 class Topology:
     """What the environments of the processes are made from.
 
-    ``ports`` is by service name and `<service>-health`; ``extra`` adds to or replaces
-    variables by process name, as a test needs. With ``live`` the runner dials the real
-    providers.
+    ``ports`` is by service name, `<service>-health` and `<service>-metrics`; ``extra`` adds
+    to or replaces variables by process name, as a test needs. With ``live`` the runner dials
+    the real providers.
     """
 
     state: State
@@ -101,6 +101,7 @@ class Topology:
             "BYOKEEP_TRUST_DOMAIN": TRUST_DOMAIN,
             "BYOKEEP_LISTEN": self.address(name),
             "BYOKEEP_HEALTH_LISTEN": self.address(f"{name}-health"),
+            "BYOKEEP_METRICS_LISTEN": self.address(f"{name}-metrics"),
             "BYOKEEP_READY_FILE": str(self.ready_file(name)),
             "BYOKEEP_TLS_CERT": str(files.certificate),
             "BYOKEEP_TLS_KEY": str(files.key),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final, TypeAlias, TypeVar
 
-from services.common import logs
+from services.common import logs, metrics
 from services.common.errors import ByokeepError
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,7 @@ async def _end(name: str, task: asyncio.Task[object]) -> None:
 
 
 def _tell_death(name: str, task: asyncio.Task[object]) -> None:
+    metrics.BACKGROUND_DEATHS.labels(name).inc()
     error = None if task.cancelled() else task.exception()
     how = {"how": "cancelled" if task.cancelled() else "returned"}
     logs.event(

@@ -37,6 +37,9 @@ class ServiceSettings:
     trust_domain: str = setting("SPIFFE trust domain of every caller")
     listen: str = setting("host:port of the mTLS gRPC server")
     health_listen: str = setting("host:port of the plaintext gRPC health server")
+    metrics_listen: str = setting(
+        "host:port of the plaintext Prometheus metrics; none: they are not served", default=""
+    )
     tls_cert: Path = setting("PEM file: this service's certificate chain")
     tls_key: Path = setting("PEM file: its private key")
     tls_ca: Path = setting("PEM file: CA certificates of every caller and callee")

@@ -11,7 +11,7 @@ import protovalidate
 from byokeep.common.v1 import options_pb2
 from google.protobuf.message import Message
 
-from services.common import authz, logs
+from services.common import authz, logs, metrics
 from services.common.errors import ByokeepError, internal
 
 log = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ class _Call:
         if not isinstance(error, ByokeepError):
             logs.failure(log, "unforeseen_error", error, method=self._method)
             return internal()
+        metrics.REFUSALS.labels(self._method.removeprefix("/byokeep."), error.reason).inc()
         if self._gate._denied is not None and error.code in _DENIALS:
             self._gate._denied(authz.presented_id(context), self._method, error.reason)
         return error

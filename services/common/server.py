@@ -20,11 +20,12 @@ from byokeep.transport import MAX_MESSAGE_BYTES
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from services.common import authz, hardening, logs
+from services.common import authz, hardening, logs, metrics
 from services.common.background import Background
 from services.common.config import ConfigError, ServiceSettings
 from services.common.errors import ByokeepError
 from services.common.interceptor import Gate
+from services.common.observe import Observe
 from services.common.tls import ServerIdentity
 
 log = logging.getLogger(__name__)
@@ -121,13 +122,15 @@ async def build(settings: ServiceSettings, app: App) -> tuple[grpc.aio.Server, i
         ("grpc.max_connection_age_ms", settings.connection_age_seconds * 1000),
         ("grpc.max_connection_age_grace_ms", settings.connection_grace_seconds * 1000),
     ]
-    server = grpc.aio.server(interceptors=[gate], options=_OPTIONS + age)
+    server = grpc.aio.server(interceptors=[Observe(), gate], options=_OPTIONS + age)
     registrar = _Registrar(server)
     app.register(registrar)  # type: ignore[arg-type]
     for service in registrar.services:
         for method in authz.methods_of(service):
             authz.declared_access(method)
-    credentials = ServerIdentity(settings.tls).credentials()
+    identity = ServerIdentity(settings.tls)
+    metrics.CERTIFICATE_EXPIRY.set_function(identity.expiry)
+    credentials = identity.credentials()
     try:
         port = server.add_secure_port(settings.listen, credentials)
     except RuntimeError:
@@ -143,6 +146,7 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
     server, _ = await build(settings, app)
     await server.start()
     status, health_server = await _health(settings.health_listen)
+    end_metrics = metrics.serve(settings.metrics_listen) if settings.metrics_listen else None
     if settings.ready_file is not None:
         # Whole or not at all: somebody waits for it.
         temporary = settings.ready_file.with_suffix(".new")
@@ -161,6 +165,8 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
     await server.stop(DRAIN_SECONDS)
     await app.stop()
     await health_server.stop(None)
+    if end_metrics is not None:
+        end_metrics()
     logs.event(log, "stopped")
 
 
@@ -178,6 +184,7 @@ class _Health:
             async with asyncio.timeout(_MISSING_SECONDS):
                 missing = await self._app.missing()
         missing += self._app.background.down() + self._own.down()
+        metrics.SERVING.set(not missing)
         if missing == self._known:
             return
         self._known = missing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 from byokeep.identity import Followed, IdentityError, Pem, TlsFiles
+from cryptography import x509
 
 from services.common.config import ConfigError
 
@@ -19,6 +20,11 @@ class ServerIdentity:
             raise ConfigError(
                 f"BYOKEEP_TLS_CERT, BYOKEEP_TLS_KEY, BYOKEEP_TLS_CA: {error}"
             ) from None
+
+    def expiry(self) -> float:
+        """Return the Unix time at which the certificate that is presented ends."""
+        certificate = x509.load_pem_x509_certificate(self._identity.value.certificate)
+        return certificate.not_valid_after_utc.timestamp()
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials that require and verify a client's certificate."""

@@ -64,6 +64,11 @@ class Anchor:
         #: When the last tick began that took in every head and is anchored.
         self.taken = -math.inf
 
+    @property
+    def age(self) -> float:
+        """Seconds since the database and its anchor were found to agree; infinite before."""
+        return time.monotonic() - self._held
+
     def refusal(self) -> ByokeepError | None:
         """Return why no lease may be given now."""
         if self.rolled_back:
@@ -73,7 +78,7 @@ class Anchor:
                 "keyvault's database is not what its anchor says it was; no lease is given until"
                 " an operator has looked and says so: byokeep admin resume-leases",
             )
-        if time.monotonic() - self._held > STALE_SECONDS:
+        if self.age > STALE_SECONDS:
             return stale("anchored")
         return None
 

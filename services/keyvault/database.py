@@ -79,6 +79,10 @@ class Database:
         """Close every connection."""
         await self._pool.close()
 
+    def stats(self) -> dict[str, int]:
+        """Return the pool's figures, by psycopg_pool's names for them."""
+        return self._pool.get_stats()
+
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Run statements as one transaction; an exception rolls it back."""

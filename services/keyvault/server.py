@@ -15,6 +15,7 @@ from byokeep.keyvault.v1 import (
     lease_pb2_grpc,
 )
 
+from services.common import metrics as common_metrics
 from services.common.background import Background, each
 from services.common.config import ConfigError, read_secret_file
 from services.common.errors import ByokeepError
@@ -25,6 +26,7 @@ from services.keyvault import (
     epochs,
     grants,
     kek,
+    metrics,
     needed,
     reconcile,
     retention,
@@ -93,6 +95,9 @@ class App:
         self._denials = Denials(self._database, settings.deployment)
         anchored = open_anchor(settings, self._backends)
         self._anchor = Anchor(self._database, anchored, settings.deployment)
+        common_metrics.follow_pool(self._database.stats)
+        metrics.ANCHOR_AGE.set_function(lambda: self._anchor.age)
+        metrics.ROLLED_BACK.set_function(lambda: self._anchor.rolled_back)
         self._revocations = Revocations(self._database)
         self._grant_keys = grants.GrantKeys(settings.grant_keys_dir)
         self.background = Background()

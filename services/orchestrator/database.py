@@ -69,6 +69,10 @@ class Database:
             },
         )
 
+    def stats(self) -> dict[str, int]:
+        """Return the pool's figures, by psycopg_pool's names for them."""
+        return self._pool.get_stats()
+
     @asynccontextmanager
     async def statement(self) -> AsyncIterator[Session]:
         """Give a session on which each statement is a transaction of its own.

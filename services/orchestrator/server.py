@@ -17,7 +17,7 @@ from byokeep.orchestrator.v1 import (
 from byokeep.runner.v1 import runner_pb2_grpc
 from byokeep.transport import aio_channel
 
-from services.common import authz, models
+from services.common import authz, metrics, models
 from services.common.background import Background
 from services.common.config import ConfigError
 from services.orchestrator.access import Authority
@@ -58,6 +58,7 @@ class App:
         )
         self._catalog = catalog
         self._database = Database(url, settings.database_connections)
+        metrics.follow_pool(self._database.stats)
         self.queue = Queue(url, settings.concurrency)
         self._events = Events(url)
         self._compute = Compute()

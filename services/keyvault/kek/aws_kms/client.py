@@ -17,6 +17,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from services.common.config import ConfigError
+from services.keyvault import metrics
 from services.keyvault.kek import KekMissingError, KekUnavailableError, UnwrapError
 
 _CALL_SECONDS = 3
@@ -84,7 +85,8 @@ class Client:
         run = getattr(self._kms, operation)
         try:
             work = loop.run_in_executor(self._threads, lambda: run(**parameters))
-            answer = await asyncio.wait_for(work, _DEADLINE_SECONDS)
+            with metrics.kek_call("aws_kms"):
+                answer = await asyncio.wait_for(work, _DEADLINE_SECONDS)
         except ClientError as error:
             problem = str(error.response.get("Error", {}).get("Code", ""))
         except BotoCoreError:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from services.keyvault import metrics
 from services.keyvault.kek.vault.reply import Reader, Reply, WireError, remaining
 
 # SSL_OP_CLEANSE_PLAINTEXT of OpenSSL 3 (openssl/ssl.h), for which Python's ssl module has no
@@ -60,6 +61,12 @@ class Wire:
 
         Redirects are not followed, and nothing is sent twice. Raises WireError.
         """
+        with metrics.kek_call("vault"):
+            return self._send(method, path, headers, body, deadline)
+
+    def _send(
+        self, method: str, path: str, headers: dict[str, str], body: bytes, deadline: float
+    ) -> Reply:
         connection: _Connection | None = None
         state = ""
         try:

@@ -1,0 +1,133 @@
+"""Every call leaves one line in the log and counts once, admitted or not.
+
+The line has the method, the code, the time that it took, the caller's SPIFFE ID and the id of the
+request: never a field of a message.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+
+from services.common import authz, logs, metrics
+
+log = logging.getLogger(__name__)
+if TYPE_CHECKING:  # generic only in their stubs
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+#: Metadata key of a request's id: the same in the logs of all services that it goes through.
+REQUEST_ID: Final = "x-request-id"
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_-]{8,64}")
+_CANCELLED: Final = grpc.StatusCode.CANCELLED.name
+
+_request: contextvars.ContextVar[str] = contextvars.ContextVar("byokeep_request", default="")
+
+
+def request_id() -> str:
+    """Return the id of the request that is being handled; empty outside of one."""
+    return _request.get()
+
+
+class Observe(grpc.aio.ServerInterceptor):
+    """Stands before all other interceptors, so that what they refuse is seen as well."""
+
+    def __init__(self) -> None:
+        """Wrap each method's handler when it is called first."""
+        self._wrapped: dict[str, Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Return the wrapped handler of a method."""
+        method = handler_call_details.method
+        if method not in self._wrapped:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            self._wrapped[method] = _wrap(method.removeprefix("/byokeep."), handler)
+        return self._wrapped[method]
+
+
+def _wrap(method: str, handler: Handler) -> Handler:
+    streams = (handler.request_streaming, handler.response_streaming)
+    if streams == (False, False):
+        inner, make = handler.unary_unary, grpc.unary_unary_rpc_method_handler
+    elif streams == (False, True):
+        inner, make = handler.unary_stream, grpc.unary_stream_rpc_method_handler
+    elif streams == (True, False):
+        inner, make = handler.stream_unary, grpc.stream_unary_rpc_method_handler
+    else:
+        inner, make = handler.stream_stream, grpc.stream_stream_rpc_method_handler
+    seen: Any = inner
+    seconds = metrics.RPC_SECONDS.labels(method)
+
+    async def one(request: Any, context: Context) -> Any:
+        with _Observed(method, seconds, context):
+            return await seen(request, context)
+
+    async def many(request: Any, context: Context) -> AsyncIterator[Any]:
+        with _Observed(method, seconds, context):
+            async for response in seen(request, context):
+                yield response
+
+    wrapped: Handler = make(
+        many if handler.response_streaming else one,
+        handler.request_deserializer,
+        handler.response_serializer,
+    )
+    return wrapped
+
+
+class _Observed:
+    """One call, from its start to its end."""
+
+    __slots__ = ("_context", "_method", "_seconds", "_start")
+
+    def __init__(self, method: str, seconds: Any, context: Context) -> None:
+        self._method, self._seconds, self._context = method, seconds, context
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> None:
+        _request.set(_told(self._context) or os.urandom(10).hex())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        took = time.perf_counter() - self._start
+        # None where nothing was set, which is OK unless it was cut.
+        code = (self._context.code() or grpc.StatusCode.OK).name
+        if kind is not None and code == "OK":
+            code = _CANCELLED  # the caller went away, or its time is over
+        self._seconds.observe(took)
+        metrics.RPCS.labels(self._method, code).inc()
+        logs.event(
+            log,
+            "rpc",
+            method=self._method,
+            code=code,
+            ms=round(took * 1000, 1),
+            caller=authz.presented_id(self._context)[:256],
+            request=_request.get(),
+        )
+
+
+def _told(context: Context) -> str:
+    """Return the request id that a caller passed on, where it is one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return ""
