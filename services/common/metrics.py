@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from socketserver import ThreadingMixIn
 from typing import Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -73,7 +74,11 @@ def follow_pool(stats: Callable[[], Mapping[str, int]]) -> None:
     """Show a pool's connections: `stats` is psycopg_pool's `get_stats`."""
     shown = {"open": "pool_size", "free": "pool_available", "waiting": "requests_waiting"}
     for state, name in shown.items():
-        DATABASE_CONNECTIONS.labels(state).set_function(lambda name=name: stats().get(name, 0))
+        DATABASE_CONNECTIONS.labels(state).set_function(partial(_figure, stats, name))
+
+
+def _figure(stats: Callable[[], Mapping[str, int]], name: str) -> float:
+    return stats().get(name, 0)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
