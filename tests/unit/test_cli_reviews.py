@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 
 import pytest
+from byokeep.cli import files
 from byokeep.orchestrator.v1 import review_pb2
 
 pytest_plugins = ["tests.harness.cli_fixtures"]
@@ -197,12 +199,97 @@ def test_everything_given_travels(edge, byokeep, tmp_path):
     assert (given.guidance, given.diff, given.model) == ("Be kind.", DIFF, "openai/gpt-5")
 
 
-def test_a_path_of_this_machine_does_not_travel(edge, byokeep, tmp_path, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "notes.md"
-    elsewhere.write_text("n")
+@pytest.fixture
+def secret(tmp_path_factory):
+    """A file that is not of the checkout."""
+    path = tmp_path_factory.mktemp("elsewhere") / "id_ed25519"
+    path.write_text("CANARY")
+    return path
+
+
+def test_a_files_path_is_that_in_the_checkout(edge, byokeep, checkout, monkeypatch):
+    """A link may be followed where it leads to a file of the checkout."""
+    (checkout / "docs").mkdir()
+    (checkout / "docs" / "real.md").write_text("r")
+    (checkout / "link.md").symlink_to("docs/real.md")
     edge.states = [COMPLETED]
-    submit(byokeep, "--context", str(elsewhere))
-    assert sent(edge).input.context_files[0].path == "notes.md"
+    monkeypatch.chdir("docs")
+    assert submit(byokeep, "--context", "real.md", "--context", "../link.md").code == 0
+    assert [file.path for file in sent(edge).input.context_files] == ["docs/real.md"] * 2
+
+
+@pytest.mark.parametrize("option", ["--context", "--guidance"])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path, secret: path.symlink_to(secret), "not in"),
+        (lambda path, secret: path.symlink_to("/proc/self/environ"), "not in"),
+        (lambda path, secret: path.symlink_to("/dev/zero"), "not in"),
+        (lambda path, secret: path.symlink_to(".git/config"), "part of .git"),
+        (lambda path, secret: path.symlink_to("x"), "can't be read"),
+        (lambda path, secret: os.mkfifo(path), "no regular file"),
+        (lambda path, secret: path.mkdir(), "no regular file"),
+    ],
+)
+def test_what_is_no_file_of_the_checkout_does_not_travel(
+    edge, byokeep, checkout, secret, option, make, said
+):
+    """The author of the change may have put it there."""
+    make(checkout / "x", secret)
+    ran = submit(byokeep, option, "x")
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+    assert edge.requests == []
+
+
+def test_a_folder_that_is_a_link_leads_nowhere(edge, byokeep, checkout, secret):
+    (checkout / "docs").symlink_to(secret.parent)
+    ran = submit(byokeep, "--context", "docs/id_ed25519")
+    assert (ran.code, "not in" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize("part", ["docs", "docs/guide.md"])
+def test_a_link_that_appears_after_the_look_is_not_followed(
+    edge, byokeep, checkout, secret, monkeypatch, part
+):
+    """Shown to fail without O_NOFOLLOW, for the folder and for the file."""
+    (checkout / "docs").mkdir()
+    (checkout / "docs" / "guide.md").write_text("g")
+    (secret.parent / "guide.md").write_text("CANARY")
+    seen = os.path.realpath(checkout / "docs" / "guide.md")
+
+    def swapped(_):
+        shutil.move(checkout / part, checkout / "away")
+        (checkout / part).symlink_to(secret.parent / part.removeprefix("docs").strip("/"))
+        return seen
+
+    monkeypatch.setattr(os.path, "realpath", swapped)
+    ran = submit(byokeep, "--guidance", "docs/guide.md")
+    assert (ran.code, "can't be read" in ran.err) == (2, True), ran.err
+    assert edge.requests == []
+
+
+def test_an_endless_diff_ends_with_a_sentence(edge, byokeep, tmp_path):
+    assert "neither a file nor a pipe" in byokeep("review", "--diff", "/dev/zero").err
+    os.truncate(os.open(tmp_path / "huge", os.O_CREAT | os.O_WRONLY), 2**40)
+    assert "larger than 4 MiB" in byokeep("review", "--diff", "huge").err
+    assert edge.requests == []
+
+
+def test_a_pipe_into_which_nobody_writes_ends_with_a_sentence(edge, byokeep, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_WRITER_MILLISECONDS", 10)
+    os.mkfifo(tmp_path / "pipe")
+    ran = byokeep("review", "--diff", "pipe")
+    assert (ran.code, "nobody writes" in ran.err) == (2, True)
+
+
+def test_a_writer_of_a_pipe_may_take_its_time(edge, byokeep, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_WRITER_MILLISECONDS", 10)
+    read, write = os.pipe()
+    threading.Timer(0.1, lambda: (os.write(write, DIFF), os.close(write))).start()
+    edge.states = [COMPLETED]
+    assert byokeep("review", "--diff", f"/dev/fd/{read}").code == 0
+    os.close(read)
+    assert sent(edge).input.diff == DIFF
 
 
 def test_working_tree_is_reviewed_by_default(edge, byokeep, checkout):
@@ -233,7 +320,6 @@ def test_base_reviews_the_branch(edge, byokeep, checkout):
 
 
 def test_git_settings_do_not_change_the_diff(edge, byokeep, checkout):
-    """Shown to fail: without `_PLAIN` the diff is the output of the configured program."""
     git("config", "diff.external", "echo owned #")
     git("config", "diff.noprefix", "true")
     git("config", "color.ui", "always")
@@ -285,8 +371,7 @@ def _lazy_fetch(checkout, program):
 
 @pytest.mark.parametrize("configure", [_fsmonitor, _hook, _filter, _included_process, _lazy_fetch])
 def test_a_repositorys_configuration_runs_no_program(edge, byokeep, checkout, configure):
-    """Shown to fail, case by case, without core.fsmonitor, `_own_filters` (two), core.hooksPath
-    with GIT_OPTIONAL_LOCKS, and GIT_ALLOW_PROTOCOL with GIT_NO_LAZY_FETCH (either is enough)."""
+    """Shown to fail with the checkout's own repository instead of a private one."""
     ran, program = checkout / "ran", checkout / "program"
     program.write_text(f"#!/bin/sh\ntouch {ran}\n")
     program.chmod(0o755)
@@ -320,7 +405,7 @@ def test_repository_is_read_from_the_remote(edge, byokeep, checkout, url, name):
     ("arguments", "said"),
     [
         ((), "nothing is changed"),
-        (("--base", "main"), "nothing changed between main and HEAD"),
+        (("--base", "main"), "HEAD has no commit that main has not"),
         (("--base", "nowhere"), "git refuses"),
         (("--base", "--output=/tmp/x"), "branch, a tag or a commit"),
         (("--diff", "-", "--base", "main"), "exclude each other"),

@@ -1,4 +1,4 @@
-"""What git knows of the change that is to be reviewed: diff, repository, head commit."""
+"""What git knows of the checkout around the working directory: its root, repository and commits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from byokeep.cli.errors import CliError
@@ -16,113 +19,115 @@ _SECONDS = 60
 # host:owner/name, or scheme://[user@]host[:port]/owner/name
 _REMOTE = re.compile(r"(?:[a-z+]+://[^/]+/|[^/:]+:)(?P<path>.+?)(?:\.git)?/*")
 _UNFIT = re.compile(r"[^A-Za-z0-9._/-]+")
-# A repository's configuration can name programs for git to run; see also `_environment`.
-_INERT = ("--no-pager", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
-_SCOPES = ("--local", "--worktree")
-_FILTERS = r"^filter\..*\.(clean|process|required)$"
-# Settings of a user's or a repository's git must not change what is reviewed, or run programs.
-_PLAIN = (
-    "--no-color",
-    "--no-ext-diff",
-    "--no-textconv",
-    "--submodule=short",
-    "--ignore-submodules=dirty",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
-    "--unified=3",
-)
+_SETTINGS = {
+    # No transport, which a partial clone's lazy fetch would run, no prompt and no lock.
+    "GIT_ALLOW_PROTOCOL": "none",
+    "GIT_NO_LAZY_FETCH": "1",
+    "GIT_NO_REPLACE_OBJECTS": "1",
+    "GIT_OPTIONAL_LOCKS": "0",
+    "GIT_TERMINAL_PROMPT": "0",
+    "LC_ALL": "C",
+}
 
 
-def inside_repository() -> bool:
-    """Return whether git is here, and the working directory is in a working tree."""
-    if shutil.which("git") is None:
-        return False
-    return _git("rev-parse", "--is-inside-work-tree") == b"true\n"
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A checkout; `root` is its folder without symbolic links."""
+
+    root: Path
+
+    def ask(self, *arguments: str) -> str | None:
+        """Return a line that git prints of the checkout; None where git has no answer."""
+        done = run(("git", *arguments), {}, self.root)
+        return os.fsdecode(done.stdout).removesuffix("\n") if done.returncode == 0 else None
+
+    def path(self, name: str) -> Path:
+        """Return where git keeps a part of the repository, such as `objects`."""
+        return self.root / (self.ask("rev-parse", "--git-path", name) or name)
+
+    def head(self) -> str:
+        """Return the commit that is checked out; empty where there is none."""
+        return self.ask("rev-parse", "--verify", "--quiet", "HEAD^{commit}") or ""
+
+    def repository(self) -> str:
+        """Return owner/name of the remote `origin`, else the name of the folder."""
+        matched = _REMOTE.fullmatch(self.ask("remote", "get-url", "origin") or "")
+        return label(matched["path"] if matched else self.root.name)
 
 
-def head_commit() -> str:
-    """Return the commit that is checked out; empty where there is none."""
-    return (_git("rev-parse", "--verify", "--quiet", "HEAD") or b"").decode().strip()
-
-
-def repository() -> str:
-    """Return owner/name of the remote `origin`, else the name of the directory."""
-    url = (_git("remote", "get-url", "origin") or b"").decode(errors="replace").strip()
-    top = (_git("rev-parse", "--show-toplevel") or b"").decode(errors="replace").strip()
-    matched = _REMOTE.fullmatch(url)
-    name = matched["path"] if matched else Path(top or Path.cwd()).name
+def label(name: str) -> str:
+    """Return a name as the contract takes repositories' names."""
     return _UNFIT.sub("-", name).strip("/-")[-200:] or "repository"
 
 
-def diff(base: str | None) -> bytes:
-    """Return what changed since the merge base with `base`; without it, what is not committed.
+def root() -> Path | None:
+    """Return the first folder from the working directory upwards that has a `.git`."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), None)
+
+
+def checkout() -> Checkout | None:
+    """Return the checkout around the working directory; None where there is none, or no git.
 
     Raises:
-        CliError: git refuses, or nothing changed.
+        CliError: git refuses it, or its own configuration moves the work tree.
     """
-    if base is not None and base.startswith("-"):
-        raise CliError("--base takes a branch, a tag or a commit")
-    # Without a commit, everything in the index is new.
-    against = f"{base}...HEAD" if base else "HEAD" if head_commit() else "--cached"
-    text = _git("diff", *_PLAIN, against, "--", strict=True, without=_own_filters())
-    if text:
-        return text
-    if base:
+    folder = root()
+    if folder is None or shutil.which("git") is None:
+        return None
+    done = run(("git", "rev-parse", "--show-toplevel"), {}, folder)
+    if done.returncode:
+        raise refused(done.stderr)
+    tree = Path(os.fsdecode(done.stdout).removesuffix("\n"))
+    if tree != folder:
         raise CliError(
-            f"nothing changed between {clean(base)} and HEAD",
-            "byokeep review without --base reviews what is not committed; --diff FILE any diff",
+            f"the checkout's own configuration moves its work tree from {clean(str(folder))} to"
+            f" {clean(str(tree))}",
+            "git config --unset core.worktree, if you trust the checkout",
         )
-    raise CliError(
-        "nothing is changed in the working tree (new files count once they are in `git add`)",
-        "byokeep review --base main reviews the commits of a branch; --diff FILE any diff",
-    )
+    return Checkout(folder)
 
 
-def _own_filters() -> list[str]:
-    """The settings of filters that the repository defines itself: those of the user, such as
-    an installed Git LFS, stay."""
-    found: list[str] = []
-    for scope in _SCOPES:
-        listed = _git(
-            "config", scope, "--includes", "--null", "--name-only", "--get-regexp", _FILTERS
+def refused(stderr: bytes) -> CliError:
+    """Return the error for what git refuses."""
+    said = stderr.decode(errors="replace").strip().splitlines()
+    return CliError(f"git refuses: {clean(said[-1]) if said else 'no reason given'}")
+
+
+def run(
+    command: Sequence[str],
+    settings: dict[str, str],
+    folder: Path,
+    *,
+    given: bytes = b"",
+    limit: int = 2**20,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run git in a folder; of the caller's environment it gets nothing that is git's.
+
+    Its output is read to `limit` bytes; it is killed where there is more, or after a minute.
+    """
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
+        stdin.write(given)
+        stdin.seek(0)
+        process = subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=environment | _SETTINGS | settings,
+            cwd=folder,
         )
-        found += os.fsdecode(listed or b"").split("\0")[:-1]
-    return found
-
-
-def _git(*arguments: str, strict: bool = False, without: Sequence[str] = ()) -> bytes | None:
-    done = _run(("git", *_INERT, *arguments), _environment(without))
-    if done.returncode == 0:
-        return done.stdout
-    if strict:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise CliError(f"git refuses: {said[-1] if said else 'no reason given'}")
-    return None
-
-
-def _environment(without: Sequence[str]) -> dict[str, str]:
-    """No transport, which a partial clone's lazy fetch would run, no prompt, no lock, and
-    nothing in the settings `without`."""
-    environment = {
-        **os.environ,
-        "GIT_OPTIONAL_LOCKS": "0",
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_NO_LAZY_FETCH": "1",
-        "GIT_ALLOW_PROTOCOL": "none",
-    }
-    # Not `-c`, which splits at the first "=", and a filter's name may have one.
-    first = int(environment.get("GIT_CONFIG_COUNT") or 0)
-    for number, name in enumerate(without, first):
-        environment[f"GIT_CONFIG_KEY_{number}"] = name
-        environment[f"GIT_CONFIG_VALUE_{number}"] = ""
-    return {**environment, "GIT_CONFIG_COUNT": str(first + len(without))}
-
-
-def _run(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
-    try:
-        return subprocess.run(
-            command, capture_output=True, timeout=_SECONDS, check=False, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        pass
-    raise CliError(f"git did not answer within {_SECONDS} seconds")
+        assert process.stdout is not None  # noqa: S101 for the type checker
+        watchdog = threading.Timer(_SECONDS, process.kill)
+        watchdog.start()
+        with process:
+            stdout = process.stdout.read(limit + 1)
+            if len(stdout) > limit:
+                process.kill()
+        if not watchdog.is_alive() and process.returncode < 0:
+            raise CliError(f"git did not answer within {_SECONDS} seconds")
+        watchdog.cancel()
+        stderr.seek(0)
+        code = 0 if len(stdout) > limit else process.returncode
+        return subprocess.CompletedProcess(command, code, stdout, stderr.read(limit))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from byokeep.cli import checked, gitinfo
+from byokeep.cli import checked, files, gitdiff, gitinfo
 from byokeep.cli.errors import CliError
 from byokeep.orchestrator.v1 import review_pb2
 
@@ -50,68 +51,70 @@ def build(given: Given) -> review_pb2.ReviewInput:
     if given.model:
         checked.model(given.model)
     checked.user(given.user)
-    in_repository = gitinfo.inside_repository()
-    # A diff from elsewhere need not be of the commit that is checked out here.
-    here = in_repository and given.diff is None
-    head = given.head or (gitinfo.head_commit() if here else "")
+    # A diff from elsewhere needs no checkout, and is not of the commit that is checked out here.
+    checkout = gitinfo.checkout() if given.diff is None else None
     return review_pb2.ReviewInput(
-        repository=given.repo or gitinfo.repository(),
+        repository=given.repo or _repository(checkout),
         pull_request=given.pr,
-        head_commit=head,
+        head_commit=given.head or (checkout.head() if checkout else ""),
         title=given.title,
         description=given.description,
-        diff=_diff(given, in_repository),
-        context_files=[
-            review_pb2.ContextFile(path=_label(path), content=_text(path, _CONTEXT_BYTES))
-            for path in given.context
-        ],
-        guidance=_text(given.guidance, _GUIDANCE_BYTES) if given.guidance else "",
+        diff=_diff(given, checkout),
+        context_files=[_context(path) for path in given.context],
+        guidance=_text(given.guidance, _GUIDANCE_BYTES)[1] if given.guidance else "",
         model=given.model,
         user=given.user,
     )
 
 
-def _diff(given: Given, in_repository: bool) -> bytes:
-    if given.diff == "-":
-        text = sys.stdin.buffer.read(_DIFF_BYTES + 1)
-        if not text:
-            raise CliError("standard input is empty: there is no diff to review")
-    elif given.diff is not None:
-        text = _bytes(Path(given.diff))
-        if not text:
-            raise CliError(f"{given.diff} is empty: there is no diff to review")
-    elif in_repository:
-        text = gitinfo.diff(given.base)
-    else:
+def _repository(checkout: gitinfo.Checkout | None) -> str:
+    if checkout is None:
+        with contextlib.suppress(CliError):
+            checkout = gitinfo.checkout()
+    return checkout.repository() if checkout else gitinfo.label(Path.cwd().name)
+
+
+def _diff(given: Given, checkout: gitinfo.Checkout | None) -> bytes:
+    if given.diff is not None:
+        text = _given_diff(given.diff)
+    elif checkout is None:
         raise CliError(
             "there is no diff: this is not a git repository, and --diff is not given",
             "byokeep review --diff FILE, or git diff | byokeep review --diff -",
         )
+    elif given.base is not None:
+        text = gitdiff.between(checkout, given.base, _DIFF_BYTES)
+    else:
+        text = gitdiff.uncommitted(checkout, _DIFF_BYTES)
     if len(text) > _DIFF_BYTES:
         raise CliError(f"the diff is larger than {_DIFF_BYTES // 2**20} MiB", "review a part of it")
     return text
 
 
-def _text(path: Path, limit: int) -> str:
-    raw = _bytes(path)
+def _given_diff(name: str) -> bytes:
+    if name == "-":
+        text = sys.stdin.buffer.read(_DIFF_BYTES + 1)
+        if not text:
+            # Whoever should have made it may have failed.
+            raise CliError("standard input is empty: there is no diff to review")
+        return text
+    text = files.any_file(name, _DIFF_BYTES)
+    if not text:
+        raise CliError(f"{name} is empty: there is no diff to review")
+    return text
+
+
+def _context(path: Path) -> review_pb2.ContextFile:
+    inside, content = _text(path, _CONTEXT_BYTES)
+    return review_pb2.ContextFile(path=inside, content=content)
+
+
+def _text(path: Path, limit: int) -> tuple[str, str]:
+    inside, raw = files.of_checkout(path, limit)
     if len(raw) > limit:
         raise CliError(f"{path} is larger than {limit // 1024} KiB")
     try:
-        return raw.decode()
+        return inside, raw.decode()
     except UnicodeDecodeError:
         pass
     raise CliError(f"{path} is not UTF-8 text")
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CliError(f"{path} can't be read: {error.strerror}") from None
-
-
-def _label(path: Path) -> str:
-    # Where a file lies on this machine is nobody's business.
-    here = Path.cwd()
-    full = (here / path).resolve()
-    return (full.relative_to(here) if full.is_relative_to(here) else Path(full.name)).as_posix()
