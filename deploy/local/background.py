@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -164,7 +165,8 @@ def _health(name: str, pid: int, ports: dict[str, int]) -> str:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(f"127.0.0.1:{ports[f'{name}-health']}") as channel:
+    address, direct = f"127.0.0.1:{ports[f'{name}-health']}", [("grpc.enable_http_proxy", 0)]
+    with grpc.insecure_channel(address, options=direct) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=2.0
@@ -175,11 +177,12 @@ def _health(name: str, pid: int, ports: dict[str, int]) -> str:
 
 
 def _print_usage(config: Path, *, fresh: bool, live: bool) -> None:
-    command = _shortest(Path(sys.prefix) / "bin" / "byokeep")
+    command = shlex.quote(str(_shortest(Path(sys.prefix) / "bin" / "byokeep")))
+    quoted = shlex.quote(str(config))
     found = "; this checkout's command finds it by itself" if config == CHECKOUT_CONFIG else ""
     print(f"\ntenant `{material.TENANT}` is ready{found}:")
     if not found:
-        print(f"  export BYOKEEP_CONFIG={config}")
+        print(f"  export BYOKEEP_CONFIG={quoted}")
     print(f"  {command} key {'add openai' if fresh else 'list'}")
     if live:
         print("calls go to the real providers: keys are real and cost money")
@@ -189,7 +192,7 @@ def _print_usage(config: Path, *, fresh: bool, live: bool) -> None:
     print("profile demo has every role; --profile submitter, key-admin, auditor or operator, one")
     if found:
         print("any other command needs to be told:")
-        print(f"  export BYOKEEP_CONFIG={config}")
+        print(f"  export BYOKEEP_CONFIG={quoted}")
 
 
 def _shortest(path: Path) -> Path:

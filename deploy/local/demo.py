@@ -52,7 +52,7 @@ def run(diff: Path | None, *, provider: str, live: bool) -> int:
         try:
             stack.start()
             os.environ["BYOKEEP_CONFIG"] = str(state.config)
-            print(f"\n$ export BYOKEEP_CONFIG={state.config}")
+            print(f"\n$ export BYOKEEP_CONFIG={shlex.quote(str(state.config))}")
             status = _play(_lines(provider, variable, chosen, state.run / "audit.jsonl"))
         finally:
             stack.stop(discard=True)

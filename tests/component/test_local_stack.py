@@ -96,9 +96,12 @@ def test_another_stack_leaves_the_checkouts_profile_alone(how, tmp_path, monkeyp
 
 @pytest.mark.parametrize("live", [False, True])
 def test_up_says_who_plays_the_providers(live, tmp_path, capsys) -> None:
-    background._print_usage(tmp_path / "config.toml", fresh=True, live=live)
+    config = tmp_path / "my stack" / "config.toml"
+    background._print_usage(config, fresh=True, live=live)
     said = capsys.readouterr().out
-    assert f"export BYOKEEP_CONFIG={tmp_path / 'config.toml'}" in said
+    line = next(line for line in said.splitlines() if "export" in line)
+    script = f"{line} && printenv BYOKEEP_CONFIG"
+    assert subprocess.check_output(["/bin/sh", "-c", script], text=True).strip() == str(config)
     assert ("sk-proj-" in said) is not live
 
 

@@ -1288,6 +1288,13 @@ MUTANTS = (
         ("tests/unit/test_profile.py::test_the_working_directory_brings_no_config",),
     ),
     Mutant(
+        "a proxy of the environment diverts channels",
+        "clients/python/src/byokeep/transport.py",
+        '("grpc.enable_http_proxy", 0)',
+        '("grpc.enable_http_proxy", 1)',
+        ("tests/unit/test_client_proxy.py::test_a_proxy_of_the_environment_is_not_used",),
+    ),
+    Mutant(
         "a trust bundle that others can write",
         "clients/python/src/byokeep/profile.py",
         '    text = _read(path, "trust bundle")\n    _check_owned(path)\n',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 
 import grpc
@@ -9,7 +10,7 @@ import pytest
 import typer
 from byokeep.cli.errors import BY_CODE, BY_FAILURE, BY_REASON, HINTS, Exit
 from byokeep.common.v1 import error_reason_pb2
-from byokeep.orchestrator.v1 import review_pb2
+from byokeep.orchestrator.v1 import key_pb2, review_pb2
 
 pytest_plugins = ["tests.harness.cli_fixtures"]
 
@@ -107,9 +108,49 @@ def test_a_service_that_is_away_is_named(edge, byokeep):
     edge.stop()
     ran = byokeep("key", "list", "--verbose")
     assert ran.code == 5
-    assert f"the orchestrator at {edge.addresses['orchestrator']} does not answer" in ran.err
+    where = f"the orchestrator at {edge.addresses['orchestrator']}"
+    assert f"{where} can't be reached: the connection is refused" in ran.err
     assert "byokeep doctor" in ran.err
     assert "UNAVAILABLE" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "help_"),
+    [
+        (("review", "--diff"), "byokeep review --help"),
+        (("--tenant", "demo", "review", "list", "--repo"), "byokeep review list --help"),
+        (("key", "add", "openai", "--name"), "byokeep key add --help"),
+        (("--tenant",), "byokeep --help"),
+    ],
+)
+def test_an_option_without_its_value_names_the_help_that_has_it(edge, byokeep, arguments, help_):
+    """Shown to fail without the walk in `usage._path`: typer gives such errors no context."""
+    ran = byokeep(*arguments)
+    assert ran.code == 2
+    assert f"{arguments[-1]} needs a value" in ran.err
+    assert f"→ {help_}\n" in ran.err
+
+
+def test_a_clock_that_is_off_is_no_untrusted_key(edge, byokeep, monkeypatch):
+    """Shown to fail where `verify_statement` has one error for both: it said to get trust.json
+    again."""
+    monkeypatch.setenv("PROVIDER_KEY", "sk-proj-" + "aB3x" * 8)
+    edge.intake_from += datetime.timedelta(hours=3)
+    ran = byokeep("key", "add", "openai", "--from-env", "PROVIDER_KEY")
+    assert ran.code == 2
+    assert "this machine's clock says" in ran.err
+    assert "(CLOCK)" in ran.err
+    assert "set this machine's clock" in ran.err
+    assert "trust.json" not in ran.err
+    assert edge.sent(key_pb2.AddKeyRequest) == []
+
+
+def test_a_server_that_hangs_up_on_an_old_certificate_is_not_away(edge, byokeep):
+    now = datetime.datetime.now(datetime.UTC)
+    edge.ca.issue(edge.directory / "developer", spiffe_id="client/developer", not_after=now)
+    ran = byokeep("key", "list")
+    assert ran.code == 5
+    assert "this client's certificate is valid from" in ran.err
 
 
 def test_a_service_with_another_name_is_refused(edge, byokeep):

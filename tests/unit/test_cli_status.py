@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import sys
 
 import pytest
 from byokeep.orchestrator.v1 import tenant_pb2
 
 from tests.harness.chain import SigningKey
+from tests.harness.fake_edge import NAMES
+
+DAY = datetime.timedelta(days=1)
 
 pytest_plugins = ["tests.harness.cli_fixtures"]
 
@@ -31,13 +35,23 @@ def test_status(edge, byokeep):
     [
         ("SUSPENDED", "demo: suspended", "byokeep tenant suspend demo --resume"),
         ("DELETED", "demo: deleted", "its name is not given twice"),
-        (None, "demo: no role for it", "byokeep caller allow SPIFFE_ID"),
+        (
+            None,
+            "demo: no role for it, or there is none",
+            "byokeep caller allow spiffe://byokeep.test/client/developer --role ROLE --tenant demo;"
+            " or byokeep tenant create demo",
+        ),
+        ("MISSING", "demo: there is no tenant of that name", "byokeep tenant create demo"),
     ],
 )
 def test_a_tenant_out_of_service_is_shown_with_the_way_out(edge, byokeep, state, says, way_out):
     """Shown to fail where `tenant_state` says ACTIVE whatever was listed."""
-    if state is None:
+    if state in (None, "MISSING"):
         del edge.tenants["tenants/demo"]
+        if state:
+            edge.fail("ListCallers", "NOT_FOUND", "NOT_FOUND", "no such tenant", resource="tenant")
+        else:
+            edge.denied.add("ListCallers")
     else:
         number = tenant_pb2.TenantState.Value(f"TENANT_STATE_{state}")
         edge.tenants["tenants/demo"].state = number
@@ -82,6 +96,27 @@ def _expired(edge):
     edge.ca.issue(edge.directory / "developer", spiffe_id="c", not_after=now)
 
 
+def _of_tomorrow(edge):
+    now = datetime.datetime.now(datetime.UTC)
+    edge.ca.issue(edge.directory / "developer", spiffe_id="c", not_before=now + DAY)
+
+
+def _server_of(edge, **life):
+    dns = NAMES["orchestrator"]
+    issue, edge.ca.issue = edge.ca.issue, functools.partial(edge.ca.issue, **life)
+    edge.serve("orchestrator", dns, edge._add_orchestrator)
+    edge.ca.issue = issue
+    edge.write_config()
+
+
+def _server_expired(edge):
+    _server_of(edge, not_after=datetime.datetime.now(datetime.UTC))
+
+
+def _server_of_tomorrow(edge):
+    _server_of(edge, not_before=datetime.datetime.now(datetime.UTC) + DAY)
+
+
 def _nameless(edge):
     edge.ca.issue(edge.directory / "developer", uris=[])
 
@@ -93,6 +128,10 @@ def _key_of_another(edge):
 
 def _away(edge):
     edge.write_config(orchestrator="127.0.0.1:1")
+
+
+def _nowhere(edge):
+    edge.write_config(orchestrator="nowhere.invalid:443")
 
 
 def _misnamed(edge):
@@ -118,10 +157,14 @@ def _stranger(edge):
         (_expired, "certificate", "until"),
         (_nameless, "certificate", "no SPIFFE ID"),
         (_key_of_another, "certificate", "another certificate"),
-        (_away, "orchestrator", "does not answer"),
-        (_misnamed, "orchestrator", "Hostname mismatch"),
+        (_of_tomorrow, "certificate", "valid from"),
+        (_server_expired, "orchestrator", "has expired by this machine's clock"),
+        (_server_of_tomorrow, "orchestrator", "not valid yet by this machine's clock"),
+        (_away, "orchestrator", "the connection is refused"),
+        (_nowhere, "orchestrator", "does not resolve"),
+        (_misnamed, "orchestrator", "another service"),
         (_unpinned, "intake", "not trusted"),
-        (_clock, "intake", "window"),
+        (_clock, "clock", "this machine's clock says"),
         (_stranger, "tenant", "no role"),
     ],
 )

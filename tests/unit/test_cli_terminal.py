@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -171,6 +172,49 @@ def test_a_reader_that_goes_away_from_a_table_is_no_error_either(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Gone())
     with pytest.raises(BrokenPipeError):
         output._console(False, stderr=False).print("x")
+
+
+@pytest.mark.parametrize("arguments", ["key list", "--help", "review --diff x --fail-on low"])
+def test_a_closed_standard_output_is_told_before_anything_is_done(edge, arguments):
+    """Shown to fail: Python's None in its stead is an AttributeError, with a traceback for help."""
+    ended = _in_a_shell(f"{arguments} >&-")
+    assert ended.returncode == 2
+    assert ended.stderr.decode().startswith("error: standard output is closed")
+    assert edge.requests == []
+
+
+@pytest.mark.parametrize("arguments", ["key list", "--help"])
+def test_an_output_that_takes_no_more_is_told(edge, arguments):
+    """Shown to fail where the last flush is left to the interpreter, whose exit code is 120."""
+    ended = _in_a_shell(f"{arguments} >/dev/full")
+    assert ended.returncode == 2
+    assert ended.stderr == b"error: input or output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("key add openai", "no terminal"),
+        ("key add openai --stdin", "no key on standard input"),
+        ("review --diff -", "standard input is empty"),
+    ],
+)
+def test_a_closed_standard_input_is_an_empty_one(edge, arguments, said):
+    ended = _in_a_shell(f"{arguments} <&-")
+    assert ended.returncode == 2
+    assert said in ended.stderr.decode()
+
+
+def test_a_closed_standard_error_takes_nothing_from_the_answer(edge):
+    key_id = edge.add_key()
+    ended = _in_a_shell("key list 2>&-")
+    assert ended.returncode == 0
+    assert key_id in ended.stdout.decode()
+
+
+def _in_a_shell(line):
+    script = f"{shlex.join(COMMAND)} {line}"
+    return subprocess.run(["/bin/sh", "-c", script], capture_output=True, timeout=60)
 
 
 def test_help_whose_reader_is_gone_matched_no_finding_either():

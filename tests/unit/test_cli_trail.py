@@ -167,3 +167,10 @@ def test_an_unused_key(edge, byokeep):
     ran = byokeep("key", "trail", "openai")
     assert ran.code == 0
     assert "plaintext existed in 0 processes" in ran.out
+
+
+def test_a_tenant_without_keys_is_offered_to_add_one(edge, byokeep):
+    ran = byokeep("key", "trail", "anthropic")
+    assert ran.code == 2
+    assert "tenant demo has no key" in ran.err
+    assert "→ byokeep key add anthropic\n" in ran.err

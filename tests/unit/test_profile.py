@@ -74,6 +74,7 @@ def test_default_profile_and_named_profile(config):
         ("profiles = 3", "no \\[profiles"),
         (f"[profiles.a]{PROFILE}[profiles.b]{PROFILE}", "several profiles"),
         ('default_profile = "x"\n[profiles.a]', "no such profile"),
+        (f"[profiles.a]{PROFILE}proxy = 'proxy:3128'", "http://host:port"),
         ("default_profile = []\n[profiles.a]", "default_profile must be"),
         ("[profiles.a]" + PROFILE.replace("trust.json", "\\u0000"), "NUL"),
         ("[profiles.a]", "no `orchestrator`"),

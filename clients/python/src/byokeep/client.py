@@ -224,7 +224,9 @@ class Connection:
 
     def _open(self, endpoint: Endpoint) -> grpc.Channel:
         identity = Followed((self.profile.certificate, self.profile.key), self._identity)
-        channel = following_channel(endpoint.address, endpoint.server_name, identity)
+        channel = following_channel(
+            endpoint.address, endpoint.server_name, identity, self.profile.proxy
+        )
         self._channels.append(channel)
         return grpc.intercept_channel(channel, _Deadline())
 

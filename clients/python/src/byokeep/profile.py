@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import os
+import re
 import shlex
 import stat
 import sys
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 _MOST_BYTES = 1_048_576
 # The package's source in a checkout.
 _PACKAGE = Path("clients", "python", "src", "byokeep")
+_PROXY = re.compile(r"http://([^/@\s]+@)?[A-Za-z0-9.\[\]:-]+:[0-9]{1,5}/?")
 _ENDPOINTS = ("orchestrator", "keyvault")
 _KEYS = {
     *_ENDPOINTS,
@@ -32,6 +34,7 @@ _KEYS = {
     "certificate",
     "key",
     "tenant",
+    "proxy",
 }
 
 
@@ -67,7 +70,8 @@ class Profile:
     """Where the services are, as whom to call them, and for which tenant.
 
     `keyvault` is None where the profile has no audit and admin edge; `tenant` is
-    empty where none is set; `source` is the config file that it was read from.
+    empty where none is set; `source` is the config file that it was read from; `proxy` is an
+    HTTP proxy to go through, the only one that is used: none of the environment is.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Profile:
     trust: TrustBundle
     tenant: str = ""
     source: Path | None = None
+    proxy: str = ""
 
     def read_identity(self) -> tuple[bytes, bytes]:
         """Return certificate chain and private key, PEM.
@@ -232,7 +237,17 @@ def _profile(path: Path, name: str | None, data: Mapping[str, Any]) -> Profile:
         trust=load_trust(path.parent / _text(path, table, "trust")),
         tenant=_text(path, table, "tenant") if "tenant" in table else "",
         source=path,
+        proxy=_proxy(path, table),
     )
+
+
+def _proxy(path: Path, table: Mapping[str, Any]) -> str:
+    if "proxy" not in table:
+        return ""
+    proxy = _text(path, table, "proxy")
+    if not _PROXY.fullmatch(proxy):
+        raise ProfileError(f"{path}: `proxy` must look like http://host:port")
+    return proxy
 
 
 def _endpoint(path: Path, table: Mapping[str, Any], name: str) -> Endpoint:

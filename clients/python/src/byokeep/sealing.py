@@ -31,6 +31,11 @@ class UntrustedIntakeKeyError(Exception):
     """The intake statement is not one that this client may seal to."""
 
 
+class ClockError(UntrustedIntakeKeyError):
+    """The statement is a pinned key's, and its hour is not this machine's: a clock is off, or an
+    old statement was passed on."""
+
+
 @dataclass(frozen=True, slots=True)
 class SealContext:
     """Everything that a seal is bound to."""
@@ -67,7 +72,8 @@ def verify_statement(
     """Return the statement that a pinned key signed for this deployment and time.
 
     Raises:
-        UntrustedIntakeKeyError: unpinned key, other deployment, over, or too long a window.
+        UntrustedIntakeKeyError: unpinned key, other deployment, or too long a window.
+        ClockError: its window is not now.
     """
     try:
         payload = dsse.verify(statement, dsse.INTAKE_KEY, pinned)
@@ -78,8 +84,13 @@ def verify_statement(
     end = parsed.not_after.ToDatetime(datetime.UTC)
     if parsed.deployment != deployment:
         raise UntrustedIntakeKeyError("intake statement refused: it is for another deployment")
-    if not start - _SKEW <= now <= end or end - start > MAX_WINDOW:
-        raise UntrustedIntakeKeyError("intake statement refused: its window is not now")
+    if not datetime.timedelta() < end - start <= MAX_WINDOW:
+        raise UntrustedIntakeKeyError("intake statement refused: its window is no hour")
+    if not start - _SKEW <= now <= end:
+        raise ClockError(
+            f"the intake key's hour is {start:%Y-%m-%d %H:%M} to {end:%H:%M} UTC,"
+            f" and this machine's clock says {now:%Y-%m-%d %H:%M} UTC"
+        )
     return parsed
 
 

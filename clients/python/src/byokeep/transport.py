@@ -46,10 +46,13 @@ def channel_credentials(certificate: bytes, key: bytes, ca: bytes) -> grpc.Chann
     return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
-def channel_options(server_name: str) -> list[tuple[str, str | int]]:
-    """Return options: expected server name, keepalive, retry policy, message limits."""
+def channel_options(server_name: str, proxy: str = "") -> list[tuple[str, str | int]]:
+    """Return options: expected server name, keepalive, retry policy, message limits; no proxy
+    but one that is given."""
     return [
         ("grpc.ssl_target_name_override", server_name),
+        # gRPC would take one from the environment, for loopback too.
+        ("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -75,9 +78,12 @@ def aio_channel(address: str, server_name: str, files: TlsFiles) -> grpc.aio.Cha
     )
 
 
-def following_channel(address: str, server_name: str, identity: Followed[Pem]) -> grpc.Channel:
-    """Open a blocking channel that follows an identity's files."""
-    options = channel_options(server_name)
+def following_channel(
+    address: str, server_name: str, identity: Followed[Pem], proxy: str = ""
+) -> grpc.Channel:
+    """Open a blocking channel that follows an identity's files; through an HTTP proxy
+    (`http://host:port`) where one is given."""
+    options = channel_options(server_name, proxy)
     return SyncChannel(
         identity, lambda pem: grpc.secure_channel(address, _credentials(pem), options=options)
     )

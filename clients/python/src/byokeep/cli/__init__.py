@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -10,6 +11,9 @@ def main() -> None:
     from byokeep.cli import interrupt
     from byokeep.cli.app import run
 
+    # What the caller has closed is None here, and its number free for the next socket.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     interrupt.install()
 
     sys.exit(run(sys.argv[1:]))

@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -23,7 +23,7 @@ from byokeep.cli import (
     tenants,
     vaultlog,
 )
-from byokeep.cli.errors import CliError, Exit, from_rpc
+from byokeep.cli.errors import CLOCK_HINT, CliError, Exit, from_rpc
 from byokeep.cli.output import color_system, print_error
 from byokeep.cli.refusal import refuse_keys
 from byokeep.cli.session import RUN, ReaderGone, Run, examples, group
@@ -86,28 +86,47 @@ def run(arguments: Sequence[str]) -> int:
     RUN.set(state)
     try:
         error = _run(arguments)
+        if not isinstance(error, CliError):
+            error = _flushed(error)
         if isinstance(error, CliError):
             print_error(error, as_json=_wants_json(arguments, state), verbose=state.options.verbose)
             return int(error.exit_code)
-        sys.stdout.flush()
         return error
     except (BrokenPipeError, ReaderGone):
-        # Nothing is to be flushed into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return int(Exit.READER_GONE)
     finally:
         if state.session is not None:
             state.session.close()
 
 
+def _flushed(code: int) -> int | CliError:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        return _explain(error)
+    return code
+
+
+def _drop_output() -> None:
+    # What is still buffered is not to be tried again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(arguments: Sequence[str]) -> int | CliError:
+    # Before anything is done whose outcome nobody would see; Python has None for a closed one.
+    if cast(TextIO | None, sys.stdout) is None:
+        return CliError("standard output is closed", ">/dev/null, where the answer is not wanted")
+    command = typer.main.get_command(app)
     try:
         refuse_keys(arguments)
         if color_system() is None:
             from typer import rich_utils
 
             rich_utils.COLOR_SYSTEM = None
-        command = typer.main.get_command(app)
         result: Any = command.main(args=list(arguments), prog_name="byokeep", standalone_mode=False)
         return result if isinstance(result, int) else Exit.OK
     except CliError as error:
@@ -116,7 +135,9 @@ def _run(arguments: Sequence[str]) -> int | CliError:
         return Exit.INTERRUPTED
     except typer.TyperException as error:
         # The help was printed in its stead.
-        return Exit.INPUT if type(error).__name__ == "NoArgsIsHelpError" else from_usage(error)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            return Exit.INPUT
+        return from_usage(error, command, arguments)
     except ReaderGone:
         raise
     except SystemExit as ended:
@@ -134,7 +155,7 @@ def _explain(error: Exception) -> CliError:
     from byokeep.auditlog import VerificationError
     from byokeep.keyshape import KeyFormatError
     from byokeep.profile import ProfileError
-    from byokeep.sealing import UntrustedIntakeKeyError
+    from byokeep.sealing import ClockError, UntrustedIntakeKeyError
 
     if isinstance(error, typer.Abort):
         print(file=sys.stderr)
@@ -143,6 +164,8 @@ def _explain(error: Exception) -> CliError:
         return CliError(str(error), error.hint, reason="CONFIGURATION")
     if isinstance(error, KeyFormatError):
         return CliError(str(error), "nothing was sealed or sent", reason=error.reason)
+    if isinstance(error, ClockError):
+        return CliError(str(error), f"nothing was sealed: {CLOCK_HINT}", reason="CLOCK")
     if isinstance(error, UntrustedIntakeKeyError):
         return from_untrusted(error)
     if isinstance(error, VerificationError):

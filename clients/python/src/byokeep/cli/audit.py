@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,7 +81,7 @@ def export(
         session.out.json({"output": str(output), "events": count, "head": _stated(head)})
         return
     session.out.note(f"{count} events of {request.parent} in {output}", style="")
-    session.out.note(f"verify it: byokeep audit verify {output}")
+    session.out.note(f"verify it: byokeep audit verify {shlex.quote(str(output))}")
 
 
 @app.command(

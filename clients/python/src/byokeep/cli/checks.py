@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import socket
-import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
 
 from byokeep import sealing
+from byokeep.cli.errors import CLOCK_HINT, unreachable
 from byokeep.cli.identity import Identity, read_identity
 from byokeep.cli.session import Session
 from byokeep.cli.tenants import out_of_service, tenant_state, way_out
@@ -22,6 +21,7 @@ from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb
 from byokeep.profile import Endpoint, Profile, ProfileError
 
 _SECONDS = 5.0
+_UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _SOON = datetime.timedelta(hours=1)
 # Never reviewed: a dry run is refused before it is looked at, where the role is lacking.
 _TINY_DIFF = b"--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n"
@@ -56,16 +56,28 @@ def all_checks(session: Session) -> Iterator[Check]:
     if identity is None:
         return
     yield from _identity(identity)
-    reached = _endpoint("orchestrator", profile, profile.orchestrator)
+    connection = session.connection
+    listing = tenant_pb2.ListTenantsRequest(page_size=1)
+    reached = _endpoint(
+        session,
+        "orchestrator",
+        profile.orchestrator,
+        lambda: connection.tenants.ListTenants(listing, timeout=_SECONDS),
+    )
     yield reached
     vault = None
     if profile.keyvault is not None:
-        vault = _endpoint("keyvault", profile, profile.keyvault)
+        vault = _endpoint(
+            session,
+            "keyvault",
+            profile.keyvault,
+            lambda: connection.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=_SECONDS),
+        )
         yield vault
     else:
         yield Check("keyvault", None, "no address: audit and admin can't be used with this profile")
     if reached.ok:
-        tenant = _tenant(session)
+        tenant = _tenant(session, identity)
         yield tenant
         yield _intake(session)
         if vault is not None and vault.ok:
@@ -100,49 +112,39 @@ def _identity(identity: Identity) -> Iterator[Check]:
     elif not identity.issued_by_trusted_ca:
         found += "; none of the trust bundle's CAs issued it"
         remedy = "certificate and trust.json are of two deployments, or of two times: renew both"
-    elif left <= datetime.timedelta() or now < identity.not_before:
-        remedy = "it is not valid now: renew it (a local stack does at its start: make up)"
+    elif now < identity.not_before:
+        start = f"{identity.not_before:%Y-%m-%d %H:%M} UTC"
+        found = f"valid from {start} on, and it is {now:%Y-%m-%d %H:%M}"
+        remedy = "set this machine's clock, or wait"
+    elif left <= datetime.timedelta():
+        found += f", and it is {now:%Y-%m-%d %H:%M}"
+        remedy = "renew it (a local stack does at its start: make up), or set this machine's clock"
     elif left < _SOON:
         yield Check("certificate", None, f"{found}: it ends within the hour", "renew it")
         return
     yield Check("certificate", not remedy, found, remedy)
 
 
-def _endpoint(name: str, profile: Profile, endpoint: Endpoint) -> Check:
+def _endpoint(session: Session, name: str, endpoint: Endpoint, call: Callable[[], object]) -> Check:
+    """Whether a service is reached, as every command reaches it; any answer of its own will do."""
     what = f"{name} {endpoint.address}"
-    host, _, port = endpoint.address.rpartition(":")
-    if not host or not port.isdigit():
-        return Check(what, None, "not host:port; reached by gRPC's own name resolution")
-    context = ssl.create_default_context(cadata=profile.trust.ca.decode())
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["h2"])
+    way = " through the profile's proxy" if session.profile.proxy else ""
     try:
-        context.load_cert_chain(profile.certificate, profile.key)
-        with (
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS) as plain,
-            context.wrap_socket(plain, server_hostname=endpoint.server_name) as secured,
-        ):
-            version = secured.version()
-    except ssl.SSLCertVerificationError as error:
-        reason = clean(error.verify_message or "").rstrip(".")
-        return Check(
-            what,
-            False,
-            f"its certificate is refused: {reason}",
-            f"it must be {endpoint.server_name}, issued by a CA of trust.json; do not go on",
-        )
-    except ssl.SSLError as error:
-        return Check(what, False, f"TLS fails: {clean(error.reason or '')}")
-    except OSError as error:
-        said = error.strerror or "no answer in time"
-        return Check(what, False, f"does not answer: {said}", "is it running? make up")
-    return Check(what, True, f"{version}, certificate of {endpoint.server_name}")
+        call()
+    except grpc.RpcError as error:
+        info = error_info(error)
+        if not info.reason and info.code in _UNREACHED:
+            return Check(what, False, *unreachable(info, session.profile))
+    except ProfileError as error:
+        return Check(what, False, str(error), error.hint or "get trust.json again")
+    return Check(what, True, f"answers{way}, with a certificate of {endpoint.server_name}")
 
 
-def _tenant(session: Session) -> Check:
+def _tenant(session: Session, identity: Identity) -> Check:
     try:
         name = session.connection.tenant
-        what, remedy = out_of_service(name, tenant_state(session, _SECONDS))
+        state = tenant_state(session, _SECONDS)
+        what, remedy = out_of_service(name, state, identity.spiffe_id)
     except ProfileError as error:
         return Check("tenant", False, str(error), error.hint)
     except grpc.RpcError as error:
@@ -184,9 +186,10 @@ def _intake(session: Session) -> Check:
         )
     except grpc.RpcError as error:
         return Check("intake key, clock", None, f"not looked at: {_said(error)}")
+    except sealing.ClockError as error:
+        return Check("clock", False, str(error), CLOCK_HINT)
     except sealing.UntrustedIntakeKeyError as error:
-        remedy = "set this machine's clock" if "window" in str(error) else "do not add keys here"
-        return Check("intake key, clock", False, str(error), remedy)
+        return Check("intake key", False, str(error), "do not add keys here")
     return Check("intake key, clock", True, "signed by a pinned key, and its hour is now")
 
 
@@ -259,7 +262,7 @@ def _role(what: str, probe: Callable[[], object]) -> Check:
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.PERMISSION_DENIED:
             return Check(what, None, "no")
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        if error.code() in _UNREACHED:
             return Check(what, False, _said(error))
     # Any other refusal comes after the question who is calling.
     return Check(what, True, "yes")

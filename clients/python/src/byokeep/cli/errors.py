@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -98,15 +99,15 @@ HINTS: Mapping[str, str] = {
     "TENANT_KEY_MISSING": "byokeep admin list-keks shows the tenants; an operator creates one:"
     " byokeep tenant create TENANT",
     "TENANT_EXISTS": "byokeep tenant list",
-    "TENANT_NOT_ACTIVE": "byokeep status says which, and what an operator does about it",
+    "TENANT_NOT_ACTIVE": "byokeep status says what an operator does about it",
     "PLAN_LACKS": "an operator changes the plan: byokeep tenant set-plan TENANT PLAN",
     "REQUEST_ID_CONFLICT": "leave --request-id out, or use a new one",
     "ETAG_MISMATCH": "somebody else changed it meanwhile: look again, then repeat",
     "DATABASE_ROLLED_BACK": "an operator looks into it, then: byokeep admin resume-leases"
     " --reason TEXT",
     "DIFF_TOO_LARGE": "review a part of it; byokeep limit show tells the ceiling",
-    "TOO_MANY_CALLS": "byokeep review --dry-run shows the calls; byokeep limit set"
-    " --max-calls-per-review N raises the ceiling",
+    "TOO_MANY_CALLS": "byokeep review --dry-run shows the calls; byokeep limit show tells whose"
+    " ceiling it is",
     "DAILY_LIMIT": "byokeep limit show tells the ceilings",
     "INTAKE_UNTRUSTED": "nothing was sealed and nothing left this machine; get trust.json again"
     " from whom you trust, and compare",
@@ -165,7 +166,7 @@ def from_rpc(error: grpc.RpcError, profile: Profile | None) -> CliError:
     code = info.code.name
     reason = info.reason.removeprefix("ERROR_REASON_")
     metadata = {clean(name): clean(value) for name, value in info.metadata.items()}
-    message = clean(info.message) if reason else _transport_message(code, info, profile)
+    message = clean(info.message) if reason else _transport_message(info, profile)
     if reason == "INVALID_FIELD":
         message = said_of(metadata.get("field", ""), message)
     return CliError(
@@ -208,18 +209,86 @@ def _hint(reason: str, metadata: Mapping[str, str]) -> str:
     return HINTS.get(reason, "").format(**values)
 
 
-def _transport_message(code: str, info: ErrorInfo, profile: Profile | None) -> str:
-    text = clean(info.message)
+def unreachable(info: ErrorInfo, profile: Profile | None) -> tuple[str, str]:
+    """Return why a service could not be reached, and what helps, from gRPC's own text."""
+    way = " (through the profile's proxy)" if profile and profile.proxy else ""
+    if info.code.name == "DEADLINE_EXCEEDED":
+        return f"did not answer in time{way}", "is it running? does a firewall let you through?"
+    for pattern, sentence, remedy in _UNREACHABLE:
+        if re.search(pattern, info.message):
+            now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+            return sentence.format(now=now) + way, remedy
+    if own := _own_certificate(profile):
+        return "ends the connection, for " + own, _CLOCK
+    return f"does not answer{way}", "is it running? make up"
+
+
+#: What helps where an intake key's hour is not this machine's.
+CLOCK_HINT = "set this machine's clock; if it is right, the service passes on an old intake key"
+_CLOCK = "set this machine's clock; if it is right, the certificate has to be renewed"
+# In gRPC's words: what they mean, and what helps.
+_UNREACHABLE = (
+    (
+        "Hostname|Peer name",
+        "presents the certificate of another service: the connection was refused",
+        "its name in the profile and its certificate must agree; do not go on",
+    ),
+    (
+        "certificate has expired",
+        "presents a certificate that has expired by this machine's clock ({now})",
+        _CLOCK,
+    ),
+    (
+        "certificate is not yet valid",
+        "presents a certificate that is not valid yet by this machine's clock ({now})",
+        _CLOCK,
+    ),
+    (
+        "(?i)handshake|certificate|ssl",
+        "and this client do not accept each other's certificates",
+        "its certificate must be issued by a CA of trust.json, and yours by its; do not go on",
+    ),
+    (
+        "(?i)DNS|name resolution|not found",
+        "can't be found: its name does not resolve",
+        "look at its address in the profile",
+    ),
+    (
+        "HTTP proxy returned",
+        "can't be reached: the proxy refuses to connect to it",
+        "look at `proxy` in the profile",
+    ),
+    ("Connection refused", "can't be reached: the connection is refused", "is it running? make up"),
+)
+
+
+def _own_certificate(profile: Profile | None) -> str:
+    """Say that the client's own certificate is not valid now: servers then only hang up."""
+    from byokeep.cli.identity import read_identity
+
+    if profile is None:
+        return ""
+    try:
+        own = read_identity(profile)
+    except Exception:
+        return ""
+    now = datetime.datetime.now(datetime.UTC)
+    if own.not_before <= now <= own.not_after:
+        return ""
+    return (
+        f"this client's certificate is valid from {own.not_before:%Y-%m-%d %H:%M} to"
+        f" {own.not_after:%Y-%m-%d %H:%M} UTC, and this machine's clock says"
+        f" {now:%Y-%m-%d %H:%M} UTC"
+    )
+
+
+def _transport_message(info: ErrorInfo, profile: Profile | None) -> str:
+    code, text = info.code.name, clean(info.message)
     if code == "DEADLINE_EXCEEDED":
         return "the service did not answer in time"
     if code != "UNAVAILABLE":
         return text or f"the call failed: {code}"
-    where = _endpoint(text, profile)
-    if re.search(r"Hostname|Peer name", text):
-        return f"{where} presents the certificate of another service: the connection was refused"
-    if re.search(r"(?i)handshake|certificate|ssl", text):
-        return f"{where} and this client do not accept each other's certificates"
-    return f"{where} does not answer"
+    return f"{_endpoint(text, profile)} {unreachable(info, profile)[0]}"
 
 
 def _endpoint(text: str, profile: Profile | None) -> str:

@@ -51,9 +51,15 @@ def find_key(session: Session, reference: str, *, ending: bool = False) -> Key:
                 reason="KEY_AMBIGUOUS",
             )
     left = [key for key in keys if key.provider_key.state not in _DESTROYED]
-    known = f"; the tenant has: {_candidates(left)}" if left else "; the tenant has none"
+    if not left:
+        provider = reference if reference in names.PROVIDERS else "PROVIDER"
+        raise CliError(
+            f"tenant {connection.tenant} has no key", f"byokeep key add {provider}", reason="NO_KEY"
+        )
     raise CliError(
-        f"no key of tenant {connection.tenant} matches{known}", "byokeep key list", reason="NO_KEY"
+        f"no key of tenant {connection.tenant} matches; the tenant has: {_candidates(left)}",
+        "byokeep key list",
+        reason="NO_KEY",
     )
 
 

@@ -53,7 +53,7 @@ def status(session: Session) -> None:
             out.print(f"    → {remedy}", style="cyan")
     out.print(f"deployment    {profile.trust.deployment} (profile {profile.name})")
     out.print(f"identity      {identity.spiffe_id}")
-    what, remedy = out_of_service(connection.tenant, state)
+    what, remedy = out_of_service(connection.tenant, state, identity.spiffe_id)
     out.print(f"tenant        {connection.tenant}{what and f': {what}'}")
     if remedy:
         out.print(f"    → {remedy}", style="cyan")

@@ -260,14 +260,26 @@ def list_callers(session: Session) -> None:
 
 
 def tenant_state(session: Session, timeout: float | None = None) -> str | None:
-    """Return `ACTIVE`, `SUSPENDED` or `DELETED`; None where this identity has no role for the
-    tenant, or there is none of that name. Raises grpc.RpcError."""
+    """Return `ACTIVE`, `SUSPENDED`, `DELETED`, or `MISSING` where this identity may know that there
+    is none of that name; None where it has no role for the tenant. Raises grpc.RpcError."""
+    import grpc
+
+    from byokeep.errors import error_info
+
     connection = session.connection
     request = tenant_pb2.ListTenantsRequest(page_size=500)
     listing = functools.partial(connection.tenants.ListTenants, timeout=timeout)
     for entry in pages(listing, request, "tenants"):
         if entry.name == connection.parent:
             return short(tenant_pb2.TenantState, entry.state)
+    one = tenant_pb2.ListCallersRequest(parent=connection.parent, page_size=1)
+    try:
+        connection.callers.ListCallers(one, timeout=timeout)
+    except grpc.RpcError as error:
+        if error_info(error).reason == "NOT_FOUND":
+            return "MISSING"
+        if error.code() != grpc.StatusCode.PERMISSION_DENIED:
+            raise
     return None
 
 
@@ -287,11 +299,15 @@ def suspended_tenants(session: Session) -> list[str] | None:
         return None
 
 
-def out_of_service(name: str, state: str | None) -> tuple[str, str]:
-    """Return what keeps a tenant from service and what helps; both empty where nothing does."""
+def out_of_service(name: str, state: str | None, spiffe_id: str) -> tuple[str, str]:
+    """Return what keeps a tenant from the service of an identity, and what helps; both empty where
+    nothing does."""
+    create = f"byokeep tenant create {name}"
+    if state == "MISSING":
+        return "there is no tenant of that name", create
     if state is None:
-        remedy = f"byokeep caller allow SPIFFE_ID --role ROLE --tenant {name}, by an operator"
-        return "no role for it", remedy
+        allow = f"byokeep caller allow {spiffe_id or 'SPIFFE_ID'} --role ROLE --tenant {name}"
+        return "no role for it, or there is none of that name", f"an operator: {allow}; or {create}"
     if state == "SUSPENDED":
         what = "suspended; it takes no new reviews or keys, and gets no new lease"
         return what, f"byokeep tenant suspend {name} --resume, by an operator"

@@ -7,6 +7,7 @@ parameter are shown, values never.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from byokeep.cli.errors import CliError
@@ -14,12 +15,23 @@ from byokeep.cli.errors import CliError
 _OPTION = re.compile(r"--?[a-z][a-z-]{0,20}")
 
 
-def from_usage(error: Exception) -> CliError:
-    """Return a usage error as an error to show."""
+def from_usage(error: Exception, command: Any, arguments: Sequence[str]) -> CliError:
+    """Return a usage error as an error to show; `command` is the whole one, called with
+    `arguments`."""
     kind = type(error).__name__
     context = getattr(error, "ctx", None)
-    path = context.command_path if context else "byokeep"
+    path = context.command_path if context else _path(command, arguments)
     return CliError(_sentence(kind, error, path), f"{path} --help", reason="USAGE")
+
+
+def _path(command: Any, arguments: Sequence[str]) -> str:
+    # typer does not say on which level an option's value was missing.
+    path = ["byokeep"]
+    for argument in arguments:
+        if found := getattr(command, "commands", {}).get(argument):
+            command = found
+            path.append(argument)
+    return " ".join(path)
 
 
 def _sentence(kind: str, error: Any, path: str) -> str:
