@@ -142,15 +142,15 @@ class Authority:
         held = set(found.roles) if found else set()
         if operator:
             held.add(options_pb2.TENANT_ROLE_OPERATOR)
-        if not held.intersection(access.roles):
-            # A deleted tenant has no callers; who may know that it was there is told why.
-            if operator and found is not None and found.tenant.state == "DELETED":
-                raise deleted()
-            raise _not_allowed(tenant, access)
-        if found is None and not creates:
+        # An operator may know what there is; a deleted tenant has no callers any more.
+        if operator and found is None and not creates:
             raise ByokeepError(
                 grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such tenant", resource="tenant"
             )
+        if not held.intersection(access.roles):
+            if operator and found is not None and found.tenant.state == "DELETED":
+                raise deleted()
+            raise _not_allowed(tenant, access)
         if found is not None:
             _current.set(
                 Rights(

@@ -56,6 +56,18 @@ def unexpected(field: str, expected: str) -> ByokeepError:
     )
 
 
+def above(field: str, most: int, whose: str) -> ByokeepError:
+    """Return the refusal of a ceiling that is above the one over it."""
+    return ByokeepError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        f"{field}: can be at most {most:,}, for {whose} allows no more",
+        field=field,
+        rule="ceiling",
+        limit=str(most),
+    )
+
+
 # --- which model, which key
 
 

@@ -70,7 +70,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         tenant = access.current().tenant
         for path, (most, whose) in _most(tenant, self._settings).items():
             if values.get(path, 0) > most:
-                raise domain.unexpected(f"settings.{path}", f"at most {most:,}, {whose} ceiling,")
+                raise domain.above(f"settings.{path}", most, whose)
         row = await self._store.change_settings(
             tenant.id, values, request, etag=request.settings.etag
         )
@@ -178,9 +178,9 @@ def ceilings(row: TenantRow, deployment: Settings) -> settings_pb2.Ceilings:
 
 
 def _most(row: TenantRow, deployment: Settings) -> dict[str, tuple[int, str]]:
-    """Return what a tenant's own ceilings may be at most, and who says so."""
+    """Return what a tenant's own ceilings may be at most, and who allows no more."""
     return {
-        "max_diff_bytes": (deployment.max_diff_bytes, "the deployment's"),
-        "max_calls_per_review": (deployment.max_calls_per_review, "the deployment's"),
-        "max_reviews_per_day": (PLANS[row.plan].reviews_per_day, "the plan's"),
+        "max_diff_bytes": (deployment.max_diff_bytes, "the deployment"),
+        "max_calls_per_review": (deployment.max_calls_per_review, "the deployment"),
+        "max_reviews_per_day": (PLANS[row.plan].reviews_per_day, "the plan"),
     }

@@ -168,7 +168,7 @@ def _leases(session: Session, *, in_service: bool) -> Iterator[Check]:
     elif remedy := way_out(status, name):
         yield Check("leases", False, f"refused to tenant {name}: it is held", remedy)
     elif not in_service:
-        yield Check("leases", None, f"no new one: tenant {name} is out of service")
+        yield Check("leases", None, f"none for tenant {name} as it is")
     else:
         yield Check("leases", True, f"given to tenant {name}")
 

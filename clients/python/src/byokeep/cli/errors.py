@@ -117,7 +117,7 @@ _OPERATOR_HINT = "takes an operator of the deployment"
 _MISSING_HINTS: Mapping[str, str] = {
     "provider key": "byokeep key list shows what this tenant has",
     "review": "byokeep review list shows what this tenant has",
-    "tenant": "byokeep tenant list shows those that there are",
+    "tenant": "byokeep tenant list shows those that there are, byokeep tenant create makes one",
 }
 _CODE_HINTS: Mapping[str, str] = {
     "UNAVAILABLE": "byokeep doctor checks configuration, certificates and both endpoints",
