@@ -20,10 +20,13 @@ STUBS := $(PACKAGE)/common/v1/options_pb2.py
 PROTOS := $(shell find protos -name '*.proto') protos/generate.py
 LINTED := services deploy docs tests clients/python/src/byokeep protos
 LOCKED := keyvault aws_kms orchestrator llm_runner
+# What no service runs on: image tools, and what builds images.
+LOCKED_TOO := tools images
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run prove up down status clean test test-deep test-integration chaos mutants lint bench docs protos lock setup
+.PHONY: help run prove up down status clean test test-deep test-integration chaos mutants lint bench docs protos lock setup \
+	images test-images
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +81,12 @@ test-integration: $(VENV) $(STUBS) ## tests on a real Vault or OpenBao; a Vault 
 chaos: $(VENV) $(STUBS) ## kill each process at each step of a review and of a key, and count; ROUNDS=n
 	$(BIN)/python -m tests.chaos
 
+images: $(VENV) $(STUBS) ## build the images of all zones with `docker`; TAG=dev
+	@$(BIN)/python -m deploy.docker build --tag "$(or $(TAG),dev)"
+
+test-images: $(VENV) $(STUBS) ## build the images; look at what is in them (starts a Docker engine where none runs)
+	$(BIN)/python -m pytest tests/images $(PYTEST_ARGS)
+
 mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fail (half an hour)
 	$(BIN)/python -m tests.mutants
 
@@ -104,7 +113,7 @@ lock: $(VENV) ## pin and hash requirements/*.txt anew from the pyproject files
 		--no-emit-index-url --no-annotate requirements/bootstrap.in -o requirements/bootstrap.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-emit-index-url --no-annotate requirements/openbao.in -o requirements/openbao.txt
-	for service in $(LOCKED); do \
+	for service in $(LOCKED) $(LOCKED_TOO); do \
 		$(COMPILE) --extra $$service pyproject.toml -o requirements/$$service.txt || exit 1; done
 	$(COMPILE) --extra docs pyproject.toml -o requirements/docs.txt
 	$(COMPILE) $(foreach extra,$(LOCKED) local dev,--extra $(extra)) pyproject.toml \

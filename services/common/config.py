@@ -7,7 +7,6 @@ and its value is not repeated: it may be a secret in the wrong place.
 from __future__ import annotations
 
 import dataclasses
-import stat
 import sys
 import types
 import typing
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from byokeep.identity import TlsFiles
+from byokeep.identity import TlsFiles, open_to_others
 
 T = TypeVar("T")
 
@@ -57,6 +56,11 @@ class ServiceSettings:
         "and is cut, with the calls that still run, after this long again", default=65 * 60
     )
     ready_file: Path | None = setting("file to write once the service serves", default=None)
+
+    @property
+    def call_drain_seconds(self) -> float:
+        """SIGTERM waits this long for calls that run."""
+        return 10.0
 
     @property
     def tls(self) -> TlsFiles:
@@ -173,5 +177,5 @@ def read_secret_file(path: Path) -> str:
 
 def check_private(path: Path) -> None:
     """Refuse a file that others than its owner may touch. Raises ConfigError, OSError."""
-    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if open_to_others(path):
         raise ConfigError(f"{path}: readable by others than its owner; chmod 600 it")

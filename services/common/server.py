@@ -29,11 +29,12 @@ from services.common.observe import Observe
 from services.common.tls import ServerIdentity
 
 log = logging.getLogger(__name__)
-DRAIN_SECONDS = 10.0
 _HEALTH_SECONDS = 1.0
 # A service that can't even say so within this time is not well.
 _MISSING_SECONDS = 5.0
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
+#: What the health port is asked for liveness: that the process answers, whatever it depends on.
+LIVE = "live"
 
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -162,7 +163,7 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
     await health.close()
     logs.event(log, "draining")
     await status.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-    await server.stop(DRAIN_SECONDS)
+    await server.stop(settings.call_drain_seconds)
     await app.stop()
     await health_server.stop(None)
     if end_metrics is not None:
@@ -207,4 +208,5 @@ async def _health(listen: str) -> tuple[health_aio.HealthServicer, grpc.aio.Serv
         raise ConfigError("BYOKEEP_HEALTH_LISTEN: can't listen there") from None
     await server.start()
     await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    await servicer.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
     return servicer, server

@@ -17,6 +17,7 @@ class Settings(config.ServiceSettings):
     keyvault_address: str = config.setting("gRPC target of keyvault")
     keyvault_name: str = config.setting("DNS name that keyvault's certificate must have")
     max_children: int = config.setting("most attempts at once", default=16)
+    drain_seconds: int = config.setting("SIGTERM waits this long for attempts", default=900)
     models_file: Path | None = config.setting("TOML file laid over the known models", default=None)
     provider_dial: str = config.setting(
         "development only: host=ip:port pairs, dialled instead of the provider", default=""
@@ -24,6 +25,11 @@ class Settings(config.ServiceSettings):
     provider_ca: Path | None = config.setting(
         "development only: PEM file that replaces the public CAs", default=None
     )
+
+    @property
+    def call_drain_seconds(self) -> float:
+        """An attempt is one call."""
+        return float(self.drain_seconds)
 
 
 def load(environ: Mapping[str, str]) -> Settings:

@@ -151,9 +151,19 @@ MUTANTS = (
     Mutant(
         "a TLS key that others read",
         "clients/python/src/byokeep/identity.py",
-        'if os.name == "posix" and',
-        "if False and",
+        "if open_to_others(self.key):",
+        "if False:",
         (_SEC + "test_guards.py::test_guard_tls_key_that_others_read",),
+    ),
+    Mutant(
+        "a secret file that a group reads",
+        "clients/python/src/byokeep/identity.py",
+        "if status.st_uid != os.geteuid() and status.st_gid in groups:",
+        "if True:",
+        (
+            "tests/unit/test_identity.py"
+            "::test_a_groups_read_is_fine_in_another_owners_file_of_our_group",
+        ),
     ),
     Mutant(
         "a tracer is attached",

@@ -89,7 +89,7 @@ MUTANTS = (
     Mutant(
         "Vault: a credential that others may read is taken",
         _VT + "login.py",
-        "if not private or not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):",
+        "if not private or not open_to_others(path):",
         "if True:",
         ("tests/unit/test_vault_parts.py::test_a_credential_that_others_may_read_is_refused",),
     ),

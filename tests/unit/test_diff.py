@@ -26,7 +26,7 @@ class Repo:
         identity = ("-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false")
         quiet = ("-c", "core.autocrlf=false", "-c", "core.safecrlf=false")
         return subprocess.run(
-            ["git", *identity, *quiet, *args],  # noqa: S607
+            ["git", *identity, *quiet, *args],
             cwd=self.root,
             check=True,
             capture_output=True,
@@ -389,7 +389,7 @@ def test_git_diff_round_trip(
     for name, lines in (("old", old), ("new", new)):
         (folder / name).write_bytes("\n".join(lines).encode())
     out = subprocess.run(
-        ["git", "diff", "--no-index", "--text", "-U99999", "old", "new"],  # noqa: S607
+        ["git", "diff", "--no-index", "--text", "-U99999", "old", "new"],
         cwd=folder,
         check=False,
         capture_output=True,

@@ -65,9 +65,25 @@ class TlsFiles:
                 another certificate.
         """
         found = [_read(path) for path in self.paths]
-        if os.name == "posix" and self.key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        if open_to_others(self.key):
             raise IdentityError(f"{self.key}: readable by others than its owner; chmod 600 it")
         return checked(Pem(*found))
+
+
+def open_to_others(path: Path) -> bool:
+    """Say whether others than this process's user may touch a file. Raises OSError.
+
+    The group may read it where another uid owns it and the group is one of ours: so Kubernetes
+    mounts a Secret for a pod that is not root's (owner root, group `fsGroup`, mode 0440).
+    """
+    if os.name != "posix":
+        return False
+    status = path.stat()
+    others = status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    groups = {os.getegid(), *os.getgroups()}
+    if status.st_uid != os.geteuid() and status.st_gid in groups:
+        others &= ~stat.S_IRGRP
+    return others != 0
 
 
 def checked(pem: Pem) -> Pem:

@@ -22,6 +22,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from byokeep.identity import open_to_others
+
 _MOST_BYTES = 1_048_576
 # The package's source in a checkout.
 _PACKAGE = Path("clients", "python", "src", "byokeep")
@@ -93,7 +95,7 @@ class Profile:
         certificate = _read(self.certificate, "certificate")
         key = _read(self.key, "private key")
         # Also keeps out a key that came with a repository: git checks out 0644.
-        if os.name == "posix" and self.key.stat().st_mode & 0o077:
+        if open_to_others(self.key):
             raise ProfileError(
                 f"the private key {self.key} can be read by others than its owner",
                 f"chmod 600 {shlex.quote(str(self.key))}",

@@ -61,6 +61,8 @@ def channel_options(server_name: str, proxy: str = "") -> list[tuple[str, str | 
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.service_config", json.dumps(_RETRY)),
+        # gRPC's own is half a minute: a rolling restart may have replaced every server by then.
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     ]
 
 

@@ -5,9 +5,10 @@ projected service-account token or a rotated secret id is replaced under the sam
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from byokeep.identity import open_to_others
 
 from services.common.config import ConfigError
 from services.keyvault.kek.vault.client import Call
@@ -74,7 +75,7 @@ def _read(name: str, *, private: bool = True) -> str:
     text = ""
     try:
         path = Path(name)
-        if not private or not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        if not private or not open_to_others(path):
             text = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         pass

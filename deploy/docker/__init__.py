@@ -1,0 +1,1 @@
+"""Images: built from one Dockerfile, listed by content, signed by a key file."""

@@ -1,0 +1,1 @@
+"""What a development overlay runs in the cluster beside the services."""
