@@ -406,7 +406,7 @@ def test_repository_is_read_from_the_remote(edge, byokeep, checkout, url, name):
     [
         ((), "nothing is changed"),
         (("--base", "main"), "HEAD has no commit that main has not"),
-        (("--base", "nowhere"), "git refuses"),
+        (("--base", "nowhere"), "no branch, tag or commit"),
         (("--base", "--output=/tmp/x"), "branch, a tag or a commit"),
         (("--diff", "-", "--base", "main"), "exclude each other"),
         (("--diff", "missing.diff"), "can't be read"),

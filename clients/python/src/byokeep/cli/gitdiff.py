@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class _Private:
         }
         done = gitinfo.run(("git", *arguments), settings, self.tree, given=given, limit=limit)
         if done.returncode:
-            raise gitinfo.refused(done.stderr)
+            raise gitinfo.refused(done.stderr, self.tree)
         return done.stdout
 
 
@@ -81,7 +81,11 @@ def between(checkout: Checkout, base: str, limit: int) -> bytes:
     """
     start, head = _commit(checkout, base), checkout.head()
     with _private(checkout) as private:
-        fork = _fork(private, start, head, base)
+        fork = _fork(private, start, head)
+        if not fork:
+            raise CliError(
+                f"{clean(base)} and HEAD have no commit in common here", _whole(checkout, base)
+            )
         if fork == head:
             raise CliError(
                 f"HEAD has no commit that {clean(base)} has not: nothing would be reviewed",
@@ -129,7 +133,12 @@ def _commit(checkout: Checkout, name: str) -> str:
     known = ("-c", "core.warnAmbiguousRefs=true", "rev-parse", "--verify", f"{name}^{{commit}}")
     done = gitinfo.run(("git", *known), {}, checkout.root)
     if done.returncode:
-        raise gitinfo.refused(done.stderr)
+        theirs = f"refs/remotes/origin/{name}"
+        found = checkout.ask("rev-parse", "--verify", "--quiet", theirs) is not None
+        raise CliError(
+            f"{clean(name)} is no branch, tag or commit of this clone",
+            f"--base origin/{clean(name)}" if found else _whole(checkout, name),
+        )
     if b"ambiguous" in done.stderr:
         raise CliError(
             f"{clean(name)} names several things in this repository",
@@ -138,12 +147,22 @@ def _commit(checkout: Checkout, name: str) -> str:
     return done.stdout.decode().strip()
 
 
-def _fork(private: _Private, start: str, head: str, base: str) -> str:
-    try:
+def _fork(private: _Private, start: str, head: str) -> str:
+    """Return the commit where two histories part; empty where there is none here."""
+    with suppress(CliError):
         return private.git("merge-base", start, head).decode().strip()
-    except CliError:
-        pass
-    raise CliError(f"{clean(base)} and HEAD have no commit in common here")
+    return ""
+
+
+def _whole(checkout: Checkout, base: str) -> str:
+    """Return what gets a base that this clone does not have, or not with its history."""
+    branch = clean(base.removeprefix("origin/"))
+    every = "origin '+refs/heads/*:refs/remotes/origin/*'"
+    if checkout.path("shallow").exists():
+        again = f"git fetch --unshallow {every} (GitHub's checkout action: fetch-depth: 0)"
+        return f"this clone is shallow: {again}, then --base origin/{branch}"
+    there = "git branch --all lists what there is"
+    return f"{there}; of origin: git fetch {every}, then --base origin/{branch}"
 
 
 def _take_index(checkout: Checkout, private: _Private) -> None:

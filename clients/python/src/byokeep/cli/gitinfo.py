@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -77,7 +78,7 @@ def checkout() -> Checkout | None:
         return None
     done = run(("git", "rev-parse", "--show-toplevel"), {}, folder)
     if done.returncode:
-        raise refused(done.stderr)
+        raise refused(done.stderr, folder)
     tree = Path(os.fsdecode(done.stdout).removesuffix("\n"))
     if tree != folder:
         raise CliError(
@@ -88,10 +89,16 @@ def checkout() -> Checkout | None:
     return Checkout(folder)
 
 
-def refused(stderr: bytes) -> CliError:
-    """Return the error for what git refuses."""
-    said = stderr.decode(errors="replace").strip().splitlines()
-    return CliError(f"git refuses: {clean(said[-1]) if said else 'no reason given'}")
+def refused(stderr: bytes, folder: Path) -> CliError:
+    """Return the error for what git refuses to do in a folder: what it says, and what mends it."""
+    said = stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+    # Before its reason are warnings, and after it is advice.
+    reason = next((line for line in said if line.startswith(("fatal: ", "error: "))), said[-1])
+    hint = ""
+    if "dubious ownership" in reason:
+        trusted = shlex.quote(str(folder))
+        hint = f"git config --global --add safe.directory {trusted}, if you trust who owns it"
+    return CliError(f"git refuses: {clean(reason)}", hint)
 
 
 def run(

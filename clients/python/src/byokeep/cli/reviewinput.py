@@ -77,6 +77,11 @@ def _repository(checkout: gitinfo.Checkout | None) -> str:
 def _diff(given: Given, checkout: gitinfo.Checkout | None) -> bytes:
     if given.diff is not None:
         text = _given_diff(given.diff)
+    elif checkout is None and gitinfo.root() is not None:
+        raise CliError(
+            "there is no git to read this checkout with",
+            "install git, or make the diff elsewhere: byokeep review --diff FILE",
+        )
     elif checkout is None:
         raise CliError(
             "there is no diff: this is not a git repository, and --diff is not given",
