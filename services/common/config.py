@@ -7,6 +7,9 @@ and its value is not repeated: it may be a secret in the wrong place.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import socket
 import sys
 import types
 import typing
@@ -17,27 +20,56 @@ from typing import Any, Literal, TypeVar
 from byokeep.identity import TlsFiles, open_to_others
 
 T = TypeVar("T")
+# What gRPC and PostgreSQL take as a number of seconds, rows or bytes.
+_MOST = 2**31 - 1
+_LAST_PORT = 65_535
 
 
 class ConfigError(Exception):
     """The service can't start as it is configured; the text says what to change."""
 
 
-def setting(help_text: str, *, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a setting of a settings dataclass; without a default it is required."""
-    return dataclasses.field(default=default, metadata={"help": help_text})
+def setting(
+    help_text: str,
+    *,
+    default: Any = dataclasses.MISSING,
+    least: int = 1,
+    most: int = _MOST,
+    form: tuple[str, str] = ("", ""),
+) -> Any:
+    """Declare a setting of a settings dataclass; without a default it is required.
+
+    A number is `least` to `most`; a text matches `form`, a pattern and what it says to a person.
+    """
+    allowed = {"help": help_text, "least": least, "most": most, "form": form}
+    return dataclasses.field(default=default, metadata=allowed)
+
+
+#: Forms of texts.
+_HOST = r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._*-]+)"
+LISTEN = (rf"unix:.+|{_HOST}:[0-9]{{1,5}}", "host:port, or unix:path")
+TARGET = (
+    rf"unix:.+|((dns|ipv4|ipv6):(//[^/]*/)?)?{_HOST}:[0-9]{{1,5}}",
+    "host:port, or unix:path, or a gRPC target such as dns:///host:port",
+)
+PORT = (rf"{_HOST}:[0-9]{{1,5}}", "host:port")
+NAME = (r"[A-Za-z0-9._-]{1,100}", "letters, digits and . _ -, 100 at most")
+DOMAIN = (r"[a-z0-9._-]{1,255}", "lower-case letters, digits and . _ -")
+DNS = (r"[A-Za-z0-9*_-]+(\.[A-Za-z0-9_-]+)*", "a DNS name")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSettings:
     """What every service is told."""
 
-    deployment: str = setting("name of this deployment, as in clients' trust bundles")
-    trust_domain: str = setting("SPIFFE trust domain of every caller")
-    listen: str = setting("host:port of the mTLS gRPC server")
-    health_listen: str = setting("host:port of the plaintext gRPC health server")
+    deployment: str = setting("name of this deployment, as in clients' trust bundles", form=NAME)
+    trust_domain: str = setting("SPIFFE trust domain of every caller", form=DOMAIN)
+    listen: str = setting("host:port of the mTLS gRPC server", form=LISTEN)
+    health_listen: str = setting("host:port of the plaintext gRPC health server", form=LISTEN)
     metrics_listen: str = setting(
-        "host:port of the plaintext Prometheus metrics; none: they are not served", default=""
+        "host:port of the plaintext Prometheus metrics; none: they are not served",
+        default="",
+        form=PORT,
     )
     tls_cert: Path = setting("PEM file: this service's certificate chain")
     tls_key: Path = setting("PEM file: its private key")
@@ -50,10 +82,14 @@ class ServiceSettings:
         "debug, info, warning or error", default="info"
     )
     connection_age_seconds: int = setting(
-        "a caller's connection is closed to new calls after this long", default=10 * 60
+        "a caller's connection is closed to new calls after so many seconds",
+        default=10 * 60,
+        most=_MOST // 1000,
     )
     connection_grace_seconds: int = setting(
-        "and is cut, with the calls that still run, after this long again", default=65 * 60
+        "and is cut, with the calls that still run, after so many seconds more",
+        default=65 * 60,
+        most=_MOST // 1000,
     )
     ready_file: Path | None = setting("file to write once the service serves", default=None)
 
@@ -124,12 +160,21 @@ def load(cls: type[T], environ: Mapping[str, str]) -> T:
                 problems.append(f"{name} is not set: {field.metadata['help']}")
             continue
         try:
-            values[field.name] = _convert(hints[field.name], raw)
+            values[field.name] = _allowed(_convert(hints[field.name], raw), field.metadata)
         except ValueError as error:
-            problems.append(f"{name} {error}: {field.metadata['help']}")
+            problems.append(f"{name}, in the environment, {error}: {field.metadata['help']}")
     if problems:
         raise ConfigError("\n".join(problems))
     return cls(**values)
+
+
+def _allowed(value: Any, allowed: Mapping[str, Any]) -> Any:
+    pattern, form = allowed["form"]
+    if isinstance(value, str) and pattern and not re.fullmatch(pattern, value):
+        raise ValueError(f"must be {form}")
+    if type(value) is int and not allowed["least"] <= value <= allowed["most"]:
+        raise ValueError(f"must be {allowed['least']} to {allowed['most']}")
+    return value
 
 
 def _convert(kind: Any, raw: str) -> Any:
@@ -161,21 +206,58 @@ def _yes_or_no(raw: str) -> bool:
     return raw == "yes"
 
 
-def read_secret_file(path: Path) -> str:
-    """Return a secret file's text, without its final line break.
+def read_secret_file(name: str, path: Path) -> str:
+    """Return the text of the secret file that a setting names, without its final line break.
 
     Raises:
-        ConfigError: missing, or readable by others than its owner.
+        ConfigError: missing, no text, or readable by others than its owner.
     """
+    text, why = "", ""
     try:
-        check_private(path)
+        check_private(name, path)
         text = path.read_text()
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        why = error.strerror or "not readable"
+    except ValueError:
+        why = "not text"  # its frames hold it
+    if why:
+        raise ConfigError(f"{name}: {path}: {why}")
     return text.rstrip("\n")
 
 
-def check_private(path: Path) -> None:
+def check_private(name: str, path: Path) -> None:
     """Refuse a file that others than its owner may touch. Raises ConfigError, OSError."""
     if open_to_others(path):
-        raise ConfigError(f"{path}: readable by others than its owner; chmod 600 it")
+        raise ConfigError(f"{name}: {path}: readable by others than its owner; chmod 600 it")
+
+
+def check_folder(name: str, file: Path) -> None:
+    """Refuse a file that this process could not write. Raises ConfigError."""
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name}: {file.parent} is no folder that this process may write to")
+
+
+def check_listen(name: str, address: str) -> None:
+    """Refuse an address that can't be bound now. Raises ConfigError."""
+    if address.startswith("unix:"):
+        check_folder(name, Path(address.removeprefix("unix:").removeprefix("//")))
+        return
+    host, _, port = address.rpartition(":")
+    if int(port) > _LAST_PORT:
+        raise ConfigError(f"{name}: can't listen at {address}: a port is 0 to {_LAST_PORT}")
+    failed: OSError | None = None
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, where in found:
+            with socket.socket(family, kind, protocol) as probe:
+                # As gRPC binds: what another replica has, or what is left of one, is no obstacle.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if hasattr(socket, "SO_REUSEPORT"):
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                probe.bind(where)
+    except OSError as error:
+        failed = error
+    if failed is not None:
+        raise ConfigError(f"{name}: can't listen at {address}: {failed.strerror}")

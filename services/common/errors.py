@@ -81,14 +81,10 @@ def from_rpc(error: grpc.RpcError, dependency: str) -> ByokeepError:
         known.metadata = info.metadata
         return known
     if info.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        failed = ByokeepError(
+        return ByokeepError(
             grpc.StatusCode.UNAVAILABLE,
             "DEPENDENCY_UNAVAILABLE",
             f"{dependency} does not answer; try again",
             dependency=dependency,
         )
-        # What hangs took most of the caller's time: tried again, the caller would see its own
-        # deadline pass, and never who it was.
-        failed.retried = info.code is not grpc.StatusCode.DEADLINE_EXCEEDED
-        return failed
     return internal()

@@ -11,7 +11,7 @@ import protovalidate
 from byokeep.common.v1 import options_pb2
 from google.protobuf.message import Message
 
-from services.common import authz, logs, metrics
+from services.common import authz, deadline, logs, metrics
 from services.common.errors import ByokeepError, internal
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ class _Call:
         return handle
 
     def _identify(self, context: Context) -> authz.Caller:
+        deadline.enter(context.time_remaining())
         caller = self._gate._classes.identify(authz.presented_id(context))
         authz.enter(caller)
         authz.check_class(caller, self._access, self._method)
@@ -145,6 +146,9 @@ class _Call:
             logs.failure(log, "unforeseen_error", error, method=self._method)
             return internal()
         metrics.REFUSALS.labels(self._method.removeprefix("/byokeep."), error.reason).inc()
+        if deadline.spent():
+            # Tried again by its own gRPC, the caller would see its deadline pass, and never why.
+            error.retried = False
         if self._gate._denied is not None and error.code in _DENIALS:
             self._gate._denied(authz.presented_id(context), self._method, error.reason)
         return error

@@ -10,7 +10,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Protocol
 
 import grpc
@@ -22,17 +23,23 @@ from grpc_health.v1.health import aio as health_aio
 
 from services.common import authz, hardening, logs, metrics
 from services.common.background import Background
-from services.common.config import ConfigError, ServiceSettings
+from services.common.config import ConfigError, ServiceSettings, check_folder, check_listen
 from services.common.errors import ByokeepError
 from services.common.interceptor import Gate
 from services.common.observe import Observe
 from services.common.tls import ServerIdentity
+from services.common.waiting import NotYetError
 
 log = logging.getLogger(__name__)
 _HEALTH_SECONDS = 1.0
+# Somebody waits for the first time that it is well.
+_FIRST_HEALTH_SECONDS = 0.05
 # A service that can't even say so within this time is not well.
 _MISSING_SECONDS = 5.0
-EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
+# What does not end by itself, when all is told to, is ended with the process.
+_LAST_SECONDS = 3.0
+# EX_CONFIG and EX_TEMPFAIL of sysexits.h.
+EXIT_CONFIG, EXIT_NOT_YET = 78, 75
 #: What the health port is asked for liveness: that the process answers, whatever it depends on.
 LIVE = "live"
 
@@ -52,7 +59,11 @@ class App(Protocol):
     background: Background
 
     async def start(self) -> None:
-        """Open what the service needs, before it serves."""
+        """Open what the service needs, and wait for what may still come (see `waiting`).
+
+        Raises:
+            ConfigError: what there is shows that a setting is wrong.
+        """
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add its servicers."""
@@ -62,7 +73,8 @@ class App(Protocol):
         where that is nothing."""
 
     async def stop(self) -> None:
-        """Close everything, after the last call ended."""
+        """Close everything that is open, after the last call ended: also where `start` did not
+        end, and within seconds, whatever is away."""
 
 
 class _Registrar:
@@ -82,17 +94,21 @@ class _Registrar:
 
 
 def main(name: str, settings: ServiceSettings, make: Callable[[], App]) -> None:
-    """Serve until SIGTERM. Exits with EX_CONFIG where it can't start as configured.
+    """Serve until SIGTERM. Exits with EX_CONFIG where a setting is wrong.
 
-    `make` builds the app, and may read secret files: the door is closed before it is called.
+    `make` builds the app, which checks its settings and opens nothing; it may read secret files:
+    the door is closed before it is called.
     """
-    try:
+    with refusing(name), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         close_the_door()
         logs.setup(name, settings.log_level)
         logs.catch_all()
-        uvloop.run(_serve(name, settings, make()))
-    except (ConfigError, IdentityError) as error:
-        sys.exit(_refuse(name, error))
+        app = make()
+        check(settings)
+        try:
+            runner.run(_serve(settings, app))
+        finally:
+            _end_soon()
 
 
 def close_the_door() -> None:
@@ -106,9 +122,41 @@ def close_the_door() -> None:
         ) from None
 
 
-def _refuse(name: str, error: ConfigError | IdentityError) -> int:
-    print(f"{name} does not start:\n{error}", file=sys.stderr)  # noqa: T201 for a person
-    return EXIT_CONFIG
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Where a setting is wrong, or what is needed is not there, tell a person so, and exit."""
+    said, status = "", 0
+    try:
+        yield
+    except (ConfigError, IdentityError) as error:
+        said, status = str(error), EXIT_CONFIG
+    except NotYetError as error:
+        said, status = str(error), EXIT_NOT_YET
+    if status:
+        print(f"{name} does not start:\n{said}", file=sys.stderr)  # noqa: T201 for a person
+        sys.exit(status)
+
+
+def _end_soon() -> None:
+    """End the process in any case: what still hangs (a thread in a name's resolution, a task that
+    takes no cancellation) is not waited for."""
+    timer = threading.Timer(_LAST_SECONDS, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def check(settings: ServiceSettings) -> None:
+    """Refuse, before anything is opened, what the server would stumble over. Raises ConfigError."""
+    authz.CallerClasses(settings.callers, settings.trust_domain)
+    ServerIdentity(settings.tls)
+    if settings.listen == settings.health_listen:
+        raise ConfigError("BYOKEEP_LISTEN and BYOKEEP_HEALTH_LISTEN are the same address")
+    check_listen("BYOKEEP_LISTEN", settings.listen)
+    check_listen("BYOKEEP_HEALTH_LISTEN", settings.health_listen)
+    if settings.metrics_listen:
+        check_listen("BYOKEEP_METRICS_LISTEN", settings.metrics_listen)
+    if settings.ready_file is not None:
+        check_folder("BYOKEEP_READY_FILE", settings.ready_file)
 
 
 async def build(settings: ServiceSettings, app: App) -> tuple[grpc.aio.Server, int]:
@@ -135,52 +183,77 @@ async def build(settings: ServiceSettings, app: App) -> tuple[grpc.aio.Server, i
     try:
         port = server.add_secure_port(settings.listen, credentials)
     except RuntimeError:
-        raise ConfigError("BYOKEEP_LISTEN: can't listen there") from None
+        raise ConfigError(f"BYOKEEP_LISTEN: can't listen at {settings.listen}") from None
     return server, port
 
 
-async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
+async def _serve(settings: ServiceSettings, app: App) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await app.start()
-    server, _ = await build(settings, app)
-    await server.start()
+    server: grpc.aio.Server | None = None
     status, health_server = await _health(settings.health_listen)
     end_metrics = metrics.serve(settings.metrics_listen) if settings.metrics_listen else None
-    if settings.ready_file is not None:
-        # Whole or not at all: somebody waits for it.
-        temporary = settings.ready_file.with_suffix(".new")
-        temporary.write_text(json.dumps({"pid": os.getpid()}))
-        temporary.replace(settings.ready_file)
-    # What is loaded stays: the collector need not look through it again and again.
-    gc.collect()
-    gc.freeze()
-    logs.event(log, "serving", listen=settings.listen, deployment=settings.deployment)
-    health = Background()
-    health.every("health", _HEALTH_SECONDS, _Health(app, health, status).look)
-    await stop.wait()
-    await health.close()
-    logs.event(log, "draining")
-    await status.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-    await server.stop(settings.call_drain_seconds)
-    await app.stop()
-    await health_server.stop(None)
-    if end_metrics is not None:
-        end_metrics()
+    try:
+        if await _until(stop, app.start()):
+            server, _ = await build(settings, app)
+            await server.start()
+            health = Background()
+            health.run("health", _Health(app, health, status, settings).follow)
+            # What is loaded stays: the collector need not look through it again and again.
+            gc.collect()
+            gc.freeze()
+            logs.event(log, "serving", listen=settings.listen, deployment=settings.deployment)
+            await stop.wait()
+            await health.close()
+        logs.event(log, "draining")
+        await status.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    finally:
+        if server is not None:
+            await server.stop(settings.call_drain_seconds)
+        await app.stop()
+        await health_server.stop(None)
+        if end_metrics is not None:
+            end_metrics()
     logs.event(log, "stopped")
+
+
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Do some work to its end, unless it is time to stop first; raises what it raises."""
+    doing = asyncio.create_task(work)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({doing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if stop.is_set():
+        doing.cancel()
+        await asyncio.wait({doing}, timeout=_LAST_SECONDS)
+        return False
+    doing.result()
+    return True
 
 
 class _Health:
     """Lets the health port say what the service says of itself."""
 
-    def __init__(self, app: App, own: Background, status: health_aio.HealthServicer) -> None:
+    def __init__(
+        self,
+        app: App,
+        own: Background,
+        status: health_aio.HealthServicer,
+        settings: ServiceSettings,
+    ) -> None:
         self._app, self._own, self._status = app, own, status
-        self._known: list[str] = []
+        self._ready_file = settings.ready_file
+        self._known: list[str] | None = None
 
-    async def look(self) -> None:
-        """Look once."""
-        missing = ["no answer"]
+    async def follow(self) -> None:
+        """Look for ever."""
+        while True:
+            await self._look()
+            await asyncio.sleep(_FIRST_HEALTH_SECONDS if self._ready_file else _HEALTH_SECONDS)
+
+    async def _look(self) -> None:
+        missing = ["an answer"]
         with contextlib.suppress(ByokeepError, TimeoutError):
             async with asyncio.timeout(_MISSING_SECONDS):
                 missing = await self._app.missing()
@@ -193,6 +266,12 @@ class _Health:
         logs.event(log, "health", level=level, serving=not missing, missing=missing)
         code = health_pb2.HealthCheckResponse
         await self._status.set("", code.NOT_SERVING if missing else code.SERVING)
+        if self._ready_file is not None and not missing:
+            # Whole or not at all: somebody waits for it.
+            temporary = self._ready_file.with_suffix(".new")
+            temporary.write_text(json.dumps({"pid": os.getpid()}))
+            temporary.replace(self._ready_file)
+            self._ready_file = None
 
 
 async def _health(listen: str) -> tuple[health_aio.HealthServicer, grpc.aio.Server]:
@@ -205,8 +284,8 @@ async def _health(listen: str) -> tuple[health_aio.HealthServicer, grpc.aio.Serv
     try:
         server.add_insecure_port(listen)
     except RuntimeError:
-        raise ConfigError("BYOKEEP_HEALTH_LISTEN: can't listen there") from None
+        raise ConfigError(f"BYOKEEP_HEALTH_LISTEN: can't listen at {listen}") from None
     await server.start()
-    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    await servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     await servicer.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
     return servicer, server

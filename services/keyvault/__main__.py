@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-from services.common.config import ConfigError, load, read_secret_file
+from services.common.config import load
 from services.keyvault.config import Settings
 
 
@@ -33,26 +33,28 @@ def main() -> None:
     )
     commands.add_parser("new-keyring", help="print a new keyring for backend local")
     arguments = parser.parse_args()
-    try:
-        _run(arguments)
-    except ConfigError as error:
-        sys.exit(f"keyvault: {error}")
-
-
-def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "new-keyring":
         from services.keyvault.kek.keyring import new_keyring
 
         sys.stdout.write(new_keyring() + "\n")
         return
-    settings = load(Settings, os.environ)
     from services.common import server
+
+    with server.refusing("keyvault"):
+        _run(arguments, load(Settings, os.environ))
+
+
+def _run(arguments: argparse.Namespace, settings: Settings) -> None:
+    from services.common import logs, postgres, server
 
     if arguments.command == "migrate":
         from services.keyvault import migrate
 
         server.close_the_door()
-        migrate.upgrade(read_secret_file(settings.database_url_file))
+        logs.setup("keyvault", settings.log_level)
+        url = postgres.database_url(settings.database_url_file)
+        asyncio.run(postgres.probe(url))
+        migrate.upgrade(url)
         sys.stdout.write(json.dumps(asyncio.run(migrate.bootstrap(settings))) + "\n")
         return
     from services.keyvault.server import App

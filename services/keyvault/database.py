@@ -20,16 +20,16 @@ from psycopg.abc import Loader as AbcLoader
 from psycopg.adapt import Loader
 from psycopg.pq import Format
 from psycopg.types.datetime import TimestamptzBinaryLoader, TimestamptzLoader
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from services.common import logs
+from services.common import logs, postgres
 from services.common.errors import ByokeepError
 
 log = logging.getLogger(__name__)
-Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+Connection = postgres.Connection
 Row = tuple[Any, ...]
 Parameters = Sequence[Any] | Mapping[str, Any]
 _WAIT_SECONDS = 5.0
+_HEALTH_SECONDS = 3.0
 # What keyvault rests on is not left to a server's or a role's defaults: a commit is on the
 # disk when it is answered, and each statement sees what was committed before it.
 # Names mean PostgreSQL's own things first, whatever a role's search_path says: `now()` too.
@@ -40,8 +40,6 @@ _OPTIONS = (
     " -c search_path=public,pg_temp"
     " -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off"
 )
-# The orchestrator has a pool of its own: its rows, options and errors are others, and what is
-# alike is not worth that services.common, which the runner loads too, knows of PostgreSQL.
 _LOST = "DEPENDENCY_UNAVAILABLE"
 _TIMESTAMPTZ = psycopg.adapters.types["timestamptz"].oid
 
@@ -55,25 +53,18 @@ class Database:
 
     def __init__(self, url: str, connections: int) -> None:
         """Keep the URL; `open` connects."""
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+        self._pool = postgres.Pool(
             url,
+            connections,
+            wait_seconds=_WAIT_SECONDS,
             configure=_configure,
-            min_size=1,
-            max_size=connections,
-            open=False,
-            timeout=_WAIT_SECONDS,
-            kwargs={
-                "autocommit": True,
-                "application_name": "byokeep-keyvault",
-                "options": _OPTIONS,
-                "connect_timeout": 5,
-            },
+            application_name="byokeep-keyvault",
+            options=_OPTIONS,
         )
 
     async def open(self) -> None:
-        """Connect. Raises ByokeepError where the database does not answer."""
-        with _seam():
-            await self._pool.open(wait=True, timeout=15)
+        """Begin to connect."""
+        await self._pool.open()
 
     async def close(self) -> None:
         """Close every connection."""
@@ -123,12 +114,9 @@ class Database:
             async with self._pool.connection() as connection:
                 return await (await connection.execute(sql, parameters)).fetchall()
 
-    async def healthy(self) -> bool:
+    async def answers(self) -> bool:
         """Say whether the database answers."""
-        try:
-            return await self.one("SELECT 1") is not None
-        except ByokeepError:
-            return False
+        return await self._pool.answers(_HEALTH_SECONDS)
 
 
 class _Time(Loader):
@@ -194,7 +182,7 @@ def _seam() -> Iterator[None]:
     failed = ""
     try:
         yield
-    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout):
+    except postgres.LOST:
         failed = _LOST
     except psycopg.errors.UniqueViolation:
         failed = "DUPLICATE"

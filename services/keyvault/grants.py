@@ -53,16 +53,21 @@ def _load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
         for key in map(_load_key, sorted(folder.glob("*.pem")))
     }
     if not keys:
-        raise ConfigError(f"BYOKEEP_GRANT_KEYS_DIR: no *.pem in {folder}; no lease could be given")
+        raise ConfigError(
+            f"BYOKEEP_GRANT_KEYS_DIR: no *.pem in {folder}, or no such folder; no lease could be"
+            " given"
+        )
     return keys
 
 
 def _load_key(path: Path) -> Ed25519PublicKey:
     key = None
-    with contextlib.suppress(ValueError, UnsupportedAlgorithm):
+    with contextlib.suppress(ValueError, UnsupportedAlgorithm, PermissionError):
         key = serialization.load_pem_public_key(path.read_bytes())
     if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"{path}: not an Ed25519 public key")
+        raise ConfigError(
+            f"BYOKEEP_GRANT_KEYS_DIR: {path}: not an Ed25519 public key, or not readable"
+        )
     return key
 
 

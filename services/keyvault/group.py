@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 import grpc
 
+from services.common import deadline
 from services.common.errors import ByokeepError
 from services.keyvault.database import is_lost, unreachable
 
@@ -78,7 +79,8 @@ class GroupCommit(Generic[T, R]):
             if not group:
                 return
             self._locked |= locks
-            task = asyncio.create_task(self._do(group))
+            with deadline.lifted():
+                task = asyncio.create_task(self._do(group))
             self._running.add(task)
             task.add_done_callback(functools.partial(self._ended, locks))
 

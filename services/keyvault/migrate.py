@@ -5,12 +5,17 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
+from services.common import postgres
+from services.common.waiting import until_there
 from services.keyvault import system_keys
 from services.keyvault.config import Settings
+from services.keyvault.database import Database
 from services.keyvault.kek.configured import open_backends, open_signer
-from services.keyvault.server import open_database
+from services.keyvault.server import not_yet
 
 _SCRIPTS = Path(__file__).parent / "migrations"
+# Vault may start together with us.
+_WAIT_SECONDS = 30.0
 _LOCK = 7_316_530_021  # of our own; keeps two migrations apart
 
 
@@ -37,21 +42,32 @@ def upgrade(url: str) -> None:
 
 
 async def bootstrap(settings: Settings) -> dict[str, dict[str, str]]:
-    """Make keyvault's own keys where they are missing; return the public ones, for clients."""
-    database = open_database(settings, settings.database_connections)
+    """Make keyvault's own keys where they are missing; return the public ones, for clients.
+
+    Raises:
+        NotYetError: database or KEK backend are not there.
+        ConfigError.
+    """
+    database = Database(
+        postgres.database_url(settings.database_url_file), settings.database_connections
+    )
+    backends = open_backends(settings, database)
     await database.open()
+
+    async def begin() -> None:
+        with not_yet():
+            await backends.start()
+
     try:
-        backends = open_backends(settings, database)
-        await backends.start()
-        try:
+        await until_there(begin, _WAIT_SECONDS)
+        with not_yet():
             await system_keys.create(database, backends, settings.deployment)
             await system_keys.move(database, backends, settings.deployment)
             public = await system_keys.public_keys(database, backends, settings.deployment)
             keys = await system_keys.load(database, backends, settings.deployment)
             signer = await open_signer(settings, backends, lambda: keys.audit_log)
-        finally:
-            await backends.close()
     finally:
+        await backends.close()
         await database.close()
     # Both are pinned: older heads are signed by the one, newer ones perhaps by the other.
     audit_log = {**public[system_keys.AUDIT_LOG], signer.key_id: signer.public_key}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Literal
 
 import grpc
 from byokeep.keyvault.v1 import (
@@ -15,10 +18,12 @@ from byokeep.keyvault.v1 import (
     lease_pb2_grpc,
 )
 
+from services.common import deadline, postgres
 from services.common import metrics as common_metrics
-from services.common.background import Background, each
-from services.common.config import ConfigError, read_secret_file
+from services.common.background import Background, Work, each
+from services.common.config import ConfigError
 from services.common.errors import ByokeepError
+from services.common.waiting import NotYetError, until_there
 from services.keyvault import (
     anchor,
     checkpoints,
@@ -73,11 +78,30 @@ _SWEEP_SECONDS = 10.0
 _KEYS_SECONDS = 2.0
 _FORGET_SECONDS = 3600.0
 _LAST_SECONDS = 5.0
+_TABLES: Final = ("system_key", "chain")
+_MIGRATE: Final = "python -m services.keyvault migrate"
 
 
-def open_database(settings: Settings, connections: int) -> Database:
-    """Return the database of the configured URL, not yet connected."""
-    return Database(read_secret_file(settings.database_url_file), connections)
+@contextmanager
+def not_yet() -> Iterator[None]:
+    """Turn what may still come into NotYetError, and what never will into ConfigError."""
+    try:
+        yield
+    except kek.KekUnavailableError as error:
+        raise NotYetError(error.metadata["dependency"], error.sentence) from None
+    except ByokeepError as error:
+        raise NotYetError(error.metadata.get("dependency", "database"), error.message) from None
+    except KeyError:
+        raise NotYetError(
+            "schema", f"keyvault's own keys are not there; they come with '{_MIGRATE}'"
+        ) from None
+    except OSError as error:
+        raise NotYetError("anchor", f"its file can't be used: {error.strerror}") from None
+    except (kek.KekMissingError, kek.UnwrapError):
+        raise ConfigError(
+            "keyvault's own keys can't be opened: BYOKEEP_KEYRING_FILE, or BYOKEEP_KEK_BACKEND's"
+            " settings, name another key-encryption key than that which this database was made with"
+        ) from None
 
 
 class App:
@@ -89,8 +113,10 @@ class App:
         check_logins(settings, role)
         self._settings = settings
         self._role = role
-        self._database = open_database(settings, settings.database_connections)
-        self._reading = open_database(settings, 1)
+        self._kept = datetime.timedelta(days=settings.content_retention_days)
+        self._url = postgres.database_url(settings.database_url_file)
+        self._database = Database(self._url, settings.database_connections)
+        self._reading = Database(self._url, 1)
         self._backends = open_backends(settings, self._database)
         self._denials = Denials(self._database, settings.deployment)
         anchored = open_anchor(settings, self._backends)
@@ -101,41 +127,41 @@ class App:
         self._revocations = Revocations(self._database)
         self._grant_keys = grants.GrantKeys(settings.grant_keys_dir)
         self.background = Background()
+        self._began = False
 
     async def start(self) -> None:
         """Connect, open keyvault's own keys, look at the anchor, start what runs beside."""
+        await until_there(lambda: postgres.probe(self._url, _TABLES, _MIGRATE))
+        await self._database.open()
+        await self._reading.open()
+        await until_there(self._open_keys)
+        self._wire()
+        await until_there(self._first_look)
+        self._run_beside()
+
+    async def _open_keys(self) -> None:
         settings = self._settings
-        try:
-            await self._database.open()
-            await self._reading.open()
-            kept = datetime.timedelta(days=settings.content_retention_days)
-            usable = {*settings.lost_backends(), *(one.name for one in self._backends)}
-            needed.require(await needed.needs(self._database, kept), usable)
+        usable = {*settings.lost_backends(), *(one.name for one in self._backends)}
+        with not_yet():
+            needed.require(await needed.needs(self._database, self._kept), usable)
             await self._backends.start()
             self._keys = await system_keys.load(self._database, self._backends, settings.deployment)
             self._signer = await open_signer(settings, self._backends, lambda: self._keys.audit_log)
-        except kek.KekUnavailableError as error:
-            raise ConfigError(f"keyvault does not start without its KEK backend: {error}") from None
-        except (ByokeepError, KeyError, kek.KekMissingError, kek.UnwrapError) as error:
-            raise ConfigError(
-                f"keyvault's database or its own keys can't be opened ({type(error).__name__}):"
-                " is the URL right, was `python -m services.keyvault migrate` run,"
-                " and is it the same keyring?"
-            ) from None
-        self._wire(kept)
-        # Anchor and pass look once before anything is served. What the pass fails of gives no
-        # lease, and must not keep an operator from seeing why.
-        await self._anchor.tick()
-        await each("reconcile", (self._reconcile.once,), lambda step: step())
-        await self._revocations.start()
+
+    async def _first_look(self) -> None:
+        """Let anchor and pass look once before anything is served."""
+        with not_yet():
+            await self._anchor.tick()
+            # What the pass fails of gives no lease, and must not keep an operator from seeing why.
+            await each("reconcile", (self._reconcile.once,), lambda step: step())
+            await self._revocations.start()
         if self._role in ("all", "admin"):
             # A backend that is away now must not keep the admin role from starting.
             await each("epochs", (self._epochs.tick,), lambda step: step())
-        self._run_beside()
 
-    def _wire(self, kept: datetime.timedelta) -> None:
-        """Put together what needs keyvault's own keys; content is kept so long."""
-        settings = self._settings
+    def _wire(self) -> None:
+        """Put together what needs keyvault's own keys."""
+        settings, kept = self._settings, self._kept
         self._intake = IntakeKeys(
             self._database,
             self._backends,
@@ -209,6 +235,7 @@ class App:
 
     def _run_beside(self) -> None:
         """Start what goes on beside the calls."""
+        self._began = True
         run = self.background.every
         run("denials", denials.TICK_SECONDS, self._denials.tick)
         run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
@@ -233,9 +260,10 @@ class App:
             run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
 
     async def missing(self) -> list[str]:
-        """Name the KEK backends that would not answer, with the state of each."""
+        """Name the database, and the KEK backends with the state of each, that do not answer."""
         found = {backend.name: await backend.health() for backend in self._backends}
-        return [f"{name}: {health.state}" for name, health in found.items() if not health.ok]
+        away = [f"{name}: {health.state}" for name, health in found.items() if not health.ok]
+        return away if await self._database.answers() else ["database", *away]
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers of the role."""
@@ -284,16 +312,20 @@ class App:
     async def stop(self) -> None:
         """Write what is counted, anchor once more, close."""
         await self.background.close()
-
-        async def count() -> None:
-            await self._denials.flush(0.0, everything=True)
-
-        steps = (count, self._anchor.tick, self._reconcile.once, self._reconcile.save)
-        # A locked table must not hold a shutdown up.
-        await each("last_write", steps, lambda step: asyncio.wait_for(step(), _LAST_SECONDS))
+        if self._began:
+            # A locked table, or a database that is away, must not hold a shutdown up.
+            with deadline.within(_LAST_SECONDS), contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_SECONDS):
+                    await each("last_write", self._last_steps(), lambda step: step())
         await self._backends.close()
         await self._reading.close()
         await self._database.close()
+
+    def _last_steps(self) -> tuple[Work, ...]:
+        async def count() -> None:
+            await self._denials.flush(0.0, everything=True)
+
+        return count, self._anchor.tick, self._reconcile.once, self._reconcile.save
 
     def _refusal(self, locked: Locked) -> ByokeepError | None:
         return self._anchor.refusal() or self._reconcile.refusal(locked)

@@ -21,15 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     spawner = Spawner(os.environ)
 
     from services.common import server
-    from services.common.config import ConfigError
     from services.llm_runner import config
     from services.llm_runner.server import App
 
-    try:
+    with server.refusing("llm_runner"):
         settings = config.load(os.environ)
-    except ConfigError as error:
-        print(f"llm_runner does not start:\n{error}", file=sys.stderr)  # noqa: T201 for a person
-        return server.EXIT_CONFIG
     app = App(settings, spawner)
     server.main("llm_runner", settings, lambda: app)
     return 1 if app.zygote_lost else 0

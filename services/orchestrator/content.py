@@ -35,6 +35,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from services.common import deadline
 from services.common.errors import ByokeepError
 
 INPUT: Final = "input"
@@ -127,7 +128,8 @@ class ContentKeys:
         task = self._asked.get((tenant, epoch))
         if task is None:
             # Asked once, however many wait; and no one waiter's end ends it for the others.
-            task = asyncio.create_task(self._ask(tenant, epoch))
+            with deadline.lifted():
+                task = asyncio.create_task(self._ask(tenant, epoch))
             self._asked[tenant, epoch] = task
             task.add_done_callback(lambda done: self._answered(tenant, epoch, done))
         return await asyncio.shield(task)

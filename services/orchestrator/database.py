@@ -6,7 +6,6 @@ SQL is written out and run through psycopg; SQLAlchemy owns the schema and its m
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -15,15 +14,13 @@ from typing import Any, Final, LiteralString, TypeAlias
 import grpc
 import psycopg
 from psycopg.rows import namedtuple_row
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from services.common import logs
-from services.common.config import ConfigError
+from services.common import logs, postgres
 from services.common.errors import ByokeepError
 
 log = logging.getLogger(__name__)
-_ASK_AGAIN_SECONDS: Final = 1.0
-_WAIT_SECONDS: Final = 10.0
+_WAIT_SECONDS: Final = 5.0
+_HEALTH_SECONDS: Final = 3.0
 #: A row: a named tuple of the statement's columns.
 Row: TypeAlias = Any
 Parameters: TypeAlias = Mapping[str, Any]
@@ -56,17 +53,12 @@ class Database:
 
     def __init__(self, url: str, connections: int) -> None:
         """Prepare for a `postgresql://` URL; `open` connects."""
-        self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
+        self._pool = postgres.Pool(
             url,
-            min_size=1,
-            max_size=connections,
-            open=False,
-            timeout=_WAIT_SECONDS,
-            kwargs={
-                "autocommit": True,
-                "row_factory": namedtuple_row,
-                "application_name": "byokeep-orchestrator",
-            },
+            connections,
+            wait_seconds=_WAIT_SECONDS,
+            row_factory=namedtuple_row,
+            application_name="byokeep-orchestrator",
         )
 
     def stats(self) -> dict[str, int]:
@@ -84,13 +76,13 @@ class Database:
             # The pool's own context manager costs a quarter of what a statement does.
             connection = await self._pool.getconn()
             yield Session(connection)
-        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
+        except postgres.LOST as error:
             failed = error
         finally:
             if connection is not None:
                 await self._pool.putconn(connection)
         if failed is not None:
-            logs.failure(log, "database_unavailable", failed)
+            logs.failure(log, "database_unavailable", failed, cause=postgres.cause(failed))
             raise ByokeepError(
                 grpc.StatusCode.UNAVAILABLE,
                 "DEPENDENCY_UNAVAILABLE",
@@ -105,32 +97,12 @@ class Database:
             yield session
 
     async def open(self) -> None:
-        """Connect, and wait until the database answers: services start in any order.
-
-        Raises ConfigError: it has no schema yet.
-        """
+        """Begin to connect."""
         await self._pool.open()
-        while True:
-            try:
-                async with self.statement() as session:
-                    await session.one("SELECT FROM tenant LIMIT 1")
-                return
-            except ByokeepError:
-                await asyncio.sleep(_ASK_AGAIN_SECONDS)
-            except psycopg.errors.UndefinedTable:
-                break
-        raise ConfigError(
-            "the database has no schema: run 'python -m services.orchestrator migrate' first"
-        )
 
     async def answers(self) -> bool:
         """Say whether the database answers."""
-        try:
-            async with self.statement() as session:
-                await session.one("SELECT")
-        except ByokeepError:
-            return False
-        return True
+        return await self._pool.answers(_HEALTH_SECONDS)
 
     async def close(self) -> None:
         """Close every connection."""

@@ -13,7 +13,7 @@ from byokeep import names
 from byokeep.common.v1.options_pb2 import SignedEnvelope
 from byokeep.keyvault.v1 import custody_pb2
 
-from services.common import logs
+from services.common import deadline, logs
 from services.common.errors import ByokeepError
 from services.orchestrator import content, domain
 from services.orchestrator.domain import Failure
@@ -34,6 +34,8 @@ from services.orchestrator.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS: Final = 5.0
+# A beat on a connection that is silent is given up, for the next to be in time.
+_BEAT_SECONDS: Final = 4.0
 # Two beats and some: a worker that is only slow loses its attempt, but no call and no answer.
 # Well below the 30 s for which a runner keeps what nobody took.
 ORPHANED_SECONDS: Final = 12.0
@@ -93,7 +95,8 @@ class Dispatcher:
         ours = dict(self._running)
         if not ours:
             return
-        alive = await self._store.heartbeat(list(ours))
+        with deadline.within(_BEAT_SECONDS):
+            alive = await self._store.heartbeat(list(ours))
         # At once: no runner that takes no word may keep the next beat from coming.
         await asyncio.gather(*(ours[attempt_id].stop() for attempt_id in ours.keys() - alive))
 

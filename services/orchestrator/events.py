@@ -15,7 +15,7 @@ from typing import Final
 
 import psycopg
 
-from services.common import logs
+from services.common import logs, postgres
 
 log = logging.getLogger(__name__)
 REVIEW: Final = "byokeep_review"
@@ -72,16 +72,18 @@ class Events:
             try:
                 await self._receive()
             except psycopg.Error as error:
-                logs.failure(log, "listen_failed", error)
+                logs.failure(log, "listen_failed", error, cause=postgres.cause(error))
             self._wake_all()
             await asyncio.sleep(_RECONNECT_SECONDS)
 
     async def _receive(self) -> None:
-        connection = await psycopg.AsyncConnection.connect(self._url, autocommit=True)
+        connection = await postgres.Connection.connect(
+            self._url, application_name="byokeep-orchestrator-events"
+        )
         async with connection:
             await connection.execute(f"LISTEN {REVIEW}; LISTEN {KEY}; LISTEN {CANCEL}")
             self._wake_all()
-            async for notice in connection.notifies():
+            async for notice in postgres.notices(connection):
                 for subscription in self._subscriptions.get((notice.channel, notice.payload), ()):
                     subscription.wake()
 

@@ -20,6 +20,7 @@ from services.common.config import ConfigError, read_secret_file
 
 GRANT_SECONDS: Final = 60
 LOOK_SECONDS: Final = 2.0
+_SETTING: Final = "BYOKEEP_GRANT_SIGNING_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,11 @@ class GrantSigner:
 
 
 def _load(file: Path) -> tuple[str, Ed25519PrivateKey]:
-    pem = read_secret_file(file).encode()
+    pem = read_secret_file(_SETTING, file).encode()
     try:
         key = load_pem_private_key(pem, None)
     except (ValueError, TypeError):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"{file}: must be PEM of an Ed25519 private key (PKCS 8)")
+        raise ConfigError(f"{_SETTING}: {file}: must be PEM of an Ed25519 private key (PKCS 8)")
     return ids.public_key_id("gsk", key.public_key().public_bytes_raw()), key

@@ -18,13 +18,13 @@ import procrastinate
 import psycopg
 from procrastinate.exceptions import ConnectorException
 from procrastinate.jobs import Job
-from psycopg_pool import AsyncConnectionPool
 
-from services.common import logs
+from services.common import logs, postgres
 from services.orchestrator.queue_jobs import (
     QUEUE,
     RECONNECT_SECONDS,
     STALLED_SECONDS,
+    Connector,
     HeldJobs,
 )
 
@@ -74,10 +74,6 @@ class _Backoff(procrastinate.BaseRetryStrategy):
         )
 
 
-async def _autocommit(connection: psycopg.AsyncConnection[Any]) -> None:
-    await connection.set_autocommit(True)
-
-
 class Queue:
     """A durable queue of attempt ids, on the orchestrator's own database."""
 
@@ -93,15 +89,10 @@ class Queue:
         self._concurrency = concurrency
         # The library's own pool asks each connection whether it lives and wraps each statement
         # in a transaction: four round trips for one.
-        self._pool = AsyncConnectionPool(
-            database_url,
-            min_size=1,
-            max_size=4,
-            timeout=5.0,
-            open=False,
-            configure=_autocommit,
+        self._pool = postgres.Pool(
+            database_url, 4, wait_seconds=5.0, application_name="byokeep-orchestrator-queue"
         )
-        self._connector = procrastinate.PsycopgConnector()
+        self._connector = Connector()
         self._app = procrastinate.App(connector=self._connector)
         self._jobs = HeldJobs(self._connector)
         self._app.job_manager = self._jobs
@@ -110,8 +101,8 @@ class Queue:
         self._running: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
-        """Connect. Raises `psycopg_pool.PoolTimeout` if the database can't be reached."""
-        await self._pool.open(wait=True)
+        """Begin to connect."""
+        await self._pool.open()
         await self._app.open_async(self._pool)
 
     async def close(self) -> None:
@@ -156,7 +147,8 @@ class Queue:
         sweeper = asyncio.create_task(self._sweep(), name="queue sweeper")
         stopped = asyncio.create_task(stop.wait(), name="queue stop")
         try:
-            await asyncio.wait({worker, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            # Whichever ends unasked: the other alone would leave jobs of the dead where they are.
+            await asyncio.wait({worker, sweeper, stopped}, return_when=asyncio.FIRST_COMPLETED)
             worker.cancel()
             await asyncio.wait({worker})
         finally:
@@ -169,8 +161,9 @@ class Queue:
             sweeper.cancel()
             stopped.cancel()
             await asyncio.wait({sweeper, stopped})
-        if not worker.cancelled() and (error := worker.exception()):
-            raise error
+        for task in (worker, sweeper):
+            if not task.cancelled() and (error := task.exception()):
+                raise error
 
     def _cancel_handlers(self) -> None:
         # Each once: a handler may need to wait while it cleans up.

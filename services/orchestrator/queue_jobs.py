@@ -13,18 +13,20 @@ import datetime
 import logging
 import time
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import procrastinate
 from procrastinate.exceptions import ConnectorException
 from procrastinate.jobs import Job, Status
 from procrastinate.manager import JobManager, NotificationCallback
 
-from services.common import logs
+from services.common import deadline, logs, postgres
 
 QUEUE = "attempts"
 STALLED_SECONDS = 10.0
 RECONNECT_SECONDS = 1.0
+# Below STALLED_SECONDS: who can't fetch, or say that it lives, knows that before others do.
+_FETCH_SECONDS = 4.0
 
 # Ends a job (again later, or for good) if it is still ours: Procrastinate itself
 # would end it for whoever asks, also while another worker runs it.
@@ -52,6 +54,14 @@ _log = logging.getLogger(__name__)
 def _key(job: Job) -> _Key:
     # A job that was put back and fetched again is another one.
     return (job.id, job.attempts)
+
+
+class Connector(procrastinate.PsycopgConnector):
+    """Procrastinate's way to PostgreSQL, whose ear is pinged."""
+
+    async def _loop_notify(self, on_notification: Any, connection: Any, timeout: float = 0) -> None:
+        async for notice in postgres.notices(connection):
+            await on_notification(channel=notice.channel, payload=notice.payload)
 
 
 class HeldJobs(JobManager):
@@ -82,7 +92,8 @@ class HeldJobs(JobManager):
         right to fetch.
         """
         try:
-            await self.connector.execute_query_async(_BEAT, worker_id=worker_id)
+            with deadline.within(_FETCH_SECONDS):
+                await self.connector.execute_query_async(_BEAT, worker_id=worker_id)
         except ConnectorException as error:
             # The other workers' beats may have failed like ours.
             self._blind_until = time.monotonic() + STALLED_SECONDS
@@ -94,7 +105,8 @@ class HeldJobs(JobManager):
         Raised, the error would stop the worker until its running jobs are done.
         """
         try:
-            job = await super().fetch_job(queues, worker_id)
+            with deadline.within(_FETCH_SECONDS):
+                job = await super().fetch_job(queues, worker_id)
         except ConnectorException as error:
             logs.failure(_log, "queue_fetch_failed", error)
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from byokeep.common.v1 import options_pb2
@@ -17,12 +17,13 @@ from byokeep.orchestrator.v1 import (
 from byokeep.runner.v1 import runner_pb2_grpc
 from byokeep.transport import aio_channel
 
-from services.common import authz, metrics, models
+from services.common import authz, metrics, models, postgres
 from services.common.background import Background
 from services.common.config import ConfigError
+from services.common.waiting import until_there
 from services.orchestrator.access import Authority
 from services.orchestrator.compute import Compute
-from services.orchestrator.config import Settings, database_url
+from services.orchestrator.config import Settings
 from services.orchestrator.content import ContentKeys
 from services.orchestrator.database import Database
 from services.orchestrator.dispatcher import HEARTBEAT_SECONDS, Dispatcher
@@ -41,13 +42,17 @@ from services.orchestrator.sweeper import Sweeper
 from services.orchestrator.tenants import CallerServicer, TenantServicer
 from services.orchestrator.verdicts import Verdicts
 
+# One of ours and one of the queue's, which are made one after the other.
+_TABLES: Final = ("tenant", "procrastinate_jobs")
+_MIGRATE: Final = "python -m services.orchestrator migrate"
+
 
 class App:
     """The orchestrator, for services.common.server."""
 
     def __init__(self, settings: Settings) -> None:
         """Read files and prepare; nothing is opened yet. Raises ConfigError."""
-        url = database_url(settings.database_url_file)
+        self._url = url = postgres.database_url(settings.database_url_file)
         try:
             catalog = models.load(settings.models_file)
         except (ValueError, OSError) as error:
@@ -103,6 +108,7 @@ class App:
             content_hours=settings.failed_content_hours,
             findings_days=settings.findings_days,
         )
+        await until_there(lambda: postgres.probe(self._url, _TABLES, _MIGRATE))
         await self._database.open()
         await self.queue.open()
         background = self.background
@@ -163,8 +169,9 @@ class App:
     async def stop(self) -> None:
         """Take no more attempts, wait for those that run, close everything."""
         self._stopping.set()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._drained.wait(), self._settings.drain_seconds)
+        if "queue" in self.background.tasks and "queue" not in self.background.down():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), self._settings.drain_seconds)
         await self.background.close()
         await self._compute.close()
         for channel in self._channels:
@@ -173,7 +180,10 @@ class App:
         await self._database.close()
 
     async def _work(self) -> None:
-        await self.queue.run(self.dispatcher.handle, self._stopping)
+        try:
+            await self.queue.run(self.dispatcher.handle, self._stopping)
+        finally:
+            if self._stopping.is_set():
+                self._drained.set()
         if self._stopping.is_set():
-            self._drained.set()
-            await asyncio.Event().wait()  # its end is that of the service
+            await asyncio.Event().wait()  # what is left to do is to be closed

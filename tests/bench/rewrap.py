@@ -17,7 +17,7 @@ from byokeep.keyvault.v1 import admin_pb2, admin_pb2_grpc
 from byokeep.testing import Stack
 from byokeep.transport import TlsFiles, aio_channel
 
-from services.common.config import read_secret_file
+from services.common.postgres import database_url
 from services.keyvault import system_keys
 from services.keyvault.database import Database
 from services.keyvault.kek import Backends
@@ -45,7 +45,7 @@ def run() -> list[Row]:
 
 async def _measure(stack: Stack) -> list[Row]:
     secrets, client = stack.root / "secrets", stack.root / "client"
-    database = Database(read_secret_file(secrets / "keyvault-database-url"), 4)
+    database = Database(database_url(secrets / "keyvault-database-url"), 4)
     await database.open()
     ca = stack.root / "pki" / "ca.pem"
     files = TlsFiles(client / "operator.pem", client / "operator.key", ca)

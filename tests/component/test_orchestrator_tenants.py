@@ -13,8 +13,6 @@ from byokeep.errors import error_info
 from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb2
 from sqlalchemy import create_engine
 
-from services.common.config import ConfigError
-from services.orchestrator.database import Database
 from services.orchestrator.migrate import migrate
 from services.orchestrator.schema import metadata
 from tests.harness.orchestrator import DIFF, Conversation, Stack, request_id, running, spiffe
@@ -306,22 +304,3 @@ async def test_overrides_are_an_entitlement(stack: Stack) -> None:
     stack.keyvault.add("acme")
     assert (await stack.submit()).model == "openai/gpt-6.1-terra"  # it has no effect any more
     assert list((await override("")).model_overrides) == []
-
-
-async def test_no_start_without_a_schema(empty_database_url) -> None:
-    database = Database(empty_database_url("orchestrator"), 2)
-    try:
-        with pytest.raises(ConfigError, match="migrate"):
-            await database.open()
-    finally:
-        await database.close()
-
-
-async def test_start_waits_for_the_database() -> None:
-    database = Database("postgresql://nobody@/nowhere?host=/nonexistent", 2)
-    waits = asyncio.create_task(database.open())
-    await asyncio.sleep(0.3)
-    assert not waits.done()
-    waits.cancel()
-    await asyncio.wait({waits})
-    await database.close()

@@ -489,7 +489,7 @@ MUTANTS = (
     Mutant(
         "commits as the role's defaults say",
         _KV + "database.py",
-        '                "options": _OPTIONS,\n',
+        "            options=_OPTIONS,\n",
         "",
         (_SEC + "test_lease_faults.py::test_commits_are_on_the_disk_whatever_the_role_says",),
     ),

@@ -77,7 +77,7 @@ def test_a_secret_file_that_others_read_is_refused(tmp_path, mode):
     path.write_text(CANARY)
     path.chmod(mode)
     with pytest.raises(ConfigError, match="chmod 600") as error:
-        read_secret_file(path)
+        read_secret_file("BYOKEEP_X", path)
     assert "CANARY" not in str(error.value)
 
 

@@ -22,7 +22,9 @@ REQUIRED = (
     *("TLS_CERT", "TLS_KEY", "TLS_CA", "KEYVAULT_ADDRESS", "KEYVAULT_NAME"),
 )
 DIFF = b"--- a/x.py\n+++ b/x.py\n@@ -0,0 +1 @@\n+x = 1\n"
-ENV = {f"BYOKEEP_{name}": "x" for name in REQUIRED}
+ENV = {
+    f"BYOKEEP_{name}": "x:1" if name.endswith(("LISTEN", "ADDRESS")) else "x" for name in REQUIRED
+}
 
 
 def test_a_lease_is_bound_to_its_grant_and_its_id():

@@ -72,6 +72,7 @@ class KekUnavailableError(ByokeepError):
             state=state,
         )
         self.state = state
+        self.sentence = sentence
 
 
 @dataclass(frozen=True, slots=True)

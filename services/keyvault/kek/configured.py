@@ -38,7 +38,10 @@ def check_logins(settings: Settings, role: str) -> None:
                 " what the other role may"
             )
         if not login and role in (identity, "all"):
-            raise ConfigError(f"role {role} needs {setting} for backend vault")
+            raise ConfigError(
+                f"role {role} needs {setting} for backend vault, which BYOKEEP_KEK_BACKEND or"
+                " BYOKEEP_KEK_BACKENDS_READ names"
+            )
 
 
 def open_backends(settings: Settings, database: Database) -> Backends:
@@ -91,12 +94,10 @@ def _open(name: str, settings: Settings, database: Database) -> Backend:
         return LocalBackend(database, keyring, settings.deployment)
     if name == "aws_kms":
         return _kms(settings)
-    if name == "vault":
-        # Late: whoever has no Vault does not load its client.
-        from services.keyvault.kek.vault.backend import VaultBackend
+    # Late: whoever has no Vault does not load its client.
+    from services.keyvault.kek.vault.backend import VaultBackend
 
-        return VaultBackend(settings)
-    raise ConfigError(f"there is no KEK backend {name}")
+    return VaultBackend(settings)
 
 
 def _kms(settings: Settings) -> Backend:

@@ -41,7 +41,8 @@ class Keyring:
             pass
         if keyring is None:
             raise ConfigError(
-                'the keyring is not of the form {"keys": {"1": base64 of 32 bytes}, "primary": "1"}'
+                "BYOKEEP_KEYRING_FILE or BYOKEEP_KEYRING: the keyring is not of the form"
+                ' {"keys": {"1": base64 of 32 bytes}, "primary": "1"}'
             )
         return keyring
 
@@ -71,4 +72,4 @@ def load_keyring(file: Path | None, environ: Mapping[str, str] = os.environ) -> 
             "no keyring: set BYOKEEP_KEYRING_FILE (a 0600 file) or BYOKEEP_KEYRING (a host's"
             f" secret), or pass the systemd credential {_CREDENTIAL}"
         )
-    return Keyring.parse(read_secret_file(file))
+    return Keyring.parse(read_secret_file("BYOKEEP_KEYRING_FILE", file))

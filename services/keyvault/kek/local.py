@@ -140,7 +140,7 @@ class LocalBackend:
 
     async def health(self) -> Health:
         """Answer like the database that the KEKs are in."""
-        if await self._database.healthy():
+        if await self._database.answers():
             return Health(True, "ok", "the keyring is loaded and the database answers")
         return Health(False, "unreachable", "the database that holds wrapped KEKs does not answer")
 

@@ -57,8 +57,6 @@ class KmsBackend:
         """Use a deployment's KMS keys. Raises ConfigError."""
         if _NAME.fullmatch(deployment) is None:
             raise ConfigError("BYOKEEP_DEPLOYMENT: an AWS KMS alias takes letters, digits, _ and -")
-        if not 7 <= deletion_days <= 30:
-            raise ConfigError("BYOKEEP_KMS_DELETION_DAYS: KMS takes 7 to 30")
         self._deployment = deployment
         self._deletion_days = deletion_days
         self._versions: dict[str, int] = {}

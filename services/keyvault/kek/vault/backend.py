@@ -10,9 +10,7 @@ backups are Vault's.
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +38,6 @@ from services.keyvault.kek.vault.watch import Watch
 from services.keyvault.kek.vault.wire import Wire
 
 _ADMIN_THREADS = 4
-_START_SECONDS, _RETRY_SECONDS = 30.0, 1.0
 
 
 class VaultBackend:
@@ -77,17 +74,14 @@ class VaultBackend:
             )
 
     async def start(self) -> None:
-        """Log in with each identity, and keep watch; wait a while for a Vault that starts too.
+        """Log in with each identity, and keep watch. May be tried again.
 
         Raises:
-            KekUnavailableError: why it was not possible within half a minute.
+            KekUnavailableError: why it was not possible.
         """
-        end = time.monotonic() + _START_SECONDS
-        while (failed := await self._log_in()) is not None:
-            if time.monotonic() > end:
-                await self.close()
-                raise failed
-            await asyncio.sleep(_RETRY_SECONDS)
+        failed = await self._log_in()
+        if failed is not None:
+            raise failed
         self._watch.start(next(iter(self._sessions.values())).alive)
         for name, session in self._sessions.items():
             self._background.run(f"vault-token-{name}", session.keep)

@@ -1,0 +1,245 @@
+"""PostgreSQL, for the services that have a database: no wait for it is without an end.
+
+A connection whose server neither answers nor closes it (a stopped process, a machine that is
+gone) looks like a slow one for ever, and TCP's keepalives see nothing: the kernel of a stopped
+server answers them. So each round trip has a deadline. A statement that passes it is cancelled;
+where that is not answered either, the connection is given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, Self, TypeAlias, TypeVar
+
+import psycopg
+from psycopg import errors
+from psycopg.abc import PQGen
+from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from services.common import deadline, logs
+from services.common.config import ConfigError, read_secret_file
+from services.common.waiting import NotYetError
+
+log = logging.getLogger(__name__)
+RV = TypeVar("RV")
+
+#: The longest that one round trip may take, where no call's deadline is sooner.
+ROUND_TRIP_SECONDS: Final = 20.0
+#: A connection that listens is pinged so often.
+PING_SECONDS: Final = 5.0
+_CONNECT_SECONDS: Final = 5  # libpq takes whole ones
+_CANCEL_SECONDS: Final = 0.25
+_POLL_SECONDS: Final = 0.1
+# After it a pool gives up, and begins anew with short pauses when it is asked for a connection.
+_RECONNECT_SECONDS: Final = 5.0
+_CLOSE_SECONDS: Final = 2.0
+_AGAIN_SECONDS: Final = 60.0
+
+#: What psycopg raises where there is no database, or none any more.
+LOST: Final = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
+_SILENT = "the database neither answers nor closes the connection"
+
+# libpq has no code for why a connection failed. The server's words are known where it speaks
+# English; where not, that it asked for a password and then refused says the same.
+_CAUSES: Final = (
+    ("password authentication failed", "the database refuses the role's password"),
+    ("no pg_hba.conf entry", "the database's pg_hba.conf does not let us in"),
+    ("does not exist", "the server has no such database or role"),
+    ("starting up", "the database server is starting"),
+    ("shutting down", "the database server is shutting down"),
+    ("too many", "the database server takes no more connections"),
+    ("remaining connection slots", "the database server takes no more connections"),
+    ("SSL", "the database server does not do TLS as the URL asks for"),
+    ("certificate", "the database server's certificate is not the expected one"),
+    ("Connection refused", "no database server answers at the URL's address"),
+    ("No such file or directory", "no database server answers at the URL's address"),
+    ("resolve", "the host name of the database's URL is not known"),
+    ("Name or service not known", "the host name of the database's URL is not known"),
+)
+
+
+def database_url(file: Path) -> str:
+    """Return the database's URL from its 0600 file.
+
+    Raises:
+        ConfigError: unreadable, readable by others, or no such URL; it is not shown.
+    """
+    name = "BYOKEEP_DATABASE_URL_FILE"
+    url = read_secret_file(name, file)
+    parsed = None
+    with suppress(psycopg.ProgrammingError):  # its text has the URL, and so the password
+        parsed = conninfo_to_dict(url)
+    if parsed is None or not url.startswith("postgresql://"):
+        raise ConfigError(
+            f"{name}: {file} must hold a URL of the form"
+            " postgresql://role:password@host:port/database"
+        )
+    return url
+
+
+def cause(error: BaseException) -> str:
+    """Say why a database could not be used: a sentence of ours, nothing of the server's text."""
+    if isinstance(error, errors.ConnectionTimeout):
+        return "the database server does not answer in time"
+    if isinstance(error, PoolTimeout):
+        return "no connection to the database is free in time, or can be made"
+    if isinstance(error, SilentError):
+        return _SILENT
+    text = str(error)
+    for fragment, sentence in _CAUSES:
+        if fragment in text:
+            return sentence
+    if error.__class__ is psycopg.OperationalError:
+        refused = getattr(getattr(error, "pgconn", None), "used_password", False)
+        return _CAUSES[0][1] if refused else "the connection to the database is lost"
+    return f"the database refuses: {type(error).__name__}"
+
+
+class SilentError(psycopg.OperationalError):
+    """The server neither answered in time, nor closed the connection."""
+
+
+class Connection(psycopg.AsyncConnection[Any]):
+    """A connection, in autocommit, whose every round trip has a deadline."""
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", **options: Any) -> Self:
+        """See psycopg."""
+        chosen = {"autocommit": True, "connect_timeout": _CONNECT_SECONDS, **options}
+        return await super().connect(conninfo, **chosen)
+
+    async def wait(
+        self, gen: PQGen[RV], interval: float = _POLL_SECONDS, timeout: float | None = None
+    ) -> RV:
+        """See psycopg; without a timeout the call's deadline is that. Raises SilentError."""
+        if timeout is not None:
+            return await super().wait(gen, interval, timeout)
+        try:
+            return await super().wait(gen, interval, deadline.left(ROUND_TRIP_SECONDS))
+        except errors._WaitTimeout:
+            pass
+        try:
+            # A server that is only slow ends the statement, and its connection lives.
+            await self.cancel_safe(timeout=_CANCEL_SECONDS)
+            return await super().wait(gen, interval, _CANCEL_SECONDS)
+        except errors.QueryCanceled:
+            raise
+        except psycopg.OperationalError:
+            pass
+        self.pgconn.finish()
+        logs.event(log, "database_silent", level=logging.ERROR)
+        raise SilentError(_SILENT)
+
+
+Configure: TypeAlias = Callable[[Connection], Awaitable[None]]
+
+
+class Pool(AsyncConnectionPool[Connection]):
+    """A pool of such connections in autocommit, for one event loop."""
+
+    def __init__(
+        self,
+        url: str,
+        connections: int,
+        *,
+        wait_seconds: float,
+        configure: Configure | None = None,
+        **options: Any,
+    ) -> None:
+        """Prepare for a URL; `open` connects. `wait_seconds` is how long a connection is waited
+        for, `options` are psycopg's own."""
+        super().__init__(
+            url,
+            connection_class=Connection,
+            configure=configure,
+            min_size=1,
+            max_size=connections,
+            open=False,
+            timeout=wait_seconds,
+            reconnect_timeout=_RECONNECT_SECONDS,
+            kwargs=options,
+        )
+
+    async def getconn(self, timeout: float | None = None) -> Connection:
+        """See psycopg; a call's deadline counts."""
+        return await super().getconn(deadline.left(self.timeout if timeout is None else timeout))
+
+    async def close(self, timeout: float = _CLOSE_SECONDS) -> None:
+        """Close every connection; one that hangs is left to the process's end."""
+        await super().close(timeout)
+
+    async def answers(self, seconds: float) -> bool:
+        """Say whether the database answers within so many seconds."""
+        try:
+            with deadline.within(seconds):
+                async with self.connection() as connection:
+                    await connection.execute("SELECT")
+        except LOST:
+            return False
+        return True
+
+
+async def probe(url: str, tables: tuple[str, ...] = (), migrate: str = "") -> None:
+    """Connect once, and look for tables; `migrate` is the command that makes them.
+
+    Raises:
+        NotYetError: "database" with the cause, or "schema".
+    """
+    failed: psycopg.Error | None = None
+    missing: list[str] = []
+    try:
+        async with await Connection.connect(url) as connection:
+            with deadline.within(_CONNECT_SECONDS):
+                found = await connection.execute(
+                    "SELECT name FROM unnest(%s::text[]) AS name WHERE to_regclass(name) IS NULL",
+                    (list(tables),),
+                )
+                missing = [row[0] for row in await found.fetchall()]
+    except psycopg.Error as error:
+        failed = error
+    if failed is not None:
+        raise NotYetError("database", cause(failed))
+    if missing:
+        raise NotYetError("schema", f"it is not there; it comes with '{migrate}'")
+
+
+async def notices(connection: Connection) -> AsyncIterator[psycopg.Notify]:
+    """Yield what a listening connection hears. Raises psycopg.Error where it hears no more: it
+    is pinged, for a server that is gone is as silent as one that has nothing to tell."""
+    while True:
+        async for notice in connection.notifies(timeout=PING_SECONDS):
+            yield notice
+        with deadline.within(PING_SECONDS):
+            await connection.execute("SELECT")
+
+
+class _Cause(logging.Filter):
+    """Makes psycopg's own log lines say why, and a lasting cause but once a minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        found = [cause(one) for one in arguments if isinstance(one, BaseException)]
+        key = f"{record.msg} {found}"
+        now = time.monotonic()
+        if now < self._told.get(key, 0.0):
+            return False
+        self._told[key] = now + _AGAIN_SECONDS
+        # Its arguments are connections and exceptions: names of roles, databases and hosts.
+        event = str(record.msg).split(":")[0].replace(" in %r", "").replace(" %s", "")
+        record.msg, record.args = event.strip().replace(" ", "_"), ()
+        record.byokeep_fields = {"logger": record.name, "cause": ", ".join(found)}
+        return True
+
+
+# A logger's filters see only its own records: both names, once a process.
+for _name in ("psycopg", "psycopg.pool"):
+    logging.getLogger(_name).addFilter(_Cause())
