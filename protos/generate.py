@@ -1,9 +1,8 @@
 """Makes the typed Python stubs of `byokeep` from protos/, and the image that buf checks.
 
-Run by `make protos` and by the build of the pip package. Everything comes from
-installed wheels: protoc from grpcio-tools, google.rpc from
-googleapis-common-protos, and buf/validate/validate.proto as the descriptor
-inside protovalidate (its wheel has no .proto file).
+Run by `make protos` and by the build of the pip package. protoc comes from grpcio-tools;
+buf/validate/validate.proto is protovalidate's own, kept here so that plain protoc and plain
+buf compile these files for any language.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-import protovalidate._gen.buf.validate.validate_pb as validate_pb
-from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 
 HERE = Path(__file__).resolve().parent
@@ -27,27 +24,8 @@ VALIDATE = "buf/validate/validate.proto"
 
 def _run(*arguments: str) -> None:
     include = str(resources.files("grpc_tools") / "_proto")
-    if protoc.main(["protoc", *arguments, f"-I{include}"]) != 0:
+    if protoc.main(["protoc", *arguments, f"-I{HERE}", f"-I{include}"]) != 0:
         sys.exit(f"protoc failed: {' '.join(arguments)}")
-
-
-def _validate_descriptor(work: Path) -> Path:
-    """Write the descriptor of validate.proto and of what it imports; return the path."""
-    google = descriptor_pb2.FileDescriptorSet()
-    raw = work / "google.binpb"
-    _run(
-        f"--descriptor_set_out={raw}",
-        "--include_imports",
-        "google/protobuf/descriptor.proto",
-        "google/protobuf/duration.proto",
-        "google/protobuf/field_mask.proto",
-        "google/protobuf/timestamp.proto",
-    )
-    google.ParseFromString(raw.read_bytes())
-    google.file.add().ParseFromString(validate_pb.desc().proto.to_binary())
-    path = work / "validate.binpb"
-    path.write_bytes(google.SerializeToString())
-    return path
 
 
 def _own(output: Path) -> None:
@@ -74,12 +52,9 @@ def main() -> None:
     work = HERE.parent / "build" / "protos"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    validate = _validate_descriptor(work)
     sources = sorted(str(p.relative_to(HERE)) for p in HERE.glob("byokeep/**/*.proto"))
-    find = (f"--descriptor_set_in={validate}", f"-I{HERE}")
     if arguments.image:
         _run(
-            *find,
             "--include_imports",
             "--include_source_info",
             f"--descriptor_set_out={arguments.image}",
@@ -89,19 +64,13 @@ def main() -> None:
     output = work / "python"
     output.mkdir()
     _run(
-        *find,
         f"--python_out={output}",
         f"--mypy_out={output}",
         f"--grpc_python_out={output}",
         f"--mypy_grpc_out={output}",
         *sources,
     )
-    _run(
-        f"--descriptor_set_in={validate}",
-        f"--python_out={output}",
-        f"--mypy_out={output}",
-        VALIDATE,
-    )
+    _run(f"--python_out={output}", f"--mypy_out={output}", VALIDATE)
     _own(output)
     for zone in ZONES:
         shutil.rmtree(PACKAGE / zone, ignore_errors=True)

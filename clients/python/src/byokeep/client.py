@@ -1,47 +1,46 @@
-"""A connection to byokeep: typed stubs over mutual TLS, and sealing.
+"""A connection to byokeep: typed stubs over mutual TLS, sealing, and what is done most.
 
     with byokeep.connect() as connection:
+        key = connection.add_key("openai", key_text)
+        review = connection.review(diff, "acme/shop")
         connection.keys.ListKeys(ListKeysRequest(parent=connection.parent))
 
 Channels open when they are first used, and follow the files of the certificate and its key; the
-trust bundle is read once. UNAVAILABLE is retried by the channel with
-identical bytes; every mutation carries a request id (`new_request_id`), so that a
-repetition changes nothing more.
+trust bundle is read once. UNAVAILABLE is retried by the channel with identical bytes; every
+mutation carries a request id (`new_request_id`), so that a repetition changes nothing more.
+Every call that fails raises CallError. `byokeep.aio` has the same for asyncio.
 """
 
 from __future__ import annotations
 
-import datetime
-import uuid
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import grpc
 
-from byokeep import names, sealing
-from byokeep.identity import Followed, IdentityError, Pem, TlsFiles, checked
+from byokeep import edge, ids, sealing
+from byokeep.calls import DEADLINE_SECONDS, Calls
+from byokeep.edge import REVIEW_SECONDS, VERDICT_SECONDS, Edge, ReviewOptions, new_request_id
+from byokeep.errors import WatchTimeoutError
+from byokeep.identity import TlsFiles
 from byokeep.keyshape import check_key
 from byokeep.keyvault.v1 import admin_pb2_grpc, audit_pb2_grpc, custody_pb2
 from byokeep.orchestrator.v1 import (
     key_pb2,
     key_pb2_grpc,
+    review_pb2,
     review_pb2_grpc,
     settings_pb2_grpc,
     tenant_pb2_grpc,
 )
-from byokeep.profile import Endpoint, Profile, ProfileError, TrustBundle, load_profile, load_trust
+from byokeep.profile import Endpoint, Profile, TrustBundle
 from byokeep.transport import following_channel
+from byokeep.watching import watch
 
-DEADLINE_SECONDS = 20.0
-"""Deadline of a unary call that is made without one."""
-
-
-def new_request_id() -> str:
-    """Return a fresh id for one mutation; a retry of that mutation uses it again."""
-    return uuid.uuid4().hex
+__all__ = ["DEADLINE_SECONDS", "Connection", "ReviewOptions", "connect", "new_request_id"]
 
 
 def connect(
@@ -65,52 +64,19 @@ def connect(
     Raises:
         ProfileError: a client file is missing or wrong, or the arguments don't fit.
     """
-    if orchestrator is not None:
-        if profile is not None or tls is None or trust is None or not orchestrator_name:
-            raise ProfileError(
-                "an explicit connection needs orchestrator, orchestrator_name, tls and trust,"
-                " and no profile"
-            )
-        bundle = load_trust(trust) if isinstance(trust, Path) else trust
-        chosen = Profile(
-            name="",
-            orchestrator=Endpoint(orchestrator, orchestrator_name),
-            keyvault=Endpoint(keyvault, keyvault_name) if keyvault else None,
-            certificate=tls.certificate,
-            key=tls.key,
-            trust=TrustBundle(
-                bundle.deployment,
-                tls.ca.read_bytes(),
-                bundle.intake_signing_keys,
-                bundle.audit_log_keys,
-            ),
-        )
-    else:
-        chosen = profile if isinstance(profile, Profile) else load_profile(profile, config)
+    chosen = edge.chosen_profile(
+        profile, config, orchestrator, orchestrator_name, keyvault, keyvault_name, tls, trust
+    )
     return Connection(chosen, tenant or chosen.tenant)
 
 
-class Connection:
+class Connection(Edge):
     """The services as one identity sees them. A context manager; `close` ends it."""
 
     def __init__(self, profile: Profile, tenant: str = "") -> None:
         """Keep the profile; open nothing yet."""
-        self.profile = profile
-        self.trust = profile.trust
-        self._tenant = tenant
+        super().__init__(profile, tenant)
         self._channels: list[grpc.Channel] = []
-
-    @property
-    def tenant(self) -> str:
-        """Return the tenant's id. Raises ProfileError where none is set."""
-        if not self._tenant:
-            raise ProfileError("no tenant is chosen", "--tenant NAME, or `tenant` in the profile")
-        return self._tenant
-
-    @property
-    def parent(self) -> str:
-        """Return `tenants/{tenant}`. Raises ProfileError where none is set."""
-        return names.tenant_name(self.tenant)
 
     @cached_property
     def tenants(self) -> tenant_pb2_grpc.TenantServiceStub:
@@ -158,38 +124,121 @@ class Connection:
     ) -> custody_pb2.SealedKey:
         """Seal a provider key to keyvault's newest intake key.
 
-        The orchestrator relays the intake statement and can't make one: it is believed
-        only with the signature of a key that the trust bundle pins.
-
         Raises:
             KeyFormatError: the text can't be a key of that provider.
             UntrustedIntakeKeyError: the statement is not to be believed; nothing was sealed.
-            grpc.RpcError: the statement could not be had.
+            CallError: the statement could not be had.
         """
-        check_key(provider, key_text)
-        answer = self.keys.GetIntakeKey(
-            key_pb2.GetIntakeKeyRequest(parent=self.parent, suite=sealing.SUITE)
+        return self._seal(self._context(provider, key_id, operation, request_id, owner), key_text)
+
+    def add_key(
+        self,
+        provider: str,
+        key_text: str,
+        *,
+        name: str = "default",
+        user: str = "",
+        wait: float = VERDICT_SECONDS,
+        request_id: str = "",
+    ) -> key_pb2.Key:
+        """Seal a provider key, add it, and return it once its provider accepts it.
+
+        ``wait`` is in seconds; 0 returns the key at once, PENDING. ``user`` owns it; empty: the
+        tenant.
+
+        Raises:
+            KeyNotUsableError: its provider rejects it, or could not be asked yet.
+            KeyFormatError, UntrustedIntakeKeyError, CallError: as `seal`.
+        """
+        context = self._context(provider, ids.new_id("key"), "add", request_id, user)
+        request = edge.add_request(context, name, self._seal(context, key_text))
+        return self._validated(self.keys.AddKey(request).key, wait)
+
+    def rotate_key(
+        self,
+        name: str,
+        key_text: str,
+        *,
+        destroy_previous: bool = False,
+        wait: float = VERDICT_SECONDS,
+        request_id: str = "",
+    ) -> key_pb2.Key:
+        """Add a version to a key, and return it once its provider accepts that.
+
+        ``name`` is `tenants/{tenant}/providerKeys/{key}`. The version before serves until
+        then, and is kept for 24 hours unless ``destroy_previous``.
+
+        Raises:
+            KeyNotUsableError: the provider rejects the version, or could not be asked yet.
+            KeyFormatError, UntrustedIntakeKeyError, CallError: as `seal`.
+        """
+        kept = self.keys.GetKey(key_pb2.GetKeyRequest(name=name)).key.provider_key
+        context = self._rotation(kept, request_id)
+        sealed = self._seal(context, key_text)
+        request = edge.rotate_request(context, sealed, destroy_previous=destroy_previous)
+        return self._validated(self.keys.RotateKey(request).key, wait)
+
+    def watch_key(
+        self, name: str, seconds: float = VERDICT_SECONDS
+    ) -> Iterator[key_pb2.WatchKeyResponse]:
+        """Yield a key as it changes, until the verdict on its newest version is known or its
+        provider could not be asked this time; past lost connections.
+
+        Raises:
+            WatchTimeoutError: so many seconds were over before.
+            CallError: the service stays away, or refuses.
+        """
+        request = key_pb2.WatchKeyRequest(name=name)
+        return watch(
+            lambda left: self.keys.WatchKey(request, timeout=left), edge.verdict_is_known, seconds
         )
-        statement = sealing.verify_statement(
-            answer.statement,
-            deployment=self.trust.deployment,
-            pinned=self.trust.intake_signing_keys,
-            now=datetime.datetime.now(datetime.UTC),
+
+    def submit_review(
+        self, diff: bytes | str, repository: str, **options: Unpack[ReviewOptions]
+    ) -> review_pb2.Review:
+        """Submit a unified diff, as git prints it, and return the review, QUEUED.
+
+        Raises:
+            CallError: it was refused.
+        """
+        request = edge.review_request(self.parent, diff, repository, options)
+        return self.reviews.SubmitReview(request).review
+
+    def review(
+        self,
+        diff: bytes | str,
+        repository: str,
+        *,
+        wait: float = REVIEW_SECONDS,
+        **options: Unpack[ReviewOptions],
+    ) -> review_pb2.Review:
+        """Submit a diff, wait for the review's end, and return it with its findings.
+
+        Raises:
+            ReviewFailedError: it failed, or was cancelled.
+            WatchTimeoutError: ``wait`` seconds were over before; the review goes on.
+            CallError: it was refused, or the service stays away.
+        """
+        review = self.submit_review(diff, repository, **options)
+        for answer in self.watch_review(review.name, wait):
+            review = answer.review
+        return edge.completed(review)
+
+    def watch_review(
+        self, name: str, seconds: float = REVIEW_SECONDS
+    ) -> Iterator[review_pb2.WatchReviewResponse]:
+        """Yield a review as it changes, until it has ended; past lost connections.
+
+        Raises:
+            WatchTimeoutError: so many seconds were over before.
+            CallError: the service stays away, or refuses.
+        """
+        request = review_pb2.WatchReviewRequest(name=name)
+        return watch(
+            lambda left: self.reviews.WatchReview(request, timeout=left),
+            edge.review_is_over,
+            seconds,
         )
-        # A relay must not choose a weaker suite by passing on another genuine statement.
-        if statement.suite != sealing.SUITE:
-            raise sealing.UntrustedIntakeKeyError(
-                "intake statement refused: it is for another suite than was asked for"
-            )
-        context = sealing.SealContext(
-            tenant=self.tenant,
-            owner=owner,
-            provider=provider,
-            key_id=key_id,
-            operation=operation,
-            request_id=request_id,
-        )
-        return sealing.seal_key(key_text, context, statement)
 
     def close(self) -> None:
         """Close the channels that were opened."""
@@ -209,40 +258,35 @@ class Connection:
         """Close."""
         self.close()
 
+    def _seal(self, context: sealing.SealContext, key_text: str) -> custody_pb2.SealedKey:
+        check_key(context.provider, key_text)
+        answer = self.keys.GetIntakeKey(self._intake_request())
+        return self._sealed(answer.statement, context, key_text)
+
+    def _validated(self, key: key_pb2.Key, wait: float) -> key_pb2.Key:
+        if not wait:
+            return key
+        answer = key_pb2.WatchKeyResponse(key=key)
+        try:
+            for step in self.watch_key(key.provider_key.name, wait):
+                answer = step
+        except WatchTimeoutError as error:
+            answer = error.latest or answer
+        return edge.usable(answer.key, done=answer.done)
+
     @cached_property
     def _orchestrator(self) -> grpc.Channel:
         return self._open(self.profile.orchestrator)
 
     @cached_property
     def _keyvault(self) -> grpc.Channel:
-        if self.profile.keyvault is None:
-            raise ProfileError(
-                "this needs keyvault's own edge, and the profile has no keyvault address",
-                "set `keyvault` and `keyvault_name` in the profile; auditors and operators have it",
-            )
-        return self._open(self.profile.keyvault)
+        return self._open(self._keyvault_endpoint())
 
     def _open(self, endpoint: Endpoint) -> grpc.Channel:
-        identity = Followed((self.profile.certificate, self.profile.key), self._identity)
-        channel = following_channel(
-            endpoint.address, endpoint.server_name, identity, self.profile.proxy
+        channel = Calls(
+            following_channel(
+                endpoint.address, endpoint.server_name, self._followed(), self.profile.proxy
+            )
         )
         self._channels.append(channel)
-        return grpc.intercept_channel(channel, _Deadline())
-
-    def _identity(self) -> Pem:
-        try:
-            return checked(Pem(*self.profile.read_identity(), ca=self.trust.ca))
-        except IdentityError as error:
-            raise ProfileError(f"the profile's certificate and key: {error}") from None
-
-
-class _Deadline(grpc.UnaryUnaryClientInterceptor):
-    """Gives every unary call a deadline."""
-
-    def intercept_unary_unary(
-        self, continuation: Callable[..., Any], client_call_details: Any, request: Any
-    ) -> Any:
-        if client_call_details.timeout is None:
-            client_call_details = client_call_details._replace(timeout=DEADLINE_SECONDS)
-        return continuation(client_call_details, request)
+        return channel

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.hpke import (
     Suite,
 )
 
+from byokeep import Error
 from byokeep.common.v1 import options_pb2
 
 X25519_V1 = options_pb2.HPKE_SUITE_X25519_V1
@@ -37,7 +38,7 @@ _SUITES = {
 }
 
 
-class SealError(Exception):
+class SealError(Error):
     """The seal does not open, or the suite or a key is malformed. Says no more."""
 
 

@@ -19,6 +19,8 @@ from typing import Final, Generic, TypeVar
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from byokeep import Error
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -27,7 +29,7 @@ _ALARM_SECONDS: Final = 60.0
 _Stamp = tuple[tuple[int, ...], ...]
 
 
-class IdentityError(Exception):
+class IdentityError(Error):
     """The files are no usable identity; the text says which one and why, and shows nothing."""
 
 

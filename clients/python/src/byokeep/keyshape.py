@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from byokeep import Error
+
 KEY_MIN, KEY_MAX = 16, 512
 
 # Who issues what begins so, by id: name, and prefixes as in the issuers' documentation and in
@@ -138,7 +140,7 @@ _FORMS: Final[Mapping[str, Rule]] = {
 }
 
 
-class KeyFormatError(ValueError):
+class KeyFormatError(Error, ValueError):
     """The text can't be a key of that provider. `rule` is in the published cases, `reason` is a
     name of ErrorReason; the sentence holds nothing of the text."""
 

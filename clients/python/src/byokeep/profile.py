@@ -22,6 +22,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from byokeep import Error
 from byokeep.identity import open_to_others
 
 _MOST_BYTES = 1_048_576
@@ -40,7 +41,7 @@ _KEYS = {
 }
 
 
-class ProfileError(Exception):
+class ProfileError(Error):
     """A client file is missing or wrong. `hint` says what to do about it."""
 
     def __init__(self, message: str, hint: str = "") -> None:

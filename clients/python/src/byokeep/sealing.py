@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from byokeep import dsse, hpke
+from byokeep import Error, dsse, hpke
 from byokeep.common.v1 import options_pb2
 from byokeep.encoding import fields
 from byokeep.keyshape import check_key
@@ -27,7 +27,7 @@ SUITE = hpke.HYBRID_V1
 _SKEW = datetime.timedelta(minutes=2)
 
 
-class UntrustedIntakeKeyError(Exception):
+class UntrustedIntakeKeyError(Error):
     """The intake statement is not one that this client may seal to."""
 
 

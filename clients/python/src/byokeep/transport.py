@@ -15,7 +15,14 @@ import grpc
 from byokeep.following import AioChannel, SyncChannel
 from byokeep.identity import Followed, Pem, TlsFiles
 
-__all__ = ["MAX_MESSAGE_BYTES", "TlsFiles", "aio_channel", "following_channel", "sync_channel"]
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "TlsFiles",
+    "aio_channel",
+    "following_aio_channel",
+    "following_channel",
+    "sync_channel",
+]
 
 # Above the largest diff (4 MiB) with its context files, below what hurts.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -67,16 +74,22 @@ def channel_options(server_name: str, proxy: str = "") -> list[tuple[str, str | 
 
 
 def aio_channel(address: str, server_name: str, files: TlsFiles) -> grpc.aio.Channel:
-    """Open an asyncio channel that follows its files. The retry policy repeats UNAVAILABLE
-    only: every method that changes something carries a request id or a one-time grant.
+    """Open an asyncio channel that follows its files (`following_aio_channel`).
 
     Raises:
         IdentityError: the files are no usable identity.
     """
-    options = channel_options(server_name)
+    return following_aio_channel(address, server_name, Followed(files.paths, files.load))
+
+
+def following_aio_channel(
+    address: str, server_name: str, identity: Followed[Pem], proxy: str = ""
+) -> grpc.aio.Channel:
+    """Open an asyncio channel as `following_channel` does. The retry policy repeats UNAVAILABLE
+    only: every method that changes something carries a request id or a one-time grant."""
+    options = channel_options(server_name, proxy)
     return AioChannel(
-        Followed(files.paths, files.load),
-        lambda pem: grpc.aio.secure_channel(address, _credentials(pem), options=options),
+        identity, lambda pem: grpc.aio.secure_channel(address, _credentials(pem), options=options)
     )
 
 

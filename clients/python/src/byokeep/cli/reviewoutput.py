@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SEVERITIES = ("critical", "high", "medium", "low", "info")
-TERMINAL = {
-    review_pb2.REVIEW_STATE_COMPLETED,
-    review_pb2.REVIEW_STATE_FAILED,
-    review_pb2.REVIEW_STATE_CANCELLED,
-}
 _STYLES = {
     "critical": "bold white on red",
     "high": "bold red",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from byokeep.cli import checked, interrupt
 from byokeep.cli.errors import CliError, Exit, failure_exit, failure_hint, unless_said
 from byokeep.cli.output import message_dict, short
 from byokeep.cli.reviewoutput import (
-    TERMINAL,
     at_least,
     print_review,
     progress_line,
@@ -20,14 +20,14 @@ from byokeep.cli.reviewoutput import (
 )
 from byokeep.cli.session import Format, Session, pages
 from byokeep.cli.text import clean
-from byokeep.cli.watch import until_done
+from byokeep.edge import TERMINAL
+from byokeep.errors import WatchTimeoutError
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:
     from byokeep.orchestrator.v1.review_pb2 import Review
 
 _ID = re.compile(r"rev_[0-9a-z]{26}")
-_WATCH_SECONDS = 24 * 3600.0
 _EXPORTS = {
     Format.SARIF: review_pb2.EXPORT_FORMAT_SARIF,
     Format.GITHUB: review_pb2.EXPORT_FORMAT_GITHUB,
@@ -54,21 +54,20 @@ def follow(session: Session, submitted: Review) -> Review:
 
 
 def _watch(session: Session, submitted: Review) -> Review:
-    request = review_pb2.WatchReviewRequest(name=submitted.name)
     latest = submitted
-    with session.out.progress(progress_line(latest)) as progress:
-        for answer in until_done(
-            lambda left: session.connection.reviews.WatchReview(request, timeout=left),
-            _WATCH_SECONDS,
-        ):
+    with (
+        session.out.progress(progress_line(latest)) as progress,
+        contextlib.suppress(WatchTimeoutError),
+    ):
+        for answer in session.connection.watch_review(submitted.name):
             latest = answer.review
             progress(progress_line(latest))
             if session.out.as_json:
                 session.out.json_line(message_dict(latest))
-            if latest.state in TERMINAL:
-                return latest
+    if latest.state in TERMINAL:
+        return latest
     raise CliError(
-        "the stream ended before the review did",
+        "the review did not end in time",
         f"byokeep review show {review_id(submitted)} --watch",
         Exit.UNAVAILABLE,
     )

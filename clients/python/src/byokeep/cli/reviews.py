@@ -13,7 +13,6 @@ from byokeep.cli import reviewinput
 from byokeep.cli.errors import CliError
 from byokeep.cli.output import message_dict
 from byokeep.cli.reviewoutput import (
-    TERMINAL,
     print_dry_run,
     print_reviews,
     progress_line,
@@ -21,6 +20,7 @@ from byokeep.cli.reviewoutput import (
 )
 from byokeep.cli.reviewrun import find, finish, follow
 from byokeep.cli.session import Format, Session, command, examples, request_id
+from byokeep.edge import TERMINAL
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
 from typing import TYPE_CHECKING
 
 from byokeep.cli.errors import CliError, Exit
@@ -10,7 +10,7 @@ from byokeep.cli.keyref import key_id, key_state, provider_of
 from byokeep.cli.output import message_dict, short, when
 from byokeep.cli.session import Session
 from byokeep.cli.text import clean
-from byokeep.cli.watch import until_done
+from byokeep.errors import WatchTimeoutError
 from byokeep.orchestrator.v1 import key_pb2
 
 if TYPE_CHECKING:
@@ -54,20 +54,12 @@ def follow(session: Session, key: Key, wait: float) -> None:
         return
     done = False
     with out.progress(f"asking {provider_of(key)} whether it works …"):
-        for answer in _watch(session, key, wait):
-            key, done = answer.key, answer.done
-            if out.as_json:
-                out.json_line(message_dict(key))
-            # Before it is asked, the verdict may be on the version before.
-            newest = key.provider_key.versions[-1].version if key.provider_key.versions else 0
-            if done or (verdict_of(key) == "UNREACHABLE" and key.validation.version == newest):
-                break
+        with contextlib.suppress(WatchTimeoutError):
+            for answer in session.connection.watch_key(key.provider_key.name, wait):
+                key, done = answer.key, answer.done
+                if out.as_json:
+                    out.json_line(message_dict(key))
     _conclude(session, key, done)
-
-
-def _watch(session: Session, key: Key, wait: float) -> Iterator[key_pb2.WatchKeyResponse]:
-    request = key_pb2.WatchKeyRequest(name=key.provider_key.name)
-    return until_done(lambda left: session.connection.keys.WatchKey(request, timeout=left), wait)
 
 
 def _conclude(session: Session, key: Key, done: bool) -> None:
