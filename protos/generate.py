@@ -11,6 +11,7 @@ import argparse
 import re
 import shutil
 import sys
+import tempfile
 from importlib import resources
 from pathlib import Path
 
@@ -48,10 +49,10 @@ def main() -> None:
     """Generate the stubs, or with --image FILE only the descriptor image."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--image", type=Path, help="write the descriptor image for buf, and stop")
+    parser.add_argument(
+        "--package", type=Path, default=PACKAGE, help="the package that gets the stubs"
+    )
     arguments = parser.parse_args()
-    work = HERE.parent / "build" / "protos"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     sources = sorted(str(p.relative_to(HERE)) for p in HERE.glob("byokeep/**/*.proto"))
     if arguments.image:
         _run(
@@ -61,8 +62,11 @@ def main() -> None:
             *sources,
         )
         return
-    output = work / "python"
-    output.mkdir()
+    with tempfile.TemporaryDirectory() as scratch:
+        _stubs(sources, Path(scratch), arguments.package)
+
+
+def _stubs(sources: list[str], output: Path, package: Path) -> None:
     _run(
         f"--python_out={output}",
         f"--mypy_out={output}",
@@ -73,10 +77,10 @@ def main() -> None:
     _run(f"--python_out={output}", f"--mypy_out={output}", VALIDATE)
     _own(output)
     for zone in ZONES:
-        shutil.rmtree(PACKAGE / zone, ignore_errors=True)
-        shutil.copytree(output / "byokeep" / zone, PACKAGE / zone)
-    shutil.rmtree(PACKAGE / "_buf", ignore_errors=True)
-    shutil.copytree(output / "buf", PACKAGE / "_buf")
+        shutil.rmtree(package / zone, ignore_errors=True)
+        shutil.copytree(output / "byokeep" / zone, package / zone)
+    shutil.rmtree(package / "_buf", ignore_errors=True)
+    shutil.copytree(output / "buf", package / "_buf")
 
 
 if __name__ == "__main__":

@@ -385,6 +385,10 @@ class _Reviews(_Fake, review_pb2_grpc.ReviewServiceServicer):
             change = self.edge.states.pop(0)
             if "lost" in change:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "connection lost")
+            if "reset" in change:
+                context.abort(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2")
+            if "end" in change:
+                return
             if "wait" in change:
                 gone = threading.Event()
                 context.add_callback(gone.set)

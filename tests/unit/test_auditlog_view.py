@@ -7,7 +7,7 @@ import json
 import pytest
 from byokeep.auditlog import view as auditview
 from byokeep.keyvault.v1 import audit_pb2
-from google.protobuf import json_format
+from google.protobuf import descriptor_pb2, json_format
 from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,3 +51,8 @@ def test_a_time_that_no_calendar_has(seconds, nanos):
     event.event_time.seconds, event.event_time.nanos = seconds, nanos
     with pytest.raises(ValueError, match="time"):
         auditview.view(event)
+
+
+def test_a_repeated_field_has_no_view():
+    with pytest.raises(TypeError, match="no repeated fields"):
+        auditview.view(descriptor_pb2.FileDescriptorProto(dependency=["a.proto"]))

@@ -7,6 +7,7 @@ the stream again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Final
@@ -19,6 +20,7 @@ FAILURES_IN_A_ROW: Final = 8
 """Streams that may be lost before one gives a message; then the last one's error is raised.
 With the channel's own repetitions this outlasts a service's restart."""
 _LONGEST_PAUSE_SECONDS: Final = 2.0
+_LAST_WORDS_SECONDS: Final = 1.0
 # A connection that broke off, said in the ways in which proxies and gRPC say it.
 _BROKEN = ("SERVICE_UNREACHABLE", "UNEXPLAINED")
 
@@ -67,10 +69,11 @@ async def watch_aio(
     while True:
         stream = open_stream(course.left())
         try:
-            async for message in stream:
+            while (message := await stream.read()) is not grpc.aio.EOF:
                 course.seen(message)
                 yield message
                 if ended(message):
+                    await _end(stream)
                     return
             failed = None
         except CallError as error:
@@ -78,6 +81,15 @@ async def watch_aio(
         finally:
             stream.cancel()
         await sleep(course.pause(failed))
+
+
+async def _end(stream: Any) -> None:
+    # The service ends the stream after its last message. A call that is cancelled instead may
+    # outlive its event loop, and gRPC then loses events of the next one.
+    with contextlib.suppress(CallError, TimeoutError):
+        async with asyncio.timeout(_LAST_WORDS_SECONDS):
+            while await stream.read() is not grpc.aio.EOF:
+                pass
 
 
 class _Course:
@@ -116,7 +128,7 @@ class _Course:
                 raise failed
             if self._failures >= FAILURES_IN_A_ROW:
                 raise failed
-        pause: float = min(0.1 * 2**self._failures, _LONGEST_PAUSE_SECONDS)
+        pause: float = min(0.1 * 2 ** min(self._failures, 10), _LONGEST_PAUSE_SECONDS)
         if failed is not None and failed.retry_after_seconds is not None:
             pause = max(pause, failed.retry_after_seconds)
         return min(pause, max(self._end - time.monotonic(), 0.0))

@@ -53,7 +53,8 @@ class _Names(dict[int, str]):
 
 
 def _member(field: FieldDescriptor, start: str) -> _Render:
-    if field.is_repeated:
+    # `is_repeated` came with protobuf 6.31, and what there was before warns since.
+    if isinstance(field.default_value, list):
         raise TypeError(f"{field.full_name}: an event has no repeated fields")
     if field.type == FieldDescriptor.TYPE_MESSAGE:
         inner = _time if field.message_type is Timestamp.DESCRIPTOR else view

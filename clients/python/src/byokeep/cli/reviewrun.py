@@ -20,8 +20,6 @@ from byokeep.cli.reviewoutput import (
 )
 from byokeep.cli.session import Format, Session, pages
 from byokeep.cli.text import clean
-from byokeep.edge import TERMINAL
-from byokeep.errors import WatchTimeoutError
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:
@@ -54,6 +52,9 @@ def follow(session: Session, submitted: Review) -> Review:
 
 
 def _watch(session: Session, submitted: Review) -> Review:
+    from byokeep.edge import TERMINAL
+    from byokeep.errors import WatchTimeoutError
+
     latest = submitted
     with (
         session.out.progress(progress_line(latest)) as progress,

@@ -20,7 +20,6 @@ from byokeep.cli.reviewoutput import (
 )
 from byokeep.cli.reviewrun import find, finish, follow
 from byokeep.cli.session import Format, Session, command, examples, request_id
-from byokeep.edge import TERMINAL
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:
@@ -146,6 +145,8 @@ def show(
     fail_on: FailOnOption = None,
 ) -> None:
     """Show a review and its findings."""
+    from byokeep.edge import TERMINAL
+
     name = find(session, reference)
     request = review_pb2.GetReviewRequest(name=name)
     found = session.connection.reviews.GetReview(request).review

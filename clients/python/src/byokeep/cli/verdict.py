@@ -10,7 +10,6 @@ from byokeep.cli.keyref import key_id, key_state, provider_of
 from byokeep.cli.output import message_dict, short, when
 from byokeep.cli.session import Session
 from byokeep.cli.text import clean
-from byokeep.errors import WatchTimeoutError
 from byokeep.orchestrator.v1 import key_pb2
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ def follow(session: Session, key: Key, wait: float) -> None:
     Raises:
         CliError: the provider rejected it, could not be asked, or was not asked in time.
     """
+    from byokeep.errors import WatchTimeoutError
+
     out = session.out
     hint = clean(key.provider_key.versions[-1].hint) if key.provider_key.versions else ""
     what = f"{provider_of(key)} {clean(key.provider_key.display_name)} {hint}".rstrip()
@@ -53,12 +54,14 @@ def follow(session: Session, key: Key, wait: float) -> None:
         out.note(f"its provider will be asked; what it says: byokeep key show {key_id(key)}")
         return
     done = False
-    with out.progress(f"asking {provider_of(key)} whether it works …"):
-        with contextlib.suppress(WatchTimeoutError):
-            for answer in session.connection.watch_key(key.provider_key.name, wait):
-                key, done = answer.key, answer.done
-                if out.as_json:
-                    out.json_line(message_dict(key))
+    with (
+        out.progress(f"asking {provider_of(key)} whether it works …"),
+        contextlib.suppress(WatchTimeoutError),
+    ):
+        for answer in session.connection.watch_key(key.provider_key.name, wait):
+            key, done = answer.key, answer.done
+            if out.as_json:
+                out.json_line(message_dict(key))
     _conclude(session, key, done)
 
 
