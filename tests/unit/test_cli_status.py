@@ -91,6 +91,10 @@ def _key_open(edge):
     (edge.directory / "developer.key").chmod(0o644)
 
 
+def _garbage(edge):
+    (edge.directory / "developer.pem").write_text("garbage")
+
+
 def _expired(edge):
     now = datetime.datetime.now(datetime.UTC)
     edge.ca.issue(edge.directory / "developer", spiffe_id="c", not_after=now)
@@ -153,7 +157,8 @@ def _stranger(edge):
 @pytest.mark.parametrize(
     ("breakage", "what", "found"),
     [
-        (_key_open, "private", "others than its owner"),
+        (_key_open, "identity", "others than its owner"),
+        (_garbage, "identity", "developer.pem is not PEM"),
         (_expired, "certificate", "until"),
         (_nameless, "certificate", "no SPIFFE ID"),
         (_key_of_another, "certificate", "another certificate"),

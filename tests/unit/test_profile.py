@@ -15,9 +15,10 @@ from byokeep.client import connect
 from byokeep.profile import ProfileError, find_config, load_profile, load_trust
 from byokeep.transport import TlsFiles
 
+from deploy.local.pki import CertificateAuthority
 from tests.harness.chain import SigningKey
 
-CA = "-----BEGIN CERTIFICATE-----\nMII=\n-----END CERTIFICATE-----\n"
+CA = CertificateAuthority.new("byokeep.test").pem
 PROFILE = """
 orchestrator = "127.0.0.1:1"
 orchestrator_name = "orchestrator.byokeep.internal"
@@ -74,7 +75,10 @@ def test_default_profile_and_named_profile(config):
         ("profiles = 3", "no \\[profiles"),
         (f"[profiles.a]{PROFILE}[profiles.b]{PROFILE}", "several profiles"),
         ('default_profile = "x"\n[profiles.a]', "no such profile"),
-        (f"[profiles.a]{PROFILE}proxy = 'proxy:3128'", "http://host:port"),
+        (f"[profiles.a]{PROFILE}proxy = 'proxy:3128'", "http://HOST:PORT"),
+        (f"[profiles.a]{PROFILE}tenant = 'Acme!'", "`tenant` must be"),
+        (f"[profiles.a]{PROFILE.replace('127', 'https://127')}", "must be HOST:PORT"),
+        (f"[profiles.a]{PROFILE.replace(':1', ':99999')}", "must be HOST:PORT"),
         ("default_profile = []\n[profiles.a]", "default_profile must be"),
         ("[profiles.a]" + PROFILE.replace("trust.json", "\\u0000"), "NUL"),
         ("[profiles.a]", "no `orchestrator`"),
@@ -98,6 +102,7 @@ def test_a_wrong_config_is_named(config, text, said):
         ({"ca": []}, "ca"),
         ({"ca": ["/etc/ssl/ca.pem"]}, "ca"),
         ({"ca": CA}, "ca"),
+        ({"ca": [CA.replace("MII", "AII")]}, "ca"),
         ({"intake_signing_keys": []}, "intake_signing_keys"),
         ({"intake_signing_keys": {"isk_1": "short"}}, "intake_signing_keys"),
         ({"audit_log_keys": {"alk_1": base64.b64encode(bytes(31)).decode()}}, "audit_log_keys"),

@@ -114,7 +114,7 @@ _FORMS: Final[Mapping[str, Rule]] = {
         r"[^\x21-\x7e]",
         "KEY_CHARSET",
         "the key has a character that is not printable ASCII:"
-        " an accented letter, a typographic dash, or an invisible one",
+        " an accented letter, a typographic dash, or an invisible one such as a byte-order mark",
     ),
     "around": Rule(
         rf"[,;]$|[^A-Za-z0-9._~+=-](?:{KNOWN_PREFIX})",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from byokeep import Error
@@ -28,6 +29,8 @@ from byokeep.identity import open_to_others
 _MOST_BYTES = 1_048_576
 # The package's source in a checkout.
 _PACKAGE = Path("clients", "python", "src", "byokeep")
+_PORT = re.compile(r":([0-9]{1,20})$")
+_TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _PROXY = re.compile(r"http://([^/@\s]+@)?[A-Za-z0-9.\[\]:-]+:[0-9]{1,5}/?")
 _ENDPOINTS = ("orchestrator", "keyvault")
 _KEYS = {
@@ -238,23 +241,29 @@ def _profile(path: Path, name: str | None, data: Mapping[str, Any]) -> Profile:
         certificate=path.parent / _text(path, table, "certificate"),
         key=path.parent / _text(path, table, "key"),
         trust=load_trust(path.parent / _text(path, table, "trust")),
-        tenant=_text(path, table, "tenant") if "tenant" in table else "",
+        tenant=_optional(path, table, "tenant", _TENANT, "lower-case letters, digits, hyphens"),
         source=path,
-        proxy=_proxy(path, table),
+        proxy=_optional(path, table, "proxy", _PROXY, "http://HOST:PORT"),
     )
 
 
-def _proxy(path: Path, table: Mapping[str, Any]) -> str:
-    if "proxy" not in table:
+def _optional(
+    path: Path, table: Mapping[str, Any], name: str, form: re.Pattern[str], form_name: str
+) -> str:
+    if name not in table:
         return ""
-    proxy = _text(path, table, "proxy")
-    if not _PROXY.fullmatch(proxy):
-        raise ProfileError(f"{path}: `proxy` must look like http://host:port")
-    return proxy
+    value = _text(path, table, name)
+    if not form.fullmatch(value):
+        raise ProfileError(f"{path}: `{name}` must be {form_name}")
+    return value
 
 
 def _endpoint(path: Path, table: Mapping[str, Any], name: str) -> Endpoint:
-    return Endpoint(_text(path, table, name), _text(path, table, f"{name}_name"))
+    address = _text(path, table, name)
+    port = _PORT.search(address)
+    if address.startswith(("http://", "https://")) or (port and int(port[1]) > 65535):
+        raise ProfileError(f"{path}: `{name}` must be HOST:PORT")
+    return Endpoint(address, _text(path, table, f"{name}_name"))
 
 
 def _text(path: Path, table: Mapping[str, Any], name: str) -> str:
@@ -280,7 +289,10 @@ def _public_keys(path: Path, data: Mapping[str, Any], field: str) -> dict[str, E
 
 
 def _is_certificate(entry: object) -> bool:
-    return isinstance(entry, str) and entry.startswith("-----BEGIN CERTIFICATE-----")
+    try:
+        return isinstance(entry, str) and bool(x509.load_pem_x509_certificates(entry.encode()))
+    except ValueError:
+        return False
 
 
 def _read(path: Path, what: str) -> bytes:

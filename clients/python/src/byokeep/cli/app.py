@@ -163,7 +163,7 @@ def _explain(error: Exception) -> CliError:
     if isinstance(error, ProfileError):
         return CliError(str(error), error.hint, reason="CONFIGURATION")
     if isinstance(error, KeyFormatError):
-        return CliError(str(error), "nothing was sealed or sent", reason=error.reason)
+        return CliError(str(error), _key_hint(error.rule), reason=error.reason)
     if isinstance(error, ClockError):
         return CliError(str(error), f"nothing was sealed: {CLOCK_HINT}", reason="CLOCK")
     if isinstance(error, UntrustedIntakeKeyError):
@@ -184,6 +184,17 @@ def _explain(error: Exception) -> CliError:
         Exit.UNAVAILABLE,
         reason="INTERNAL",
     )
+
+
+def _key_hint(rule: str) -> str:
+    """Return what to do about a text that is no key of the provider, by the rule that it broke."""
+    from byokeep.names import PROVIDERS
+
+    hint = "nothing was sealed or sent"
+    issuer = rule.removeprefix("issuer:")
+    if issuer in PROVIDERS:
+        return f"{hint}; if it is one: byokeep key add {issuer}"
+    return f"{hint}; --from-env NAME reads a variable" if rule == "variable" else hint
 
 
 def from_untrusted(error: Exception) -> CliError:

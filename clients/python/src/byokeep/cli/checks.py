@@ -46,16 +46,14 @@ def all_checks(session: Session) -> Iterator[Check]:
         return
     yield Check("configuration", True, f"profile {profile.name} of {profile.source}")
     yield _trust(profile)
-    identity = None
     try:
         identity = read_identity(profile)
     except ProfileError as error:
-        yield Check("private key", False, str(error), error.hint)
-    except ValueError:
-        yield Check("certificate", False, "certificate or key is not PEM", "issue it again")
-    if identity is None:
+        yield Check("identity", False, str(error), error.hint)
         return
     yield from _identity(identity)
+    if not identity.key_fits:
+        return
     connection = session.connection
     listing = tenant_pb2.ListTenantsRequest(page_size=1)
     reached = _endpoint(
@@ -135,8 +133,6 @@ def _endpoint(session: Session, name: str, endpoint: Endpoint, call: Callable[[]
         info = error_info(error)
         if not info.reason and info.code in _UNREACHED:
             return Check(what, False, *unreachable(info, session.profile))
-    except ProfileError as error:
-        return Check(what, False, str(error), error.hint or "get trust.json again")
     return Check(what, True, f"answers{way}, with a certificate of {endpoint.server_name}")
 
 

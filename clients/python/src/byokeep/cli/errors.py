@@ -265,12 +265,13 @@ _UNREACHABLE = (
 def _own_certificate(profile: Profile | None) -> str:
     """Say that the client's own certificate is not valid now: servers then only hang up."""
     from byokeep.cli.identity import read_identity
+    from byokeep.profile import ProfileError
 
     if profile is None:
         return ""
     try:
         own = read_identity(profile)
-    except Exception:
+    except ProfileError:
         return ""
     now = datetime.datetime.now(datetime.UTC)
     if own.not_before <= now <= own.not_after:

@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
-from byokeep.profile import Profile
+from byokeep.profile import Profile, ProfileError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,19 @@ def read_identity(profile: Profile) -> Identity:
     """Return the profile's identity.
 
     Raises:
-        ProfileError: certificate or key can't be read.
-        ValueError: one of them is not PEM.
+        ProfileError: certificate or key can't be read, or is not PEM.
     """
     certificate, key = profile.read_identity()
-    chain = x509.load_pem_x509_certificates(certificate)
+    what = profile.certificate
+    try:
+        chain = x509.load_pem_x509_certificates(certificate)
+        what = profile.key
+        private = serialization.load_pem_private_key(key, None)
+    except (ValueError, TypeError):
+        private = None  # its frames hold the key
+    if private is None:
+        raise ProfileError(f"{what} is not PEM of the expected kind", "issue both again")
     leaf = chain[0]
-    private = serialization.load_pem_private_key(key, None)
     return Identity(
         spiffe_id=_spiffe_id(leaf),
         not_before=leaf.not_valid_before_utc,
