@@ -24,9 +24,10 @@ def status(session: Session) -> None:
 
     connection, profile = session.connection, session.profile
     identity = read_identity(profile)
-    keys = _keys(session)
     vault = _vault(session)
     state = tenant_state(session)
+    gone = state in ("MISSING", "DELETED")
+    keys = [] if gone else _keys(session)
     if session.out.as_json:
         session.out.json(
             {
@@ -59,7 +60,7 @@ def status(session: Session) -> None:
         out.print(f"    → {remedy}", style="cyan")
     if keys is None:
         out.print("keys          not shown to this identity's roles")
-    elif not keys:
+    elif not keys and not gone:
         out.print("keys          none; add one: byokeep key add openai")
     for key in keys or ():
         line = state_text(key_state(key))
