@@ -26,7 +26,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
 .PHONY: help run prove up down status clean test test-deep test-integration chaos mutants lint bench docs protos lock setup \
-	images test-images
+	images test-images policies
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,9 @@ images: $(VENV) $(STUBS) ## build the images of all zones with `docker`; TAG=dev
 
 test-images: $(VENV) $(STUBS) ## build the images; look at what is in them (starts a Docker engine where none runs)
 	$(BIN)/python -m pytest tests/images $(PYTEST_ARGS)
+
+policies: $(VENV) ## make the NetworkPolicies and the document's table of edges anew
+	@$(BIN)/python -m deploy.kubernetes.policies
 
 mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fail (half an hour)
 	$(BIN)/python -m tests.mutants

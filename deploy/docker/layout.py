@@ -52,7 +52,11 @@ ZONES: Mapping[str, Zone] = {
         "llm_runner", ("services/common", "services/llm_runner"), module="services.llm_runner"
     ),
     # No zone of production: the command, and what a development stack needs beside the services.
-    "tools": Zone("tools", ("deploy/local", "deploy/kubernetes/dev"), without=("testing",)),
+    "tools": Zone(
+        "tools",
+        ("services/common", "deploy/local", "deploy/kubernetes/dev"),
+        without=("testing",),
+    ),
 }
 
 

