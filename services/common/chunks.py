@@ -9,6 +9,7 @@
         90  context of a later hunk
 
 A numbered line has its number in the new file right-aligned in six columns, a blank, and its sign.
+A long line is shown in pieces, one below the other: those after the first have `…` for a number.
 Content never starts before the sign and never breaks its line, so that it can't pass for a header.
 """
 
@@ -34,7 +35,7 @@ MIN_CHUNK_TOKENS: Final = 1024
 """Smallest budget: a header with two paths of `MAX_PATH_BYTES` fits, with room for a line."""
 
 MAX_LINE_BYTES: Final = 16_384
-"""A longer line is generated or minified; reviewing it costs the customer more than it finds."""
+"""A longer line is generated, minified, or hides something at its end: it is shown in pieces."""
 
 MAX_CHUNK_TOKENS: Final = 64_000
 """Attention thins out over long inputs, and some providers' long prompts cost double; 2 MiB of
@@ -47,8 +48,9 @@ _MARGIN_TOKENS: Final = 1_000
 SEPARATOR: Final = "   ..."
 """Stands between two hunks of a file."""
 
-_MARKER_BYTES: Final = 64
+_CONTINUED: Final = "…"
 _UNSAFE: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+_PLAIN_MODE: Final = "100644"
 _NOTES: Final = {
     "added": "#   new file",
     "deleted": "#   deleted file",
@@ -111,9 +113,10 @@ def plan(diff: Diff, max_tokens_per_chunk: int, *, salt: str) -> tuple[Chunk, ..
     """Divide a diff on file borders, then hunk borders, then between lines.
 
     Files are packed greedily in their order; only a file that fits no chunk is divided. Files
-    without hunks (binary, mode or name only) are left out. `salt` is a digest of all that the
-    answer depends on beside the text (model, guidance, prompt version), so that equal ids mean
-    equal calls. Raises `ValueError` for a budget below `MIN_CHUNK_TOKENS`.
+    without hunks (binary, mode or name only) are left out, so that there may be no chunk. `salt`
+    is a digest of all that the answer depends on beside the text (model, guidance, prompt
+    version), so that equal ids mean equal calls. Raises `ValueError` for a budget below
+    `MIN_CHUNK_TOKENS`.
     """
     if max_tokens_per_chunk < MIN_CHUNK_TOKENS:
         raise ValueError(f"max_tokens_per_chunk: at least {MIN_CHUNK_TOKENS} expected")
@@ -194,10 +197,12 @@ def _size(lines: list[str]) -> int:
 
 
 def _header(file: FileDiff) -> list[str]:
-    note = _NOTES.get(file.status)
-    if note is None:
-        return [f"### {file.path}"]
-    return [f"### {file.path}", note + (file.old_path or "" if note.endswith(" ") else "")]
+    lines = [f"### {file.path}"]
+    if note := _NOTES.get(file.status):
+        lines.append(note + (file.old_path or "" if note.endswith(" ") else ""))
+    if file.new_mode and file.new_mode != _PLAIN_MODE:
+        lines.append(f"#   mode {file.new_mode}")
+    return lines
 
 
 def _render(hunk: Hunk, cap: int) -> Iterator[str]:
@@ -209,12 +214,16 @@ def _render(hunk: Hunk, cap: int) -> Iterator[str]:
         if _UNSAFE.search(text):
             text = text.translate(_VISIBLE)
         number = "" if line.new_no is None else line.new_no
-        yield _truncate(f"{number:>6} {line.kind}{text}", cap)
+        yield from _pieces(f"{number:>6} {line.kind}", text, f"{_CONTINUED:>6} {line.kind}", cap)
 
 
-def _truncate(line: str, cap: int) -> str:
-    data = line.encode()
-    if len(data) < cap:
-        return line
-    kept = data[: cap - _MARKER_BYTES].decode(errors="ignore")
-    return f"{kept}… [line truncated by byokeep: {len(data) - len(kept.encode())} bytes]"
+def _pieces(start: str, text: str, continued: str, cap: int) -> Iterator[str]:
+    data = text.encode()
+    room = cap - max(len(start), len(continued.encode())) - 1
+    if len(data) <= room:
+        yield start + text
+        return
+    while data:
+        piece = data[:room].decode(errors="ignore")
+        yield start + piece
+        data, start = data[len(piece.encode()) :], continued

@@ -15,14 +15,15 @@ from typing import Final, Literal
 
 Reason = Literal[
     "DIFF_EMPTY",
-    "DIFF_BINARY_ONLY",
-    "DIFF_NO_TEXT",
     "DIFF_NOT_A_DIFF",
     "DIFF_NOT_UTF8",
     "DIFF_MALFORMED",
     "DIFF_TOO_LARGE",
 ]
 Status = Literal["added", "deleted", "modified", "renamed", "copied", "mode"]
+Unread = Literal["BINARY", "SUBMODULE", "POINTER", "NOT_SHOWN"]
+"""Why nobody can read a file in its diff: it is binary, a commit of another repository, a pointer
+of Git LFS to content that is kept elsewhere, or only named."""
 
 MAX_PATH_BYTES: Final = 1024
 """Longest path taken, in UTF-8 bytes: a path is repeated in every chunk that shows its file."""
@@ -33,13 +34,23 @@ _DEV_NULL: Final = "/dev/null"
 _HUNK: Final = re.compile(
     r"@@ -([0-9]{1,9})(?:,([0-9]{1,9}))? \+([0-9]{1,9})(?:,([0-9]{1,9}))? @@ ?(.*)", re.DOTALL
 )
-_EXTENDED: Final = re.compile(
-    r"(old mode|new mode|new file mode|deleted file mode|rename from|rename to|copy from|copy to)"
-    r" (.*)",
-    re.DOTALL,
+_MOVED: Final = re.compile(r"((?:rename|copy) (?:from|to)) (.*)", re.DOTALL)
+_MODE: Final = re.compile(
+    r"(old mode|new mode|new file mode|deleted file mode|index)(?: [0-9a-f]+\.\.[0-9a-f]+)?"
+    r" ([0-7]{6})"
 )
 _INDEX: Final = ("index ", "similarity index ", "dissimilarity index ")
 _MOVES: Final[tuple[tuple[str, Status], ...]] = (("rename", "renamed"), ("copy", "copied"))
+# What `git diff --submodule=log` and `diff -r` print in place of a change's text.
+_SUBMODULE: Final = re.compile(r"Submodule (.+) [0-9a-f]{7,64}\.{2,3}[0-9a-f]{7,64}\b.*")
+_ONLY_IN: Final = re.compile(r"Only in ([^:]+): (.+)")
+_UNMERGED: Final = "* Unmerged path "
+_COMMIT_OF_SUBMODULE: Final = re.compile(r"Subproject commit [0-9a-f]{40,64}(-dirty)?")
+_LFS_POINTER: Final = "version https://git-lfs.github.com/spec/v1"
+# A path that leads out of the tree: absolute, of a drive, a URL, or with a part that git refuses.
+_OUTSIDE: Final = re.compile(r"/|[A-Za-z]:[/\\]|[A-Za-z][A-Za-z0-9+.-]*://|(?:.*/)?\.{0,2}(?:/|$)")
+# An undecodable byte is kept, as what it is in Latin-1.
+_BYTES: Final = {0xDC00 + byte: chr(byte) for byte in range(0x80, 0x100)}
 _ESCAPE: Final = re.compile(rb'\\([0-7]{3}|[abfnrtv"\\])')
 _ESCAPES: Final = dict(zip(b'abfnrtv"\\', b'\a\b\f\n\r\t\v"\\', strict=True))
 
@@ -104,7 +115,7 @@ class FileDiff:
     new_path: str | None
     status: Status
     hunks: tuple[Hunk, ...]
-    binary: bool
+    unread: Unread | None
     old_mode: str | None
     new_mode: str | None
 
@@ -132,32 +143,26 @@ class Diff:
 
 
 def parse(diff: str | bytes) -> Diff:
-    """Parse a diff that has at least one hunk of text.
+    """Parse a diff of at least one file.
 
     Lines end at a newline and nowhere else: carriage returns, form feeds and Unicode separators
-    belong to the content. Bytes that aren't UTF-8 become U+FFFD inside hunks, and are refused in
-    paths. Raises `DiffError`, and nothing else, for every input that can't be used.
+    belong to the content. Bytes that aren't UTF-8 are read as Latin-1 inside hunks, and are refused
+    in paths. Raises `DiffError`, and nothing else, for every input that can't be used.
     """
-    text, lossy = _decode(diff)
+    text = _decode(diff)
     if not text.strip():
         raise DiffError("DIFF_EMPTY", "The diff is empty; compare two commits that differ.")
-    files = _Parser(text, lossy).run()
+    files = _Parser(text).run()
     if not files:
         raise DiffError(
             "DIFF_NOT_A_DIFF",
             "No file of a unified diff was found; send the output of 'git diff --no-color'.",
         )
-    if any(file.hunks for file in files):
-        return Diff(files)
-    if any(file.binary for file in files):
-        raise DiffError("DIFF_BINARY_ONLY", "The diff changes binary files only; nothing to read.")
-    raise DiffError(
-        "DIFF_NO_TEXT", "The diff only renames files, changes modes or adds empty files."
-    )
+    return Diff(files)
 
 
-def _decode(diff: str | bytes) -> tuple[str, bool]:
-    """Text without byte order mark and NUL, and whether a character was lost on the way."""
+def _decode(diff: str | bytes) -> str:
+    """Text without byte order mark and NUL; a byte that isn't UTF-8 is a lone surrogate."""
     data = diff.encode("utf-8", "surrogatepass") if isinstance(diff, str) else diff
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DiffError(
@@ -174,12 +179,8 @@ def _decode(diff: str | bytes) -> tuple[str, bool]:
             lines=lines,
             max_lines=MAX_LINES,
         )
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    try:
-        text, lossy = data.decode("utf-8"), False
-    except UnicodeDecodeError:
-        text, lossy = data.decode("utf-8", "replace"), True
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}"), lossy
+    text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 @dataclass(slots=True)
@@ -190,7 +191,7 @@ class _Draft:
     names: tuple[str, str] | None
     extended: dict[str, str]
     hunks: list[Hunk]
-    binary: bool = False
+    unread: Unread | None = None
     closed: bool = False
 
     def finish(self) -> FileDiff | None:
@@ -202,35 +203,37 @@ class _Draft:
             if f"{verb} from" in said and f"{verb} to" in said:
                 names, status = (said[f"{verb} from"], said[f"{verb} to"]), moved
         if names is None:
-            if not (said or self.hunks or self.binary):
+            if not (said or self.hunks or self.unread):
                 return None
             raise _malformed(self.number, "the file's paths can't be told apart")
         old, new = names
         if not all(0 < len((path or "").encode()) <= MAX_PATH_BYTES for path in names):
             raise _malformed(self.number, f"a path is not 1 to {MAX_PATH_BYTES} bytes long")
+        if any(path != _DEV_NULL and _OUTSIDE.match(path or "") for path in names):
+            raise _malformed(self.number, "a path is absolute, a URL, or leads out of the tree")
         if "new file mode" in said or old == _DEV_NULL:
             old, status = None, "added"
         elif "deleted file mode" in said or new == _DEV_NULL:
             new, status = None, "deleted"
-        elif status == "modified" and "new mode" in said and not (self.hunks or self.binary):
+        elif status == "modified" and "new mode" in said and not (self.hunks or self.unread):
             status = "mode"
         return FileDiff(
             old,
             new,
             status,
             tuple(self.hunks),
-            self.binary,
-            said.get("old mode") or said.get("deleted file mode"),
-            said.get("new mode") or said.get("new file mode"),
+            self.unread or _unread(self.hunks),
+            said.get("old mode") or said.get("deleted file mode") or said.get("index"),
+            said.get("new mode") or said.get("new file mode") or said.get("index"),
         )
 
 
 class _Parser:
     """State machine over the lines; hunks are read by their stated lengths, never by look."""
 
-    def __init__(self, text: str, lossy: bool) -> None:
+    def __init__(self, text: str) -> None:
         self._lines: Sequence[str] = text.removesuffix("\n").split("\n")
-        self._lossy = lossy
+        self._by_git = text.startswith("diff --git ") or "\ndiff --git " in text
         self._at = 0
         self._draft: _Draft | None = None
         self._files: list[FileDiff] = []
@@ -276,18 +279,36 @@ class _Parser:
         """Take an extended header; everything else (mail text, index line, base85) is noise."""
         draft = self._draft
         binary = line.startswith("Binary files ") and line.endswith(" differ")
-        if draft is None and binary:
+        if binary and not self._by_git and (draft is None or draft.hunks):
             old, _, new = line[len("Binary files ") : -len(" differ")].partition(" and ")
             self._begin(_common(self._path(old), self._path(new)))
             draft = self._draft
+        elif line.startswith(_UNMERGED):
+            raise _malformed(self._at + 1, "a path is unmerged, and its change not shown")
+        elif match := _SUBMODULE.fullmatch(line):
+            self._named(self._path(match[1]), "SUBMODULE")
+            return
+        elif not self._by_git and (match := _ONLY_IN.fullmatch(line)):
+            folder = match[1].partition("/")[2]
+            self._named(self._path(f"{folder}/{match[2]}").lstrip("/"), "NOT_SHOWN")
+            return
         if draft is None or draft.hunks or draft.closed:
             return
         if binary or line == "GIT binary patch":
-            draft.binary = draft.closed = True
-        elif match := _EXTENDED.fullmatch(line):
+            draft.unread, draft.closed = "BINARY", True
+        elif match := _MOVED.fullmatch(line):
             draft.extended[match[1]] = self._path(match[2])
+        elif match := _MODE.fullmatch(line):
+            draft.extended[match[1]] = match[2]
         else:
             draft.closed = not line.startswith(_INDEX)
+
+    def _named(self, path: str, why: Unread) -> None:
+        """Take a file that is only named."""
+        self._begin((path, path))
+        if self._draft is not None:
+            self._draft.unread, self._draft.closed = why, True
+        self._end()
 
     def _plain_header(self) -> bool:
         """Take `---` and `+++` if a hunk follows; mail text may have such lines as well."""
@@ -319,7 +340,8 @@ class _Parser:
         if (old_len and not old_start) or (new_len and not new_start):
             raise _malformed(start, "a file's first line is 1, not 0")
         lines = self._hunk_lines((old_start, old_len), (new_start, new_len), start)
-        self._draft.hunks.append(Hunk(old_start, old_len, new_start, new_len, match[5], lines))
+        section = match[5].translate(_BYTES)
+        self._draft.hunks.append(Hunk(old_start, old_len, new_start, new_len, section, lines))
 
     def _hunk_lines(
         self, old_side: tuple[int, int], new_side: tuple[int, int], header_number: int
@@ -335,6 +357,8 @@ class _Parser:
             if raw in ("", "\r"):
                 # Mailers strip the blank of an empty context line; git apply takes that as well.
                 raw = " " + raw
+            if not raw.isascii():
+                raw = raw.translate(_BYTES)
             kind = raw[0]
             at += 1
             no_newline = at < count and source[at].startswith("\\")
@@ -370,7 +394,7 @@ class _Parser:
         path: str | None = raw
         if len(raw) > 1 and raw.startswith('"') and raw.endswith('"'):
             path = _unquote(raw[1:-1])
-        if path is None or (self._lossy and "\N{REPLACEMENT CHARACTER}" in path):
+        if path is None or _BYTES.keys() & {ord(c) for c in path}:
             raise DiffError(
                 "DIFF_NOT_UTF8",
                 f"Line {self._at + 1} of the diff names a path that isn't UTF-8; leave it out.",
@@ -391,9 +415,18 @@ def _common(old: str, new: str) -> tuple[str, str]:
     return old, new
 
 
+def _unread(hunks: Sequence[Hunk]) -> Unread | None:
+    lines = [line for hunk in hunks for line in hunk.lines] if len(hunks) == 1 else []
+    if lines and all(_COMMIT_OF_SUBMODULE.fullmatch(line.text) for line in lines):
+        return "SUBMODULE"
+    if any(line.text == _LFS_POINTER and 1 in (line.old_no, line.new_no) for line in lines):
+        return "POINTER"
+    return None
+
+
 def _unquote(quoted: str) -> str | None:
     """Undo git's C-style quoting (git-config(1), core.quotePath); None if it isn't UTF-8."""
-    data = _ESCAPE.sub(_unescape, quoted.encode())
+    data = _ESCAPE.sub(_unescape, quoted.encode("utf-8", "surrogateescape"))
     try:
         return data.decode()
     except UnicodeDecodeError:

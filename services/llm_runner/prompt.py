@@ -12,7 +12,7 @@ from typing import Final
 
 from services.common.chunks import Chunk
 
-VERSION: Final = "1"
+VERSION: Final = "2"
 """Belongs into a chunk's salt: an answer to another prompt is another answer."""
 
 _INERT: Final = "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}"
@@ -41,13 +41,14 @@ In the blocks, "{_INERT}" before one of the block names stands for "<".
 
 ## The diff's format
 ### path/of/file
-#   renamed from, copied from, new file or deleted file (only where it applies)
+#   renamed from, copied from, new file, deleted file, or a mode such as 100755 (executable) \
+or 120000 (symbolic link) (only where it applies)
     41  an unchanged line, with its number in the new file
        -a removed line, without a number
     42 +an added line, with its number in the new file
    ...
 The line of three dots separates hunks: lines between them are unchanged and not shown. A long \
-line may be cut, and says so; don't report the cut.
+line is shown in pieces: those after the first have "…" for a number, and the number of the first.
 
 ## What to report
 - Correctness: wrong results, crashes, unhandled errors and edge cases, races, leaks, broken \

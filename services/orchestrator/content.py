@@ -29,7 +29,7 @@ from typing import Final
 import grpc
 from byokeep.encoding import fields
 from byokeep.keyvault.v1 import content_pb2
-from byokeep.orchestrator.v1.review_pb2 import Finding, Review
+from byokeep.orchestrator.v1.review_pb2 import Finding, Review, UnreadPart
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -39,6 +39,7 @@ from services.common import deadline
 from services.common.errors import ByokeepError
 
 INPUT: Final = "input"
+_UNREAD: Final = "unread"
 _MAGIC: Final = b"BYC1"
 _LABEL: Final = b"byokeep/content/v1"
 _EPOCH: Final = 10
@@ -164,6 +165,17 @@ def open_findings(key: ContentKey, review_id: str, sealed: Mapping[str, bytes]) 
     for chunk_id, one in sealed.items():
         findings += Review.FromString(key.open(review_id, _field(chunk_id), one)).findings
     return sorted(findings, key=lambda finding: (finding.path, finding.start_line))
+
+
+def seal_unread(key: ContentKey, review_id: str, parts: Sequence[UnreadPart]) -> bytes | None:
+    """Encrypt a review's unread parts, if there are any."""
+    message = Review(unread=parts)
+    return key.seal(review_id, _UNREAD, message.SerializeToString()) if parts else None
+
+
+def open_unread(key: ContentKey, review_id: str, sealed: bytes) -> Sequence[UnreadPart]:
+    """Return a review's unread parts."""
+    return Review.FromString(key.open(review_id, _UNREAD, sealed)).unread
 
 
 def _field(chunk_id: str) -> str:

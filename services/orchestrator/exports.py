@@ -1,4 +1,4 @@
-"""Forms of a finished review: text for people, SARIF 2.1.0, a GitHub review.
+"""Forms of a review that has ended: text for people, SARIF 2.1.0, a GitHub review.
 
 A finding's words come from a model that read somebody's diff: they are data. So
 control characters go, and Markdown keeps nothing but code of theirs: no mention, no
@@ -18,7 +18,14 @@ from typing import Final, TypeVar
 from urllib.parse import quote
 
 from byokeep.loglines import disarmed
-from byokeep.orchestrator.v1.review_pb2 import Category, Finding, Review, ReviewState, Severity
+from byokeep.orchestrator.v1.review_pb2 import (
+    Category,
+    Finding,
+    Review,
+    ReviewState,
+    Severity,
+    UnreadReason,
+)
 
 T = TypeVar("T")
 #: Most bytes of an export's findings: what a service sends and GitHub takes in one message.
@@ -46,6 +53,12 @@ _SEVERITIES = {
     Severity.SEVERITY_LOW: "low",
     Severity.SEVERITY_INFO: "info",
 }
+_UNREAD = {
+    UnreadReason.UNREAD_REASON_BINARY: "binary file",
+    UnreadReason.UNREAD_REASON_SUBMODULE: "submodule: commits of another repository",
+    UnreadReason.UNREAD_REASON_POINTER: "pointer of Git LFS: its content is kept elsewhere",
+    UnreadReason.UNREAD_REASON_NOT_SHOWN: "named in the diff without its text",
+}
 _LEVELS = {"critical": "error", "high": "error", "medium": "warning", "low": "note", "info": "note"}
 # GitHub's bands: critical above 9, high from 7, medium from 4, low from 0.1
 # (https://docs.github.com/code-security/reference/code-scanning/sarif-support).
@@ -55,6 +68,8 @@ _SECURITY_SCORES = {"critical": "9.5", "high": "8.0", "medium": "5.5", "low": "2
 # a comment has two of them beside its title.
 _MAX_WORDS = 8_000
 _MAX_TITLE = 500
+# Unread parts that a text names: GitHub takes 65,536 characters, and a path may have 1,024 bytes.
+_MAX_NAMED = 20
 
 _ANSI = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
@@ -85,7 +100,8 @@ def sarif(review: Review) -> tuple[str, str]:
 
     A rule is a category; the security rules are also one a severity, since GitHub
     reads `security-severity` from rules. GitHub adds its own fingerprint of the
-    line where its upload action finds the source.
+    line where its upload action finds the source. What no model read, and that a
+    review failed, are notifications: as results they would be alerts about code.
     """
     rules = sorted({_rule_id(finding) for finding in review.findings})
     seen: Counter[str] = Counter()
@@ -97,7 +113,10 @@ def sarif(review: Review) -> tuple[str, str]:
         "automationDetails": {"id": "byokeep/"},
         "originalUriBaseIds": {_ROOT: {"description": {"text": "The root of the repository."}}},
         "invocations": [
-            {"executionSuccessful": review.state == ReviewState.REVIEW_STATE_COMPLETED}
+            {
+                "executionSuccessful": review.state == ReviewState.REVIEW_STATE_COMPLETED,
+                "toolExecutionNotifications": _notifications(review),
+            }
         ],
         "results": results,
     }
@@ -189,7 +208,41 @@ def _notes(review: Review) -> list[str]:
         )
     if review.dropped_findings:
         notes.append(f"Dropped, for they named no line of the diff: {review.dropped_findings}")
+    if review.unread_count:
+        notes.append(f"Read by no model: {review.unread_count}")
+        shown = review.unread[:_MAX_NAMED]
+        notes += [f"- {_line(part.path)} ({_why(part.reason)})" for part in shown]
+        if review.unread_count > len(shown):
+            notes.append(f"- and {review.unread_count - len(shown)} more")
     return notes
+
+
+def _why(reason: UnreadReason.ValueType) -> str:
+    return _UNREAD.get(reason, "no reason given")
+
+
+def _notifications(review: Review) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = [
+        {
+            "level": "warning",
+            "message": {"text": f"Read by no model: {_why(part.reason)}"},
+            "locations": [{"physicalLocation": {"artifactLocation": _artifact(part.path)}}],
+        }
+        for part in review.unread
+    ]
+    if review.unread_count > len(review.unread):
+        more = review.unread_count - len(review.unread)
+        found.append({"level": "warning", "message": {"text": f"Read by no model: {more} more"}})
+    if review.state != ReviewState.REVIEW_STATE_COMPLETED:
+        state = ReviewState.Name(review.state).removeprefix("REVIEW_STATE_").lower()
+        said = _line(f"The review is {state}. {review.failure_message}")
+        found.append({"level": "error", "message": {"text": said}})
+    return found
+
+
+def _artifact(path: str) -> dict[str, str]:
+    # A leading "/" would make it a place on the disk or another host.
+    return {"uri": quote(path.lstrip("/"), safe="/"), "uriBaseId": _ROOT}
 
 
 def _result(finding: Finding, rules: list[str], seen: Counter[str]) -> dict[str, object]:
@@ -209,11 +262,7 @@ def _result(finding: Finding, rules: list[str], seen: Counter[str]) -> dict[str,
         "locations": [
             {
                 "physicalLocation": {
-                    "artifactLocation": {
-                        # A leading "/" would make it a place on the disk or another host.
-                        "uri": quote(finding.path.lstrip("/"), safe="/"),
-                        "uriBaseId": _ROOT,
-                    },
+                    "artifactLocation": _artifact(finding.path),
                     "region": {"startLine": first, "endLine": last},
                 }
             }

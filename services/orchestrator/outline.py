@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from byokeep.orchestrator.v1 import review_pb2
 
 from services.common import chunks, diff
+
+#: Most unread parts that an answer names and a review keeps.
+MAX_UNREAD: Final = 1000
 
 
 def outline(raw: bytes, budget: int) -> review_pb2.DryRunReviewResponse:
     """Divide a diff into calls of at most `budget` tokens. Raises DiffError."""
     parsed = diff.parse(raw)
     planned = chunks.plan(parsed, budget, salt="")
+    unread = {(file.path, file.unread) for file in parsed.files if file.unread is not None}
     return review_pb2.DryRunReviewResponse(
         calls=len(planned),
         chunks=[
@@ -19,5 +25,14 @@ def outline(raw: bytes, budget: int) -> review_pb2.DryRunReviewResponse:
             )
             for chunk in planned
         ],
-        skipped_files=[file.path for file in parsed.files if not file.hunks],
+        skipped_files=[
+            file.path for file in parsed.files if not file.hunks and file.unread is None
+        ],
+        unread=[
+            review_pb2.UnreadPart(
+                path=path, reason=review_pb2.UnreadReason.Value(f"UNREAD_REASON_{why}")
+            )
+            for path, why in sorted(unread)[:MAX_UNREAD]
+        ],
+        unread_count=len(unread),
     )

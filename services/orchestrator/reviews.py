@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -200,14 +200,14 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     async def ExportReview(
         self, request: review_pb2.ExportReviewRequest, context: object
     ) -> review_pb2.ExportReviewResponse:
-        """Return a finished review in another form."""
+        """Return a review that has ended in another form."""
         review = await self._whole(request.name)
-        if review.state != review_pb2.REVIEW_STATE_COMPLETED:
-            state = review_pb2.ReviewState.Name(review.state).removeprefix("REVIEW_STATE_")
+        state = review_pb2.ReviewState.Name(review.state).removeprefix("REVIEW_STATE_")
+        if state not in TERMINAL:
             raise ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "WRONG_STATE",
-                "only a completed review can be exported",
+                "only a review that has ended can be exported",
                 state=state,
             )
         answer = await self._compute.run(
@@ -239,6 +239,8 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 max_calls=prepared.max_calls,
                 chunks_total=prepared.plan.calls,
                 input=content_key.seal(review_id, content.INPUT, wanted.SerializeToString()),
+                unread=content.seal_unread(content_key, review_id, prepared.plan.unread),
+                unread_count=prepared.plan.unread_count,
             ),
             self._ceilings(rights).max_reviews_per_day,
             self._ceilings(rights).max_calls_per_day,
@@ -283,14 +285,19 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         return row
 
     async def _with_findings(self, row: ReviewRow) -> review_pb2.Review:
-        if not row.finding_count:
-            return _message(row)
-        sealed = await self._reviews.findings(row.id)
-        if not sealed:
+        review = _message(row)
+        sealed = await self._reviews.findings(row.id) if row.finding_count else {}
+        # Until it has ended, their number is enough: keyvault may be what the review waits for.
+        says_unread = row.unread_count > 0 and row.state in TERMINAL
+        unread = await self._reviews.unread(row.id) if says_unread else None
+        if (row.finding_count and not sealed) or (says_unread and unread is None):
             raise content.expired()
-        # All of one review, so of one epoch.
-        key = await self._contents.of(row.tenant, next(iter(sealed.values())))
-        return _message(row, content.open_findings(key, row.id, sealed))
+        if sealed or unread:
+            # All of one review, so of one epoch.
+            key = await self._contents.of(row.tenant, unread or next(iter(sealed.values())))
+            review.findings.extend(content.open_findings(key, row.id, sealed))
+            review.unread.extend(content.open_unread(key, row.id, unread) if unread else ())
+        return review
 
 
 def _scope(request: review_pb2.SubmitReviewRequest) -> str:
@@ -298,7 +305,7 @@ def _scope(request: review_pb2.SubmitReviewRequest) -> str:
     return f"{wanted.repository}#{wanted.pull_request}@{wanted.head_commit}:{request.request_id}"
 
 
-def _message(row: ReviewRow, findings: Sequence[review_pb2.Finding] = ()) -> review_pb2.Review:
+def _message(row: ReviewRow) -> review_pb2.Review:
     return review_pb2.Review(
         name=names.review_name(row.tenant, row.id),
         state=review_pb2.ReviewState.Value(f"REVIEW_STATE_{row.state}"),
@@ -307,9 +314,9 @@ def _message(row: ReviewRow, findings: Sequence[review_pb2.Finding] = ()) -> rev
         head_commit=row.head_commit,
         model=row.model,
         key_id=row.key_id,
-        findings=findings,
         finding_count=row.finding_count,
         dropped_findings=row.dropped_findings,
+        unread_count=row.unread_count,
         failure=review_pb2.FailureReason.Value(f"FAILURE_REASON_{row.failure or 'UNSPECIFIED'}"),
         failure_message=row.failure_message,
         chunks_done=row.chunks_done,

@@ -1,7 +1,7 @@
 """The orchestrator's tables. Migrations build them; a test compares the two.
 
 No table has a column for a provider key, token usage or cost; what customers write and models
-answer stands in two columns, encrypted. States, plans, verdicts and
+answer stands in three columns, encrypted. States, plans, verdicts and
 failures stand as the short names of their proto enums.
 """
 
@@ -170,6 +170,9 @@ review = Table(
     _count("chunks_total"),
     _count("finding_count"),
     _count("dropped_findings"),
+    _count("unread_count"),
+    # A serialized Review with its unread parts alone, sealed; NULL where there are none.
+    Column("unread", LargeBinary),
     # The newest attempt's fence; also the number of attempts.
     Column("fence", BigInteger, nullable=False, server_default=text("1")),
     Column("version", BigInteger, nullable=False, server_default=text("1")),

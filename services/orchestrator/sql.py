@@ -46,6 +46,15 @@ SUBMIT: Final = """
         ), 0) AS calls_today
     FROM rev, att"""
 
+KEEP_UNREAD: Final = """
+    UPDATE review SET unread = %(unread)s, unread_count = %(unread_count)s WHERE id = %(id)s"""
+
+# No line of text is changed: what was submitted is complete without an attempt.
+NOTHING_TO_READ: Final = """
+    WITH a AS (DELETE FROM attempt WHERE id = %(attempt_id)s),
+    c AS (DELETE FROM review_content WHERE review_id = %(id)s)
+    UPDATE review SET state = 'COMPLETED', fence = 0, end_time = now() WHERE id = %(id)s"""
+
 RETRY: Final = """
     WITH rev AS (
         UPDATE review SET state = 'QUEUED', failure = '', failure_message = '',
@@ -344,11 +353,15 @@ DROP_CONTENT: Final = """
     WHERE review.id = review_content.review_id AND state = 'FAILED'
         AND end_time < now() - make_interval(hours => %(hours)s)"""
 
-DROP_FINDINGS: Final = """
-    DELETE FROM chunk_done USING review
-    WHERE review.id = chunk_done.review_id AND end_time < now() - make_interval(days => %(days)s)
-        -- A review that can be retried still needs to know what is done.
+# A review that can be retried still needs to know what is done.
+_KEPT_LONG_ENOUGH: Final = """end_time < now() - make_interval(days => %(days)s)
         AND NOT EXISTS (SELECT FROM review_content c WHERE c.review_id = review.id)"""
+
+DROP_FINDINGS: Final = f"""
+    WITH u AS (
+        UPDATE review SET unread = NULL WHERE unread IS NOT NULL AND {_KEPT_LONG_ENOUGH})
+    DELETE FROM chunk_done USING review
+    WHERE review.id = chunk_done.review_id AND {_KEPT_LONG_ENOUGH}"""  # noqa: S608 - constants
 
 DROP_REQUESTS: Final = "DELETE FROM request WHERE create_time < now() - interval '7 days'"
 

@@ -42,6 +42,7 @@ class ReviewRow:
     chunks_total: int
     finding_count: int
     dropped_findings: int
+    unread_count: int
     fence: int
     version: int
     create_time: datetime
@@ -53,7 +54,7 @@ _NAMES: Final = tuple(ReviewRow.__dataclass_fields__)
 _COLUMNS: Final = """
 SELECT id, tenant, state, repository, pull_request, head_commit, model, key_id, owner, failure,
     failure_message, calls_started, ambiguous_calls, chunks_done, chunks_total, finding_count,
-    dropped_findings, fence, version, create_time, start_time, end_time
+    dropped_findings, unread_count, fence, version, create_time, start_time, end_time
 FROM review
 """
 _GET: Final = _COLUMNS + "WHERE id = %(id)s AND tenant = %(tenant)s"
@@ -63,6 +64,7 @@ _PAGE: Final = f"""
     AND (%(repository)s = '' OR repository = %(repository)s)
 ORDER BY id DESC LIMIT %(limit)s
 """
+_UNREAD: Final = "SELECT unread FROM review WHERE id = %(id)s"
 _FINDINGS: Final = """
 SELECT chunk_id, findings FROM chunk_done
 WHERE review_id = %(review_id)s AND findings IS NOT NULL
@@ -88,6 +90,8 @@ class Submission:
     max_calls: int
     chunks_total: int
     input: bytes
+    unread: bytes | None
+    unread_count: int
 
 
 class ReviewStore:
@@ -124,8 +128,14 @@ class ReviewStore:
                 raise _daily_limit("reviews", reviews_per_day)
             if 0 < calls_per_day < row.calls_today + new.chunks_total:
                 raise _daily_limit("provider calls", calls_per_day)
-            if row.admitted:
+            if new.unread_count:
+                await session.run(sql.KEEP_UNREAD, parameters)
+            if not new.chunks_total:
+                await session.run(sql.NOTHING_TO_READ, parameters)
+            elif row.admitted:
                 await self._queue.enqueue(session.connection, attempt_id)
+            if not new.chunks_total or new.unread_count:
+                return _review(await session.one(_GET, parameters))
         if not row.admitted:
             # Whoever gave a place back just now did not see that somebody waits for it.
             await self._attempts.admit_one(new.tenant)
@@ -141,6 +151,12 @@ class ReviewStore:
                 grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such review", resource="review"
             )
         return _review(row)
+
+    async def unread(self, review_id: str) -> bytes | None:
+        """Return a review's unread parts, sealed; None where there are none, or no more."""
+        async with self._database.statement() as session:
+            sealed: bytes | None = (await session.one(_UNREAD, {"id": review_id})).unread
+        return sealed
 
     async def findings(self, review_id: str) -> dict[str, bytes]:
         """Return a review's findings by chunk, sealed."""

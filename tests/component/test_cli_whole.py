@@ -99,10 +99,22 @@ def test_a_dry_run_makes_no_call(byokeep, key, stack):
     assert len(stack.emulator.calls()) == before
 
 
+@pytest.mark.parametrize(("diff", "code"), [(MODE_ONLY, 0), (BINARY, 8)])
+@pytest.mark.parametrize("form", ["text", "sarif"])
+def test_a_change_without_a_line_is_a_review_without_findings(byokeep, key, diff, code, form):
+    options = ("--diff", "-", "--fail-on", "info", "--format", form)
+    done = byokeep("review", *options, stdin=diff.encode())
+    assert done.code == code, done.err
+    if form == "sarif":
+        (run,) = json.loads(done.out)["runs"]
+        assert (run["results"], run["invocations"][0]["executionSuccessful"]) == ([], True)
+    else:
+        assert "no findings" in done.out
+
+
 BAD_DIFFS = {
     "empty": ("", "empty"),
-    "binary only": (BINARY, "DIFF_BINARY_ONLY"),
-    "mode only": (MODE_ONLY, "DIFF_NO_TEXT"),
+    "outside": (DIFF.replace("app.py", "../CANARY"), "DIFF_MALFORMED"),
     "not a diff": ("sk-CANARY-hello\n", "DIFF_NOT_A_DIFF"),
     "cut": (DIFF[: DIFF.index("+    return")] + "+CANARY", "DIFF_MALFORMED"),
     "too large": (DIFF + "# CANARY\n" * 300_000, "DIFF_TOO_LARGE"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 
 import grpc
 import pytest
@@ -30,7 +31,11 @@ COMPLETED = review_pb2.REVIEW_STATE_COMPLETED
 FAILED = review_pb2.REVIEW_STATE_FAILED
 CANCELLED = review_pb2.REVIEW_STATE_CANCELLED
 RENAME = b"diff --git a/x b/y\nsimilarity index 100%\nrename from x\nrename to y\n"
-BINARY = b"diff --git a/x b/x\nindex 1111111..2222222 100644\nBinary files a/x and b/x differ\n"
+BINARY = (
+    b"diff --git a/secret-logo b/secret-logo\nindex 1111111..2222222 100644\n"
+    b"Binary files a/secret-logo and b/secret-logo differ\n"
+)
+BINARY_PART = review_pb2.UnreadPart(path="secret-logo", reason=review_pb2.UNREAD_REASON_BINARY)
 
 
 @pytest.fixture
@@ -253,8 +258,7 @@ async def test_same_submission_is_the_same_review(stack: Stack) -> None:
     ("values", "reason"),
     [
         ({"diff": b""}, "DIFF_EMPTY"),
-        ({"diff": BINARY}, "DIFF_BINARY_ONLY"),
-        ({"diff": RENAME}, "DIFF_NO_TEXT"),
+        ({"diff": b"--- a/../x\n+++ b/../x\n@@ -1 +1 @@\n-a\n+b\n"}, "DIFF_MALFORMED"),
         ({"diff": b"hello canary\n"}, "DIFF_NOT_A_DIFF"),
         ({"diff": DIFF[:-20]}, "DIFF_MALFORMED"),
         ({"diff": b"+" * (2 * 1024 * 1024 + 1)}, "DIFF_TOO_LARGE"),
@@ -486,8 +490,73 @@ async def test_findings_are_deleted_after_their_retention(stack: Stack) -> None:
     assert error_info(refused.value).reason == "CONTENT_EXPIRED"
 
 
+async def test_what_nobody_reads_travels_with_the_review(stack: Stack) -> None:
+    submitted = await stack.submit(diff=BINARY + DIFF)
+    assert submitted.unread_count == 1
+    review = await stack.ended(submitted)
+    assert (review.state, review.finding_count, review.unread_count) == (COMPLETED, 1, 1)
+    assert list(review.unread) == [BINARY_PART]
+    reviews = stack.client("acme").reviews
+    listed = await reviews.ListReviews(review_pb2.ListReviewsRequest(parent="tenants/acme"))
+    assert (listed.reviews[0].unread_count, len(listed.reviews[0].unread)) == (1, 0)
+    ((stored,),) = await stack.sql("SELECT unread FROM review")
+    assert b"secret-logo" not in stored
+    for form in review_pb2.ExportFormat.values()[1:]:
+        exported = await reviews.ExportReview(
+            review_pb2.ExportReviewRequest(name=review.name, format=form)
+        )
+        assert "Read by no model" in exported.content
+
+
+async def test_unread_parts_are_deleted_with_the_findings(stack: Stack) -> None:
+    review = await stack.ended(await stack.submit(diff=BINARY))
+    await stack.sql("UPDATE review SET end_time = now() - interval '91 days'")
+    await stack.app.sweeper.retention()
+    assert await stack.sql("SELECT unread FROM review") == [(None,)]
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("acme").reviews.GetReview(review_pb2.GetReviewRequest(name=review.name))
+    assert error_info(refused.value).reason == "CONTENT_EXPIRED"
+
+
+@pytest.mark.parametrize(
+    ("diff", "unread"),
+    [(RENAME, 0), (BINARY, 1), (b"diff --git a/x b/x\nold mode 100644\nnew mode 100755\n", 0)],
+)
+async def test_a_change_without_a_line_is_complete_at_once(
+    stack: Stack, diff: bytes, unread: int
+) -> None:
+    """No key is opened and no runner asked. Was refused as DIFF_NO_TEXT, and a gate exited 2."""
+    same = request_id()
+    review = await stack.submit(diff=diff, request_id=same)
+    assert (review.state, review.finding_count, review.unread_count) == (COMPLETED, 0, unread)
+    assert (review.calls_started, review.attempts) == (0, 0)
+    assert review.HasField("end_time")
+    assert (await stack.ended(review)).state == COMPLETED
+    again = await stack.submit(diff=diff, request_id=same)
+    assert (again.name, again.state) == (review.name, COMPLETED)
+    assert await stack.sql("SELECT * FROM attempt") == []
+    assert await stack.sql("SELECT * FROM review_content") == []
+    assert stack.runner.talks == []
+    # It took no place, and gives none back.
+    assert (await stack.ended(await stack.submit())).state == COMPLETED
+
+
+async def test_a_failed_review_is_exported(stack: Stack) -> None:
+    stack.runner.scripts = [fails(review_pb2.FAILURE_REASON_QUOTA_EXHAUSTED)]
+    review = await stack.ended(await stack.submit(diff=BINARY + DIFF))
+    assert review.state == FAILED
+    exported = await stack.client("acme").reviews.ExportReview(
+        review_pb2.ExportReviewRequest(name=review.name, format=review_pb2.EXPORT_FORMAT_SARIF)
+    )
+    (run,) = json.loads(exported.content)["runs"]
+    (invocation,) = run["invocations"]
+    assert invocation["executionSuccessful"] is False
+    levels = [one["level"] for one in invocation["toolExecutionNotifications"]]
+    assert levels == ["warning", "error"]
+
+
 async def test_dry_run_stores_and_sends_nothing(stack: Stack) -> None:
-    diff = RENAME + DIFF
+    diff = RENAME + BINARY + DIFF
     response = await stack.client("acme").reviews.DryRunReview(
         review_pb2.DryRunReviewRequest(
             parent="tenants/acme",
@@ -497,6 +566,8 @@ async def test_dry_run_stores_and_sends_nothing(stack: Stack) -> None:
     assert (response.model, response.calls) == ("openai/gpt-6.1-terra", 1)
     assert list(response.chunks[0].files) == ["app.py"]
     assert list(response.skipped_files) == ["y"]
+    assert response.unread_count == 1
+    assert list(response.unread) == [BINARY_PART]
     assert response.max_calls_per_review == 20
     assert await stack.sql("SELECT * FROM review") == []
     assert stack.runner.talks == []
@@ -524,7 +595,12 @@ async def test_list_is_newest_first_in_pages(stack: Stack) -> None:
     assert {one.repository for one in only.reviews} == {"acme/r1"}
 
 
-async def test_export_takes_a_completed_review(stack: Stack) -> None:
+async def test_export_takes_a_review_that_has_ended(stack: Stack) -> None:
+    async def slow(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.cancelled.wait()
+        await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST)
+
     client = stack.client("acme").reviews
     review = await stack.ended(await stack.submit())
     for format_ in list(review_pb2.ExportFormat.values())[1:]:
@@ -533,13 +609,17 @@ async def test_export_takes_a_completed_review(stack: Stack) -> None:
         )
         assert response.content
         assert response.media_type
-    stack.runner.scripts = [fails(review_pb2.FAILURE_REASON_REFUSED)]
-    failed = await stack.ended(await stack.submit())
+    stack.runner.scripts = [slow]
+    running_one = review_pb2.ExportReviewRequest(
+        name=(await stack.submit()).name, format=review_pb2.EXPORT_FORMAT_TEXT
+    )
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await client.ExportReview(
-            review_pb2.ExportReviewRequest(name=failed.name, format=review_pb2.EXPORT_FORMAT_TEXT)
-        )
+        await client.ExportReview(running_one)
     assert error_info(refused.value).reason == "WRONG_STATE"
+    await client.CancelReview(
+        review_pb2.CancelReviewRequest(name=running_one.name, request_id=request_id())
+    )
+    assert "cancelled" in (await client.ExportReview(running_one)).content
 
 
 async def test_watch_streams_what_changes(stack: Stack) -> None:

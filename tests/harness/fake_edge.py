@@ -62,6 +62,7 @@ class Edge:
     reviews: dict[str, review_pb2.Review] = field(default_factory=dict)
     states: list[dict[str, Any]] = field(default_factory=list)
     export: str = "{}"
+    unread: list[review_pb2.UnreadPart] = field(default_factory=list)
     settings: settings_pb2.Settings = field(default_factory=settings_pb2.Settings)
     models: list[settings_pb2.Model] = field(default_factory=list)
     tenants: dict[str, tenant_pb2.Tenant] = field(default_factory=dict)
@@ -375,7 +376,9 @@ class _Reviews(_Fake, review_pb2_grpc.ReviewServiceServicer):
         )
         answer.chunks.add(files=["a.py", "b.py"], estimated_tokens=1200)
         answer.chunks.add(files=["c.py"], estimated_tokens=300)
-        answer.skipped_files.append("logo.png")
+        answer.skipped_files.append("moved.py")
+        answer.unread.extend(self.edge.unread)
+        answer.unread_count = len(self.edge.unread)
         return answer
 
     def WatchReview(self, request, context) -> Iterator[review_pb2.WatchReviewResponse]:

@@ -104,26 +104,48 @@ def test_large_hunk_is_divided_between_lines() -> None:
 
 @pytest.mark.parametrize("budget", [BUDGET, 100_000])
 @pytest.mark.parametrize("character", ["x", "é", "日", "😀"])
-def test_huge_line_is_cut_with_a_marker(budget: int, character: str) -> None:
-    line = character * (200_000 // len(character.encode()))
-    (chunk,) = planned(added("p", [line]), budget)
-    shown = chunk.text.split("\n")[1]
-    match = re.fullmatch(
-        rf"     1 \+({character}+)… \[line truncated by byokeep: (\d+) bytes\]", shown
+def test_huge_line_is_shown_in_pieces(budget: int, character: str) -> None:
+    """Was shown to fail with a line that is cut."""
+    line = character * (200_000 // len(character.encode())) + "os.system(x)"
+    parts = planned(added("p", [line, "next"]), budget)
+    rows = [row for part in parts for row in part.text.split("\n")[1:]]
+    assert rows[-1] == "     2 +next"
+    assert [row[:8] for row in rows[:-1]] == ["     1 +"] + ["     … +"] * (len(rows) - 2)
+    assert "".join(row[8:] for row in rows[:-1]) == line
+    assert min(len(row.encode()) for row in rows[:-2]) > 0.9 * min(
+        budget * 3, chunks.MAX_LINE_BYTES
     )
-    assert match is not None
-    assert len(match[1].encode()) + int(match[2]) == len(line.encode())
-    assert len(match[1].encode()) > 0.9 * min(budget * 3, chunks.MAX_LINE_BYTES) - 100
+
+
+def test_a_piece_of_a_removed_line_has_no_number() -> None:
+    (chunk,) = planned(f"--- a/p\n+++ b/p\n@@ -1 +0,0 @@\n-{'x' * 20_000}\n", 100_000)
+    assert [row[:9] for row in chunk.text.split("\n")[1:]] == ["       -x", "     … -x"]
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        ("old mode 100644\nnew mode 100755\nindex 1..2\n", ["#   mode 100755"]),
+        ("new file mode 120000\nindex 0000000..2\n", ["#   new file", "#   mode 120000"]),
+        ("index 1..2 120000\n", ["#   mode 120000"]),
+        ("index 1..2 100644\n", []),
+        ("new file mode 100644\nindex 0000000..2\n", ["#   new file"]),
+    ],
+)
+def test_a_mode_that_is_not_plain_is_shown(header: str, rows: list[str]) -> None:
+    (chunk,) = planned(added("p", ["x"], header=header))
+    assert chunk.text.split("\n") == ["### p", *rows, "     1 +x"]
 
 
 def test_longest_headers_fit_the_smallest_budget() -> None:
     old, new = "o" * 1024, "n" * 1024
     diff = (
-        f"diff --git a/{old} b/{new}\nrename from {old}\nrename to {new}\n"
+        f"diff --git a/{old} b/{new}\nold mode 100644\nnew mode 100755\n"
+        f"rename from {old}\nrename to {new}\n"
         f"--- a/{old}\n+++ b/{new}\n@@ -1,0 +1,3 @@\n" + ("+" + "x" * 5000 + "\n") * 3
     )
     parts = planned(diff)
-    assert [c.text.count("truncated") for c in parts] == [1, 1, 1]
+    assert sum(c.text.count("x") for c in parts) == 15_000
     assert all(c.estimated_tokens <= BUDGET for c in parts)
 
 
@@ -175,6 +197,14 @@ def test_every_added_line_once_and_no_chunk_above_budget(
             if line.startswith("### "):
                 path = line[4:]
             elif match := re.fullmatch(r" *([0-9]+) \+(.*)", line, re.DOTALL):
-                seen.append((path, int(match[1])))
+                seen.append((path, int(match[1]), match[2]))
+            else:
+                path_before, number, text = seen.pop()
+                assert (path_before, line[:8]) == (path, "     … +")
+                seen.append((path, number, text + line[8:]))
         assert chunk.files[-1] == path
-    assert seen == [(f"f{n}", i + 1) for n, lines in enumerate(files) for i in range(len(lines))]
+    assert [part[:2] for part in seen] == [
+        (f"f{n}", i + 1) for n, lines in enumerate(files) for i in range(len(lines))
+    ]
+    whole = [line for lines in files for line in lines]
+    assert [len(text) for *_, text in seen] == [len(line) for line in whole]

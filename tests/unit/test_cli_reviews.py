@@ -168,11 +168,89 @@ def test_dry_run_has_nothing_to_export(edge, byokeep, form):
     assert edge.requests == []
 
 
+@pytest.mark.parametrize(
+    "change", [failed("TIMEOUT"), {"state": review_pb2.REVIEW_STATE_CANCELLED}]
+)
+def test_a_review_that_failed_is_exported_too(edge, byokeep, change):
+    """Its SARIF says executionSuccessful: false. Was shown to fail where only COMPLETED is."""
+    edge.states = [change]
+    edge.export = '{"export": true}'
+    ran = submit(byokeep, "--format", "sarif")
+    assert (ran.code, json.loads(ran.out)) == (7, {"export": True})
+
+
+UNREAD = [
+    review_pb2.UnreadPart(path="logo\x1b.png", reason=review_pb2.UNREAD_REASON_BINARY),
+    review_pb2.UnreadPart(path="lib", reason=review_pb2.UNREAD_REASON_SUBMODULE),
+]
+PARTLY = COMPLETED | {"unread": UNREAD, "unread_count": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ("", 0),
+        ("--fail-on-unread", 8),
+        ("--fail-on critical", 8),
+        ("--fail-on critical --no-fail-on-unread", 0),
+        ("--fail-on high", 1),
+    ],
+)
+@pytest.mark.parametrize("form", ["text", "json", "sarif"])
+def test_a_gate_fails_on_what_nobody_read(edge, byokeep, options, code, form):
+    """Was shown to fail with a gate of findings alone."""
+    edge.states = [PARTLY]
+    assert submit(byokeep, *options.split(), "--format", form).code == code
+    review_id = edge.add_review(**PARTLY)
+    shown = byokeep("review", "show", review_id, *options.split(), "--format", form)
+    assert shown.code == code
+
+
+def test_what_was_read_whole_passes_the_gate(edge, byokeep):
+    edge.states = [COMPLETED]
+    assert submit(byokeep, "--fail-on-unread", "--fail-on", "critical").code == 0
+
+
+def test_what_nobody_read_is_named(edge, byokeep):
+    lines = byokeep("review", "show", edge.add_review(**PARTLY)).out.splitlines()
+    assert "read by no model: logo.png (binary file)" in lines
+    assert "read by no model: lib (submodule: commits of another repository)" in lines
+    assert "2 parts read by no model" in lines[-1]
+    many = edge.add_review(**PARTLY | {"unread": UNREAD * 50, "unread_count": 2000})
+    assert "read by no model: 1980 more" in byokeep("review", "show", many).out
+    assert byokeep("review", "show", many, "--json").json["unread"][1] == {
+        "path": "lib",
+        "reason": "UNREAD_REASON_SUBMODULE",
+    }
+
+
+@pytest.mark.parametrize(("more", "code"), [((), 0), (("--fail-on-unread",), 8)])
+def test_a_dry_run_names_what_nobody_would_read(edge, byokeep, more, code):
+    edge.unread = UNREAD
+    ran = submit(byokeep, "--dry-run", *more)
+    assert ran.code == code
+    assert "read by no model: logo.png (binary file)" in ran.out
+
+
+@pytest.mark.parametrize("options", ["--detach --fail-on high", "--dry-run --fail-on high"])
+def test_a_gate_that_nobody_waits_for_is_refused(edge, byokeep, options):
+    assert submit(byokeep, *options.split()).code == 2
+    assert edge.requests == []
+
+
+def test_a_review_that_has_not_ended_passes_no_gate(edge, byokeep):
+    """Was shown to fail: it had no findings yet, and exit 0."""
+    review_id = edge.add_review(state=review_pb2.REVIEW_STATE_RUNNING)
+    assert byokeep("review", "show", review_id).code == 0
+    assert byokeep("review", "show", review_id, "--fail-on", "high").code == 7
+    assert byokeep("review", "show", review_id, "--fail-on-unread", "--format", "sarif").code == 7
+
+
 def test_dry_run_submits_nothing(edge, byokeep):
     ran = submit(byokeep, "--dry-run")
     assert ran.code == 0
     assert "2 calls to openai/gpt-5" in ran.out
-    assert "skipped: logo.png" in ran.out
+    assert "skipped: moved.py" in ran.out
     assert edge.sent(review_pb2.SubmitReviewRequest) == []
 
 
@@ -405,7 +483,7 @@ def test_repository_is_read_from_the_remote(edge, byokeep, checkout, url, name):
     ("arguments", "said"),
     [
         ((), "nothing is changed"),
-        (("--base", "main"), "HEAD has no commit that main has not"),
+        (("--base", "main"), "nothing changed between main and HEAD"),
         (("--base", "nowhere"), "no branch, tag or commit"),
         (("--base", "--output=/tmp/x"), "branch, a tag or a commit"),
         (("--diff", "-", "--base", "main"), "exclude each other"),

@@ -154,7 +154,7 @@ def test_git_added_deleted_mode_copy_binary(repo: Repo, args: list[str]) -> None
         assert (files["new"].status, files["new"].old_path) == ("added", None)
         assert files["new"].hunks[0].lines[0].no_newline
         assert (files["copy"].status, files["copy"].old_path) == ("copied", "src")
-        assert files["bin"].binary
+        assert files["bin"].unread == "BINARY"
         assert files["bin"].hunks == ()
         run = files["run.sh"]
         assert (run.status, run.old_mode, run.new_mode) == ("modified", "100644", "100755")
@@ -216,14 +216,93 @@ def test_plain_diff_without_git_header() -> None:
         "--- a/o\n+++ /dev/null\n@@ -1 +0,0 @@\n-b\n"
         "--- a/m\n+++ b/n\n@@ -1 +1 @@\n-a\n+b\n"
         "Binary files a/q.png and b/q.png differ\n"
+        "Only in new/d: e.c\nOnly in new: f.c\n"
     )
     assert [(f.old_path, f.new_path, f.status) for f in parse(plain).files] == [
+        ("z", "z", "modified"),
         ("d/x.c", "d/x.c", "modified"),
         ("x.orig", "x", "modified"),
         (None, "n", "added"),
         ("o", None, "deleted"),
         ("m", "n", "modified"),
+        ("q.png", "q.png", "modified"),
+        ("d/e.c", "d/e.c", "modified"),
+        ("f.c", "f.c", "modified"),
     ]
+    unread = [(file.path, file.unread) for file in parse(plain).files if file.unread]
+    assert unread == [
+        ("z", "NOT_SHOWN"),
+        ("q.png", "BINARY"),
+        ("d/e.c", "NOT_SHOWN"),
+        ("f.c", "NOT_SHOWN"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "why"),
+    [
+        ("diff --git a/x b/x\nBinary files a/x and b/x differ\n", "x", "BINARY"),
+        ("diff --git a/x b/x\nGIT binary patch\nliteral 1\nIcmZ\n", "x", "BINARY"),
+        ("Binary files old/d/x and new/d/x differ\n", "d/x", "BINARY"),
+        ("Submodule lib 0123abc..4567def:\n  > a commit\n", "lib", "SUBMODULE"),
+        ("Submodule a b 0000000...4567def (new submodule)\n", "a b", "SUBMODULE"),
+        (
+            HEAD
+            + "@@ -1 +1 @@\n-Subproject commit {0}\n+Subproject commit {0}\n".format("ab" * 20),
+            "x",
+            "SUBMODULE",
+        ),
+        (
+            HEAD + "@@ -1,3 +1,3 @@\n version https://git-lfs.github.com/spec/v1\n"
+            "-oid sha256:00\n+oid sha256:11\n size 3\n",
+            "x",
+            "POINTER",
+        ),
+        (HEAD + "@@ -1 +1 @@\n-a\n+Subproject commit unknown\n", "x", None),
+        (HEAD + "@@ -9 +9 @@\n-a\n+version https://git-lfs.github.com/spec/v1\n", "x", None),
+        ("diff --git a/x b/y\nrename from x\nrename to y\n", "y", None),
+        ("diff --git a/x b/x\nold mode 100644\nnew mode 100755\n", "x", None),
+        ("diff --git a/x b/x\nnew file mode 100644\nindex 0..1\n", "x", None),
+    ],
+)
+def test_what_nobody_can_read_is_named(text: str, path: str, why: str | None) -> None:
+    file = only(text)
+    assert (file.path, file.unread) == (path, why)
+
+
+def test_words_of_a_commit_name_no_file(repo: Repo) -> None:
+    repo.commit({"x": b"1\n"})
+    repo.write({"x": b"2\n"})
+    repo.git("commit", "-qam", "Why\n\nOnly in new: y\nBinary files a/z and b/z differ\n")
+    patch = repo.git("format-patch", "--stdout", "-1")
+    assert [file.path for file in parse(patch + patch).files] == ["x", "x"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/etc/passwd", "//host/x", "../x", "x/../../y", "a/..", "./x", "x/./y", "x//y", "x/"),
+        *("C:/x", "c:\\x", "https://evil.example/x", "file:///x", "x/..", ".", ".."),
+    ],
+)
+def test_a_path_that_leads_out_of_the_tree_is_refused(path: str) -> None:
+    """Was shown to fail without _OUTSIDE."""
+    hunk = "@@ -1 +1 @@\n-a\n+b\n"
+    for text in (
+        f"diff --git a/{path} b/{path}\n--- a/{path}\n+++ b/{path}\n{hunk}",
+        f"--- a/{path}\n+++ b/{path}\n{hunk}",
+        f"--- {path}\n+++ {path}\n{hunk}",
+        f"diff --git a/x b/y\nrename from x\nrename to {path}\n",
+        f"diff --git a/x b/y\nrename from {path}\nrename to y\n",
+        f"--- /dev/null\n+++ b/{path}\n@@ -0,0 +1 @@\n+b\n",
+        f"--- a/{path}\n+++ /dev/null\n@@ -1 +0,0 @@\n-b\n",
+    ):
+        assert reason(text) == "DIFF_MALFORMED"
+
+
+@pytest.mark.parametrize("path", [".x", "..x/y", "x..", "a/...", "x:y", "http:x", "a b/c"])
+def test_an_odd_path_is_taken(path: str) -> None:
+    assert only(f"diff --git a/{path} b/{path}\nold mode 100644\nnew mode 100755\n").path == path
 
 
 def test_mail_text_after_a_file_without_hunks_is_noise() -> None:
@@ -254,10 +333,10 @@ def test_stripped_context_line_and_missing_last_newline() -> None:
     ]
 
 
-def test_bytes_that_are_not_utf8_are_replaced_in_content() -> None:
+def test_bytes_that_are_not_utf8_are_latin1_in_content() -> None:
     head = b"\xef\xbb\xbf" + HEAD.encode()
-    assert only(head + b"@@ -0,0 +1 @@\n+caf\xe9 \0\n").hunks[0].lines[0].text == "caf� �"
-    assert only(HEAD + "@@ -0,0 +1 @@\n+caf\udce9\n").hunks[0].lines[0].text == "caf���"
+    (hunk,) = only(head + b"@@ -0,0 +1 @@ d\xe9f\n+caf\xe9 \xc3\xa9 \0\n").hunks
+    assert (hunk.section, hunk.lines[0].text) == ("déf", "café é �")
 
 
 def test_unprintable_path_is_one_harmless_line() -> None:
@@ -283,12 +362,7 @@ def test_unprintable_path_is_one_harmless_line() -> None:
         ((HEAD + "@@ -1 +1 @@\n-a\n+b\n").encode("utf-16"), "DIFF_NOT_UTF8"),
         (b"diff --git a/\xe9 b/\xe9\nold mode 100644\nnew mode 100755\n", "DIFF_NOT_UTF8"),
         (r'diff --git "a/\351" "b/\351"' + "\n", "DIFF_NOT_UTF8"),
-        ("diff --git a/x b/x\nBinary files a/x and b/x differ\n", "DIFF_BINARY_ONLY"),
-        ("Binary files a/x and b/x differ\n", "DIFF_BINARY_ONLY"),
-        ("diff --git a/x b/x\nGIT binary patch\nliteral 1\nIcmZ\n", "DIFF_BINARY_ONLY"),
-        ("diff --git a/x b/y\nrename from x\nrename to y\n", "DIFF_NO_TEXT"),
-        ("diff --git a/x b/x\nold mode 100644\nnew mode 100755\n", "DIFF_NO_TEXT"),
-        ("diff --git a/x b/x\nnew file mode 100644\nindex 0..1\n", "DIFF_NO_TEXT"),
+        ("* Unmerged path x\n", "DIFF_MALFORMED"),
         ("@@ -1 +1 @@\n-a\n+b\n", "DIFF_MALFORMED"),
         (HEAD + "@@ -1 +1,2 @@\n-a\n+b\n", "DIFF_MALFORMED"),
         (HEAD + "@@ -1 +1 @@\n-a\n+b\n+c\n", "DIFF_MALFORMED"),

@@ -8,7 +8,15 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from byokeep.orchestrator.v1.review_pb2 import Category, Finding, Review, ReviewState, Severity
+from byokeep.orchestrator.v1.review_pb2 import (
+    Category,
+    Finding,
+    Review,
+    ReviewState,
+    Severity,
+    UnreadPart,
+    UnreadReason,
+)
 from markdown_it import MarkdownIt
 
 from services.orchestrator import exports
@@ -100,8 +108,56 @@ def test_an_unfinished_review_says_so() -> None:
         "The review is failed; findings are not whole. Add a new key."
         in (exports.text(unfinished)[0])
     )
-    assert sarif_run(unfinished)["invocations"] == [{"executionSuccessful": False}]
+    (invocation,) = sarif_run(unfinished)["invocations"]
+    assert invocation["executionSuccessful"] is False
+    assert invocation["toolExecutionNotifications"] == [
+        {"level": "error", "message": {"text": "The review is failed. Add a new key."}}
+    ]
     assert "findings are not whole" in github_body(unfinished)["body"]
+
+
+def test_what_nobody_read_is_in_every_form() -> None:
+    partly = review(
+        unread=[
+            UnreadPart(path="img/a b.png", reason=UnreadReason.UNREAD_REASON_BINARY),
+            UnreadPart(path="lib", reason=UnreadReason.UNREAD_REASON_SUBMODULE),
+        ],
+        unread_count=5,
+    )
+    assert exports.text(partly)[0].split("\n")[1:-1] == [
+        "Read by no model: 5",
+        "- img/a b.png (binary file)",
+        "- lib (submodule: commits of another repository)",
+        "- and 3 more",
+    ]
+    assert all(
+        part in github_body(partly)["body"]
+        for part in ("Read by no model\\: 5", r"img\/a b\.png \(binary file\)", "and 3 more")
+    )
+    (invocation,) = sarif_run(partly)["invocations"]
+    assert invocation["executionSuccessful"] is True
+    first, second, more = invocation["toolExecutionNotifications"]
+    assert {one["level"] for one in (first, second, more)} == {"warning"}
+    assert first["message"]["text"] == "Read by no model: binary file"
+    assert first["locations"][0]["physicalLocation"]["artifactLocation"] == {
+        "uri": "img/a%20b.png",
+        "uriBaseId": "%SRCROOT%",
+    }
+    assert more["message"]["text"] == "Read by no model: 3 more"
+    assert sarif_run(partly)["results"] == []
+
+
+@pytest.mark.parametrize("reason", UnreadReason.values()[1:])
+def test_every_reason_has_words(reason: UnreadReason.ValueType) -> None:
+    partly = review(unread=[UnreadPart(path="x", reason=reason)], unread_count=1)
+    assert "no reason given" not in exports.text(partly)[0]
+
+
+def test_many_unread_parts_fit_a_comment_on_github() -> None:
+    parts = [UnreadPart(path=f"{'*' * 1000}{n}", reason=1) for n in range(1000)]
+    body = github_body(review(unread=parts, unread_count=9000))["body"]
+    assert len(body) < 65_536
+    assert "and 8980 more" in body
 
 
 def test_sarif_has_what_the_schema_requires() -> None:

@@ -141,6 +141,8 @@ def upgrade() -> None:
         sa.Column("chunks_total", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("finding_count", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("dropped_findings", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("unread_count", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("unread", sa.LargeBinary(), nullable=True),
         sa.Column("fence", sa.BigInteger(), server_default=sa.text("1"), nullable=False),
         sa.Column("version", sa.BigInteger(), server_default=sa.text("1"), nullable=False),
         sa.Column(

@@ -31,7 +31,8 @@ from byokeep.cli.usage import from_usage
 
 _EXITS = (
     "Exit codes: 0 done; 1 --fail-on matched; 2 input; 3 permission; 4 the key needs action;"
-    " 5 unavailable; 6 integrity; 7 the review failed; 130 interrupted."
+    " 5 unavailable; 6 integrity; 7 the review failed; 8 --fail-on-unread matched;"
+    " 130 interrupted."
 )
 
 app = typer.Typer(

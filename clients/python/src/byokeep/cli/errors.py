@@ -30,6 +30,7 @@ class Exit(IntEnum):
     UNAVAILABLE = 5
     INTEGRITY = 6
     REVIEW_FAILED = 7
+    UNREAD = 8
     INTERRUPTED = 130
     READER_GONE = 141
 

@@ -73,12 +73,8 @@ class _Private:
 
 
 def between(checkout: Checkout, base: str, limit: int) -> bytes:
-    """Return what HEAD's commits change since the merge base with `base`; empty where, taken
-    together, they change nothing.
-
-    Raises:
-        CliError: git refuses, `base` is no single commit, or HEAD has no commit that it has not.
-    """
+    """Return what HEAD's commits change since the merge base with `base`. Raises CliError: git
+    refuses, `base` is no single commit, or nothing is changed."""
     start, head = _commit(checkout, base), checkout.head()
     with _private(checkout) as private:
         fork = _fork(private, start, head)
@@ -86,12 +82,14 @@ def between(checkout: Checkout, base: str, limit: int) -> bytes:
             raise CliError(
                 f"{clean(base)} and HEAD have no commit in common here", _whole(checkout, base)
             )
-        if fork == head:
-            raise CliError(
-                f"HEAD has no commit that {clean(base)} has not: nothing would be reviewed",
-                "byokeep review without --base reviews what is not committed; --diff FILE any diff",
-            )
-        return _diff(private, (fork, head), limit)
+        text = _diff(private, (fork, head), limit)
+    if text:
+        return text
+    # A gate that compares a branch with itself would pass for ever.
+    raise CliError(
+        f"nothing changed between {clean(base)} and HEAD",
+        "byokeep review without --base reviews what is not committed; --diff FILE any diff",
+    )
 
 
 def uncommitted(checkout: Checkout, limit: int) -> bytes:

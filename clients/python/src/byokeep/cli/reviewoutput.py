@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SEVERITIES = ("critical", "high", "medium", "low", "info")
+_WHY_UNREAD = {
+    "BINARY": "binary file",
+    "SUBMODULE": "submodule: commits of another repository",
+    "POINTER": "pointer of Git LFS: its content is kept elsewhere",
+    "NOT_SHOWN": "named in the diff without its text",
+}
+_MOST_UNREAD = 20
 _STYLES = {
     "critical": "bold white on red",
     "high": "bold red",
@@ -63,6 +70,7 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
         out.print(clean(path), style="bold")
         for finding in findings:
             _print_finding(out, finding)
+    _print_unread(out, review.unread, review.unread_count)
     out.print(_closing(review))
     if review.ambiguous_calls:
         out.warn(
@@ -101,11 +109,22 @@ def print_dry_run(out: Output, answer: review_pb2.DryRunReviewResponse) -> None:
         ],
     )
     for path in answer.skipped_files:
-        out.print(f"skipped: {clean(path)} (nothing to review in it)", style="dim")
+        out.print(f"skipped: {clean(path)} (no line is changed)", style="dim")
+    _print_unread(out, answer.unread, answer.unread_count)
     out.print(
         f"{count(answer.calls, 'call')} to {clean(answer.model)} on key {clean(answer.key_id)};"
         f" at most {answer.max_calls_per_review} are allowed; none was made"
     )
+
+
+def _print_unread(out: Output, parts: Sequence[review_pb2.UnreadPart], number: int) -> None:
+    shown = parts[:_MOST_UNREAD]
+    for part in shown:
+        reason = short(review_pb2.UnreadReason, part.reason)
+        why = _WHY_UNREAD.get(reason, reason)
+        out.print(f"read by no model: {clean(part.path)} ({why})", style="yellow")
+    if number > len(shown) and parts:
+        out.print(f"read by no model: {number - len(shown)} more", style="yellow")
 
 
 def _print_finding(out: Output, finding: review_pb2.Finding) -> None:
@@ -148,6 +167,8 @@ def _closing(review: review_pb2.Review) -> Text:
         line.append("no findings", style="green").append("; ", style="default")
     if review.dropped_findings:
         line.append(f"{review.dropped_findings} dropped (not on lines of the diff); ")
+    if review.unread_count:
+        line.append(f"{count(review.unread_count, 'part')} read by no model; ", style="yellow")
     line.append(f"{count(review.calls_started, 'call')} to {clean(review.model)}")
     if review.HasField("end_time"):
         spent = review.end_time.ToDatetime() - review.create_time.ToDatetime()

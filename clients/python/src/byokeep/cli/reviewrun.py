@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,7 +20,7 @@ from byokeep.cli.reviewoutput import (
     review_id,
 )
 from byokeep.cli.session import Format, Session, pages
-from byokeep.cli.text import clean
+from byokeep.cli.text import clean, count
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:
@@ -74,24 +75,60 @@ def _watch(session: Session, submitted: Review) -> Review:
     )
 
 
-def finish(session: Session, review: Review, fail_on: str | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What makes a command of a review exit with more than 0 though the review is completed."""
+
+    severity: str | None = None
+    unread: bool = False
+
+    @classmethod
+    def of(cls, fail_on: str | None, fail_on_unread: bool | None) -> Gate:
+        """Return the gate of the two options; what nobody read passes none by default."""
+        return cls(fail_on, fail_on is not None if fail_on_unread is None else fail_on_unread)
+
+    @property
+    def closed(self) -> bool:
+        """Whether there is anything that does not pass."""
+        return self.unread or self.severity is not None
+
+
+def finish(session: Session, review: Review, gate: Gate) -> None:
     """Print a review in the chosen form, and end as it did.
 
     Raises:
-        CliError: it failed or was cancelled.
-        typer.Exit: a finding is as bad as `fail_on`, or worse.
+        CliError: it failed or was cancelled, or has not ended and there is a gate.
+        typer.Exit: it does not pass the gate.
     """
+    from byokeep.edge import TERMINAL
+
+    ended = review.state in TERMINAL
     if session.format in _EXPORTS:
-        _export(session, review)
+        if ended:
+            _export(session, review)
     elif not session.out.as_json:
         print_review(session.out, review)
     if review.state == review_pb2.REVIEW_STATE_FAILED:
         raise _failed(review)
     if review.state == review_pb2.REVIEW_STATE_CANCELLED:
         raise CliError("the review was cancelled", "", Exit.REVIEW_FAILED, "CANCELLED")
-    if fail_on is not None and at_least(review, fail_on):
-        session.out.note(f"there are findings of severity {fail_on} or worse")
+    if gate.closed and not ended:
+        follow_it = f"byokeep review show {review_id(review)} --watch"
+        raise CliError("the review has not ended yet", follow_it, Exit.REVIEW_FAILED, "NOT_ENDED")
+    if gate.severity is not None and at_least(review, gate.severity):
+        session.out.note(f"there are findings of severity {gate.severity} or worse")
         raise typer.Exit(Exit.FAIL_ON)
+    check_unread(session, review.unread_count, gate)
+
+
+def check_unread(session: Session, number: int, gate: Gate) -> None:
+    """Say how many parts no model reads. Raises typer.Exit: there are some, and the gate is closed
+    for them."""
+    if gate.unread and number:
+        session.out.note(
+            f"{count(number, 'part')} of the diff not read by any model; --no-fail-on-unread passes"
+        )
+        raise typer.Exit(Exit.UNREAD)
 
 
 def _failed(review: Review) -> CliError:
@@ -103,8 +140,6 @@ def _failed(review: Review) -> CliError:
 
 
 def _export(session: Session, review: Review) -> None:
-    if review.state != review_pb2.REVIEW_STATE_COMPLETED:
-        return
     request = review_pb2.ExportReviewRequest(name=review.name, format=_EXPORTS[session.format])
     content = session.connection.reviews.ExportReview(request).content
     print(clean(content, lines=True).rstrip("\n"))

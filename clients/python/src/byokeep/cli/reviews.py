@@ -18,7 +18,7 @@ from byokeep.cli.reviewoutput import (
     progress_line,
     review_id,
 )
-from byokeep.cli.reviewrun import find, finish, follow
+from byokeep.cli.reviewrun import Gate, check_unread, find, finish, follow
 from byokeep.cli.session import Format, Session, command, examples, request_id
 from byokeep.orchestrator.v1 import review_pb2
 
@@ -43,6 +43,14 @@ class FailOn(StrEnum):
 FailOnOption = Annotated[
     FailOn | None,
     typer.Option(help="Exit 1 where a finding is as bad as this, or worse.", show_default=False),
+]
+FailOnUnreadOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--fail-on-unread/--no-fail-on-unread",
+        help="Exit 8 where a part of the diff is read by no model; default: with --fail-on.",
+        show_default=False,
+    ),
 ]
 Reference = Annotated[
     str,
@@ -96,6 +104,7 @@ def review(
         bool, typer.Option("--dry-run", help="Show the calls that it would make; make none.")
     ] = False,
     fail_on: FailOnOption = None,
+    fail_on_unread: FailOnUnreadOption = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Submit, print the id, do not wait.")
     ] = False,
@@ -117,12 +126,20 @@ def review(
         raise CliError("--request-id takes 8 to 64 letters, digits, hyphens and underscores")
     if dry_run and session.format not in (Format.TEXT, Format.JSON):
         raise CliError("--dry-run finds nothing that could be exported: it takes text or json")
+    gate = Gate.of(fail_on, fail_on_unread)
+    if dry_run and fail_on is not None:
+        raise CliError("--dry-run finds nothing to fail on: it takes --fail-on-unread alone")
+    if detach and gate.closed:
+        raise CliError(
+            "--detach does not wait for what --fail-on and --fail-on-unread look at",
+            "byokeep review show ID --watch --fail-on SEVERITY",
+        )
     given = reviewinput.Given(
         diff, base, repo, pr, head, title, description, context or [], guidance, model, user
     )
     content = reviewinput.build(given)
     if dry_run:
-        _dry_run(session, content)
+        _dry_run(session, content, gate)
         return
     connection = session.connection
     submitted = connection.reviews.SubmitReview(
@@ -133,7 +150,7 @@ def review(
     if detach:
         _detached(session, submitted)
     else:
-        finish(session, follow(session, submitted), fail_on)
+        finish(session, follow(session, submitted), gate)
 
 
 @app.command(epilog=examples("byokeep review show rev_01k", "byokeep review show rev_01k --watch"))
@@ -143,19 +160,21 @@ def show(
     reference: Reference,
     watch: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     fail_on: FailOnOption = None,
+    fail_on_unread: FailOnUnreadOption = None,
 ) -> None:
     """Show a review and its findings."""
     from byokeep.edge import TERMINAL
 
+    gate = Gate.of(fail_on, fail_on_unread)
     name = find(session, reference)
     request = review_pb2.GetReviewRequest(name=name)
     found = session.connection.reviews.GetReview(request).review
     if watch and found.state not in TERMINAL:
-        finish(session, follow(session, found), fail_on)
+        finish(session, follow(session, found), gate)
         return
     if session.out.as_json:
         session.out.json(message_dict(found))
-    finish(session, found, fail_on)
+    finish(session, found, gate)
 
 
 @app.command("list", epilog=examples("byokeep review list --repo acme/shop"))
@@ -192,14 +211,19 @@ def cancel(session: Session, reference: Reference) -> None:
 
 @app.command(epilog=examples("byokeep review retry rev_01k"))
 @command()
-def retry(session: Session, reference: Reference, fail_on: FailOnOption = None) -> None:
+def retry(
+    session: Session,
+    reference: Reference,
+    fail_on: FailOnOption = None,
+    fail_on_unread: FailOnUnreadOption = None,
+) -> None:
     """Start a new attempt of a failed review, and follow it."""
     request = review_pb2.RetryReviewRequest(name=find(session, reference), request_id=request_id())
     again = session.connection.reviews.RetryReview(request).review
-    finish(session, follow(session, again), fail_on)
+    finish(session, follow(session, again), Gate.of(fail_on, fail_on_unread))
 
 
-def _dry_run(session: Session, content: review_pb2.ReviewInput) -> None:
+def _dry_run(session: Session, content: review_pb2.ReviewInput, gate: Gate) -> None:
     connection = session.connection
     answer = connection.reviews.DryRunReview(
         review_pb2.DryRunReviewRequest(parent=connection.parent, input=content)
@@ -208,6 +232,7 @@ def _dry_run(session: Session, content: review_pb2.ReviewInput) -> None:
         session.out.json(message_dict(answer))
     else:
         print_dry_run(session.out, answer)
+    check_unread(session, answer.unread_count, gate)
 
 
 def _detached(session: Session, submitted: Review) -> None:
