@@ -32,6 +32,7 @@ class Caller:
     classes: frozenset[int]
 
 
+_presented: contextvars.ContextVar[str] = contextvars.ContextVar("byokeep_presented", default="")
 _current: contextvars.ContextVar[Caller] = contextvars.ContextVar("byokeep_caller")
 
 
@@ -48,10 +49,17 @@ def enter(caller: Caller) -> None:
 def presented_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     """Return the SPIFFE ID of a connection's verified certificate, or an empty text.
 
-    gRPC sets `peer_spiffe_id` only where the certificate has exactly one URI name.
+    gRPC sets `peer_spiffe_id` only where the certificate has exactly one URI name. To be asked
+    where a call begins: once it has ended, gRPC reads memory that is gone, and the process dies.
     """
     values = tuple(context.auth_context().get("peer_spiffe_id") or ())
-    return values[0].decode("ascii", "replace") if len(values) == 1 else ""
+    _presented.set(values[0].decode("ascii", "replace") if len(values) == 1 else "")
+    return presented()
+
+
+def presented() -> str:
+    """Return what `presented_id` found for the RPC that is being handled."""
+    return _presented.get()
 
 
 class CallerClasses:

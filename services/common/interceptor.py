@@ -81,7 +81,7 @@ class _Call:
                 await self._admit(request, context)
                 return await inner(request, context)
             except Exception as error:
-                refusal = self._refusal(error, context)
+                refusal = self._refusal(error)
             await _abort(context, refusal)
 
         return handle
@@ -93,7 +93,7 @@ class _Call:
                 self._identify(context)
                 return await inner(_validated(requests), context)
             except Exception as error:
-                refusal = self._refusal(error, context)
+                refusal = self._refusal(error)
             await _abort(context, refusal)
 
         return handle
@@ -106,7 +106,7 @@ class _Call:
                 async for response in inner(request, context):
                     yield response
             except Exception as error:
-                refusal = self._refusal(error, context)
+                refusal = self._refusal(error)
             if refusal is not None:
                 await _abort(context, refusal)
 
@@ -120,7 +120,7 @@ class _Call:
                 async for response in inner(_validated(requests), context):
                     yield response
             except Exception as error:
-                refusal = self._refusal(error, context)
+                refusal = self._refusal(error)
             if refusal is not None:
                 await _abort(context, refusal)
 
@@ -139,7 +139,7 @@ class _Call:
         if self._access.roles and self._gate._authorize is not None:
             await self._gate._authorize(caller, self._access, request)
 
-    def _refusal(self, error: Exception, context: Context) -> ByokeepError:
+    def _refusal(self, error: Exception) -> ByokeepError:
         if isinstance(error, grpc.aio.AbortError):
             raise error
         if not isinstance(error, ByokeepError):
@@ -150,7 +150,7 @@ class _Call:
             # Tried again by its own gRPC, the caller would see its deadline pass, and never why.
             error.retried = False
         if self._gate._denied is not None and error.code in _DENIALS:
-            self._gate._denied(authz.presented_id(context), self._method, error.reason)
+            self._gate._denied(authz.presented(), self._method, error.reason)
         return error
 
 

@@ -92,10 +92,11 @@ def _wrap(method: str, handler: Handler) -> Handler:
 class _Observed:
     """One call, from its start to its end."""
 
-    __slots__ = ("_context", "_method", "_seconds", "_start")
+    __slots__ = ("_caller", "_context", "_method", "_seconds", "_start")
 
     def __init__(self, method: str, seconds: Any, context: Context) -> None:
         self._method, self._seconds, self._context = method, seconds, context
+        self._caller = authz.presented_id(context)
         self._start = time.perf_counter()
 
     def __enter__(self) -> None:
@@ -120,7 +121,7 @@ class _Observed:
             method=self._method,
             code=code,
             ms=round(took * 1000, 1),
-            caller=authz.presented_id(self._context)[:256],
+            caller=self._caller[:256],
             request=_request.get(),
         )
 
