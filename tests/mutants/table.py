@@ -26,6 +26,8 @@ _BETWEEN = _SEC + "test_between_passes.py::"
 _UNSEEN = _SEC + "test_hidden_rows.py::"
 _HIDDEN = _DEATH + "test_a_version_that_was_hidden_is_destroyed_with_its_key"
 
+_CLI = "clients/python/src/byokeep/cli/"
+_CLI_REVIEWS = "tests/unit/test_cli_reviews.py::"
 _AUDITLOG = "clients/python/src/byokeep/auditlog/"
 _OR = "services/orchestrator/"
 _OUTLIVED = "tests/component/test_orchestrator_keys.py::"
@@ -2358,5 +2360,54 @@ MUTANTS = (
         "greatest(max(sequence), 0)",
         "coalesce(max(sequence), 0)",
         (_SEC + "test_holds.py::test_a_number_below_zero_stops_no_watcher",),
+    ),
+    Mutant(
+        "a change's own attributes decide what is shown of it",
+        _CLI + "gitdiff.py",
+        '"* !diff -text !eol !working-tree-encoding !ident !filter\\n"',
+        '"\\n"',
+        (_SEC + "test_ambient.py::test_no_attribute",),
+    ),
+    Mutant(
+        "the checkout's own configuration decides what is shown",
+        _CLI + "gitdiff.py",
+        '"GIT_DIR": home,',
+        '"GIT_DIR": str(self.objects.parent),',
+        (_SEC + "test_ambient.py::test_no_setting_that_decides_what_git_shows",),
+    ),
+    Mutant(
+        "a flag of the index hides a change",
+        _CLI + "gitdiff.py",
+        "if hidden.match(entry)",
+        "if not entry",
+        (_SEC + "test_ambient.py::test_no_flag_of_the_index",),
+    ),
+    Mutant(
+        "a link leads context files out of the checkout",
+        _CLI + "files.py",
+        "    if not full.is_relative_to(root):\n",
+        "    if full == root:\n",
+        (_CLI_REVIEWS + "test_what_is_no_file_of_the_checkout_does_not_travel",),
+    ),
+    Mutant(
+        "a link that appears after the look is followed",
+        _CLI + "files.py",
+        "_FLAGS | os.O_NOFOLLOW, dir_fd=folder",
+        "_FLAGS, dir_fd=folder",
+        (_CLI_REVIEWS + "test_a_link_that_appears_after_the_look_is_not_followed",),
+    ),
+    Mutant(
+        "a gate passes what nobody read",
+        _CLI + "reviewrun.py",
+        "    if gate.unread and number:\n",
+        "    if gate.unread and not number:\n",
+        (_CLI_REVIEWS + "test_a_gate_fails_on_what_nobody_read",),
+    ),
+    Mutant(
+        "a diff's path leads out of its tree",
+        "services/common/diff.py",
+        'if any(path != _DEV_NULL and _OUTSIDE.match(path or "") for path in names):',
+        "if not names:",
+        ("tests/unit/test_diff.py::test_a_path_that_leads_out_of_the_tree_is_refused",),
     ),
 )
