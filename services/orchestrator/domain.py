@@ -153,8 +153,8 @@ def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = "
             return ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "NO_ACTIVE_KEY",
-                f"{key_id} is PENDING: its provider has not said yet whether it accepts it;"
-                f" 'byokeep key show {key_id}' says why, and it becomes ACTIVE by itself",
+                f"{key_id} is PENDING until its provider says that it accepts it;"
+                f" 'byokeep key show {key_id}' says how far that is",
                 provider=provider,
                 key=key_id,
                 state="PENDING",
