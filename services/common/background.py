@@ -55,6 +55,14 @@ class Background:
         died = {name for name, keeper in self._keepers.items() if keeper.done()}
         return sorted(self._down | self._failing | died)
 
+    async def end(self, name: str) -> None:
+        """End one that runs."""
+        keeper = self._keepers.pop(name)
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        self._down.discard(name)
+        self._failing.discard(name)
+
     async def close(self) -> None:
         """End everything that runs."""
         keepers = list(self._keepers.values())

@@ -96,6 +96,16 @@ class Database:
         async with self.statement() as session, session.connection.transaction():
             yield session
 
+    async def batch(self, *statements: tuple[LiteralString, Parameters]) -> list[Row]:
+        """Run statements as one transaction, all sent before the first answer is waited for: no
+        client that stands still holds what they lock. Return the rows of the last."""
+        async with self.statement() as session:
+            connection = session.connection
+            async with connection.pipeline(), connection.transaction():
+                for statement, parameters in statements:
+                    cursor = await connection.execute(statement, parameters)
+            return await cursor.fetchall()
+
     async def open(self) -> None:
         """Begin to connect."""
         await self._pool.open()

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 REVIEW: Final = "byokeep_review"
 KEY: Final = "byokeep_key"
 CANCEL: Final = "byokeep_cancel"
+#: Some attempt may have become due; its payload is empty.
+DUE: Final = "byokeep_due"
 _RECONNECT_SECONDS: Final = 1.0
 
 
@@ -81,11 +83,17 @@ class Events:
             self._url, application_name="byokeep-orchestrator-events"
         )
         async with connection:
-            await connection.execute(f"LISTEN {REVIEW}; LISTEN {KEY}; LISTEN {CANCEL}")
+            await connection.execute(
+                f"LISTEN {REVIEW}; LISTEN {KEY}; LISTEN {CANCEL}; LISTEN {DUE}"
+            )
             self._wake_all()
             async for notice in postgres.notices(connection):
-                for subscription in self._subscriptions.get((notice.channel, notice.payload), ()):
-                    subscription.wake()
+                self.wake(notice.channel, notice.payload)
+
+    def wake(self, channel: str, payload: str) -> None:
+        """Wake this process's own subscribers to one thing."""
+        for subscription in self._subscriptions.get((channel, payload), ()):
+            subscription.wake()
 
     def _wake_all(self) -> None:
         for subscriptions in self._subscriptions.values():
