@@ -25,7 +25,7 @@ LOCKED_TOO := tools images
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run prove up down status clean test test-deep test-integration chaos mutants lint bench docs protos lock setup \
+.PHONY: help run prove up down status clean test test-deep test-integration test-clients chaos mutants lint bench docs protos lock setup \
 	images test-images policies
 
 help: ## this list
@@ -73,6 +73,9 @@ test: $(VENV) $(STUBS) ## unit, component and security tests, on a real PostgreS
 test-deep: $(VENV) $(STUBS) ## the long rounds: memory scans, live certificates, kill -9, a million fuzzed inputs
 	BYOKEEP_FUZZ_INPUTS=1000000 $(BIN)/python -m pytest -n $(WORKERS) --dist load \
 		-m "deep or fuzz" $(PYTEST_ARGS)
+
+test-clients: $(VENV) $(STUBS) ## the packages as others install them: wheels, Go, TypeScript, byokeep.testing, CI
+	$(BIN)/python -m pytest tests/clients --timeout 600 $(PYTEST_ARGS)
 
 test-integration: $(VENV) $(STUBS) ## tests on a real Vault or OpenBao; a Vault is built the first time (ten minutes)
 	$(BIN)/python -m tests.harness.vault_binary

@@ -53,7 +53,8 @@ _OPTIONS: list[tuple[str, int]] = [
 
 
 class App(Protocol):
-    """What a service brings. It may also have `authorize` and `denied` (see interceptor)."""
+    """What a service brings. It may also have `authorize` and `denied` (see interceptor), and
+    `drain`: a function that lets its endless streams end, called before the server stops."""
 
     #: What it does beside its calls; nothing of it may be down for health to be SERVING.
     background: Background
@@ -207,6 +208,7 @@ async def _serve(settings: ServiceSettings, app: App) -> None:
             await stop.wait()
             await health.close()
         logs.event(log, "draining")
+        getattr(app, "drain", lambda: None)()
         await status.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     finally:
         if server is not None:

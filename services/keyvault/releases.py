@@ -66,8 +66,9 @@ class Releases:
     ) -> None:
         """End a lease; a second release changes nothing. Only its holder may.
 
-        KEY_REJECTED marks an ACTIVE version NEEDS_REKEY in the same transaction, unless its key's
-        rows were forged.
+        KEY_REJECTED by a validation, which asked for the provider's model list, marks an ACTIVE
+        version NEEDS_REKEY in the same transaction, unless its key's rows were forged. By a review
+        it is on record only: one rejected call may be the provider's passing fault.
 
         Raises:
             ByokeepError: NOT_FOUND, also for another identity's lease.
@@ -122,7 +123,7 @@ class Releases:
                 return
             await store.close(connection, end.lease_id, end.outcome)
             event = end.event(locked)
-            if locked.lease.purpose == grant_pb2.LEASE_PURPOSE_REVIEW and (
+            if locked.lease.purpose == grant_pb2.LEASE_PURPOSE_VALIDATION and (
                 locked.state is State.ACTIVE
             ):
                 await self._mark(connection, locked, event)

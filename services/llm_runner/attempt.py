@@ -67,6 +67,7 @@ class Attempt:
         self._call_sequence = 0
         self._report = lease_pb2.PlaintextReport(process_id=child.pid)
         self._lease_id = ""
+        self._verdict = key_pb2.VALIDATION_VERDICT_UNSPECIFIED
         self._told: runner_pb2.Outcome | None = None
         self._ending: Ending | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -169,9 +170,8 @@ class Attempt:
         if leased is None:
             raise LeaseRefusedError(
                 runner_pb2.Outcome(
-                    failure=review_pb2.FAILURE_REASON_LEASE_REFUSED,
+                    failure=review_pb2.FAILURE_REASON_KEYVAULT_UNAVAILABLE,
                     message="keyvault's revocation stream is lost; no key is leased without it.",
-                    retryable=True,
                 )
             )
         self._limit(leased.expire_time.ToNanoseconds() / 1e9 - time.time())
@@ -210,7 +210,9 @@ class Attempt:
 
     async def _validation_result(self, payload: bytes) -> None:
         self._call = _Call.NONE
-        self.outbox.post(validation_result=runner_pb2.ValidationResult.FromString(payload))
+        result = runner_pb2.ValidationResult.FromString(payload)
+        self._verdict = result.verdict
+        self.outbox.post(validation_result=result)
 
     async def _end(self, payload: bytes) -> None:
         self._told = runner_pb2.Outcome.FromString(payload)
@@ -246,7 +248,9 @@ class Attempt:
         if self._lease_id:
             self._means.watch.untrack(self._lease_id)
             await self._means.leases.release(
-                self._lease_id, endings.lease_outcome(self._told, ending), self._report
+                self._lease_id,
+                endings.lease_outcome(self._told, ending, self._verdict),
+                self._report,
             )
         outcome = self._told or endings.outcome(ending, call_in_flight=self._call is _Call.OPEN)
         outcome.report.CopyFrom(self._report)

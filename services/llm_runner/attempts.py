@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Final
 
 import grpc
+from byokeep import ids
 from byokeep.runner.v1 import runner_pb2
 
-from services.common import background
 from services.common.errors import ByokeepError
 from services.llm_runner.attempt import Attempt, Means
 from services.llm_runner.endings import Ending
@@ -18,6 +19,8 @@ from services.llm_runner.spawner import Spawner, SpawnError
 
 RETENTION_SECONDS: Final = 30.0
 _RETRY_SECONDS: Final = 1.0
+# An orchestrator that hears nothing for three seconds takes this runner for lost.
+_TELL_SECONDS: Final = 1.0
 
 
 class Attempts:
@@ -29,6 +32,9 @@ class Attempts:
         self._means = means
         self._limit = limit
         self._children = 0
+        self._id = ids.new_id("run")
+        self._draining = False
+        self._watchers: set[asyncio.Event] = set()
         self._known: dict[str, Attempt] = {}
         self._expiries: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -41,21 +47,21 @@ class Attempts:
         if known is not None:
             self._disarm(known)
             known.stop(Ending.ABANDONED)
-        if self._children >= self._limit:
+        if self._draining or self._children >= self._limit:
             raise self._overloaded()
-        self._children += 1
+        self._count(1)
         child = None
         try:
             with contextlib.suppress(SpawnError):
                 child = await self._spawner.spawn()
         finally:
-            self._children -= child is None
+            self._count(-(child is None))
         if child is None:
             raise self._overloaded()
         attempt = Attempt(assign, child, self._means)
         self._known[attempt.id] = attempt
         # Serialized here, so that no task keeps the diff longer than it takes to hand it over.
-        task = background.start("attempt", attempt.run(assign.SerializeToString()))
+        task = asyncio.create_task(attempt.run(assign.SerializeToString()))
         self._tasks.add(task)
         task.add_done_callback(partial(self._ended, attempt))
         return attempt
@@ -90,10 +96,32 @@ class Attempts:
         elif attempt.id not in self._expiries:
             self._arm(attempt)
 
-    def resume(self) -> None:
-        """Let calls be made that waited for keyvault."""
+    def watch_changed(self) -> None:
+        """Let calls be made that waited for keyvault, and tell whether there is room."""
         for attempt in self._known.values():
             attempt.resume()
+        self._tell()
+
+    def drain(self) -> None:
+        """Take nothing more; whoever watches the room is told, and let go."""
+        self._draining = True
+        self._tell()
+
+    async def watch_capacity(self) -> AsyncIterator[runner_pb2.WatchCapacityResponse]:
+        """Give the room that there is: now, at every change, and at least once a second."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                yield self._capacity()
+                if self._draining:
+                    return
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_TELL_SECONDS):
+                        await changed.wait()
+        finally:
+            self._watchers.discard(changed)
 
     def stop(self, ending: Ending) -> None:
         """Kill every child."""
@@ -110,10 +138,26 @@ class Attempts:
 
     def _ended(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._children -= 1
+        self._count(-1)
         if self._known.get(attempt.id) is attempt:
             self._disarm(attempt)
             self._arm(attempt)
+
+    def _capacity(self) -> runner_pb2.WatchCapacityResponse:
+        # Without keyvault's revocations no key is leased, so that a child could only wait.
+        draining = self._draining or not self._means.watch.healthy
+        free = 0 if draining else max(0, self._limit - self._children)
+        return runner_pb2.WatchCapacityResponse(
+            runner_id=self._id, places=self._limit, free=free, draining=draining
+        )
+
+    def _count(self, children: int) -> None:
+        self._children += children
+        self._tell()
+
+    def _tell(self) -> None:
+        for watcher in self._watchers:
+            watcher.set()
 
     def _arm(self, attempt: Attempt) -> None:
         self._expiries[attempt.id] = asyncio.get_running_loop().call_later(

@@ -14,7 +14,7 @@ from byokeep.keyvault.v1.lease_pb2_grpc import LeaseServiceStub
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.common import background, logs
+from services.common import logs
 
 if TYPE_CHECKING:  # only in its stubs
     from byokeep.keyvault.v1.lease_pb2_grpc import LeaseServiceAsyncStub
@@ -70,7 +70,7 @@ class Leases:
     ) -> None:
         """Release a lease; what keyvault does not take quickly goes on in the background."""
         request = lease_pb2.ReleaseLeaseRequest(lease_id=lease_id, outcome=outcome, report=report)
-        task = background.start("release", self._release(request))
+        task = asyncio.create_task(self._release(request))
         self._releasing.add(task)
         task.add_done_callback(self._releasing.discard)
         await asyncio.wait({task}, timeout=_RELEASE_SECONDS)
@@ -102,20 +102,43 @@ class Leases:
         )
 
 
+# What keyvault's reasons are called here. DATABASE_ROLLED_BACK: it gives no lease at all until an
+# operator has looked, which is as good as away.
+_REFUSED: Final = {
+    "LEASE_CAP": (
+        review_pb2.FAILURE_REASON_LEASE_CAP,
+        "A lease cap held in keyvault is reached.",
+    ),
+    "TENANT_NOT_ACTIVE": (
+        review_pb2.FAILURE_REASON_TENANT_SUSPENDED,
+        "An operator holds the tenant's leases back.",
+    ),
+    "KEY_NEEDS_REKEY": (
+        review_pb2.FAILURE_REASON_KEY_NEEDS_REKEY,
+        "The provider rejected this version of the key before.",
+    ),
+    "DATABASE_ROLLED_BACK": (
+        review_pb2.FAILURE_REASON_KEYVAULT_UNAVAILABLE,
+        "keyvault gives no lease until an operator has looked.",
+    ),
+}
+_AWAY: Final = (
+    review_pb2.FAILURE_REASON_KEYVAULT_UNAVAILABLE,
+    "keyvault, or its backend of key-encryption keys, does not answer.",
+)
+_DEAD: Final = (review_pb2.FAILURE_REASON_KEY_REVOKED, "The key was revoked or destroyed.")
+_OTHER: Final = (review_pb2.FAILURE_REASON_LEASE_REFUSED, "keyvault refused the lease.")
+
+
 def _refusal(info: ErrorInfo) -> runner_pb2.Outcome:
-    refused = runner_pb2.Outcome(
-        failure=review_pb2.FAILURE_REASON_LEASE_REFUSED, message="keyvault refused the lease."
+    if info.reason in _REFUSED:
+        failure, message = _REFUSED[info.reason]
+    elif info.code in (*_UNANSWERED, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        failure, message = _AWAY
+    else:
+        failure, message = _DEAD if info.metadata.get("state") in _DEAD_STATES else _OTHER
+    return runner_pb2.Outcome(
+        failure=failure,
+        message=message,
+        retry_after_ms=round((info.retry_after_seconds or 0) * 1000),
     )
-    if info.code in _UNANSWERED:
-        refused.message = "keyvault does not answer."
-        refused.retryable = True
-    elif info.code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        refused.message = "A lease cap held in keyvault is reached."
-        refused.retryable = True
-    elif info.reason == "KEY_NEEDS_REKEY":
-        refused.failure = review_pb2.FAILURE_REASON_KEY_REJECTED
-        refused.message = "The provider rejected this version of the key before."
-    elif info.metadata.get("state") in _DEAD_STATES:
-        refused.failure = review_pb2.FAILURE_REASON_KEY_REVOKED
-        refused.message = "The key was revoked or destroyed."
-    return refused

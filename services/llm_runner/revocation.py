@@ -37,10 +37,10 @@ Stop = Callable[[Ending], None]
 class RevocationWatch:
     """Knows which leases are held here, and ends their holders."""
 
-    def __init__(self, channel: grpc.aio.Channel, resumed: Callable[[], None]) -> None:
-        """`resumed` is called when calls may start again after a loss."""
+    def __init__(self, channel: grpc.aio.Channel, changed: Callable[[], None]) -> None:
+        """`changed` is called when calls may start again after a loss, and at a loss."""
         self._stub: LeaseServiceAsyncStub = LeaseServiceStub(channel)
-        self._resumed = resumed
+        self._changed = changed
         self._healthy = asyncio.Event()
         self._since = 0
         self._holders: dict[str, Stop] = {}
@@ -111,7 +111,8 @@ class RevocationWatch:
     def _lost(self, code: str) -> None:
         if self.healthy:
             logs.event(log, "revocations_lost", level=logging.WARNING, code=code)
-        self._healthy.clear()
+            self._healthy.clear()
+            self._changed()
 
     async def _follow(self) -> None:
         call = self._stub.WatchRevocations(
@@ -142,7 +143,7 @@ class RevocationWatch:
         if not self.healthy:
             self._healthy.set()
             logs.event(log, "revocations_heard", sequence=self._since)
-            self._resumed()
+            self._changed()
 
     def _end(self, lease_ids: Iterable[str]) -> None:
         for lease_id in lease_ids:

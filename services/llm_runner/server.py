@@ -44,7 +44,7 @@ class App:
             settings.keyvault_address, settings.keyvault_name, settings.tls
         )
         self._leases = Leases(self._channel)
-        self._watch = RevocationWatch(self._channel, lambda: self._attempts.resume())
+        self._watch = RevocationWatch(self._channel, lambda: self._attempts.watch_changed())
         means = Means(Dialer(parse_overrides(settings.provider_dial)), self._leases, self._watch)
         self._attempts = Attempts(self._spawner, means, settings.max_children)
         try:
@@ -61,6 +61,10 @@ class App:
     async def missing(self) -> list[str]:
         """Name keyvault where no revocation would be heard: no key is leased then."""
         return [] if self._watch.healthy else ["keyvault's revocations"]
+
+    def drain(self) -> None:
+        """Take nothing more, and say so to who watches."""
+        self._attempts.drain()
 
     async def stop(self) -> None:
         """Kill what is left, release its leases, close everything."""

@@ -1,4 +1,4 @@
-"""RunnerService: one stream, one attempt."""
+"""RunnerService: one stream, one attempt; and a stream of the room that there is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from services.llm_runner.endings import Ending
 
 
 class RunnerService(RunnerServiceServicer):
-    """Reads the orchestrator's words into an attempt, and gives out the attempt's."""
+    """Reads the orchestrator's words into an attempt, and gives out the attempt's; tells the room
+    that there is."""
 
     def __init__(self, attempts: Attempts) -> None:
         """Serve these attempts."""
@@ -40,6 +41,13 @@ class RunnerService(RunnerServiceServicer):
             self._attempts.detach(attempt, reader)
         if feeder.done() and not feeder.cancelled():
             feeder.result()
+
+    async def WatchCapacity(
+        self, request: runner_pb2.WatchCapacityRequest, context: Any
+    ) -> AsyncIterator[runner_pb2.WatchCapacityResponse]:
+        """See the proto."""
+        async for capacity in self._attempts.watch_capacity():
+            yield capacity
 
     async def _open(self, requests: AsyncIterator[runner_pb2.ExecuteRequest]) -> Attempt:
         async for first in requests:

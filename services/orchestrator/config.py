@@ -42,6 +42,11 @@ class Settings(config.ServiceSettings):
     attempt_seconds: int = config.setting(
         "an attempt is killed after this long", default=900, most=86_400
     )
+    wait_seconds: int = config.setting(
+        "a review that waits for the same thing this long fails with that reason",
+        default=86_400,
+        most=30 * 86_400,
+    )
     drain_seconds: int = config.setting(
         "SIGTERM waits this long for attempts", default=900, most=86_400
     )

@@ -53,7 +53,6 @@ class Database:
 
     def __init__(self, url: str, connections: int) -> None:
         """Prepare for a `postgresql://` URL; `open` connects."""
-        self._told = logs.Repeated(log)
         self._pool = postgres.Pool(
             url,
             connections,
@@ -83,7 +82,7 @@ class Database:
             if connection is not None:
                 await self._pool.putconn(connection)
         if failed is not None:
-            self._told.failure("database_unavailable", failed, cause=postgres.cause(failed))
+            logs.failure(log, "database_unavailable", failed, cause=postgres.cause(failed))
             raise ByokeepError(
                 grpc.StatusCode.UNAVAILABLE,
                 "DEPENDENCY_UNAVAILABLE",
@@ -96,6 +95,16 @@ class Database:
         """Give a session in a transaction: committed at the end, rolled back on error."""
         async with self.statement() as session, session.connection.transaction():
             yield session
+
+    async def batch(self, *statements: tuple[LiteralString, Parameters]) -> list[Row]:
+        """Run statements as one transaction, all sent before the first answer is waited for: no
+        client that stands still holds what they lock. Return the rows of the last."""
+        async with self.statement() as session:
+            connection = session.connection
+            async with connection.pipeline(), connection.transaction():
+                for statement, parameters in statements:
+                    cursor = await connection.execute(statement, parameters)
+            return await cursor.fetchall()
 
     async def open(self) -> None:
         """Begin to connect."""

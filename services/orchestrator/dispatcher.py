@@ -1,4 +1,4 @@
-"""Runs attempts that the queue says are due, and decides what follows from their ends."""
+"""Runs attempts whose turn it is, as many as runners have room for, and decides what follows."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from byokeep import names
 from byokeep.common.v1.options_pb2 import SignedEnvelope
 from byokeep.keyvault.v1 import custody_pb2
 
-from services.common import background, deadline, logs
+from services.common import deadline, logs
+from services.common.background import start
 from services.common.errors import ByokeepError
-from services.orchestrator import content, domain
-from services.orchestrator.domain import Failure
-from services.orchestrator.events import CANCEL, Events, Subscription
-from services.orchestrator.execution import Execution, Result, Stream
+from services.orchestrator import content, domain, failures
+from services.orchestrator.events import CANCEL, DUE, REVIEW, Events, Subscription
+from services.orchestrator.execution import Execution, Result
+from services.orchestrator.failures import Decision, Failure, Follows
+from services.orchestrator.fleet import Fleet, Place
 from services.orchestrator.grants import Subject
 from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.store_attempts import (
@@ -40,10 +42,18 @@ _BEAT_SECONDS: Final = 4.0
 # Well below the 30 s for which a runner keeps what nobody took.
 ORPHANED_SECONDS: Final = 12.0
 _VALIDATION_SECONDS: Final = 60
+# What becomes due by the clock, and what a lost notification told of, is seen by then.
+_LOOK_SECONDS: Final = 0.5
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    work: Work
+    execution: Execution
 
 
 class Dispatcher:
-    """The worker of the queue: claims, runs and ends attempts."""
+    """The worker: picks, runs and ends attempts."""
 
     def __init__(
         self,
@@ -52,55 +62,111 @@ class Dispatcher:
         contents: content.ContentKeys,
         verdicts: Verdicts,
         events: Events,
-        execute: Callable[..., Stream],
+        fleet: Fleet,
         sign: Callable[[Subject, bytes], SignedEnvelope],
+        *,
         attempt_seconds: int,
+        concurrency: int,
     ) -> None:
-        """`execute` opens a stream to a runner, `sign` signs a grant for a public key."""
+        """`sign` signs a grant for a public key; `concurrency` is the most attempts at once."""
         self._store = store
         self._keyvault = keyvault
         self._contents = contents
         self._verdicts = verdicts
         self._events = events
-        self._execute = execute
+        self._fleet = fleet
         self._sign = sign
         self._seconds = attempt_seconds
-        self._running: dict[str, Execution] = {}
+        self._concurrency = concurrency
+        self._running: set[_Running] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        #: Bytes of open calls' answers, by review.
+        self.answer_bytes: dict[str, int] = {}
 
-    async def handle(self, attempt_id: str) -> None:
-        """Run an attempt, or go on with one whose worker fell silent in a call, unless it is
-        not there to be run: the queue may tell twice."""
-        if attempt_id in self._running:
-            return
-        work = await self._store.claim(attempt_id)
-        if work is None:
-            work = await self._store.take_over(attempt_id, ORPHANED_SECONDS)
-        if work is not None and work.review_id:
-            work = await self._opened(work)
-        if work is None:
-            return
-        seconds = self._seconds if work.review_id else min(self._seconds, _VALIDATION_SECONDS)
-        execution = Execution(work, self._store, self._execute, self._sign, seconds)
-        self._running[attempt_id] = execution
-        with self._events.subscribe(CANCEL, attempt_id) as cancelled:
-            watcher = background.start(
-                "cancel-watch", self._watch(cancelled, attempt_id, execution)
-            )
-            try:
-                await self._run(work, execution)
-            finally:
-                watcher.cancel()
-                del self._running[attempt_id]
+    async def run(self) -> None:
+        """Pick and run attempts, for ever."""
+        with self._events.subscribe(DUE, "") as due:
+            while True:
+                try:
+                    picked = 0 if self._stopping else await self.pick()
+                except ByokeepError:
+                    picked = 0  # told where it was raised
+                if not picked:
+                    await due.wait(_LOOK_SECONDS)
+
+    async def pick(self) -> int:
+        """Start the attempts whose turn it is, where there is room; return how many."""
+        room = min(self._fleet.room, self._concurrency - len(self._tasks))
+        if room <= 0:
+            return 0
+        picked = await self._store.pick(room)
+        for work in picked:
+            self._start(work, self._fleet.take())
+        return len(picked)
+
+    async def take_over(self) -> None:
+        """Go on with attempts whose workers fell silent in a call."""
+        room = self._concurrency - len(self._tasks)
+        if room > 0 and not self._stopping:
+            for work in await self._store.take_over(ORPHANED_SECONDS, room):
+                self._start(work, None)
+
+    async def drain(self) -> None:
+        """Pick nothing more, and wait for what runs."""
+        self._stopping = True
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def close(self) -> None:
+        """End what still runs here: its runners go on, for another replica to take over."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def beat(self) -> None:
         """Say that our attempts live; stop those that are not ours any more."""
-        ours = dict(self._running)
+        ours = {one.work.attempt_id: one.execution for one in self._running}
         if not ours:
             return
         with deadline.within(_BEAT_SECONDS):
             alive = await self._store.heartbeat(list(ours))
         # At once: no runner that takes no word may keep the next beat from coming.
         await asyncio.gather(*(ours[attempt_id].stop() for attempt_id in ours.keys() - alive))
+
+    def _start(self, work: Work, place: Place | None) -> None:
+        task = start("attempt", self._handle(work, place))
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._ended(done, place))
+
+    def _ended(self, task: asyncio.Task[None], place: Place | None) -> None:
+        self._tasks.discard(task)
+        if place is not None:
+            place.give_back()
+        self._events.wake(DUE, "")
+
+    async def _handle(self, work: Work, place: Place | None) -> None:
+        opened = await self._opened(work) if work.review_id else work
+        if opened is None:
+            return
+        work = opened
+        seconds = self._seconds if work.review_id else min(self._seconds, _VALIDATION_SECONDS)
+
+        def progress(received: int) -> None:
+            self.answer_bytes[work.review_id] = received
+            self._events.wake(REVIEW, work.review_id)
+
+        execution = Execution(work, self._store, self._fleet, place, self._sign, seconds, progress)
+        one = _Running(work, execution)
+        self._running.add(one)
+        with self._events.subscribe(CANCEL, work.attempt_id) as cancelled:
+            watcher = start("cancelled", self._watch(cancelled, work.attempt_id, execution))
+            try:
+                await self._run(work, execution)
+            finally:
+                watcher.cancel()
+                self._running.discard(one)
+                self.answer_bytes.pop(work.review_id, None)
 
     async def _opened(self, work: Work) -> Work | None:
         """Open what is to be reviewed; where it can't be, the attempt has ended with that."""
@@ -110,8 +176,9 @@ class Dispatcher:
             return replace(work, input=clear, content_key=key)
         except ByokeepError as error:
             # What was taken over has a call that may have been answered, and so billed.
-            failure = replace(domain.unopened(error), ambiguous=work.turn > 0)
-        await self._finish(work, Result(failure))
+            failure = replace(failures.of_content(error), ambiguous=work.turn > 0)
+        with contextlib.suppress(Fenced):
+            await self._finish(work, Result(failure))
         return None
 
     async def _run(self, work: Work, execution: Execution) -> None:
@@ -142,8 +209,10 @@ class Dispatcher:
     async def _finish(self, work: Work, result: Result) -> None:
         """Store the end of an attempt. Raises Fenced where another worker has it now."""
         try:
-            if work.review_id:
+            if work.kind == "REVIEW":
                 await self._finish_review(work, result)
+            elif work.kind == "CHECK":
+                await self._store.end_validation(work, check_ending(work, result), result.trail)
             else:
                 await self._finish_validation(work, result)
         except Fenced:
@@ -157,34 +226,40 @@ class Dispatcher:
         if failure is None:
             await self._store.end_review(work, Ending("COMPLETED", "COMPLETED"), result.trail)
             return
-        successor = await self._successor(work, failure, could_finish=result.could_finish)
-        await self._store.end_review(work, review_ending(work, failure, successor), result.trail)
+        newer = 0
+        if failures.newer_version_helps(failure.reason):
+            key = await self._key(work)
+            active = key.active_version if key is not None and domain.usable(key) else 0
+            newer = active if active > work.key_version else 0
+            failure = replace(failure, reason=_in_truth(failure.reason, key, work.key_version))
+        decision = failures.decide(
+            failure,
+            tries=work.tries,
+            waited_seconds=work.waited_seconds if work.wait_reason == failure.reason else 0.0,
+            spare_calls=result.spare_calls,
+            refused_call=result.refused_call,
+            newer_version=newer > 0,
+        )
+        successor = None
+        if decision.follows is not Follows.END:
+            version = newer or work.key_version
+            successor = Successor(decision.delay_seconds, version, decision, failure.cause)
+        if successor is not None and not result.trail.lease_id and not work.turn:
+            # No key was given, so there is nothing to tell of but the wait.
+            await self._store.put_back(work, successor)
+        else:
+            ending = review_ending(work, failure, decision, successor)
+            await self._store.end_review(work, ending, result.trail)
         logs.event(
             log,
             "attempt_failed",
             attempt=work.attempt_id,
             review=work.review_id,
             failure=failure.reason,
-            retried=successor is not None,
+            follows=decision.follows.name,
+            delay_ms=round(decision.delay_seconds * 1000),
+            cause=failure.cause,
         )
-
-    async def _successor(
-        self, work: Work, failure: Failure, *, could_finish: bool
-    ) -> Successor | None:
-        if not could_finish or failure.ambiguous:
-            return None
-        if failure.reason in domain.NEWER_VERSION_HELPS:
-            newer = await self._newer_version(work)
-            # Once a version: it ends where no newer one is active.
-            return Successor(0.0, newer) if newer else None
-        delay = domain.retry_delay(failure, work.tries)
-        return None if delay is None else Successor(delay, work.key_version)
-
-    async def _newer_version(self, work: Work) -> int:
-        key = await self._key(work)
-        if key is None or not domain.usable(key) or key.active_version <= work.key_version:
-            return 0
-        return int(key.active_version)
 
     async def _key(self, work: Work) -> custody_pb2.ProviderKey | None:
         try:
@@ -206,19 +281,15 @@ class Dispatcher:
             )
 
     async def _validation_ending(self, work: Work, result: Result) -> ValidationEnding:
-        failure, verdict = result.failure, result.verdict
-        if verdict == "UNSPECIFIED":
-            verdict = "UNREACHABLE" if failure is None else domain.verdict_of(failure)
-        reason = "" if failure is None else failure.reason
-        state = "COMPLETED" if failure is None else "FAILED"
+        state, reason, verdict, cause = _told(result)
         if verdict != "UNREACHABLE":
             return ValidationEnding(
-                state, verdict, domain.action_of(verdict), reason, result.models
+                state, verdict, domain.action_of(verdict), reason, models=result.models
             )
-        if reason in domain.NEWER_VERSION_HELPS and not await self._pending(work):
+        if reason and failures.newer_version_helps(reason) and not await self._pending(work):
             # Revoked or destroyed meanwhile: nobody waits for a verdict.
             return ValidationEnding(state, verdict, "", reason)
-        return unreachable(work.validations, work.validation_hours, work.key_version, reason)
+        return unreachable(work.validations, work.validation_hours, work.key_version, reason, cause)
 
     async def _pending(self, work: Work) -> bool:
         key = await self._key(work)
@@ -229,29 +300,79 @@ class Dispatcher:
         )
 
 
+def _in_truth(reason: str, key: custody_pb2.ProviderKey | None, version: int) -> str:
+    """Return what keyvault, which knows more of a key than a runner, makes of a reason."""
+    states = {} if key is None else {one.version: one.state for one in key.versions}
+    state = states.get(version)
+    if reason == "KEY_REVOKED" and state == custody_pb2.KEY_VERSION_STATE_ACTIVE:
+        # Its lease alone was: by an operator, who may hold the tenant's others too.
+        return "CHILD_LOST"
+    if reason == "KEY_REJECTED" and state == custody_pb2.KEY_VERSION_STATE_NEEDS_REKEY:
+        return "KEY_NEEDS_REKEY"  # another's look at it was faster
+    return reason
+
+
 def review_ending(
-    work: Work | Stale, failure: Failure, successor: Successor | None, state: str = "FAILED"
+    work: Work | Stale,
+    failure: Failure,
+    decision: Decision,
+    successor: Successor | None,
+    state: str = "FAILED",
 ) -> Ending:
     """Return the end of a failed attempt: its review waits for the successor, or fails."""
     if successor is not None:
         return Ending(state, "QUEUED", failure.reason, "", failure.ambiguous, successor)
-    reason = "AMBIGUOUS" if failure.ambiguous else failure.reason
-    sentence = domain.failure_sentence(
-        reason,
+    sentence = failures.failed_sentence(
+        decision.reason,
         key=work.key_id,
         model=f"{work.provider}/{work.model}",
         review=work.review_id,
+        lost_call=failure.ambiguous,
     )
-    return Ending(state, "FAILED", reason, sentence, failure.ambiguous)
+    return Ending(state, "FAILED", decision.reason, sentence, failure.ambiguous)
 
 
 def unreachable(
-    validations: int, hours: float, key_version: int, reason: str, state: str = "FAILED"
+    validations: int,
+    hours: float,
+    key_version: int,
+    reason: str,
+    cause: str = "",
+    state: str = "FAILED",
 ) -> ValidationEnding:
     """Return the end of a validation whose provider could not be asked: later, or too late."""
     if hours >= domain.VALIDATION_HOURS:
-        return ValidationEnding(state, "UNREACHABLE", "DESTROY", reason)
+        return ValidationEnding(state, "UNREACHABLE", "DESTROY", reason, cause)
     delay = domain.validation_delay(validations + 1)
     return ValidationEnding(
-        state, "UNREACHABLE", "", reason, successor=Successor(delay, key_version)
+        state, "UNREACHABLE", "", reason, cause, successor=Successor(delay, key_version)
     )
+
+
+def check_ending(work: Work | Stale, result: Result, state: str = "") -> ValidationEnding:
+    """Return the end of the look at a version that was rejected once: reviews go on, or wait for a
+    new version, or for the provider to be asked again."""
+    told, reason, verdict, cause = _told(result)
+    state = state or told
+    if verdict == "INVALID":
+        return ValidationEnding(
+            state, verdict, "", reason, pauses="KEY_NEEDS_REKEY", resumes="KEY_REJECTED"
+        )
+    if verdict != "UNREACHABLE" or (reason and failures.newer_version_helps(reason)):
+        # Taken after all; or it ended meanwhile, which their own attempts will be told.
+        kept = "" if verdict == "UNREACHABLE" else verdict
+        return ValidationEnding(
+            state, kept, "", reason, models=result.models, resumes="KEY_REJECTED"
+        )
+    successor = Successor(domain.validation_delay(work.tries), work.key_version)
+    return ValidationEnding(state, "", "", reason, cause, successor=successor)
+
+
+def _told(result: Result) -> tuple[str, str, str, str]:
+    """Return (the attempt's state, its failure, the verdict, what was unreachable)."""
+    failure, verdict = result.failure, result.verdict
+    if verdict == "UNSPECIFIED":
+        verdict = "UNREACHABLE" if failure is None else failures.verdict_of(failure)
+    if failure is None:
+        return "COMPLETED", "", verdict, result.cause
+    return "FAILED", failure.reason, verdict, result.cause or failure.cause

@@ -1,4 +1,4 @@
-"""Rules without I/O: plans, model and key choice, what follows from how an attempt ended."""
+"""Rules without I/O: plans, model and key choice, how often a provider is asked about a key."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import grpc
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import provider_id, provider_value
-from byokeep.orchestrator.v1.review_pb2 import FailureReason
 
 from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef, parse_model
 
 _dice: Final = random.SystemRandom()
+VALIDATION_HOURS: Final = 24
+_VALIDATION_DELAYS: Final = (5.0, 30.0, 120.0, 600.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,13 @@ def choose_key(
     return found
 
 
+#: A key in one of these has ended, for good.
+ENDED: Final = (
+    custody_pb2.KEY_VERSION_STATE_REVOKED,
+    custody_pb2.KEY_VERSION_STATE_DESTROYED,
+)
+
+
 def usable(key: custody_pb2.ProviderKey) -> bool:
     """Whether reviews may run on a key; not on one whose row in keyvault names no provider."""
     active = key.active_version > 0 and key.state == custody_pb2.KEY_VERSION_STATE_ACTIVE
@@ -153,8 +161,8 @@ def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = "
             return ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "NO_ACTIVE_KEY",
-                f"{key_id} is PENDING: its provider has not said yet whether it accepts it;"
-                f" 'byokeep key show {key_id}' says why, and it becomes ACTIVE by itself",
+                f"{key_id} is PENDING until its provider says that it accepts it;"
+                f" 'byokeep key show {key_id}' says how far that is",
                 provider=provider,
                 key=key_id,
                 state="PENDING",
@@ -169,62 +177,7 @@ def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = "
     )
 
 
-# --- what follows from how an attempt ended
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why an attempt failed; `ambiguous` where the answer to a started call was lost."""
-
-    reason: str
-    retryable: bool = False
-    retry_after_seconds: float = 0.0
-    ambiguous: bool = False
-
-
-# Never repeated, whatever the runner says: it could not help, or could cost twice.
-_FINAL: Final = frozenset(
-    {
-        "KEY_REJECTED",
-        "KEY_RESTRICTED",
-        "QUOTA_EXHAUSTED",
-        "MODEL_NOT_FOUND",
-        "BAD_REQUEST",
-        "REFUSED",
-        "AMBIGUOUS",
-        "KEY_REVOKED",
-        "DAILY_LIMIT",
-    }
-)
-NEWER_VERSION_HELPS: Final = frozenset({"KEY_REJECTED", "KEY_REVOKED", "LEASE_REFUSED"})
-MAX_TRIES: Final = 3
-_MAX_TRIES_UNSENT: Final = 6
-_MAX_RETRY_AFTER: Final = 600.0
-VALIDATION_HOURS: Final = 24
-_VALIDATION_DELAYS: Final = (5.0, 30.0, 120.0, 600.0)
-
-
-def retry_delay(failure: Failure, tries: int) -> float | None:
-    """Return the seconds until an attempt's successor starts, or None where none may."""
-    if failure.ambiguous or failure.reason in _FINAL or not failure.retryable:
-        return None
-    # Nothing was sent: patience costs nobody anything.
-    unsent = failure.reason in ("RUNNER_UNAVAILABLE", "KEYVAULT_UNAVAILABLE")
-    if tries >= (_MAX_TRIES_UNSENT if unsent else MAX_TRIES):
-        return None
-    if failure.retry_after_seconds > _MAX_RETRY_AFTER:
-        return None
-    backoff = 2.0 ** (tries - 1) * _dice.uniform(0.8, 1.2)
-    return max(backoff, failure.retry_after_seconds)
-
-
-def unopened(error: ByokeepError) -> Failure:
-    """Return what it means for an attempt that its content could not be opened."""
-    if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
-        return Failure("KEYVAULT_UNAVAILABLE", retryable=True)
-    if error.reason in ("CONTENT_EXPIRED", "ROW_TAMPERED"):
-        return Failure("CONTENT_UNREADABLE")
-    return Failure("INTERNAL")
+# --- validations
 
 
 def validation_delay(attempts: int) -> float:
@@ -234,66 +187,6 @@ def validation_delay(attempts: int) -> float:
     return 3600.0 * _dice.uniform(0.9, 1.1)
 
 
-_VERDICTS: Final = {
-    "KEY_REJECTED": "INVALID",
-    "KEY_RESTRICTED": "RESTRICTED",
-    "QUOTA_EXHAUSTED": "QUOTA_EXHAUSTED",
-}
-
-
-def verdict_of(failure: Failure) -> str:
-    """Return what a failed validation attempt says of the key."""
-    return _VERDICTS.get(failure.reason, "UNREACHABLE")
-
-
 def action_of(verdict: str) -> str:
     """Return what keyvault is told after a verdict: PROMOTE, DESTROY, or nothing yet."""
     return {"INVALID": "DESTROY", "UNREACHABLE": ""}.get(verdict, "PROMOTE")
-
-
-_SENTENCES: Final[Mapping[str, str]] = {
-    "KEY_REJECTED": "The provider rejected the key. Run 'byokeep key rotate {key}'.",
-    "KEY_RESTRICTED": "The key lacks a scope that a review needs. Widen it at the provider, or"
-    " run 'byokeep key rotate {key}'.",
-    "QUOTA_EXHAUSTED": "The key's quota or credit is gone. Raise it at the provider, then run"
-    " 'byokeep review retry {review}'.",
-    "RATE_LIMITED": "The provider asked to slow down until the attempts were used up. Run"
-    " 'byokeep review retry {review}' later.",
-    "PROVIDER_UNAVAILABLE": "The provider answers with errors of its own. Run 'byokeep review"
-    " retry {review}' later.",
-    "MODEL_NOT_FOUND": "The provider does not know {model}, or the key can't use it. Choose"
-    " another with 'byokeep model set' or --model.",
-    "BAD_REQUEST": "The provider refused the request as malformed.",
-    "BAD_RESPONSE": "The model's answer was cut, empty or not of the asked shape. Run 'byokeep"
-    " review retry {review}', or choose another model.",
-    "REFUSED": "The model refused to review this diff.",
-    "NETWORK": "The provider could not be reached; nothing was sent. Run 'byokeep review retry"
-    " {review}' later.",
-    "AMBIGUOUS": "A call was sent and its answer lost; it may have been billed, so it was not"
-    " repeated. Run 'byokeep review retry {review}' to make it again.",
-    "LEASE_REFUSED": "keyvault refused the key for this attempt. 'byokeep doctor' says why where"
-    " the tenant is held; else run 'byokeep key show {key}'.",
-    "KEY_REVOKED": "The key was revoked or destroyed.",
-    "CHILD_LOST": "The process that ran the review died. Run 'byokeep review retry {review}'.",
-    "RUNNER_UNAVAILABLE": "No runner answered. Run 'byokeep review retry {review}' later.",
-    "TIMEOUT": "The attempt took longer than it may. Run 'byokeep review retry {review}', or"
-    " review a smaller diff.",
-    "DAILY_LIMIT": "The tenant's ceiling of provider calls in 24 hours is reached; nothing more was"
-    " sent. Run 'byokeep review retry {review}' later, or raise it with 'byokeep limit set'.",
-    "INTERNAL": "Something unforeseen happened; the service's log has more.",
-    "CONTENT_UNREADABLE": "What was submitted can't be opened any more. Submit it again.",
-    "KEYVAULT_UNAVAILABLE": "keyvault did not answer. Run 'byokeep review retry {review}' later.",
-}
-
-
-def failure_sentence(reason: str, *, key: str, model: str, review: str) -> str:
-    """Return what to do about a failure, in a sentence."""
-    return _SENTENCES[reason].format(key=key, model=model, review=review)
-
-
-def failure_name(value: FailureReason.ValueType) -> str:
-    """Return a failure's short name, empty for none; INTERNAL for one that we don't know."""
-    if not value:
-        return ""
-    known = value in FailureReason.values()
-    return FailureReason.Name(value).removeprefix("FAILURE_REASON_") if known else "INTERNAL"

@@ -16,12 +16,13 @@ from typing import Final
 import psycopg
 
 from services.common import logs, postgres
-from services.common.background import end_if_cancelled
 
 log = logging.getLogger(__name__)
 REVIEW: Final = "byokeep_review"
 KEY: Final = "byokeep_key"
 CANCEL: Final = "byokeep_cancel"
+#: Some attempt may have become due; its payload is empty.
+DUE: Final = "byokeep_due"
 _RECONNECT_SECONDS: Final = 1.0
 
 
@@ -53,7 +54,6 @@ class Events:
         """Prepare to listen on a `postgresql://` URL."""
         self._url = database_url
         self._subscriptions: dict[tuple[str, str], set[Subscription]] = {}
-        self._told = logs.Repeated(log)
 
     @contextmanager
     def subscribe(self, channel: str, payload: str) -> Iterator[Subscription]:
@@ -74,8 +74,7 @@ class Events:
             try:
                 await self._receive()
             except psycopg.Error as error:
-                self._told.failure("listen_failed", error, cause=postgres.cause(error))
-            end_if_cancelled()
+                logs.failure(log, "listen_failed", error, cause=postgres.cause(error))
             self._wake_all()
             await asyncio.sleep(_RECONNECT_SECONDS)
 
@@ -84,12 +83,17 @@ class Events:
             self._url, application_name="byokeep-orchestrator-events"
         )
         async with connection:
-            await connection.execute(f"LISTEN {REVIEW}; LISTEN {KEY}; LISTEN {CANCEL}")
-            self._told.well("listen_failed")
+            await connection.execute(
+                f"LISTEN {REVIEW}; LISTEN {KEY}; LISTEN {CANCEL}; LISTEN {DUE}"
+            )
             self._wake_all()
             async for notice in postgres.notices(connection):
-                for subscription in self._subscriptions.get((notice.channel, notice.payload), ()):
-                    subscription.wake()
+                self.wake(notice.channel, notice.payload)
+
+    def wake(self, channel: str, payload: str) -> None:
+        """Wake this process's own subscribers to one thing."""
+        for subscription in self._subscriptions.get((channel, payload), ()):
+            subscription.wake()
 
     def _wake_all(self) -> None:
         for subscriptions in self._subscriptions.values():

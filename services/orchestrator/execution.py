@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
 import grpc
 from byokeep import names
@@ -27,30 +27,30 @@ from byokeep.runner.v1 import runner_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common import logs
-from services.orchestrator.domain import Failure, failure_name
+from services.orchestrator import failures
+from services.orchestrator.failures import Failure
+from services.orchestrator.fleet import Fleet, Place, Runner, Stream
 from services.orchestrator.grants import Subject
 from services.orchestrator.store_attempts import DailyLimit, Fenced, Trail, Work
 
-Stream: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
 log = logging.getLogger(__name__)
 _GRACE_SECONDS: Final = 30.0
 _LAST_WORD_SECONDS: Final = 10.0
-_VALIDATION_CALLS: Final = 5
+_VALIDATION_CALLS: Final = 1
 # Well below the 30 s for which a runner keeps what nobody took.
 _REATTACH_SECONDS: Final = 10.0
 _REATTACH_PAUSE_SECONDS: Final = 0.25
-# Behind one name there may be several runners, and one that knows the attempt.
-_REATTACH_STRANGERS: Final = 8
-# FAILED_PRECONDITION: it knows the attempt already, from an assignment whose answer was lost.
-_AWAY: Final = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.FAILED_PRECONDITION,
-)
-
-
 # What a broken connection, or a runner that went away, looks like.
 _LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+#: What a lease is for, by the kind of an attempt.
+PURPOSES: Final = {
+    "REVIEW": grant_pb2.LEASE_PURPOSE_REVIEW,
+    "VALIDATION": grant_pb2.LEASE_PURPOSE_VALIDATION,
+    # Whether an ACTIVE version is still taken.
+    "CHECK": grant_pb2.LEASE_PURPOSE_VALIDATION,
+}
 
 
 class Journal(Protocol):
@@ -64,6 +64,9 @@ class Journal(Protocol):
     async def taken_over(self, work: Work) -> bool:
         """Say whether the attempt runs on under another worker."""
 
+    async def chunk_split(self, work: Work, chunks_total: int) -> None:
+        """Store that a chunk became several, and that its call is answered."""
+
     async def chunk_done(
         self, work: Work, chunk_id: str, findings: Sequence[review_pb2.Finding], dropped: int
     ) -> None:
@@ -74,14 +77,17 @@ class Journal(Protocol):
 class Result:
     """How an attempt ended; `failure` None: it did its work.
 
-    `could_finish` says whether the calls that are left are enough for the chunks that are.
+    `spare_calls`: calls that are left beyond those that the chunks which are left need; below 0:
+    too few. `refused_call`: the provider answered the last call, and with the failure.
     """
 
     failure: Failure | None = None
     trail: Trail = Trail()
     verdict: str = "UNSPECIFIED"
+    cause: str = ""
     models: Sequence[str] = ()
-    could_finish: bool = True
+    spare_calls: int = 0
+    refused_call: bool = False
 
 
 class Execution:
@@ -91,16 +97,21 @@ class Execution:
         self,
         work: Work,
         journal: Journal,
-        execute: Callable[..., Stream],
+        fleet: Fleet,
+        place: Place | None,
         sign: Callable[[Subject, bytes], SignedEnvelope],
         seconds: int,
+        progress: Callable[[int], None],
     ) -> None:
-        """`execute` opens the stream; `seconds` is the most that the attempt may take."""
+        """`place` is where it runs, None where it runs already, or nowhere; `seconds` is the most
+        that it may take; `progress` is told how many bytes of an open call's answer there are."""
         self._work = work
         self._journal = journal
-        self._execute = execute
+        self._fleet = fleet
         self._sign = sign
         self._seconds = seconds
+        self._progress = progress
+        self._place = place
         self._stream: Stream | None = None
         self._deadline: asyncio.Timeout | None = None
         self._writing = asyncio.Lock()
@@ -146,7 +157,7 @@ class Execution:
             async with self._limited():
                 sequence, code = None, grpc.StatusCode.UNAVAILABLE
                 if self._work.turn == 0:
-                    sequence, code = await self._converse(assign=self._assignment())
+                    sequence, code = await self._begin()
                 if sequence is None and self._call_open and code in _LOST and not self._lost:
                     sequence, code = await self._take_up()
                 if sequence is not None:
@@ -157,10 +168,17 @@ class Execution:
         self._result = replace(self._result, failure=failure)
         return None
 
-    async def _converse(self, **first: Any) -> tuple[int | None, grpc.StatusCode]:
+    async def _begin(self) -> tuple[int | None, grpc.StatusCode]:
+        if self._place is None:
+            return None, grpc.StatusCode.RESOURCE_EXHAUSTED
+        runner = self._place.runner
+        self._trail(runner_id=runner.id)
+        return await self._converse(runner, assign=self._assignment())
+
+    async def _converse(self, runner: Runner, **first: Any) -> tuple[int | None, grpc.StatusCode]:
         """Open a stream and listen to its end; return the outcome's number, or why none came."""
         self._hang_up()
-        stream = self._stream = self._execute(timeout=self._seconds + _GRACE_SECONDS)
+        stream = self._stream = runner.execute(self._seconds + _GRACE_SECONDS)
         try:
             await self._say(**first)
             async for response in stream:
@@ -173,24 +191,26 @@ class Execution:
         return None, grpc.StatusCode.OK
 
     async def _take_up(self) -> tuple[int | None, grpc.StatusCode]:
-        """Reattach until the runner is found again, or for too long."""
+        """Reattach where the attempt runs, until that runner is heard again, or for too long."""
         work = self._work
+        runner_id = self._result.trail.runner_id or work.runner_id
         logs.event(
             log, "stream_lost", level=logging.WARNING, attempt=work.attempt_id, turn=work.turn
         )
         end = asyncio.get_running_loop().time() + _REATTACH_SECONDS
-        strangers = 0
-        while True:
+        code = grpc.StatusCode.UNAVAILABLE
+        while code in _LOST and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(_REATTACH_PAUSE_SECONDS)
+            runner = self._fleet.find(runner_id)
+            if runner is None:
+                continue
             reattach = runner_pb2.Reattach(
                 attempt_id=work.attempt_id, fence=work.fence, acked_sequence=self._acked
             )
-            sequence, code = await self._converse(reattach=reattach)
-            strangers += code is grpc.StatusCode.NOT_FOUND
-            again = code in _LOST or code is grpc.StatusCode.NOT_FOUND
-            late = asyncio.get_running_loop().time() > end
-            if sequence is not None or not again or late or strangers > _REATTACH_STRANGERS:
+            sequence, code = await self._converse(runner, reattach=reattach)
+            if sequence is not None:
                 return sequence, code
+        return None, code
 
     def _hang_up(self) -> None:
         if self._stream is not None:
@@ -216,12 +236,11 @@ class Execution:
                 self._trail(lease_id=response.leased.lease_id)
             case "validation_result":
                 self._validation(response.validation_result)
-            case "call_started" | "chunk_result" as kind if not self._lost:
+            case "call_progress":
+                self._progress(response.call_progress.answer_bytes)
+            case "call_started" | "chunk_result" | "chunk_split" if not self._lost:
                 try:
-                    if kind == "call_started":
-                        await self._call_started(response.call_started)
-                    else:
-                        await self._chunk_result(response.chunk_result)
+                    await self._store(response)
                     self._acked = response.sequence
                     await self._say(ack=runner_pb2.Ack(sequence=response.sequence))
                 except Fenced:
@@ -233,7 +252,18 @@ class Execution:
                     await self.stop()
         return False
 
+    async def _store(self, response: runner_pb2.ExecuteResponse) -> None:
+        match response.WhichOneof("message"):
+            case "call_started":
+                await self._call_started(response.call_started)
+            case "chunk_split":
+                await self._chunk_split(response.chunk_split)
+            case _:
+                await self._chunk_result(response.chunk_result)
+
     async def _accepted(self, accepted: runner_pb2.Accepted) -> None:
+        if self._place is not None:
+            self._place.accepted()
         self._trail(process_id=accepted.process_id)
         self._planned = [chunk.chunk_id for chunk in accepted.chunks]
         if self._work.turn:
@@ -256,9 +286,21 @@ class Execution:
         )
         self._calls += 1
 
+    async def _chunk_split(self, split: runner_pb2.ChunkSplit) -> None:
+        into = [chunk.chunk_id for chunk in split.into]
+        # The worker that took an attempt over knows how many there are, and not which.
+        total = (len(self._planned) or self._work.chunks_total) + len(into) - 1
+        await self._journal.chunk_split(self._work, total)
+        self._call_open = False
+        if split.chunk_id in self._planned:
+            place = self._planned.index(split.chunk_id)
+            self._planned[place : place + 1] = into
+        self._work = replace(self._work, chunks_total=total)
+
     async def _chunk_result(self, result: runner_pb2.ChunkResult) -> None:
         await self._journal.chunk_done(self._work, result.chunk_id, result.findings, result.dropped)
         self._call_open = False
+        self._progress(0)
         self._done.add(result.chunk_id)
 
     def _validation(self, result: runner_pb2.ValidationResult) -> None:
@@ -267,6 +309,7 @@ class Execution:
             self._result,
             verdict=verdict.removeprefix("VALIDATION_VERDICT_"),
             models=list(result.models),
+            cause=failures.cause_of(result.unreachable_cause),
         )
 
     def _outcome(self, outcome: runner_pb2.Outcome) -> None:
@@ -276,23 +319,23 @@ class Execution:
             open_time=_datetime(report.open_time),
             close_time=_datetime(report.close_time),
         )
-        reason = failure_name(outcome.failure)
+        reason = failures.name_of(outcome.failure)
         if reason:
             failure = Failure(
                 reason,
-                retryable=outcome.retryable,
                 retry_after_seconds=outcome.retry_after_ms / 1000,
                 ambiguous=outcome.ambiguous_call,
+                cause=failures.cause_of(outcome.unreachable_cause),
             )
-            self._result = replace(self._result, failure=failure)
+            refused = self._call_open and not failure.ambiguous
+            self._result = replace(self._result, failure=failure, refused_call=refused)
 
     def _concluded(self) -> Result:
         left = len(set(self._planned) - self._done)
         if self._work.turn and not self._planned:  # told to the worker before this one
             left = max(0, self._work.chunks_total - len(self._done))
-        result = replace(
-            self._result, could_finish=self._work.calls_left - self._calls >= max(left, 1)
-        )
+        spare = self._work.calls_left - self._calls - max(left, 1)
+        result = replace(self._result, spare_calls=spare)
         if self._refused is not None:
             return replace(result, failure=self._refused)
         if result.failure is None and left:
@@ -306,13 +349,7 @@ class Execution:
         logs.event(
             log, "stream_cut", attempt=self._work.attempt_id, code=code.name, call=self._call_open
         )
-        if self._call_open:
-            return Failure("AMBIGUOUS", ambiguous=True)
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return Failure("TIMEOUT", retryable=True)
-        if code in _AWAY or code is grpc.StatusCode.OK:
-            return Failure("RUNNER_UNAVAILABLE", retryable=True)
-        return Failure("INTERNAL")
+        return failures.of_stream(code, call_open=self._call_open)
 
     async def _goodbye(self, sequence: int) -> None:
         # The end is stored; should this get lost, the runner forgets by itself later.
@@ -338,7 +375,7 @@ class Execution:
         assign = runner_pb2.Assign(
             attempt_id=work.attempt_id,
             fence=work.fence,
-            purpose=_purpose(work),
+            purpose=PURPOSES[work.kind],
             provider=names.provider_value(work.provider),
             model=work.model,
             max_calls=work.calls_left if work.review_id else _VALIDATION_CALLS,
@@ -360,12 +397,8 @@ class Execution:
             review_id=work.review_id,
             attempt_id=work.attempt_id,
             fence=work.fence,
-            purpose=_purpose(work),
+            purpose=PURPOSES[work.kind],
         )
-
-
-def _purpose(work: Work) -> grant_pb2.LeasePurpose.ValueType:
-    return grant_pb2.LeasePurpose.Value(f"LEASE_PURPOSE_{work.kind}")
 
 
 def _datetime(stamp: Timestamp) -> datetime | None:

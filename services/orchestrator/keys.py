@@ -7,22 +7,20 @@ from typing import Final
 
 import grpc
 from byokeep import names
-from byokeep.keyvault.v1 import custody_pb2, grant_pb2
+from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2, key_pb2_grpc
 
 from services.common.errors import ByokeepError
 from services.orchestrator import access, domain, paging
 from services.orchestrator.events import KEY, Events
+from services.orchestrator.execution import PURPOSES
 from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.store_keys import KeyStore, Use, Validation
 from services.orchestrator.store_tenants import deleted
+from services.orchestrator.store_waits import WaitStore
 from services.orchestrator.tenants import timestamp
 
 _WATCH_SECONDS: Final = 5.0
-_GONE: Final = (
-    custody_pb2.KEY_VERSION_STATE_REVOKED,
-    custody_pb2.KEY_VERSION_STATE_DESTROYED,
-)
 
 
 class KeyServicer(key_pb2_grpc.KeyServiceServicer):
@@ -33,12 +31,14 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         store: KeyStore,
         keyvault: Keyvault,
         events: Events,
+        waits: WaitStore,
         *,
         intake_per_hour: int,
         intake_per_hour_of_caller: int,
     ) -> None:
-        """Use keyvault, what we keep of keys, and the caps of intake."""
+        """Use keyvault, what we keep of keys, what waits for them, and the caps of intake."""
         self._store = store
+        self._waits = waits
         self._keyvault = keyvault
         self._events = events
         self._tenant_cap = intake_per_hour
@@ -222,7 +222,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             key
             for key in await self._keyvault.keys(rights.tenant.id)
             if key.provider == request.provider
-            and key.state not in _GONE
+            and key.state not in domain.ENDED
             # The same name is keyvault's to refuse, the same id is a retry.
             and key.display_name != request.display_name
             and names.last_of(key.name) != request.key_id
@@ -294,6 +294,10 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 
     async def _changed(self, key: custody_pb2.ProviderKey) -> key_pb2.Key:
         await self._store.changed(names.last_of(key.name))
+        # What waits goes on: on the version that serves now, or to be told that the key has ended.
+        await self._waits.resume_key(
+            names.tenant_of(key.name), names.last_of(key.name), key.active_version
+        )
         return (await self._messages([key]))[0]
 
     async def _messages(self, keys: Sequence[custody_pb2.ProviderKey]) -> list[key_pb2.Key]:
@@ -304,7 +308,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         ]
         known = await self._store.validations(access.current().tenant.id, versions)
         return [
-            key_pb2.Key(provider_key=key, validation=_validation_message(_telling(key, known)))
+            key_pb2.Key(provider_key=key, validation=_validation_message(key, _telling(key, known)))
             for key in keys
         ]
 
@@ -325,27 +329,38 @@ def _telling(
     return validation
 
 
-def _validation_message(row: Validation | None) -> key_pb2.KeyValidation | None:
+def _validation_message(
+    key: custody_pb2.ProviderKey, row: Validation | None
+) -> key_pb2.KeyValidation | None:
     if row is None:
         return None
+    rejected = any(
+        one.version == row.version and one.state == custody_pb2.KEY_VERSION_STATE_NEEDS_REKEY
+        for one in key.versions
+    )
+    # keyvault's word that the provider rejected it is newer than any verdict of ours.
+    verdict = "INVALID" if rejected else row.verdict
     return key_pb2.KeyValidation(
         version=row.version,
-        verdict=key_pb2.ValidationVerdict.Value(f"VALIDATION_VERDICT_{row.verdict}"),
-        models=row.models,
+        verdict=key_pb2.ValidationVerdict.Value(f"VALIDATION_VERDICT_{verdict}"),
+        models=[] if rejected else row.models,
         check_time=timestamp(row.check_time),
         retry_time=timestamp(row.retry_time),
         attempts=row.attempts,
+        unreachable_cause=key_pb2.UnreachableCause.Value(
+            f"UNREACHABLE_CAUSE_{row.cause or 'UNSPECIFIED'}"
+        ),
     )
 
 
 def _use_message(row: Use) -> key_pb2.KeyUse:
     return key_pb2.KeyUse(
         attempt_id=row.attempt_id,
-        number=row.fence,
+        number=row.number,
         fence=row.fence,
         review_id=row.review_id,
         label=row.label,
-        purpose=grant_pb2.LeasePurpose.Value(f"LEASE_PURPOSE_{row.kind}"),
+        purpose=PURPOSES[row.kind],
         key_version=row.key_version,
         lease_id=row.lease_id,
         process_id=row.process_id,

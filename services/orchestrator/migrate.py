@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, create_engine, text
 
-from services.orchestrator.queue import Queue
-
 _LOCK = 0x62796F6B  # "byok": one number for every migration of this database
 
 
 def migrate(url: str) -> None:
-    """Create or upgrade our tables, then the queue's."""
+    """Create or upgrade our tables."""
     engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
     try:
         with engine.begin() as connection:
@@ -23,7 +20,6 @@ def migrate(url: str) -> None:
             command.upgrade(_config(connection), "head")
     finally:
         engine.dispose()
-    asyncio.run(_queue(url))  # under a lock of its own
 
 
 def _config(connection: Connection) -> Config:
@@ -31,12 +27,3 @@ def _config(connection: Connection) -> Config:
     config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
     config.attributes["connection"] = connection
     return config
-
-
-async def _queue(url: str) -> None:
-    queue = Queue(url, concurrency=1)
-    await queue.open()
-    try:
-        await queue.apply_schema()
-    finally:
-        await queue.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
 import grpc
@@ -17,6 +18,7 @@ from services.orchestrator import (
     access,
     content,
     domain,
+    failures,
     paging,
     planning,
     store_requests,
@@ -63,8 +65,11 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         catalog: Catalog,
         compute: Compute,
         events: Events,
+        answer_bytes: Mapping[str, int],
     ) -> None:
-        """Use the stores, keyvault's list of keys, and the models that are known."""
+        """Use the stores, keyvault's list of keys, and the models that are known; `answer_bytes`
+        are those of open calls' answers here, by review."""
+        self._answer_bytes = answer_bytes
         self._settings = settings
         self._reviews = reviews
         self._attempts = attempts
@@ -86,7 +91,9 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         scope, digest = _scope(request), store_requests.digest_of(request.input)
         refused: ByokeepError | None = None
         try:
-            row: ReviewRow | None = await self._submit(rights, request.input, scope, digest)
+            row: ReviewRow | None = await self._submit(
+                rights, request.input, request.priority, scope, digest
+            )
         except store_requests.Repeated:
             row = None
         except ByokeepError as error:
@@ -96,7 +103,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             row = await self._reviews.earlier(rights.tenant.id, scope, digest)
         if row is None:
             raise refused or store_requests.conflict()
-        return review_pb2.SubmitReviewResponse(review=_message(row))
+        return review_pb2.SubmitReviewResponse(review=self._message(row))
 
     async def DryRunReview(
         self, request: review_pb2.DryRunReviewRequest, context: object
@@ -133,7 +140,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         )
         page, token = paging.cut(rows, limit, lambda row: row.id)
         return review_pb2.ListReviewsResponse(
-            reviews=[_message(row) for row in page], next_page_token=token
+            reviews=[self._message(row) for row in page], next_page_token=token
         )
 
     async def WatchReview(
@@ -141,15 +148,17 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     ) -> AsyncIterator[review_pb2.WatchReviewResponse]:
         """Stream a review as it changes, until it has ended."""
         rights, review_id = access.current(), names.last_of(request.name)
-        seen = 0
+        seen: tuple[ReviewRow, int] | None = None
         with self._events.subscribe(REVIEW, review_id) as changes:
             while True:
                 row = await self._readable(rights, review_id)
-                if row.version != seen:
-                    yield review_pb2.WatchReviewResponse(review=await self._with_findings(row))
+                received = self._answer_bytes.get(review_id, 0)
+                if (row, received) != seen:
+                    review = await self._with_findings(row)
+                    yield review_pb2.WatchReviewResponse(review=review, answer_bytes=received)
                 if row.state in TERMINAL:
                     return
-                seen = row.version
+                seen = row, received
                 waiting = row.state == "QUEUED"
                 await changes.wait(_QUEUED_SECONDS if waiting else _WATCH_SECONDS)
                 rights = await access.again()
@@ -172,7 +181,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 "the review has ended already",
                 state=row.state,
             )
-        return review_pb2.CancelReviewResponse(review=_message(row))
+        return review_pb2.CancelReviewResponse(review=self._message(row))
 
     async def RetryReview(
         self, request: review_pb2.RetryReviewRequest, context: object
@@ -195,7 +204,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 max_calls=self._ceilings(rights).max_calls_per_review,
             )
             row = await self._reviews.get(rights.tenant.id, review_id)
-        return review_pb2.RetryReviewResponse(review=_message(row))
+        return review_pb2.RetryReviewResponse(review=self._message(row))
 
     async def ExportReview(
         self, request: review_pb2.ExportReviewRequest, context: object
@@ -216,7 +225,12 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         return review_pb2.ExportReviewResponse.FromString(answer)
 
     async def _submit(
-        self, rights: access.Rights, wanted: review_pb2.ReviewInput, scope: str, digest: bytes
+        self,
+        rights: access.Rights,
+        wanted: review_pb2.ReviewInput,
+        priority: review_pb2.Priority.ValueType,
+        scope: str,
+        digest: bytes,
     ) -> ReviewRow:
         prepared = await self._prepare(rights, wanted)
         planning.require_calls(prepared.plan.calls, prepared.max_calls)
@@ -234,6 +248,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 model=str(prepared.model),
                 key_id=names.last_of(prepared.key.name),
                 key_version=prepared.key.active_version,
+                priority=int(priority == review_pb2.PRIORITY_BATCH),
                 owner=wanted.user,
                 actor=rights.actor(wanted.user),
                 max_calls=prepared.max_calls,
@@ -272,6 +287,9 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         # The owner's alone: never a silent fallback to another key.
         return [key for key in keys if key.owner == owner]
 
+    def _message(self, row: ReviewRow) -> review_pb2.Review:
+        return _message(row, self._settings.wait_seconds)
+
     def _ceilings(self, rights: access.Rights) -> settings_pb2.Ceilings:
         return ceilings(rights.tenant, self._settings)
 
@@ -285,7 +303,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         return row
 
     async def _with_findings(self, row: ReviewRow) -> review_pb2.Review:
-        review = _message(row)
+        review = self._message(row)
         sealed = await self._reviews.findings(row.id) if row.finding_count else {}
         # Until it has ended, their number is enough: keyvault may be what the review waits for.
         says_unread = row.unread_count > 0 and row.state in TERMINAL
@@ -305,7 +323,7 @@ def _scope(request: review_pb2.SubmitReviewRequest) -> str:
     return f"{wanted.repository}#{wanted.pull_request}@{wanted.head_commit}:{request.request_id}"
 
 
-def _message(row: ReviewRow) -> review_pb2.Review:
+def _message(row: ReviewRow, wait_seconds: int) -> review_pb2.Review:
     return review_pb2.Review(
         name=names.review_name(row.tenant, row.id),
         state=review_pb2.ReviewState.Value(f"REVIEW_STATE_{row.state}"),
@@ -322,10 +340,23 @@ def _message(row: ReviewRow) -> review_pb2.Review:
         chunks_done=row.chunks_done,
         chunks_total=row.chunks_total,
         calls_started=row.calls_started,
-        attempts=row.fence,
+        attempts=row.attempts,
         create_time=timestamp(row.create_time),
         start_time=timestamp(row.start_time),
         end_time=timestamp(row.end_time),
         ambiguous_calls=row.ambiguous_calls,
         etag=str(row.version),
+        wait=_wait(row, wait_seconds),
+    )
+
+
+def _wait(row: ReviewRow, wait_seconds: int) -> review_pb2.ReviewWait | None:
+    if not row.wait_reason or row.wait_since is None:
+        return None
+    return review_pb2.ReviewWait(
+        reason=review_pb2.FailureReason.Value(f"FAILURE_REASON_{row.wait_reason}"),
+        message=failures.waiting_sentence(row.wait_reason, key=row.key_id, cause=row.wait_cause),
+        since=timestamp(row.wait_since),
+        next_try_time=timestamp(row.wait_until),
+        give_up_time=timestamp(row.wait_since + timedelta(seconds=wait_seconds)),
     )

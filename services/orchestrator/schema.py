@@ -133,6 +133,8 @@ key_validation = Table(
     _text("actor", default=None),
     _flag("destroy_previous"),
     _text("verdict", default="UNSPECIFIED"),
+    # What was unreachable, where the verdict is UNREACHABLE.
+    _text("cause"),
     Column("models", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     _count("attempts"),
     # What keyvault is still to be told: PROMOTE, DESTROY, or nothing.
@@ -173,8 +175,11 @@ review = Table(
     _count("unread_count"),
     # A serialized Review with its unread parts alone, sealed; NULL where there are none.
     Column("unread", LargeBinary),
-    # The newest attempt's fence; also the number of attempts.
+    # The newest start's fence: an attempt that is put back and started again gets another.
     Column("fence", BigInteger, nullable=False, server_default=text("1")),
+    Column("attempts", Integer, nullable=False, server_default=text("1")),
+    # 0: interactive, 1: batch.
+    Column("priority", SmallInteger, nullable=False, server_default=text("0")),
     Column("version", BigInteger, nullable=False, server_default=text("1")),
     _created(),
     _time("start_time"),
@@ -201,14 +206,22 @@ attempt = Table(
     Column("review_id", Text, ForeignKey("review.id", ondelete="CASCADE")),
     _text("key_id", default=None),
     Column("key_version", Integer, nullable=False),
-    # Of all attempts of its review or validation; also the fencing token.
+    # Its place among the attempts of its review or validation, from 1.
+    Column("number", Integer, nullable=False, server_default=text("1")),
+    # The fencing token: rises with every start of any attempt of its review.
     Column("fence", BigInteger, nullable=False, server_default=text("1")),
     # Since the submission or the last RetryReview: what the retry budget counts.
     Column("tries", Integer, nullable=False, server_default=text("1")),
     _text("state", default="QUEUED"),
-    # Holds one of its tenant's places in the queue and on runners.
-    _flag("admitted"),
+    Column("priority", SmallInteger, nullable=False, server_default=text("0")),
+    # Why it waits, or waited last, and since when: kept while it runs, so that the same reason
+    # goes on where it began.
+    _text("wait_reason"),
+    _text("wait_cause"),
+    _time("wait_since"),
     _text("failure"),
+    # The runner that has its child; empty before a call is about to be made.
+    _text("runner_id"),
     _text("lease_id"),
     _count("process_id"),
     _count("calls_started"),
@@ -224,6 +237,31 @@ attempt = Table(
 )
 Index(None, attempt.c.review_id)
 Index(None, attempt.c.tenant, attempt.c.key_id, attempt.c.id)
+# Who is next: lane by lane (tenant, key, priority), and in each by time.
+Index(
+    "attempt_lane_idx",
+    attempt.c.tenant,
+    attempt.c.key_id,
+    attempt.c.priority,
+    attempt.c.due_time,
+    postgresql_where=text("state = 'QUEUED' AND kind = 'REVIEW'"),
+)
+Index(
+    "attempt_key_check_idx",
+    attempt.c.due_time,
+    postgresql_where=text("state = 'QUEUED' AND kind <> 'REVIEW'"),
+)
+Index(
+    "attempt_running_idx",
+    attempt.c.tenant,
+    attempt.c.heartbeat_time,
+    postgresql_where=text("state = 'RUNNING'"),
+)
+Index(
+    "attempt_waiting_idx",
+    attempt.c.wait_since,
+    postgresql_where=text("state = 'QUEUED' AND wait_since IS NOT NULL"),
+)
 Index(
     "attempt_open_idx",
     attempt.c.tenant,
@@ -250,4 +288,24 @@ chunk_done = Table(
     _text("attempt_id", default=None),
     # A serialized Review with the chunk's findings alone, sealed; NULL where there are none.
     Column("findings", LargeBinary),
+)
+
+# Attempts that wait together: of a key, of a tenant (no key), or of all (neither).
+pause = Table(
+    "pause",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("reason", Text, primary_key=True),
+    Column("since", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # 'infinity' where an event ends it.
+    Column("until", DateTime(timezone=True), nullable=False),
+)
+
+# When a tenant was given a place last: among tenants that wait, the longest ago is next.
+turn = Table(
+    "turn",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("served", DateTime(timezone=True), nullable=False),
 )

@@ -14,7 +14,6 @@ from byokeep.orchestrator.v1 import (
     settings_pb2_grpc,
     tenant_pb2_grpc,
 )
-from byokeep.runner.v1 import runner_pb2_grpc
 from byokeep.transport import aio_channel
 
 from services.common import authz, metrics, models, postgres
@@ -27,23 +26,24 @@ from services.orchestrator.config import Settings
 from services.orchestrator.content import ContentKeys
 from services.orchestrator.database import Database
 from services.orchestrator.dispatcher import HEARTBEAT_SECONDS, Dispatcher
-from services.orchestrator.events import Events
+from services.orchestrator.events import DUE, Events
+from services.orchestrator.fleet import Fleet
 from services.orchestrator.grants import LOOK_SECONDS, GrantSigner
 from services.orchestrator.keys import KeyServicer
 from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.queue import Queue
 from services.orchestrator.reviews import ReviewServicer
 from services.orchestrator.settings import SettingsServicer
 from services.orchestrator.store_attempts import AttemptStore
 from services.orchestrator.store_keys import KeyStore
 from services.orchestrator.store_reviews import ReviewStore
 from services.orchestrator.store_tenants import TenantStore
+from services.orchestrator.store_waits import WaitStore
 from services.orchestrator.sweeper import Sweeper
 from services.orchestrator.tenants import CallerServicer, TenantServicer
 from services.orchestrator.verdicts import Verdicts
 
-# One of ours and one of the queue's, which are made one after the other.
-_TABLES: Final = ("tenant", "procrastinate_jobs")
+# One of the first migration's and one of the newest's.
+_TABLES: Final = ("tenant", "pause")
 _MIGRATE: Final = "python -m services.orchestrator migrate"
 
 
@@ -64,39 +64,41 @@ class App:
         self._catalog = catalog
         self._database = Database(url, settings.database_connections)
         metrics.follow_pool(self._database.stats)
-        self.queue = Queue(url, settings.concurrency)
         self._events = Events(url)
         self._compute = Compute()
         self.tenants = TenantStore(self._database)
-        self.keys = KeyStore(self._database, self.queue)
-        self.attempts = AttemptStore(self._database, self.queue)
-        self.reviews = ReviewStore(self._database, self.queue, self.attempts)
+        self.keys = KeyStore(self._database)
+        self.attempts = AttemptStore(self._database)
+        self.reviews = ReviewStore(self._database)
+        self.waits = WaitStore(self._database, settings.wait_seconds)
         self._authority = Authority(self.tenants)
         self._channels: list[grpc.aio.Channel] = []
-        self._stopping = asyncio.Event()
-        self._drained = asyncio.Event()
         self.background = Background()
+        self.fleet = Fleet(
+            settings.runner_address,
+            lambda address: aio_channel(address, settings.runner_name, settings.tls),
+            self.background,
+            lambda: self._events.wake(DUE, ""),
+        )
 
     async def start(self) -> None:
-        """Open database, queue and channels, and begin to work."""
+        """Open database and channels, and begin to work."""
         settings = self._settings
-        keyvault_channel = aio_channel(
-            settings.keyvault_address, settings.keyvault_name, settings.tls
-        )
-        runner_channel = aio_channel(settings.runner_address, settings.runner_name, settings.tls)
-        self._channels = [keyvault_channel, runner_channel]
-        self.keyvault = Keyvault(keyvault_channel)
+        channel = aio_channel(settings.keyvault_address, settings.keyvault_name, settings.tls)
+        self._channels = [channel]
+        self.keyvault = Keyvault(channel)
         self._contents = ContentKeys(self.keyvault.content_key)
-        verdicts = Verdicts(self.keys, self.keyvault)
+        verdicts = Verdicts(self.keys, self.waits, self.keyvault)
         self.dispatcher = Dispatcher(
             self.attempts,
             self.keyvault,
             self._contents,
             verdicts,
             self._events,
-            runner_pb2_grpc.RunnerServiceStub(runner_channel).Execute,
+            self.fleet,
             self._signer.sign,
-            settings.attempt_seconds,
+            attempt_seconds=settings.attempt_seconds,
+            concurrency=settings.concurrency,
         )
         self.sweeper = Sweeper(
             self.attempts,
@@ -105,17 +107,20 @@ class App:
             self.tenants,
             self.keyvault,
             verdicts,
+            self.waits,
+            self.dispatcher,
+            self.fleet,
             content_hours=settings.failed_content_hours,
             findings_days=settings.findings_days,
         )
         await until_there(lambda: postgres.probe(self._url, _TABLES, _MIGRATE))
         await self._database.open()
-        await self.queue.open()
         background = self.background
         background.run("events", self._events.listen)
-        background.run("queue", self._work)
+        background.run("dispatcher", self.dispatcher.run)
         background.every("heartbeat", HEARTBEAT_SECONDS, self.dispatcher.beat, vital=True)
         background.every("grant-key", LOOK_SECONDS, self._signer.follow)
+        self.fleet.start()
         self.sweeper.start(background)
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -132,6 +137,7 @@ class App:
                 self.keys,
                 self.keyvault,
                 self._events,
+                self.waits,
                 intake_per_hour=settings.intake_per_hour,
                 intake_per_hour_of_caller=settings.intake_per_hour_of_caller,
             ),
@@ -152,6 +158,7 @@ class App:
                 self._catalog,
                 self._compute,
                 self._events,
+                self.dispatcher.answer_bytes,
             ),
             server,
         )
@@ -168,22 +175,15 @@ class App:
 
     async def stop(self) -> None:
         """Take no more attempts, wait for those that run, close everything."""
-        self._stopping.set()
-        if "queue" in self.background.tasks and "queue" not in self.background.down():
+        started = "dispatcher" in self.background.tasks
+        if started:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._drained.wait(), self._settings.drain_seconds)
+                await asyncio.wait_for(self.dispatcher.drain(), self._settings.drain_seconds)
         await self.background.close()
         await self._compute.close()
+        if started:
+            await self.dispatcher.close()
+        await self.fleet.close()
         for channel in self._channels:
             await channel.close()
-        await self.queue.close()
         await self._database.close()
-
-    async def _work(self) -> None:
-        try:
-            await self.queue.run(self.dispatcher.handle, self._stopping)
-        finally:
-            if self._stopping.is_set():
-                self._drained.set()
-        if self._stopping.is_set():
-            await asyncio.Event().wait()  # what is left to do is to be closed

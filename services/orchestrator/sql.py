@@ -1,8 +1,8 @@
 """Every statement that is more than a plain select, insert or update, by name.
 
 Each is one round trip and, run alone, one transaction: what belongs together is one statement of
-several `WITH` parts. `FOR NO KEY UPDATE` on a tenant's row orders all that decides about its
-places in flight; below it, an attempt's row is locked before its review's.
+several `WITH` parts. An attempt's row is locked before its review's. Picking has statements of its
+own: `sql_waits`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,18 @@ SUBMIT: Final = """
         ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1),
     rev AS (
         INSERT INTO review (id, tenant, repository, pull_request, head_commit, model, key_id,
-            owner, actor, max_calls, chunks_total)
+            owner, actor, max_calls, chunks_total, priority)
         SELECT %(id)s, %(tenant)s, %(repository)s, %(pull_request)s, %(head_commit)s,
-            %(model)s, %(key_id)s, %(owner)s, %(actor)s, %(max_calls)s, %(chunks_total)s FROM req
+            %(model)s, %(key_id)s, %(owner)s, %(actor)s, %(max_calls)s, %(chunks_total)s,
+            %(priority)s FROM req
         RETURNING *),
     content AS (
         INSERT INTO review_content (review_id, input) SELECT id, %(input)s FROM rev),
     att AS (
-        INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, admitted)
-        SELECT %(attempt_id)s, 'REVIEW', %(tenant)s, id, %(key_id)s, %(key_version)s, %(places)s > (
-            SELECT count(*) FROM attempt
-            WHERE tenant = %(tenant)s AND kind = 'REVIEW' AND admitted
-                AND state IN ('QUEUED', 'RUNNING'))
-        FROM rev RETURNING admitted)
-    SELECT rev.*, att.admitted, coalesce((
+        INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, priority)
+        SELECT %(attempt_id)s, 'REVIEW', %(tenant)s, id, %(key_id)s, %(key_version)s, %(priority)s
+        FROM rev RETURNING pg_notify('byokeep_due', ''))
+    SELECT rev.*, coalesce((
             SELECT sum(events) FROM rate_bucket
             WHERE scope = 'reviews:' || %(tenant)s AND hour > now() - interval '24 hours'
         ), 0) AS earlier_today, coalesce((
@@ -53,29 +51,28 @@ KEEP_UNREAD: Final = """
 NOTHING_TO_READ: Final = """
     WITH a AS (DELETE FROM attempt WHERE id = %(attempt_id)s),
     c AS (DELETE FROM review_content WHERE review_id = %(id)s)
-    UPDATE review SET state = 'COMPLETED', fence = 0, end_time = now() WHERE id = %(id)s"""
+    UPDATE review SET state = 'COMPLETED', attempts = 0, end_time = now() WHERE id = %(id)s"""
 
 RETRY: Final = """
     WITH rev AS (
         UPDATE review SET state = 'QUEUED', failure = '', failure_message = '',
             end_time = NULL, key_id = %(key_id)s, fence = fence + 1, version = version + 1,
-            max_calls = calls_started + %(max_calls)s
+            attempts = attempts + 1, max_calls = calls_started + %(max_calls)s
         WHERE id = %(id)s AND tenant = %(tenant)s AND state = 'FAILED'
             AND EXISTS (SELECT FROM review_content WHERE review_id = %(id)s)
-        RETURNING id, fence, pg_notify('byokeep_review', id))
-    INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, fence, admitted)
-    SELECT %(attempt_id)s, 'REVIEW', %(tenant)s, id, %(key_id)s, %(key_version)s, fence,
-        %(places)s > (
-        SELECT count(*) FROM attempt
-        WHERE tenant = %(tenant)s AND kind = 'REVIEW' AND admitted
-            AND state IN ('QUEUED', 'RUNNING'))
-    FROM rev RETURNING admitted"""
+        RETURNING *, pg_notify('byokeep_review', id))
+    INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, number, fence, priority)
+    SELECT %(attempt_id)s, 'REVIEW', %(tenant)s, id, %(key_id)s, %(key_version)s, attempts, fence,
+        priority
+    FROM rev RETURNING pg_notify('byokeep_due', '')"""
 
 # --- running; each names attempt, fence and turn, and a RUNNING row must match
 
 _WORK: Final = """SELECT
         a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
-        a.key_id, a.key_version, a.fence, a.tries, a.turn,
+        a.key_id, a.key_version, a.fence, a.tries, a.turn, a.runner_id,
+        a.wait_reason, CAST(coalesce(extract(epoch FROM now() - a.wait_since), 0) AS float)
+            AS waited_seconds,
         a.calls_started AS calls_made, coalesce(r.chunks_total, 0) AS chunks_total,
         coalesce(v.provider, split_part(r.model, '/', 1)) AS provider,
         coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
@@ -87,24 +84,14 @@ _WORK: Final = """SELECT
         CAST(coalesce(extract(epoch FROM now() - v.create_time) / 3600, 0) AS float)
             AS validation_hours,
         coalesce(v.destroy_previous, false) AS destroy_previous
-    FROM a LEFT JOIN r ON true
+    FROM a LEFT JOIN review r ON r.id = a.review_id
         LEFT JOIN review_content c ON c.review_id = r.id
         LEFT JOIN key_validation v
-            ON a.kind = 'VALIDATION' AND v.tenant = a.tenant AND v.key_id = a.key_id
+            ON a.kind <> 'REVIEW' AND v.tenant = a.tenant AND v.key_id = a.key_id
                 AND v.version = a.key_version"""
 
-CLAIM: Final = f"""
-    WITH a AS (
-        UPDATE attempt SET state = 'RUNNING', start_time = now(), heartbeat_time = now()
-        WHERE id = %(id)s AND state = 'QUEUED' AND admitted
-            AND EXISTS (
-                SELECT FROM tenant WHERE tenant.id = attempt.tenant AND tenant.state = 'ACTIVE')
-        RETURNING *),
-    r AS (
-        -- Not notified: most reviews are done before a watcher could have looked, and who waits
-        -- for one looks again by itself.
-        UPDATE review SET state = 'RUNNING', start_time = now(), version = version + 1
-        FROM a WHERE review.id = a.review_id RETURNING review.*)
+LOAD: Final = f"""
+    WITH a AS (SELECT * FROM attempt WHERE id = ANY(CAST(%(ids)s AS text[])))
     {_WORK}"""  # noqa: S608 - constants
 
 # A call whose answer the runner may still hold. An attempt that silences its workers again and
@@ -116,13 +103,13 @@ _ORPHANED: Final = f"""state = 'RUNNING'
             AND heartbeat_time < now() - make_interval(secs => %(seconds)s)
             AND {_IN_CALL}"""
 
+# Its worker's writes raise Fenced from now on.
 TAKE_OVER: Final = f"""
-    WITH a AS (
-        UPDATE attempt SET turn = turn + 1, heartbeat_time = now()
-        WHERE id = %(id)s AND {_ORPHANED}
-        RETURNING *),
-    r AS (SELECT review.* FROM review JOIN a ON a.review_id = review.id)
-    {_WORK}"""  # noqa: S608 - constants
+    UPDATE attempt SET turn = turn + 1, heartbeat_time = now()
+    WHERE id IN (
+        SELECT id FROM attempt WHERE {_ORPHANED}
+        ORDER BY heartbeat_time LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+    RETURNING id"""  # noqa: S608 - constants
 
 # A review's call is counted before it is stored, and not at all above the tenant's ceiling: the
 # row of the hour orders all who count. The hours before it don't change any more.
@@ -145,10 +132,11 @@ CALL_STARTED: Final = """
         RETURNING 1),
     a AS (
         UPDATE attempt SET calls_started = calls_started + 1,
+            runner_id = coalesce(nullif(%(runner_id)s, ''), runner_id),
             lease_id = coalesce(nullif(%(lease_id)s, ''), lease_id),
             process_id = greatest(%(process_id)s, process_id)
         FROM due
-        WHERE attempt.id = %(id)s AND (due.kind = 'VALIDATION' OR EXISTS (SELECT FROM day))
+        WHERE attempt.id = %(id)s AND (due.kind <> 'REVIEW' OR EXISTS (SELECT FROM day))
         RETURNING review_id),
     f AS (
         UPDATE provider_call SET finish_time = now()
@@ -184,10 +172,26 @@ CHUNK_DONE: Final = """
     -- After the last chunk the end of the attempt follows at once, and tells of both.
     SELECT (SELECT pg_notify('byokeep_review', r.id) FROM r WHERE more) FROM a"""
 
+# What takes the place of a chunk that the provider found too long. The call has its answer.
+CHUNK_SPLIT: Final = """
+    WITH a AS (
+        UPDATE attempt SET heartbeat_time = now()
+        WHERE id = %(id)s AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'
+        RETURNING review_id),
+    f AS (
+        UPDATE provider_call SET finish_time = now()
+        WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
+    r AS (
+        UPDATE review SET chunks_total = %(chunks_total)s, version = version + 1
+        FROM a WHERE review.id = a.review_id
+        RETURNING pg_notify('byokeep_review', id))
+    SELECT (SELECT count(*) FROM r) FROM a"""
+
 _END_ATTEMPT: Final = """
     WITH a AS (
-        UPDATE attempt SET state = %(attempt_state)s, admitted = false, failure = %(failure)s,
+        UPDATE attempt SET state = %(attempt_state)s, failure = %(failure)s,
             end_time = now(),
+            runner_id = coalesce(nullif(%(runner_id)s, ''), runner_id),
             lease_id = coalesce(nullif(%(lease_id)s, ''), lease_id),
             process_id = greatest(%(process_id)s, process_id),
             open_time = coalesce(CAST(%(open_time)s AS timestamptz), open_time),
@@ -207,29 +211,34 @@ END_REVIEW: Final = (
             failure_message = %(failure_message)s, version = version + 1,
             end_time = CASE WHEN %(review_state)s = 'QUEUED' THEN NULL ELSE now() END,
             ambiguous_calls = ambiguous_calls + (SELECT count(*) FROM c WHERE ambiguous),
-            fence = review.fence + %(successors)s
+            fence = review.fence + %(successors)s, attempts = attempts + %(successors)s,
+            max_calls = max_calls + %(refund)s
         FROM a WHERE review.id = a.review_id
-        RETURNING review.id, review.fence),
+        RETURNING review.*),
     x AS (
         DELETE FROM review_content USING r
         WHERE review_content.review_id = r.id AND %(review_state)s = 'COMPLETED'),
     n AS (
-        INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, fence, tries,
-            admitted, due_time)
-        SELECT %(next_id)s, a.kind, a.tenant, r.id, a.key_id, %(next_version)s, r.fence,
-            a.tries + 1, true, now() + make_interval(secs => %(delay)s)
-        FROM a, r WHERE %(successors)s = 1)
-    SELECT pg_notify('byokeep_review', r.id), EXISTS (
-        SELECT FROM attempt p
-        WHERE p.tenant = %(tenant)s AND p.state = 'QUEUED' AND NOT p.admitted) AS parked
-    FROM r"""
+        INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, number, fence, tries,
+            priority, due_time, wait_reason, wait_cause, wait_since)
+        SELECT %(next_id)s, a.kind, a.tenant, r.id, a.key_id, %(next_version)s, r.attempts, r.fence,
+            a.tries + %(counted)s, a.priority, now() + make_interval(secs => %(delay)s),
+            %(wait_reason)s, %(wait_cause)s,
+            CASE WHEN a.wait_reason = %(wait_reason)s THEN a.wait_since ELSE now() END
+        FROM a, r WHERE %(successors)s = 1
+        RETURNING pg_notify('byokeep_due', ''))
+    SELECT pg_notify('byokeep_review', r.id), (SELECT count(*) FROM n) AS following FROM r"""
 )
 
 END_VALIDATION: Final = (
     _END_ATTEMPT  # noqa: S608 - constants
     + """
     v AS (
-        UPDATE key_validation SET verdict = %(verdict)s, models = CAST(%(models)s AS text[]),
+        -- An ACTIVE version that could not be asked again is what it was.
+        UPDATE key_validation SET
+            verdict = coalesce(nullif(%(verdict)s, ''), verdict), cause = %(cause)s,
+            models = CASE WHEN cardinality(CAST(%(models)s AS text[])) > 0
+                THEN CAST(%(models)s AS text[]) ELSE models END,
             attempts = attempts + 1, check_time = now(), action = %(action)s,
             retry_time = CASE WHEN %(successors)s = 1
                 THEN now() + make_interval(secs => %(delay)s) END,
@@ -238,10 +247,9 @@ END_VALIDATION: Final = (
             AND version = a.key_version
         RETURNING key_validation.key_id, key_validation.fence),
     n AS (
-        INSERT INTO attempt (id, kind, tenant, key_id, key_version, fence, tries, admitted,
-            due_time)
-        SELECT %(next_id)s, a.kind, a.tenant, a.key_id, %(next_version)s, v.fence, a.tries + 1,
-            true, now() + make_interval(secs => %(delay)s)
+        INSERT INTO attempt (id, kind, tenant, key_id, key_version, number, fence, tries, due_time)
+        SELECT %(next_id)s, a.kind, a.tenant, a.key_id, %(next_version)s, v.fence, v.fence,
+            a.tries + 1, now() + make_interval(secs => %(delay)s)
         FROM a, v WHERE %(successors)s = 1)
     SELECT pg_notify('byokeep_key', v.key_id) FROM v"""
 )
@@ -261,29 +269,13 @@ HEARTBEAT: Final = """
     UPDATE attempt SET heartbeat_time = now()
     WHERE id = ANY(CAST(%(ids)s AS text[])) AND state = 'RUNNING' RETURNING id"""
 
-# --- admission and cancelling
-
-ADMIT: Final = """
-    UPDATE attempt SET admitted = true, due_time = now()
-    WHERE id IN (
-        SELECT id FROM attempt
-        WHERE tenant = %(tenant)s AND state = 'QUEUED' AND NOT admitted
-        ORDER BY id
-        LIMIT greatest(0, %(places)s - (
-            SELECT count(*) FROM attempt
-            WHERE tenant = %(tenant)s AND kind = 'REVIEW' AND admitted
-                AND state IN ('QUEUED', 'RUNNING'))))
-    RETURNING id"""
-
-PARKED_TENANTS: Final = (
-    "SELECT DISTINCT tenant FROM attempt WHERE state = 'QUEUED' AND NOT admitted"
-)
+# --- cancelling
 
 CANCEL_ATTEMPTS: Final = """
     WITH before AS (
         SELECT id, state FROM attempt
         WHERE review_id = %(review_id)s AND state IN ('QUEUED', 'RUNNING') FOR UPDATE)
-    UPDATE attempt SET state = 'CANCELLED', admitted = false, end_time = now()
+    UPDATE attempt SET state = 'CANCELLED', end_time = now()
     FROM before WHERE attempt.id = before.id
     RETURNING attempt.id, before.state = 'RUNNING' AS ran, pg_notify('byokeep_cancel', attempt.id)
     """
@@ -305,21 +297,21 @@ OPEN_REVIEWS: Final = (
 )
 
 CANCEL_VALIDATIONS: Final = """
-    UPDATE attempt SET state = 'CANCELLED', admitted = false, end_time = now()
+    UPDATE attempt SET state = 'CANCELLED', end_time = now()
     WHERE tenant = %(tenant)s AND kind = 'VALIDATION' AND state IN ('QUEUED', 'RUNNING')
     RETURNING pg_notify('byokeep_cancel', id)"""
 
 # --- sweeping
 
 STALE_IDS: Final = f"""
-    SELECT id, tenant FROM attempt
+    SELECT id FROM attempt
     WHERE state = 'RUNNING' AND heartbeat_time < now() - make_interval(secs => %(seconds)s)
         AND (heartbeat_time < now() - make_interval(secs => %(held)s) OR NOT ({_IN_CALL}))
     ORDER BY heartbeat_time LIMIT 100"""  # noqa: S608 - constants
 
 STALE: Final = """
     SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
-        a.key_id, a.key_version, a.fence, a.tries, a.turn,
+        a.key_id, a.key_version, a.fence, a.tries, a.turn, a.runner_id,
         split_part(coalesce(r.model, ''), '/', 1) AS provider,
         coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
         EXISTS (
@@ -330,23 +322,6 @@ STALE: Final = """
     WHERE a.id = %(id)s AND a.state = 'RUNNING'
         AND a.heartbeat_time < now() - make_interval(secs => %(seconds)s)
     FOR UPDATE OF a SKIP LOCKED"""
-
-OVERDUE: Final = """
-    UPDATE attempt SET due_time = now()
-    WHERE id IN (
-        SELECT attempt.id FROM attempt JOIN tenant ON tenant.id = attempt.tenant
-        WHERE attempt.state = 'QUEUED' AND admitted AND tenant.state = 'ACTIVE'
-            AND due_time < now() - make_interval(secs => %(seconds)s)
-        ORDER BY attempt.id LIMIT 100 FOR UPDATE OF attempt SKIP LOCKED)
-    RETURNING id"""
-
-ORPHANS: Final = f"""
-    UPDATE attempt SET due_time = now()
-    WHERE id IN (
-        SELECT id FROM attempt
-        WHERE due_time < now() - interval '5 seconds' AND {_ORPHANED}
-        ORDER BY id LIMIT 100 FOR UPDATE SKIP LOCKED)
-    RETURNING id"""  # noqa: S608 - constants
 
 DROP_CONTENT: Final = """
     DELETE FROM review_content USING review

@@ -2,12 +2,11 @@
 
 Each write of a worker names its attempt and fence and matches a RUNNING row, or it changes
 nothing and raises `Fenced`: a worker that slept past its turn can't overwrite its successor.
-A transaction that decides about a tenant's places locks the tenant's row first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, LiteralString
@@ -16,10 +15,10 @@ from byokeep import ids
 from byokeep.orchestrator.v1.review_pb2 import Finding
 
 from services.common.errors import internal
-from services.orchestrator import content, sql
+from services.orchestrator import content, sql, sql_waits, store_waits
 from services.orchestrator.database import Database, Row, Session
 from services.orchestrator.domain import PLANS
-from services.orchestrator.queue import Queue
+from services.orchestrator.failures import Decision, Follows, Holds
 
 
 class Fenced(Exception):
@@ -47,6 +46,9 @@ class Work:
     fence: int
     tries: int
     turn: int
+    runner_id: str
+    wait_reason: str
+    waited_seconds: float
     calls_made: int
     chunks_total: int
     provider: str
@@ -66,6 +68,7 @@ class Work:
 class Trail:
     """What the runner reports of the child that held the key."""
 
+    runner_id: str = ""
     lease_id: str = ""
     process_id: int = 0
     open_time: datetime | None = None
@@ -74,10 +77,12 @@ class Trail:
 
 @dataclass(frozen=True, slots=True)
 class Successor:
-    """The attempt that follows a failed one."""
+    """The start that follows a failed one; `decision` None: a validation's, which is no wait."""
 
     delay_seconds: float
     key_version: int
+    decision: Decision | None = None
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +99,22 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class ValidationEnding:
-    """How a validation attempt ended; `action` is what keyvault is to be told."""
+    """How a validation attempt ended.
+
+    `verdict` is empty where an ACTIVE version could not be asked again. `action` is what keyvault
+    is to be told; `pauses` and `resumes` are reasons for which the key's reviews wait from now on,
+    or no longer.
+    """
 
     attempt_state: str
     verdict: str
     action: str
     failure: str = ""
+    cause: str = ""
     models: Sequence[str] = ()
     successor: Successor | None = None
+    pauses: str = ""
+    resumes: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +130,7 @@ class Stale:
     fence: int
     tries: int
     turn: int
+    runner_id: str
     provider: str
     model: str
     unfinished_call: bool
@@ -126,23 +140,31 @@ class Stale:
 class AttemptStore:
     """Attempts and what they write."""
 
-    def __init__(self, database: Database, queue: Queue) -> None:
-        """Use a database, and the queue that lives in it."""
+    def __init__(self, database: Database) -> None:
+        """Use a database."""
         self._database = database
-        self._queue = queue
 
-    async def claim(self, attempt_id: str) -> Work | None:
-        """Make a queued attempt RUNNING and return it; None if it is not there to be run."""
-        async with self._database.statement() as session:
-            row = await session.one(sql.CLAIM, {"id": attempt_id})
-        return None if row is None else Work(**row._asdict())
+    async def pick(self, room: int) -> list[Work]:
+        """Make up to `room` attempts RUNNING whose turn it is, and return them."""
+        plans = {"plans": list(PLANS), "places": [one.attempts_in_flight for one in PLANS.values()]}
+        picked = await self._database.batch(
+            (sql_waits.PICK_LOCK, {}), (sql_waits.PICK, {"room": room, **plans})
+        )
+        return await self._load([row.id for row in picked])
 
-    async def take_over(self, attempt_id: str, seconds: float) -> Work | None:
-        """Return an attempt whose worker fell silent in a provider call for so long, to go on
-        with; None if there is none. The other worker's writes raise Fenced from now on."""
+    async def take_over(self, seconds: float, limit: int) -> list[Work]:
+        """Return attempts whose workers fell silent in a provider call for so long, to go on
+        with. Those workers' writes raise Fenced from now on."""
         async with self._database.statement() as session:
-            row = await session.one(sql.TAKE_OVER, {"id": attempt_id, "seconds": seconds})
-        return None if row is None else Work(**row._asdict())
+            taken = await session.all(sql.TAKE_OVER, {"seconds": seconds, "limit": limit})
+        return await self._load([row.id for row in taken])
+
+    async def _load(self, attempt_ids: Sequence[str]) -> list[Work]:
+        if not attempt_ids:
+            return []
+        async with self._database.statement() as session:
+            found = await session.all(sql.LOAD, {"ids": attempt_ids})
+        return [Work(**row._asdict()) for row in found]
 
     async def taken_over(self, work: Work) -> bool:
         """Say whether another worker goes on with an attempt that was this one's."""
@@ -160,6 +182,7 @@ class AttemptStore:
             sql.CALL_STARTED,
             {
                 **_held(work),
+                "runner_id": trail.runner_id,
                 "lease_id": trail.lease_id,
                 "process_id": trail.process_id,
                 "call_number": number,
@@ -185,20 +208,27 @@ class AttemptStore:
             },
         )
 
-    async def end_review(self, work: Work | Stale, ending: Ending, trail: Trail) -> None:
+    async def chunk_split(self, work: Work, chunks_total: int) -> None:
+        """Store that a chunk became several, and that its call is answered. Raises Fenced."""
+        await self._guarded(sql.CHUNK_SPLIT, {**_held(work), "chunks_total": chunks_total})
+
+    async def end_review(self, work: Work, ending: Ending, trail: Trail) -> None:
         """Store the end of a review's attempt, and queue what follows. Raises Fenced."""
         if ending.successor is None:
             async with self._database.statement() as session:
-                parked = await self._end_review(session, work, ending, trail)
+                await self._end_review(session, work, ending, trail)
         else:
             async with self._database.transaction() as session:
-                parked = await self._end_review(session, work, ending, trail)
-        if parked:
-            await self.admit_one(work.tenant)
+                await self._end_review(session, work, ending, trail)
+                await store_waits.hold(session, work, ending.successor.decision)
 
-    async def end_validation(
-        self, work: Work | Stale, ending: ValidationEnding, trail: Trail
-    ) -> None:
+    async def put_back(self, work: Work, successor: Successor) -> None:
+        """Have an attempt that used no key wait, and start again as it is. Raises Fenced."""
+        async with self._database.transaction() as session:
+            await _one(session, sql_waits.PUT_BACK, {**_held(work), **_following(successor)})
+            await store_waits.hold(session, work, successor.decision)
+
+    async def end_validation(self, work: Work, ending: ValidationEnding, trail: Trail) -> None:
         """Store the end of a validation attempt, and queue what follows. Raises Fenced."""
         async with self._database.transaction() as session:
             await self._end_validation(session, work, ending, trail)
@@ -218,10 +248,10 @@ class AttemptStore:
     async def cancel_review(self, tenant: str, review_id: str) -> bool:
         """Cancel a review of the tenant with its attempts; False if it had ended."""
         async with self._database.transaction() as session:
-            plan = await lock_tenant(session, tenant)
-            await session.all(sql.CANCEL_ATTEMPTS, {"review_id": review_id})
+            # The first waits for an end that is being stored, the second sees what follows it.
+            for _ in range(2):
+                await session.all(sql.CANCEL_ATTEMPTS, {"review_id": review_id})
             done = await session.one(sql.CANCEL_REVIEW, {"review_id": review_id})
-            await self.admit(session, tenant, plan)
         return done is not None
 
     async def cancel_all(self, tenant: str) -> None:
@@ -232,29 +262,21 @@ class AttemptStore:
         for row in reviews:
             await self.cancel_review(tenant, row.id)
 
-    async def admit(self, session: Session, tenant: str, plan: str) -> None:
-        """Give a tenant's free places to what waited longest; the tenant's row is locked."""
-        places = PLANS[plan].attempts_in_flight
-        for row in await session.all(sql.ADMIT, {"tenant": tenant, "places": places}):
-            await self._queue.enqueue(session.connection, row.id)
-
-    async def stale(self, seconds: float, held: float) -> list[tuple[str, str]]:
-        """Return (id, tenant) of attempts whose worker gave no sign of life for so long; for
+    async def stale(self, seconds: float, held: float) -> list[str]:
+        """Return attempts whose worker gave no sign of life for so long; for
         `held` seconds, where a call is open that may be taken over."""
         async with self._database.statement() as session:
             found = await session.all(sql.STALE_IDS, {"seconds": seconds, "held": held})
-        return [(row.id, row.tenant) for row in found]
+        return [row.id for row in found]
 
     async def fence_off(
         self,
         attempt_id: str,
-        tenant: str,
         seconds: float,
-        decide: Any,
+        decide: Callable[[Stale], Ending | ValidationEnding],
     ) -> Stale | None:
-        """End a stale attempt as `decide(Stale)` says; None if it is not stale any more."""
+        """End a stale attempt as `decide` says; None if it is not stale any more."""
         async with self._database.transaction() as session:
-            plan = await lock_tenant(session, tenant)
             row = await session.one(sql.STALE, {"id": attempt_id, "seconds": seconds})
             if row is None:
                 return None
@@ -264,109 +286,49 @@ class AttemptStore:
                 await self._end_validation(session, stale, ending, Trail())
             else:
                 await self._end_review(session, stale, ending, Trail())
-                await self.admit(session, tenant, plan)
             return stale
 
-    async def requeue_overdue(self, seconds: float) -> int:
-        """Enqueue attempts again whose job seems lost; return how many."""
-        return await self._requeue(sql.OVERDUE, seconds)
-
-    async def requeue_orphans(self, seconds: float) -> int:
-        """Enqueue attempts that some worker may `take_over`; return how many."""
-        return await self._requeue(sql.ORPHANS, seconds)
-
-    async def admit_parked(self) -> None:
-        """Give free places of every tenant to what waits for one."""
-        async with self._database.statement() as session:
-            tenants = [row.tenant for row in await session.all(sql.PARKED_TENANTS)]
-        for tenant in tenants:
-            await self.admit_one(tenant)
-
-    async def admit_one(self, tenant: str) -> None:
-        """Give free places of one tenant to what waits for one."""
-        async with self._database.transaction() as session:
-            await self.admit(session, tenant, await lock_tenant(session, tenant))
-
-    async def _requeue(self, statement: LiteralString, seconds: float) -> int:
-        async with self._database.transaction() as session:
-            found = await session.all(statement, {"seconds": seconds})
-            for row in found:
-                await self._queue.enqueue(session.connection, row.id)
-        return len(found)
-
     async def _end_review(
-        self,
-        session: Session,
-        work: Work | Stale,
-        ending: Ending,
-        trail: Trail,
-    ) -> bool:
-        """Return whether the tenant has attempts that wait for a place."""
-        following = _following(ending.successor)
-        row = await _one(
-            session,
-            sql.END_REVIEW,
-            {
-                **_held(work),
-                "tenant": work.tenant,
-                "attempt_state": ending.attempt_state,
-                "failure": ending.failure,
-                "ambiguous": ending.ambiguous,
-                "review_state": ending.review_state,
-                "review_failure": ending.failure if ending.review_state == "FAILED" else "",
-                "failure_message": ending.failure_message,
-                **following,
-                **_trail(trail),
-            },
-        )
-        await self._follow(session, ending.successor, following)
-        return bool(row.parked)
+        self, session: Session, work: Work | Stale, ending: Ending, trail: Trail
+    ) -> None:
+        failed = ending.review_state == "FAILED"
+        parameters = {
+            **_held(work),
+            "attempt_state": ending.attempt_state,
+            "failure": ending.failure,
+            "ambiguous": ending.ambiguous,
+            "review_state": ending.review_state,
+            "review_failure": ending.failure if failed else "",
+            "failure_message": ending.failure_message,
+            **_following(ending.successor),
+            **_trail(trail),
+        }
+        await _one(session, sql.END_REVIEW, parameters)
 
     async def _end_validation(
-        self,
-        session: Session,
-        work: Work | Stale,
-        ending: ValidationEnding,
-        trail: Trail,
+        self, session: Session, work: Work | Stale, ending: ValidationEnding, trail: Trail
     ) -> None:
-        following = _following(ending.successor)
-        await _one(
-            session,
-            sql.END_VALIDATION,
-            {
-                **_held(work),
-                "attempt_state": ending.attempt_state,
-                "failure": ending.failure,
-                "ambiguous": False,
-                "verdict": ending.verdict,
-                "models": list(ending.models),
-                "action": ending.action,
-                **following,
-                **_trail(trail),
-            },
-        )
-        await self._follow(session, ending.successor, following)
-
-    async def _follow(
-        self,
-        session: Session,
-        successor: Successor | None,
-        following: Mapping[str, Any],
-    ) -> None:
-        if successor is not None:
-            await self._queue.enqueue(
-                session.connection, following["next_id"], delay_seconds=successor.delay_seconds
-            )
+        parameters = {
+            **_held(work),
+            "attempt_state": ending.attempt_state,
+            "failure": ending.failure,
+            "ambiguous": False,
+            "verdict": ending.verdict,
+            "cause": ending.cause,
+            "models": list(ending.models),
+            "action": ending.action,
+            **_following(ending.successor),
+            **_trail(trail),
+        }
+        await _one(session, sql.END_VALIDATION, parameters)
+        if ending.pauses:
+            await store_waits.pause(session, work.tenant, work.key_id, ending.pauses)
+        if ending.resumes:
+            await store_waits.resume(session, work.tenant, work.key_id, [ending.resumes])
 
     async def _guarded(self, statement: LiteralString, parameters: Mapping[str, Any]) -> Row:
         async with self._database.statement() as session:
             return await _one(session, statement, parameters)
-
-
-async def lock_tenant(session: Session, tenant: str) -> str:
-    """Lock a tenant's places in this transaction; return its plan."""
-    row = await session.one(sql.LOCK_TENANT, {"tenant": tenant})
-    return str(row.plan)
 
 
 async def _one(session: Session, statement: LiteralString, parameters: Mapping[str, Any]) -> Any:
@@ -388,6 +350,7 @@ def _held(work: Work | Stale) -> dict[str, Any]:
 
 def _trail(trail: Trail) -> dict[str, Any]:
     return {
+        "runner_id": trail.runner_id,
         "lease_id": trail.lease_id,
         "process_id": trail.process_id,
         "open_time": trail.open_time,
@@ -396,9 +359,16 @@ def _trail(trail: Trail) -> dict[str, Any]:
 
 
 def _following(successor: Successor | None) -> dict[str, Any]:
+    decision = None if successor is None else successor.decision
+    holds = decision is not None and decision.holds is not Holds.ATTEMPT
     return {
         "successors": 0 if successor is None else 1,
         "next_id": ids.new_id("att"),
         "next_version": 0 if successor is None else successor.key_version,
-        "delay": 0.0 if successor is None else successor.delay_seconds,
+        # Who waits with others is due as before: what holds them all says for how long.
+        "delay": 0.0 if successor is None or holds else successor.delay_seconds,
+        "counted": int(decision is not None and decision.follows is Follows.RETRY),
+        "refund": 0 if decision is None else decision.refund,
+        "wait_reason": "" if decision is None else decision.reason,
+        "wait_cause": "" if successor is None else successor.cause,
     }

@@ -12,7 +12,6 @@ from byokeep.names import last_of, provider_id
 
 from services.orchestrator import sql
 from services.orchestrator.database import Database, Row
-from services.orchestrator.queue import Queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +24,7 @@ class Validation:
     actor: str
     destroy_previous: bool
     verdict: str
+    cause: str
     models: Sequence[str]
     attempts: int
     action: str
@@ -39,6 +39,7 @@ class Use:
 
     attempt_id: str
     kind: str
+    number: int
     fence: int
     review_id: str
     label: str
@@ -52,7 +53,7 @@ class Use:
 
 
 _COLUMNS = """
-SELECT key_id, version, tenant, actor, destroy_previous, verdict, models, attempts, action,
+SELECT key_id, version, tenant, actor, destroy_previous, verdict, cause, models, attempts, action,
     check_time, retry_time, create_time
 FROM key_validation
 """
@@ -68,8 +69,9 @@ VALUES (%(key_id)s, %(version)s, %(tenant)s, %(provider)s, %(owner)s, %(actor)s,
 ON CONFLICT DO NOTHING RETURNING version
 """
 _ATTEMPT = """
-INSERT INTO attempt (id, kind, tenant, key_id, key_version, admitted)
-VALUES (%(id)s, 'VALIDATION', %(tenant)s, %(key_id)s, %(version)s, true)
+INSERT INTO attempt (id, kind, tenant, key_id, key_version)
+VALUES (%(id)s, 'VALIDATION', %(tenant)s, %(key_id)s, %(version)s)
+RETURNING pg_notify('byokeep_due', '')
 """
 _APPLIED = """
 UPDATE key_validation SET action = ''
@@ -86,10 +88,9 @@ ORDER BY attempt.id LIMIT %(limit)s
 class KeyStore:
     """Validations of key versions, and who used a key."""
 
-    def __init__(self, database: Database, queue: Queue) -> None:
-        """Use a database, and the queue that lives in it."""
+    def __init__(self, database: Database) -> None:
+        """Use a database."""
         self._database = database
-        self._queue = queue
 
     async def count_intake(self, scope: str) -> float:
         """Count one intake in a scope; return how many there were in the last hour, with it."""
@@ -122,7 +123,6 @@ class KeyStore:
                 return False
             if await session.one(_SCHEDULE, values) is not None:
                 await session.run(_ATTEMPT, values | {"id": attempt_id})
-                await self._queue.enqueue(session.connection, attempt_id)
         return True
 
     async def validations(
@@ -176,6 +176,7 @@ def _use(row: Row) -> Use:
     return Use(
         attempt_id=row.id,
         kind=row.kind,
+        number=row.number,
         fence=row.fence,
         review_id=row.review_id or "",
         label=f"{row.repository or ''}{number}",

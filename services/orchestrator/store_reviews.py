@@ -12,18 +12,19 @@ from byokeep import ids
 from byokeep.orchestrator.v1 import review_pb2
 
 from services.common.errors import ByokeepError
-from services.orchestrator import access, sql, store_requests
+from services.orchestrator import access, sql, sql_waits, store_requests
 from services.orchestrator.database import Database, Row, Session
-from services.orchestrator.domain import PLANS
-from services.orchestrator.queue import Queue
-from services.orchestrator.store_attempts import AttemptStore
 
 SUBMIT: Final = "SubmitReview"
 
 
 @dataclass(frozen=True, slots=True)
 class ReviewRow:
-    """A review; its content and findings stand elsewhere."""
+    """A review; its content and findings stand elsewhere.
+
+    `wait_reason` is empty where it does not wait, or for its turn alone; `wait_until` is None where
+    an event ends the wait.
+    """
 
     id: str
     tenant: str
@@ -43,20 +44,25 @@ class ReviewRow:
     finding_count: int
     dropped_findings: int
     unread_count: int
-    fence: int
+    attempts: int
     version: int
     create_time: datetime
     start_time: datetime | None
     end_time: datetime | None
+    wait_reason: str = ""
+    wait_cause: str = ""
+    wait_since: datetime | None = None
+    wait_until: datetime | None = None
 
 
 _NAMES: Final = tuple(ReviewRow.__dataclass_fields__)
-_COLUMNS: Final = """
-SELECT id, tenant, state, repository, pull_request, head_commit, model, key_id, owner, failure,
-    failure_message, calls_started, ambiguous_calls, chunks_done, chunks_total, finding_count,
-    dropped_findings, unread_count, fence, version, create_time, start_time, end_time
-FROM review
-"""
+_OWN: Final = tuple(name for name in _NAMES if not name.startswith("wait_"))
+_COLUMNS: Final = f"""
+SELECT {", ".join(_OWN)}, coalesce(wait.reason, '') AS wait_reason,
+    coalesce(wait.cause, '') AS wait_cause, wait.since AS wait_since,
+    nullif(wait.until, 'infinity') AS wait_until
+FROM review {sql_waits.WAIT}
+"""  # noqa: S608 - constants
 _GET: Final = _COLUMNS + "WHERE id = %(id)s AND tenant = %(tenant)s"
 _PAGE: Final = f"""
 {_COLUMNS} WHERE tenant = %(tenant)s AND (%(of_users)s OR owner = '')
@@ -85,6 +91,7 @@ class Submission:
     model: str
     key_id: str
     key_version: int
+    priority: int
     owner: str
     actor: str
     max_calls: int
@@ -97,11 +104,9 @@ class Submission:
 class ReviewStore:
     """Reviews, their content and findings."""
 
-    def __init__(self, database: Database, queue: Queue, attempts: AttemptStore) -> None:
-        """Use a database, the queue that lives in it, and who gives out places."""
+    def __init__(self, database: Database) -> None:
+        """Use a database."""
         self._database = database
-        self._queue = queue
-        self._attempts = attempts
 
     async def earlier(self, tenant: str, scope: str, digest: bytes) -> ReviewRow | None:
         """Return the review that the same submission made before. Raises REQUEST_ID_CONFLICT."""
@@ -110,17 +115,16 @@ class ReviewStore:
         return None if review_id is None else await self.get(tenant, review_id)
 
     async def submit(self, new: Submission, reviews_per_day: int, calls_per_day: int) -> ReviewRow:
-        """Store a review with its content and first attempt, and enqueue it: all or nothing.
+        """Store a review with its content and first attempt: all or nothing.
 
         Raises:
             Repeated: its request id came before.
             ByokeepError: TENANT_NOT_ACTIVE, DAILY_LIMIT.
         """
-        attempt_id = ids.new_id("att")
         parameters = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
-        parameters["attempt_id"] = attempt_id
+        parameters["attempt_id"] = ids.new_id("att")
         async with self._database.transaction() as session:
-            parameters["places"] = await _places(session, new.tenant)
+            await _require_active(session, new.tenant)
             row = await session.one(sql.SUBMIT, parameters)
             if row is None:
                 raise store_requests.Repeated
@@ -132,13 +136,8 @@ class ReviewStore:
                 await session.run(sql.KEEP_UNREAD, parameters)
             if not new.chunks_total:
                 await session.run(sql.NOTHING_TO_READ, parameters)
-            elif row.admitted:
-                await self._queue.enqueue(session.connection, attempt_id)
             if not new.chunks_total or new.unread_count:
                 return _review(await session.one(_GET, parameters))
-        if not row.admitted:
-            # Whoever gave a place back just now did not see that somebody waits for it.
-            await self._attempts.admit_one(new.tenant)
         return _review(row)
 
     async def get(self, tenant: str, review_id: str) -> ReviewRow:
@@ -201,28 +200,25 @@ class ReviewStore:
         max_calls: int,
     ) -> None:
         """Queue a further attempt of a failed review. Raises ByokeepError: WRONG_STATE."""
-        attempt_id = ids.new_id("att")
         parameters = {
             "id": review_id,
             "tenant": tenant,
-            "attempt_id": attempt_id,
+            "attempt_id": ids.new_id("att"),
             "key_id": key_id,
             "key_version": key_version,
             "max_calls": max_calls,
         }
         async with self._database.transaction() as session:
-            places = await _places(session, tenant)
+            await _require_active(session, tenant)
             if not await store_requests.first_time(session, tenant, message):
                 return
-            row = await session.one(sql.RETRY, parameters | {"places": places})
+            row = await session.one(sql.RETRY, parameters)
             if row is None:
                 raise ByokeepError(
                     grpc.StatusCode.FAILED_PRECONDITION,
                     "WRONG_STATE",
                     "only a failed review whose diff is still kept can be retried; submit it again",
                 )
-            if row.admitted:
-                await self._queue.enqueue(session.connection, attempt_id)
 
     async def sweep(self, *, content_hours: int, findings_days: int) -> None:
         """Delete what was kept long enough."""
@@ -233,12 +229,11 @@ class ReviewStore:
             await session.run(sql.DROP_BUCKETS)
 
 
-async def _places(session: Session, tenant: str) -> int:
-    """Lock an active tenant; return how many of its attempts may be in flight."""
+async def _require_active(session: Session, tenant: str) -> None:
+    """Lock a tenant: its deletion waits for what is stored now, or is seen."""
     row = await session.one(sql.LOCK_TENANT, {"tenant": tenant})
     if row.state != "ACTIVE":
         raise access.not_active(tenant, row.state)
-    return PLANS[row.plan].attempts_in_flight
 
 
 def _daily_limit(what: str, limit: int) -> ByokeepError:
@@ -253,4 +248,4 @@ def _daily_limit(what: str, limit: int) -> ByokeepError:
 
 
 def _review(row: Row) -> ReviewRow:
-    return ReviewRow(*[getattr(row, name) for name in _NAMES])
+    return ReviewRow(**{name: getattr(row, name) for name in _NAMES if name in row._fields})

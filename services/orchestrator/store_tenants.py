@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
 
 from services.common.errors import ByokeepError
-from services.orchestrator import sql, store_requests
+from services.orchestrator import sql, store_requests, store_waits
 from services.orchestrator.database import Database, Row, Session
 
 
@@ -106,12 +106,15 @@ DELETE FROM model_override WHERE tenant = %(tenant)s AND pattern = %(pattern)s
 #: All of a tenant but its own row, and what counts its requests.
 _ERASE = (
     "DELETE FROM attempt WHERE tenant = %(tenant)s",
+    "DELETE FROM pause WHERE tenant = %(tenant)s",
+    "DELETE FROM turn WHERE tenant = %(tenant)s",
     "DELETE FROM review WHERE tenant = %(tenant)s",
     "DELETE FROM key_validation WHERE tenant = %(tenant)s",
     "DELETE FROM model_override WHERE tenant = %(tenant)s",
     "DELETE FROM request WHERE tenant = %(tenant)s",
     "DELETE FROM rate_bucket WHERE scope LIKE '%%:' || %(tenant)s",
 )
+_SUSPENDED: Final = "TENANT_SUSPENDED"
 _SETTINGS = """
 UPDATE tenant SET settings_version = settings_version + 1,
     plan = coalesce(%(plan)s, plan),
@@ -185,6 +188,10 @@ class TenantStore:
             first = await store_requests.first_time(session, tenant_id, message)
             if first and not await session.run(_SET_STATE, {"tenant": tenant_id, "state": state}):
                 raise deleted()
+            if message.resume:
+                await store_waits.resume(session, tenant_id, "", [_SUSPENDED])
+            else:
+                await store_waits.pause(session, tenant_id, "", _SUSPENDED)
             return await _read(session, tenant_id)
 
     async def mark_deleted(self, tenant_id: str) -> None:

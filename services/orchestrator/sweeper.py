@@ -6,15 +6,23 @@ import logging
 import time
 from typing import Final
 
+from byokeep import names
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2
 
 from services.common import logs
-from services.common.background import Background
+from services.common.background import Background, each
 from services.common.errors import ByokeepError
-from services.orchestrator import domain
-from services.orchestrator.dispatcher import ORPHANED_SECONDS, review_ending, unreachable
-from services.orchestrator.domain import Failure
+from services.orchestrator import domain, failures
+from services.orchestrator.dispatcher import (
+    Dispatcher,
+    check_ending,
+    review_ending,
+    unreachable,
+)
+from services.orchestrator.execution import Result
+from services.orchestrator.failures import Failure, Follows
+from services.orchestrator.fleet import SILENCE_SECONDS, Fleet
 from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.store_attempts import (
     AttemptStore,
@@ -27,14 +35,17 @@ from services.orchestrator.store_attempts import (
 from services.orchestrator.store_keys import KeyStore
 from services.orchestrator.store_reviews import ReviewStore
 from services.orchestrator.store_tenants import TenantRow, TenantStore
+from services.orchestrator.store_waits import PausedKey, WaitStore
 from services.orchestrator.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 STALE_SECONDS: Final = 20.0
 # What a runner keeps for 30 s may be taken over for as long.
 HELD_SECONDS: Final = 32.0
-_OVERDUE_SECONDS: Final = 15.0
 _TICK_SECONDS: Final = 2.0
+# Longer than a runner's silence, so that one who restarts at once is not told of.
+_LACK_SECONDS: Final = SILENCE_SECONDS + 2.0
+_PAUSED_SECONDS: Final = 10.0
 _UNSCHEDULED_SECONDS: Final = 300.0
 _RETENTION_SECONDS: Final = 600.0
 _ACTOR: Final = "byokeep/orchestrator"
@@ -51,6 +62,9 @@ class Sweeper:
         tenants: TenantStore,
         keyvault: Keyvault,
         verdicts: Verdicts,
+        waits: WaitStore,
+        dispatcher: Dispatcher,
+        fleet: Fleet,
         *,
         content_hours: int,
         findings_days: int,
@@ -62,40 +76,70 @@ class Sweeper:
         self._tenants = tenants
         self._keyvault = keyvault
         self._verdicts = verdicts
+        self._waits = waits
+        self._dispatcher = dispatcher
+        self._fleet = fleet
+        self._lacking = False
         self._content_hours = content_hours
         self._findings_days = findings_days
 
     def start(self, background: Background) -> None:
         """Sweep from now on; a chore that has to wait for keyvault holds up no other."""
         background.every("attempts", _TICK_SECONDS, self.attempts, vital=True)
+        background.every("waits", _TICK_SECONDS, self.lack, self._waits.sweep)
+        background.every("paused-keys", _PAUSED_SECONDS, self.paused_keys)
         background.every("verdicts", _TICK_SECONDS, self._verdicts.apply_all)
         background.every("unscheduled", _UNSCHEDULED_SECONDS, self.unscheduled)
         background.every("retention", _RETENTION_SECONDS, self.retention)
 
     async def attempts(self) -> None:
-        """Have attempts taken over whose worker is gone, or fence them off; enqueue again what
-        the queue lost."""
-        await self._attempts.requeue_orphans(ORPHANED_SECONDS)
-        for attempt_id, tenant in await self._attempts.stale(STALE_SECONDS, HELD_SECONDS):
-            await self.fence_off(attempt_id, tenant)
-        await self._attempts.requeue_overdue(_OVERDUE_SECONDS)
-        await self._attempts.admit_parked()
+        """Have attempts taken over whose worker is gone, or fence them off."""
+        await self._dispatcher.take_over()
+        for attempt_id in await self._attempts.stale(STALE_SECONDS, HELD_SECONDS):
+            await self.fence_off(attempt_id)
 
-    async def fence_off(self, attempt_id: str, tenant: str, seconds: float = STALE_SECONDS) -> None:
-        """End an attempt whose worker gave no sign of life for so long."""
+    async def fence_off(self, attempt_id: str, seconds: float = STALE_SECONDS) -> None:
+        """End an attempt whose worker gave no sign of life for so long, and its child."""
         try:
-            stale = await self._attempts.fence_off(attempt_id, tenant, seconds, after_silence)
+            stale = await self._attempts.fence_off(attempt_id, seconds, after_silence)
         except Fenced:
             return
-        if stale is not None:
-            logs.event(
-                log,
-                "attempt_fenced_off",
-                level=logging.WARNING,
-                attempt=attempt_id,
-                fence=stale.fence,
-                ambiguous=stale.unfinished_call,
-            )
+        if stale is None:
+            return
+        logs.event(
+            log,
+            "attempt_fenced_off",
+            level=logging.WARNING,
+            attempt=attempt_id,
+            fence=stale.fence,
+            ambiguous=stale.unfinished_call,
+        )
+        await self._fleet.cancel(stale.runner_id, attempt_id, stale.fence)
+
+    async def lack(self) -> None:
+        """Let who waits know why no runner takes anything, where none has for some time."""
+        lack = self._fleet.lack(_LACK_SECONDS)
+        if lack or self._lacking:
+            await self._waits.pause_all(lack, 3 * _TICK_SECONDS)
+        self._lacking = bool(lack)
+
+    async def paused_keys(self) -> None:
+        """Let reviews go on whose key serves again, or has ended, though nobody told us."""
+        await each("paused_key", await self._waits.paused_keys(), self._look_at)
+
+    async def _look_at(self, paused: PausedKey) -> None:
+        if paused.reason == "KEY_REJECTED":
+            if not await self._waits.is_checked(paused.tenant, paused.key_id):
+                await self._waits.resume_key(paused.tenant, paused.key_id, 0, [paused.reason])
+            return
+        try:
+            key = await self._keyvault.get(names.key_name(paused.tenant, paused.key_id))
+        except ByokeepError as error:
+            if error.reason != "NOT_FOUND":
+                raise
+            key = custody_pb2.ProviderKey(state=custody_pb2.KEY_VERSION_STATE_DESTROYED)
+        if domain.usable(key) or key.state in domain.ENDED:
+            await self._waits.resume_key(paused.tenant, paused.key_id, key.active_version)
 
     async def unscheduled(self) -> None:
         """Have versions validated that were staged just before we stopped, and destroyed where
@@ -147,9 +191,13 @@ def after_silence(stale: Stale) -> Ending | ValidationEnding:
     A call whose answer nobody stored may have been billed: it is not repeated by itself. An
     attempt that silences its workers again and again is given up.
     """
+    failure = Failure("CHILD_LOST", ambiguous=stale.unfinished_call)
     if stale.kind == "VALIDATION":
-        return unreachable(stale.tries, 0.0, stale.key_version, "CHILD_LOST", "FENCED")
-    failure = Failure("CHILD_LOST", retryable=True, ambiguous=stale.unfinished_call)
-    delay = domain.retry_delay(failure, stale.tries) if stale.calls_left > 0 else None
-    successor = None if delay is None else Successor(delay, stale.key_version)
-    return review_ending(stale, failure, successor, "FENCED")
+        return unreachable(stale.tries, 0.0, stale.key_version, failure.reason, state="FENCED")
+    if stale.kind == "CHECK":
+        return check_ending(stale, Result(failure), "FENCED")
+    decision = failures.decide(failure, tries=stale.tries, spare_calls=stale.calls_left - 1)
+    successor = None
+    if decision.follows is not Follows.END:
+        successor = Successor(decision.delay_seconds, stale.key_version, decision)
+    return review_ending(stale, failure, decision, successor, "FENCED")

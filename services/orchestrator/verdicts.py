@@ -10,6 +10,7 @@ from services.common import logs
 from services.common.errors import ByokeepError
 from services.orchestrator.keyvault_client import Keyvault
 from services.orchestrator.store_keys import KeyStore
+from services.orchestrator.store_waits import WaitStore
 
 log = logging.getLogger(__name__)
 # Repeating these can't help: the version is gone, was promoted by other means, or keyvault
@@ -22,9 +23,10 @@ _SETTLED = frozenset(
 class Verdicts:
     """Applies verdicts; safe to repeat, since one may be known and not applied yet."""
 
-    def __init__(self, store: KeyStore, keyvault: Keyvault) -> None:
-        """Use keyvault, and where verdicts are kept."""
+    def __init__(self, store: KeyStore, waits: WaitStore, keyvault: Keyvault) -> None:
+        """Use keyvault, where verdicts are kept, and what waits for them."""
         self._store = store
+        self._waits = waits
         self._keyvault = keyvault
 
     async def apply(
@@ -44,6 +46,7 @@ class Verdicts:
                 await self._keyvault.promote(
                     name, version, actor, destroy_previous=destroy_previous
                 )
+                await self._waits.resume_key(tenant, key_id, version)
             else:
                 await self._keyvault.destroy_version(name, version, actor)
         except ByokeepError as error:

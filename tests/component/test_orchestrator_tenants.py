@@ -40,9 +40,6 @@ def test_models_and_migrations_agree(empty_database_url) -> None:
             opts={
                 "compare_type": True,
                 "compare_server_default": True,
-                "include_name": lambda name, kind, _: (
-                    kind != "table" or not name.startswith("procrastinate")
-                ),
             },
         )
         assert compare_metadata(context, metadata) == []

@@ -77,7 +77,7 @@ def test_five_seconds_without_keyvault_kill_the_children(bench):
     outcome = attempt.finish()
 
     assert 4 < time.monotonic() - lost < 7
-    assert outcome.failure == review_pb2.FAILURE_REASON_CHILD_LOST
+    assert outcome.failure == review_pb2.FAILURE_REASON_KEYVAULT_UNAVAILABLE
     assert outcome.ambiguous_call
     assert not alive(attempt.pid)
 

@@ -385,19 +385,63 @@ def fails(failure: int, *, call: bool = True, **outcome: Any) -> Script:
 
 class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """Plays scripts, one an attempt; `default` once they are used up. An attempt that is taken
-    up again is not known, unless a script of `resumed` says how it goes on."""
+    up again is not known, unless a script of `resumed` says how it goes on. It runs `places`
+    attempts at once, tells how much room is left, and refuses the rest."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int = 16) -> None:
+        self.id = ids.new_id("run")
+        self.places = places
+        self.busy = 0
+        self.most = 0
+        self.refused = 0
+        self.draining = False
+        self.silent = False
+        self._news = asyncio.Condition()
         self.scripts: list[Script] = []
         self.resumed: list[Script] = []
         self.default: Script = one_chunk
         self.talks: list[Conversation] = []
+
+    async def tell(self, **values: Any) -> None:
+        """Change something, and tell whoever watches."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        async with self._news:
+            self._news.notify_all()
+
+    async def WatchCapacity(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[runner_pb2.WatchCapacityResponse]:
+        while True:
+            if not self.silent:
+                free = 0 if self.draining else max(0, self.places - self.busy)
+                yield runner_pb2.WatchCapacityResponse(
+                    runner_id=self.id, places=self.places, free=free, draining=self.draining
+                )
+            async with self._news:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        await self._news.wait()
 
     async def Execute(
         self, requests: Any, context: Any
     ) -> AsyncIterator[runner_pb2.ExecuteResponse]:
         talk = Conversation(requests)
         await talk.open()
+        if not talk.reattach.attempt_id and self.busy >= self.places:
+            self.refused += 1
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+        await self.tell(busy=self.busy + 1)
+        self.most = max(self.most, self.busy)
+        try:
+            async for response in self._serve(talk, context):
+                yield response
+        finally:
+            await self.tell(busy=self.busy - 1)
+
+    async def _serve(
+        self, talk: Conversation, context: Any
+    ) -> AsyncIterator[runner_pb2.ExecuteResponse]:
         if talk.reattach.attempt_id:
             if not self.resumed:
                 await context.abort(grpc.StatusCode.NOT_FOUND, "no such attempt runs here")
@@ -499,11 +543,13 @@ class Stack:
         """Submit a review as the tenant's client."""
         chosen = {"repository": "acme/shop", "diff": DIFF} | values
         given_id = chosen.pop("request_id", None) or request_id()
+        priority = chosen.pop("priority", review_pb2.PRIORITY_UNSPECIFIED)
         response = await self.client(tenant).reviews.SubmitReview(
             review_pb2.SubmitReviewRequest(
                 parent=f"tenants/{tenant}",
                 input=review_pb2.ReviewInput(**chosen),
                 request_id=given_id,
+                priority=priority,
             )
         )
         return response.review
@@ -518,6 +564,34 @@ class Stack:
             ):
                 last = response.review
         return last
+
+    async def get(self, review: review_pb2.Review) -> review_pb2.Review:
+        """Read a review as its tenant's client."""
+        client = self.client(names.tenant_of(review.name)).reviews
+        return (await client.GetReview(review_pb2.GetReviewRequest(name=review.name))).review
+
+    async def waiting(
+        self, review: review_pb2.Review, reason: str, seconds: float = 20
+    ) -> review_pb2.Review:
+        """Return a review once it says that it waits for a reason."""
+        value = review_pb2.FailureReason.Value(f"FAILURE_REASON_{reason}")
+        async with asyncio.timeout(seconds):
+            while True:
+                last = await self.get(review)
+                if last.wait.reason == value:
+                    return last
+                if last.state not in (
+                    review_pb2.REVIEW_STATE_QUEUED,
+                    review_pb2.REVIEW_STATE_RUNNING,
+                ):
+                    raise AssertionError(f"it has ended: {last}")
+                await asyncio.sleep(0.05)
+
+    async def until_room(self, places: int, seconds: float = 10) -> None:
+        """Wait until the orchestrator knows that its runners have so much room."""
+        async with asyncio.timeout(seconds):
+            while self.app.fleet.room != places:
+                await asyncio.sleep(0.02)
 
     async def add_key(self, tenant: str = "acme", **values: Any) -> key_pb2.Key:
         response = await self.client(tenant).keys.AddKey(add_key_request(tenant, **values))
@@ -555,8 +629,14 @@ class Stack:
                 await asyncio.sleep(0.02)
 
     async def hurry(self) -> None:
-        """Have every job that waits for its time run now."""
-        await self.until("UPDATE procrastinate_jobs SET scheduled_at = now() RETURNING 1")
+        """Have every attempt that waits for its time run now."""
+        await self.until("UPDATE attempt SET due_time = now() WHERE state = 'QUEUED' RETURNING 1")
+
+    async def hurried(self) -> None:
+        """Have whatever waits for its time run at once, for ever."""
+        while True:
+            await self.sql("UPDATE attempt SET due_time = now() WHERE state = 'QUEUED'")
+            await asyncio.sleep(0.05)
 
     async def close(self) -> None:
         for channel in self._channels:

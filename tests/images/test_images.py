@@ -22,7 +22,7 @@ from tests.images.conftest import TAG
 pytestmark = pytest.mark.timeout(600)
 _ROOT = Path(__file__).resolve().parents[2]
 _SERVICES = tuple(zone for zone in ZONES if zone != "tools")
-_SQL = {"psycopg", "psycopg-binary", "sqlalchemy", "alembic", "procrastinate"}
+_SQL = {"psycopg", "psycopg-binary", "sqlalchemy", "alembic"}
 _KEK = {"hvac", "boto3", "botocore"}
 _PROVIDERS = {"httpx", "httpcore"}
 # What would break a zone's boundary if it were there.

@@ -1181,7 +1181,7 @@ MUTANTS = (
         _OR + "store_keys.py",
         "self._database.transaction()",
         "self._database.statement()",
-        (_SEC + "test_enqueue_atomic.py::test_validation_that_breaks_off_leaves_no_job",),
+        (_SEC + "test_enqueue_atomic.py::test_validation_that_breaks_off_leaves_nothing",),
     ),
     Mutant(
         "every submission is a new one",

@@ -34,7 +34,6 @@ SAYS = {
     "the attempt failed": {
         "outcome": runner_pb2.Outcome(
             failure=review_pb2.FAILURE_REASON_PROVIDER_UNAVAILABLE,
-            retryable=True,
             report={"process_id": 666, "open_time": {"seconds": 1}, "close_time": {"seconds": 2}},
         )
     },
@@ -90,7 +89,7 @@ async def fenced_off(stack: Stack, paused: Pausable) -> None:
         await paused.accepted.wait()
     (attempt,) = await stack.sql("SELECT id FROM attempt WHERE state = 'RUNNING'")
     await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
-    await stack.app.sweeper.fence_off(attempt[0], "acme")
+    await stack.app.sweeper.fence_off(attempt[0])
 
 
 @pytest.mark.parametrize("says", SAYS.values(), ids=SAYS.keys())
@@ -135,7 +134,7 @@ async def test_call_under_way_is_not_repeated_when_its_worker_falls_silent(stack
         await in_call.wait()
     (attempt,) = await stack.sql("SELECT id FROM attempt")
     await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
-    await stack.app.sweeper.fence_off(attempt[0], "acme")
+    await stack.app.sweeper.fence_off(attempt[0])
     ended = await stack.ended(review)
     assert ended.failure == review_pb2.FAILURE_REASON_AMBIGUOUS
     assert (ended.ambiguous_calls, ended.calls_started, ended.attempts) == (1, 1, 1)
@@ -158,8 +157,8 @@ async def test_worker_that_lives_keeps_its_attempt(stack: Stack) -> None:
     await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
     await stack.app.dispatcher.beat()
     (attempt,) = await stack.sql("SELECT id FROM attempt")
-    await stack.app.sweeper.fence_off(attempt[0], "acme")
-    assert await stack.app.attempts.take_over(attempt[0], ORPHANED_SECONDS) is None
+    await stack.app.sweeper.fence_off(attempt[0])
+    assert await stack.app.attempts.take_over(ORPHANED_SECONDS, 1) == []
     assert await stack.sql("SELECT state, fence, turn FROM attempt") == [("RUNNING", 1, 0)]
 
 
@@ -167,12 +166,11 @@ async def taken_over(stack: Stack, paused: Pausable) -> None:
     """A sleeps in a call so long that another replica goes on with its attempt, to its end."""
     async with asyncio.timeout(20):
         await paused.accepted.wait()
-    (attempt,) = await stack.sql("SELECT id FROM attempt")
     async with replica(stack) as other, asyncio.timeout(30):
         while not await stack.sql("SELECT 1 FROM attempt WHERE turn > 0"):
             # Again where A's beat came in between.
             await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '13 seconds'")
-            await other.dispatcher.handle(attempt[0])
+            await other.dispatcher.take_over()
         await stack.until("SELECT 1 FROM review WHERE end_time IS NOT NULL")
 
 
@@ -254,10 +252,9 @@ async def test_chunk_that_is_being_stored_is_no_open_call(stack: Stack) -> None:
     async with await psycopg.AsyncConnection.connect(stack.database_url) as connection:
         stored = {**held, "chunk_id": "c9", "dropped": 0, "finding_count": 0, "findings": None}
         await connection.execute(sql.CHUNK_DONE, stored)
-        waits = asyncio.create_task(stack.app.attempts.take_over(attempt, ORPHANED_SECONDS))
-        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        await stack.until(waiting)
-    assert await waits is None
+        # It does not wait for that row, and takes it for open no more once it is stored.
+        assert await stack.app.attempts.take_over(ORPHANED_SECONDS, 1) == []
+    assert await stack.app.attempts.take_over(ORPHANED_SECONDS, 1) == []
 
 
 async def test_worker_that_wakes_leaves_its_successors_child_alone(stack: Stack) -> None:

@@ -328,7 +328,7 @@ async def test_retention_keeps_which_version_was_active_last(keyvault, deploymen
     await keyvault.stage(NEW, key_id=_id(key), operation="rotate")
     await _hide(keyvault, 1)
     key = await keyvault.promote(key.name, 2, destroy_previous=True)
-    await try_lease(keyvault, key)
+    await try_lease(keyvault, key, purpose=kv.grant_pb2.LEASE_PURPOSE_VALIDATION)
     ((lease,),) = await keyvault.sql("SELECT lease_id FROM lease")
     await kv.released(keyvault, lease, lease_pb2.LEASE_OUTCOME_KEY_REJECTED)
     await kv.followed(keyvault)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from byokeep.keyvault.v1 import admin_pb2, audit_pb2, lease_pb2
+from byokeep.keyvault.v1 import admin_pb2, audit_pb2, grant_pb2, lease_pb2
 
 from tests.harness.keyvault import (
     Child,
@@ -19,9 +19,9 @@ from tests.harness.keyvault import (
 ACME = {"tenant": "tenants/acme", "reason": "incident 7"}
 
 
-async def _lease(keyvault, key) -> str:
+async def _lease(keyvault, key, **changes) -> str:
     child = Child()
-    request = lease_request(keyvault.deployment, grant_for(key, child), child)
+    request = lease_request(keyvault.deployment, grant_for(key, child, **changes), child)
     return (await keyvault.leases().LeaseKey(request)).lease_id
 
 
@@ -122,7 +122,8 @@ async def test_no_forged_row_keeps_a_lease_from_its_end(keyvault, forgery):
     which the key's rows must be there; with a rejection that must be marked.
     """
     key = await keyvault.add_active()
-    leases = [await _lease(keyvault, key) for _ in range(4)]
+    leases = [await _lease(keyvault, key) for _ in range(3)]
+    leases.append(await _lease(keyvault, key, purpose=grant_pb2.LEASE_PURPOSE_VALIDATION))
     revoked, ended, expired, rejected = leases
     before = len(await keyvault.events())
     for statement in forgery.split("; "):

@@ -33,7 +33,7 @@ async def _ended(keyvault, end: str):
     pending = await _row(keyvault)
     key = await keyvault.promote(staged.name, 1)
     if end == "NEEDS_REKEY":
-        await try_lease(keyvault, key)
+        await try_lease(keyvault, key, purpose=kv.grant_pb2.LEASE_PURPOSE_VALIDATION)
         ((lease,),) = await keyvault.sql("SELECT lease_id FROM lease")
         await kv.released(keyvault, lease, lease_pb2.LEASE_OUTCOME_KEY_REJECTED)
         return key, pending

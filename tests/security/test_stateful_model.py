@@ -233,7 +233,7 @@ class Custody(RuleBasedStateMachine):
         for _ in range(2):
             assert self.run(released(self.keyvault, lease_id, outcomes[rejected])) == ""
         self.model.leases.pop(lease_id, None)
-        if rejected and purpose == REVIEW and self.model.states[number - 1] == "ACTIVE":
+        if rejected and purpose == VALIDATION and self.model.states[number - 1] == "ACTIVE":
             self.model.set(number, "NEEDS_REKEY")
 
     @precondition(lambda self: self.key)

@@ -91,6 +91,39 @@ def test_verdict_decides_the_exit_code(edge, byokeep, verdicts, code, said):
     assert said in ran.out + ran.err
 
 
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        ("NAME_RESOLUTION", "name does not resolve"),
+        ("CONNECT", "no connection"),
+        ("TLS", "TLS handshake"),
+        ("TIMEOUT", "did not answer in time"),
+    ],
+)
+def test_what_was_unreachable_is_told(edge, byokeep, cause, said):
+    key = edge.keys[f"tenants/demo/providerKeys/{edge.add_key()}"]
+    key.provider_key.active_version = 0
+    key.validation.verdict = key_pb2.VALIDATION_VERDICT_UNREACHABLE
+    key.validation.unreachable_cause = key_pb2.UnreachableCause.Value(f"UNREACHABLE_CAUSE_{cause}")
+    key.validation.retry_time.FromSeconds(2_000_000_000)
+    shown = byokeep("key", "show", "openai").out
+    (line,) = [line for line in shown.splitlines() if "UNREACHABLE: " in line]
+    assert said in line
+    assert "asked again at 2033-05-1" in line
+
+
+@pytest.mark.parametrize("state", ["REVOKED", "DESTROYED"])
+def test_nobody_is_asked_for_a_key_that_could_go_nowhere(edge, byokeep, state):
+    """Shown to fail where the server alone refuses it: the key was typed and sealed by then."""
+    key = edge.keys[f"tenants/demo/providerKeys/{edge.add_key()}"]
+    key.provider_key.state = custody_pb2.KeyVersionState.Value(f"KEY_VERSION_STATE_{state}")
+    ran = byokeep("key", "rotate", "openai", "--from-env", "PROVIDER_KEY")
+    assert ran.code == 2
+    assert f"is {state}, for good (WRONG_STATE)" in ran.err
+    assert "byokeep key add openai" in ran.err
+    assert edge.sent(key_pb2.GetIntakeKeyRequest) == []
+
+
 def test_json_is_a_line_for_each_state(edge, byokeep):
     ran = add(byokeep, "--json")
     verdicts = [line["validation"]["verdict"] for line in ran.lines if "validation" in line]

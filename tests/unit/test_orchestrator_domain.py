@@ -13,11 +13,7 @@ from services.common.errors import ByokeepError
 from services.orchestrator import domain, paging
 from services.orchestrator.access import tenant_of
 from services.orchestrator.config import Settings
-from services.orchestrator.dispatcher import review_ending
-from services.orchestrator.domain import Failure
 from services.orchestrator.grants import GrantSigner
-from services.orchestrator.store_attempts import Stale
-from services.orchestrator.sweeper import after_silence
 
 CATALOG = models.load(None)
 ACTIVE = custody_pb2.KEY_VERSION_STATE_ACTIVE
@@ -106,83 +102,11 @@ def test_longest_pattern_wins(repository, model) -> None:
     assert domain.override_for(repository, overrides) == model
 
 
-@pytest.mark.parametrize(
-    ("failure", "tries", "low", "high"),
-    [
-        (Failure("PROVIDER_UNAVAILABLE", True), 1, 0.8, 1.2),
-        (Failure("PROVIDER_UNAVAILABLE", True), 2, 1.6, 2.4),
-        (Failure("RATE_LIMITED", True, 30.0), 1, 30.0, 30.0),
-        (Failure("RUNNER_UNAVAILABLE", True), 5, 12.8, 19.2),
-    ],
-)
-def test_retries_back_off(failure, tries, low, high) -> None:
-    delay = domain.retry_delay(failure, tries)
-    assert delay is not None
-    assert low <= delay <= high
-
-
-@pytest.mark.parametrize(
-    ("failure", "tries"),
-    [
-        (Failure("PROVIDER_UNAVAILABLE", True), 3),
-        (Failure("PROVIDER_UNAVAILABLE", False), 1),
-        (Failure("PROVIDER_UNAVAILABLE", True, ambiguous=True), 1),
-        (Failure("QUOTA_EXHAUSTED", True), 1),
-        (Failure("RATE_LIMITED", True, 3600.0), 1),
-        (Failure("RUNNER_UNAVAILABLE", True), 6),
-    ],
-)
-def test_and_end(failure, tries) -> None:
-    assert domain.retry_delay(failure, tries) is None
-
-
 def test_validation_is_tried_ever_more_slowly() -> None:
     waits = [round(domain.validation_delay(number) / 60, 1) for number in range(1, 7)]
     assert waits[:5] == sorted(waits[:5])
     assert waits[0] <= 0.1
     assert waits[5] >= 54
-
-
-def test_every_failure_has_a_sentence() -> None:
-    for value in list(review_pb2.FailureReason.values())[1:]:
-        name = domain.failure_name(value)
-        assert domain.failure_sentence(name, key="key_1", model="m", review="rev_1").endswith(".")
-    assert domain.failure_name(0) == ""
-    assert domain.failure_name(999) == "INTERNAL"  # a newer runner's
-
-
-def stale(**values) -> Stale:
-    chosen = {
-        "attempt_id": "att_1",
-        "kind": "REVIEW",
-        "tenant": "acme",
-        "review_id": "rev_1",
-        "key_id": "key_1",
-        "key_version": 1,
-        "fence": 1,
-        "tries": 1,
-        "turn": 0,
-        "provider": "openai",
-        "model": "m",
-        "unfinished_call": False,
-        "calls_left": 5,
-    }
-    return Stale(**(chosen | values))
-
-
-def test_silent_worker_is_followed_unless_a_call_may_have_been_paid() -> None:
-    assert after_silence(stale()).successor is not None
-    lost = after_silence(stale(unfinished_call=True))
-    assert (lost.successor, lost.failure, lost.review_state) == (None, "AMBIGUOUS", "FAILED")
-    poison = after_silence(stale(tries=3))
-    assert (poison.successor, poison.failure) == (None, "CHILD_LOST")
-    assert after_silence(stale(calls_left=0)).successor is None
-    assert after_silence(stale(kind="VALIDATION")).successor is not None
-
-
-def test_ambiguous_failure_is_called_so() -> None:
-    ending = review_ending(stale(), Failure("TIMEOUT", True, ambiguous=True), None)
-    assert (ending.failure, ending.ambiguous) == ("AMBIGUOUS", True)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,6 @@ def test_what_no_split_makes_short_enough_fails_with_its_reason():
     fake, _, outcome = attempt(FakeAdapter(10), long_diff(), max_calls=100)
 
     assert outcome.failure == review_pb2.FAILURE_REASON_CONTEXT_TOO_LONG
-    assert not outcome.retryable
     assert len(fake.of(Kind.CALL_STARTED)) < 12
 
 
@@ -175,7 +174,6 @@ def test_every_kind_of_failure_has_a_meaning(kind):
     assert outcome.message == str(error)
     assert outcome.retry_after_ms == 1500
     assert outcome.ambiguous_call == (kind is K.AMBIGUOUS)
-    assert not (outcome.ambiguous_call and outcome.retryable)
     assert failures.verdict(error)
 
 
@@ -185,8 +183,8 @@ def test_every_ending_is_told_and_never_pays_twice(ending):
     loud = endings.outcome(ending, call_in_flight=True)
 
     assert quiet.failure == loud.failure != review_pb2.FAILURE_REASON_UNSPECIFIED
-    assert (loud.ambiguous_call, loud.retryable) == (True, False)
-    assert endings.lease_outcome(None, ending) not in (
+    assert (quiet.ambiguous_call, loud.ambiguous_call) == (False, True)
+    assert endings.lease_outcome(None, ending, 0) not in (
         lease_pb2.LEASE_OUTCOME_UNSPECIFIED,
         lease_pb2.LEASE_OUTCOME_COMPLETED,
         lease_pb2.LEASE_OUTCOME_KEY_REJECTED,

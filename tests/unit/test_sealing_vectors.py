@@ -152,3 +152,11 @@ def test_statement_verifies(vector):
         now=parsed.not_before.ToDatetime(sealing.datetime.UTC),
     )
     assert stated.intake_key_id == VECTORS["seals"][0]["intake_key_id"]
+
+
+def test_the_hybrid_key_is_what_x_wing_expands_its_seed_to():
+    hybrid = [vector for vector in VECTORS["seals"] if "MLKEM" in vector["suite"]]
+    assert hybrid
+    for vector in hybrid:
+        expanded = hashlib.shake_256(bytes.fromhex(vector["seed"])).digest(96)
+        assert expanded.hex() == vector["private_key"]

@@ -44,10 +44,14 @@ def fixed(label: str, length: int) -> bytes:
     return hashlib.shake_256(f"byokeep seal vectors: {label}".encode()).digest(length)
 
 
+SEED = fixed("X-Wing seed", 32)
+
+
 def private_key(suite: int) -> hpke.PrivateKey:
-    """Return the recipient's key of a suite."""
-    length = 32 if suite == hpke.X25519_V1 else 96
-    return hpke.PrivateKey(suite, fixed(f"suite {suite}", length))
+    """Return the recipient's key of a suite; the hybrid's is expanded from a seed, as X-Wing is."""
+    if suite == hpke.X25519_V1:
+        return hpke.PrivateKey(suite, fixed(f"suite {suite}", 32))
+    return hpke.PrivateKey(suite, hashlib.shake_256(SEED).digest(96))
 
 
 def seal(suite: int, context: sealing.SealContext) -> dict[str, object]:
@@ -56,6 +60,7 @@ def seal(suite: int, context: sealing.SealContext) -> dict[str, object]:
     return {
         "suite": options_pb2.HpkeSuite.Name(suite),
         "private_key": private.reveal().hex(),
+        **({"seed": SEED.hex()} if suite == hpke.HYBRID_V1 else {}),
         "public_key": private.public_bytes.hex(),
         "deployment": DEPLOYMENT,
         "intake_key_id": INTAKE_KEY_ID,

@@ -241,6 +241,10 @@ class Bench:
         attempt.key = key or KEYS[provider]
         return attempt
 
+    def capacity(self):
+        """Watch how much room the runner has."""
+        return self.stub.WatchCapacity(runner_pb2.WatchCapacityRequest(), timeout=60)
+
     @property
     def children(self) -> set[int]:
         """Process ids of the living children of the zygote."""

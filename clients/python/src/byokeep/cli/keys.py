@@ -11,8 +11,18 @@ import typer
 from byokeep import ids, names
 from byokeep.cli import checked, trail
 from byokeep.cli.confirm import confirm
+from byokeep.cli.errors import CliError
 from byokeep.cli.keyinput import read_key
-from byokeep.cli.keyref import called, find_key, key_id, key_to_end, list_keys, provider_of
+from byokeep.cli.keyref import (
+    ENDED,
+    called,
+    find_key,
+    key_id,
+    key_state,
+    key_to_end,
+    list_keys,
+    provider_of,
+)
 from byokeep.cli.keyview import key_row, print_change, print_key
 from byokeep.cli.output import message_dict
 from byokeep.cli.session import Session, command, examples, group, request_id
@@ -118,6 +128,14 @@ def rotate(
     """Add a version to a key; the one before serves until the new one is validated."""
     found = find_key(session, reference)
     owner = found.provider_key.owner
+    # Before anybody is asked for a key that could go nowhere.
+    if found.provider_key.state in ENDED:
+        raise CliError(
+            f"{key_id(found)} is {key_state(found)}, for good",
+            f"byokeep key add {provider_of(found)}; of a revoked one, byokeep key destroy frees the"
+            " name",
+            reason="WRONG_STATE",
+        )
     sealed = _seal(session, provider_of(found), key_id(found), "rotate", owner, (stdin, from_env))
     answer = session.connection.keys.RotateKey(
         key_pb2.RotateKeyRequest(

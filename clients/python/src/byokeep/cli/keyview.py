@@ -8,7 +8,7 @@ from byokeep.cli.keyref import ENDED, key_id, key_state, label_of, provider_of
 from byokeep.cli.output import message_dict, short, state_text, when
 from byokeep.cli.session import Session
 from byokeep.cli.text import clean
-from byokeep.cli.verdict import serving_verdict, verdict_of
+from byokeep.cli.verdict import serving_verdict, unreachable_part, verdict_of
 from byokeep.keyvault.v1 import custody_pb2
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ def print_key(session: Session, key: Key) -> None:
 
 def _verdict(key: Key) -> str:
     newest = verdict_of(key)
+    if newest == "UNREACHABLE":
+        again = when(key.validation.retry_time)
+        newest += f": {cause}" if (cause := unreachable_part(key)) else ""
+        newest += f"; asked again at {again}" if again else ""
     if not newest or serving_verdict(key):
         return newest or "none yet"
     version = f"v{key.validation.version}"

@@ -60,11 +60,28 @@ def progress_line(review: review_pb2.Review) -> str:
         parts.append(count(review.finding_count or len(review.findings), "finding"))
     if review.attempts > 1:
         parts.append(f"attempt {review.attempts}")
+    if review.HasField("wait"):
+        parts[0] = f"review {review_id(review)} waits since {when(review.wait.since)}"
+        parts.append(f"{wait_reason(review)}: {wait_text(review)}")
     return ", ".join(parts)
 
 
+def wait_reason(review: review_pb2.Review) -> str:
+    """Return the reason for which a review waits, or an empty text."""
+    return short(review_pb2.FailureReason, review.wait.reason) if review.HasField("wait") else ""
+
+
+def wait_text(review: review_pb2.Review) -> str:
+    """Return why a review waits, when it is tried again, and when it is given up."""
+    wait = review.wait
+    again = f" Next try at {when(wait.next_try_time)}." if wait.HasField("next_try_time") else ""
+    return f"{clean(wait.message)}{again} It fails with this at {when(wait.give_up_time)}."
+
+
 def print_review(out: Output, review: review_pb2.Review) -> None:
-    """Print findings by file, then a line that sums them up."""
+    """Print findings by file, then a line that sums them up, and what it waits for."""
+    from rich.text import Text
+
     ordered = sorted(review.findings, key=lambda finding: (finding.path, finding.start_line))
     for path, findings in groupby(ordered, key=lambda finding: finding.path):
         out.print(clean(path), style="bold")
@@ -72,6 +89,11 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
             _print_finding(out, finding)
     _print_unread(out, review.unread, review.unread_count)
     out.print(_closing(review))
+    if review.HasField("wait"):
+        since = when(review.wait.since)
+        out.hanging(
+            Text("waits  "), Text(f"{wait_reason(review)} since {since}: {wait_text(review)}")
+        )
     if review.ambiguous_calls:
         out.warn(
             f"lost answers of provider calls: {review.ambiguous_calls};"
@@ -80,14 +102,14 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
 
 
 def print_reviews(out: Output, reviews: Sequence[review_pb2.Review]) -> None:
-    """Print a table of reviews."""
+    """Print a table of reviews, each that waits with its reason."""
     columns = ("ID", "STATE", "REPOSITORY", "PR", "MODEL", "FINDINGS", "SUBMITTED")
     out.table(
         columns,
         [
             (
                 review_id(review),
-                state_text(short(review_pb2.ReviewState, review.state)),
+                _state(review),
                 clean(review.repository),
                 f"#{review.pull_request}" if review.pull_request else "-",
                 clean(review.model),
@@ -97,6 +119,11 @@ def print_reviews(out: Output, reviews: Sequence[review_pb2.Review]) -> None:
             for review in reviews
         ],
     )
+
+
+def _state(review: review_pb2.Review) -> Text:
+    state = state_text(short(review_pb2.ReviewState, review.state))
+    return state.append(f" {wait_reason(review)}", style="dim") if wait_reason(review) else state
 
 
 def print_dry_run(out: Output, answer: review_pb2.DryRunReviewResponse) -> None:

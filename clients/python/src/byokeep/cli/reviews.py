@@ -40,6 +40,13 @@ class FailOn(StrEnum):
     CRITICAL = "critical"
 
 
+class Priority(StrEnum):
+    """Which of a tenant's waiting reviews go first."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 FailOnOption = Annotated[
     FailOn | None,
     typer.Option(help="Exit 1 where a finding is as bad as this, or worse.", show_default=False),
@@ -105,6 +112,9 @@ def review(
     ] = False,
     fail_on: FailOnOption = None,
     fail_on_unread: FailOnUnreadOption = None,
+    priority: Annotated[
+        Priority, typer.Option(help="Batch goes after the tenant's interactive reviews.")
+    ] = Priority.INTERACTIVE,
     detach: Annotated[
         bool, typer.Option("--detach", help="Submit, print the id, do not wait.")
     ] = False,
@@ -144,7 +154,10 @@ def review(
     connection = session.connection
     submitted = connection.reviews.SubmitReview(
         review_pb2.SubmitReviewRequest(
-            parent=connection.parent, input=content, request_id=request or request_id()
+            parent=connection.parent,
+            input=content,
+            request_id=request or request_id(),
+            priority=review_pb2.Priority.Value(f"PRIORITY_{priority.upper()}"),
         )
     ).review
     if detach:

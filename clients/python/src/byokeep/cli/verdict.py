@@ -20,11 +20,22 @@ _GOOD = {
     "RESTRICTED": "the provider accepts it, but may not list models: which it can use is unknown",
     "QUOTA_EXHAUSTED": "the provider accepts it, but its quota or credit is gone",
 }
+_UNREACHABLE = {
+    "NAME_RESOLUTION": "the provider's name does not resolve",
+    "CONNECT": "no connection to the provider",
+    "TLS": "the TLS handshake with the provider failed",
+    "TIMEOUT": "the provider did not answer in time",
+}
 
 
 def verdict_of(key: Key) -> str:
     """Return the short name of the verdict; empty where there is none yet."""
     return short(key_pb2.ValidationVerdict, key.validation.verdict)
+
+
+def unreachable_part(key: Key) -> str:
+    """Return what was unreachable, in words; empty where that is not known."""
+    return _UNREACHABLE.get(short(key_pb2.UnreachableCause, key.validation.unreachable_cause), "")
 
 
 def serving_verdict(key: Key) -> str:
@@ -84,7 +95,8 @@ def _conclude(session: Session, key: Key, done: bool) -> None:
         )
     again = when(key.validation.retry_time)
     raise CliError(
-        "the provider could not be asked yet; the key is stored and stays PENDING"
+        (unreachable_part(key) or "the provider could not be asked yet")
+        + "; the key is stored and stays PENDING"
         + (f", next try at {again}" if again else ""),
         f"byokeep key show {reference}; byokeep doctor says whether the tenant gets leases",
         Exit.UNAVAILABLE,

@@ -1,0 +1,372 @@
+"""What follows from a failure: one table, read wherever something has failed.
+
+Each FailureReason either waits (uncounted, until the stated limit), is tried again (counted, up to
+MAX_TRIES), or is final. What waits may hold up more than one attempt: every attempt of the key,
+or of the tenant, pauses then, so that not each of them has to find out by itself.
+
+Pure. `decide` is for attempts of reviews, `verdict_of` for those of validations.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import grpc
+from byokeep.orchestrator.v1.key_pb2 import UnreachableCause
+from byokeep.orchestrator.v1.review_pb2 import FailureReason
+
+from services.common.errors import ByokeepError
+
+_dice: Final = random.SystemRandom()
+MAX_TRIES: Final = 4
+_LONGEST_DELAY: Final = 60.0
+_SOON: Final = 1.0
+_ROOM: Final = ("RUNNERS_FULL", "RUNNER_UNAVAILABLE")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed.
+
+    `ambiguous`: the answer to a started call was lost. `retry_after_seconds`: not sooner, as who
+    refused said; 0 where nobody said. `cause`: what was unreachable, or an empty text.
+    """
+
+    reason: str
+    retry_after_seconds: float = 0.0
+    ambiguous: bool = False
+    cause: str = ""
+
+
+class Follows(enum.Enum):
+    """What follows for a review whose attempt failed."""
+
+    #: Uncounted: it goes on by itself, or ends with this reason at the stated limit.
+    WAIT = enum.auto()
+    #: Counted: a few times.
+    RETRY = enum.auto()
+    #: Nothing could help, or it could cost twice.
+    END = enum.auto()
+
+
+class Holds(enum.Enum):
+    """Whose attempts wait."""
+
+    ATTEMPT = enum.auto()
+    KEY = enum.auto()
+    TENANT = enum.auto()
+
+
+class Row(NamedTuple):
+    """One reason of the table.
+
+    `until_told`: it ends with an event (a promotion, a resumed tenant), not after a time.
+    `newer`: a newer version of the key helps, at once. `says_itself`: it stays the reason though
+    a call's answer was lost. `refused`: the provider did nothing for the call, so it does not count
+    against the review's ceiling. `checks`: the provider's model list is asked whether the key is
+    good. `failed` and `waits` are what the tenant reads.
+    """
+
+    follows: Follows
+    failed: str
+    waits: str = ""
+    holds: Holds = Holds.ATTEMPT
+    until_told: bool = False
+    newer: bool = False
+    says_itself: bool = False
+    refused: bool = False
+    checks: bool = False
+    verdict: str = "UNREACHABLE"
+
+
+_LATER: Final = " Run 'byokeep review retry {review}' later."
+TABLE: Final[Mapping[str, Row]] = {
+    # --- waits
+    "RUNNER_UNAVAILABLE": Row(Follows.WAIT, "No runner answered." + _LATER, "No runner answers."),
+    "RUNNERS_FULL": Row(
+        Follows.WAIT, "No runner had room for it." + _LATER, "Every runner is full."
+    ),
+    "KEYVAULT_UNAVAILABLE": Row(
+        Follows.WAIT,
+        "keyvault, or the backend of its key-encryption keys, did not answer." + _LATER,
+        "keyvault, or the backend of its key-encryption keys, does not answer; nothing is sent"
+        " meanwhile.",
+        Holds.KEY,
+    ),
+    "LEASE_CAP": Row(
+        Follows.WAIT,
+        "A lease cap that keyvault holds was reached all the time." + _LATER,
+        "A lease cap that keyvault holds is reached, of key {key} or of the tenant.",
+        Holds.KEY,
+    ),
+    "TENANT_SUSPENDED": Row(
+        Follows.WAIT,
+        "The tenant is suspended, or its leases are held back. Once an operator has resumed it,"
+        " run 'byokeep review retry {review}'.",
+        "The tenant is suspended, or its leases are held back, until an operator resumes it:"
+        " 'byokeep doctor' says which.",
+        Holds.TENANT,
+    ),
+    "KEY_NEEDS_REKEY": Row(
+        Follows.WAIT,
+        "The provider rejected the key, and no new version came. Run 'byokeep key rotate {key}',"
+        " then 'byokeep review retry {review}'.",
+        "The provider rejected the key. Make a new one in the provider's console, and run"
+        " 'byokeep key rotate {key}': the review goes on by itself then.",
+        Holds.KEY,
+        until_told=True,
+        newer=True,
+        verdict="INVALID",
+    ),
+    "RATE_LIMITED": Row(
+        Follows.WAIT,
+        "The provider asked to slow down all the time." + _LATER,
+        "The provider asked to slow down.",
+        refused=True,
+    ),
+    "NETWORK": Row(
+        Follows.WAIT,
+        "The provider could not be reached; nothing was sent." + _LATER,
+        "The provider can't be reached{cause}; nothing was sent.",
+        refused=True,
+    ),
+    # --- is tried again
+    "KEY_REJECTED": Row(
+        Follows.RETRY,
+        "The provider rejected the key for reviews, though it lists models for it. Run 'byokeep"
+        " key rotate {key}', then 'byokeep review retry {review}'.",
+        "The provider rejected the key once; its model list is asked before the key counts as"
+        " rejected.",
+        Holds.KEY,
+        until_told=True,
+        newer=True,
+        refused=True,
+        checks=True,
+        verdict="INVALID",
+    ),
+    "PROVIDER_UNAVAILABLE": Row(
+        Follows.RETRY,
+        "The provider answers with errors of its own." + _LATER,
+        "The provider answers with errors of its own.",
+    ),
+    "CHILD_LOST": Row(
+        Follows.RETRY,
+        "The process that ran the review died. Run 'byokeep review retry {review}'.",
+        "The process that ran the review died.",
+    ),
+    "TIMEOUT": Row(
+        Follows.RETRY,
+        "The attempt took longer than it may. Run 'byokeep review retry {review}', or review a"
+        " smaller diff.",
+        "The attempt took longer than it may.",
+    ),
+    # --- is final
+    "KEY_RESTRICTED": Row(
+        Follows.END,
+        "The key lacks a scope that a review needs. Widen it at the provider, or run 'byokeep key"
+        " rotate {key}'.",
+        verdict="RESTRICTED",
+    ),
+    "QUOTA_EXHAUSTED": Row(
+        Follows.END,
+        "The key's quota or credit is gone. Raise it at the provider, then run 'byokeep review"
+        " retry {review}'.",
+        verdict="QUOTA_EXHAUSTED",
+    ),
+    "MODEL_NOT_FOUND": Row(
+        Follows.END,
+        "The provider does not know {model}, or the key can't use it. Choose another with"
+        " 'byokeep model set' or --model.",
+    ),
+    "BAD_REQUEST": Row(Follows.END, "The provider refused the request as malformed."),
+    "BAD_RESPONSE": Row(
+        Follows.END,
+        "The model's answer was cut, empty or not of the asked shape. Run 'byokeep review retry"
+        " {review}', or choose another model.",
+    ),
+    "REFUSED": Row(Follows.END, "The model refused to review this diff."),
+    "CONTEXT_TOO_LONG": Row(
+        Follows.END,
+        "The request is longer than the context of {model}, also in small parts. Review a smaller"
+        " diff, give fewer --context files, or choose another model.",
+    ),
+    "REGION_REFUSED": Row(
+        Follows.END,
+        "The provider does not serve the country or region that the runner calls from. Ask who"
+        " runs byokeep.",
+    ),
+    "AMBIGUOUS": Row(
+        Follows.END,
+        "A call was sent and its answer lost; it may have been billed, so it was not repeated. Run"
+        " 'byokeep review retry {review}' to make it again.",
+    ),
+    "LEASE_REFUSED": Row(
+        Follows.END,
+        "keyvault refused the key for this attempt. Run 'byokeep key show {key}'.",
+        newer=True,
+    ),
+    "KEY_REVOKED": Row(
+        Follows.END, "The key was revoked or destroyed.", newer=True, says_itself=True
+    ),
+    "DAILY_LIMIT": Row(
+        Follows.END,
+        "The tenant's ceiling of provider calls in 24 hours is reached; nothing more was sent. Run"
+        " 'byokeep review retry {review}' later, or raise it with 'byokeep limit set'.",
+    ),
+    "CONTENT_UNREADABLE": Row(
+        Follows.END, "What was submitted can't be opened any more. Submit it again."
+    ),
+    "INTERNAL": Row(Follows.END, "Something unforeseen happened; the service's log has more."),
+}
+_LOST_CALL: Final = " A call was open then: it may have been billed."
+_CAUSES: Final = {
+    "NAME_RESOLUTION": " (its name does not resolve)",
+    "CONNECT": " (no connection)",
+    "TLS": " (the TLS handshake fails)",
+    "TIMEOUT": " (no answer in time)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What follows from a failed attempt of a review.
+
+    `follows` END: `reason` is the review's. Else a further start after `delay_seconds`, which
+    somebody named (`told`) or we chose; `holds` and `until_told` say who else waits, and whether
+    for an event. `checks`: have the key looked at. `refund`: calls that don't count after all.
+    """
+
+    follows: Follows
+    reason: str
+    delay_seconds: float = 0.0
+    told: bool = False
+    holds: Holds = Holds.ATTEMPT
+    until_told: bool = False
+    checks: bool = False
+    refund: int = 0
+
+
+def decide(
+    failure: Failure,
+    *,
+    tries: int,
+    waited_seconds: float = 0.0,
+    spare_calls: int = 0,
+    refused_call: bool = False,
+    newer_version: bool = False,
+) -> Decision:
+    """Return what follows.
+
+    Args:
+        failure: how the attempt failed.
+        tries: attempts that counted, with this one.
+        waited_seconds: how long the review has waited for this same reason.
+        spare_calls: calls that the review may still make, beyond what it needs; below 0: too few.
+        refused_call: whether the provider answered the attempt's last call with this failure.
+        newer_version: whether a newer version of the key is active, where that would help.
+    """
+    row = TABLE[failure.reason]
+    if failure.ambiguous:
+        return Decision(Follows.END, failure.reason if row.says_itself else "AMBIGUOUS")
+    follows = row.follows
+    if newer_version or (follows is Follows.RETRY and failure.retry_after_seconds):
+        follows = Follows.WAIT  # what ends it is known: nothing is tried in vain
+    refund = int(refused_call and (row.refused or follows is Follows.WAIT))
+    too_often = follows is Follows.RETRY and tries >= MAX_TRIES
+    if follows is Follows.END or too_often or spare_calls + refund < 0:
+        return Decision(Follows.END, failure.reason)
+    if newer_version:
+        return Decision(follows, failure.reason, refund=refund)
+    return Decision(
+        follows,
+        failure.reason,
+        0.0 if row.until_told else _delay(failure, follows, tries, waited_seconds),
+        failure.retry_after_seconds > 0,
+        row.holds,
+        row.until_told,
+        row.checks,
+        refund,
+    )
+
+
+def _delay(failure: Failure, follows: Follows, tries: int, waited_seconds: float) -> float:
+    if follows is Follows.RETRY:
+        delay = 2.0 * 4.0 ** (tries - 1)
+    else:
+        # A quarter of what it has waited already: soon at first, then ever more slowly. Who waits
+        # for a runner is started no sooner than one has room, as it tells.
+        longest = _SOON if failure.reason in _ROOM else _LONGEST_DELAY
+        delay = min(max(_SOON, waited_seconds / 4), longest)
+    return max(delay * _dice.uniform(0.8, 1.2), failure.retry_after_seconds)
+
+
+def newer_version_helps(reason: str) -> bool:
+    """Whether the attempt may go on at once where a newer version of the key is active."""
+    return TABLE[reason].newer
+
+
+def verdict_of(failure: Failure) -> str:
+    """Return what a failed validation attempt says of the key."""
+    return TABLE[failure.reason].verdict
+
+
+def failed_sentence(
+    reason: str, *, key: str, model: str, review: str, lost_call: bool = False
+) -> str:
+    """Return what a review that failed tells its tenant: why, and what to do."""
+    sentence = TABLE[reason].failed.format(key=key, model=model, review=review)
+    return sentence + _LOST_CALL if lost_call and reason != "AMBIGUOUS" else sentence
+
+
+def waiting_sentence(reason: str, *, key: str, cause: str = "") -> str:
+    """Return what a review that waits tells its tenant."""
+    return TABLE[reason].waits.format(key=key, cause=_CAUSES.get(cause, ""))
+
+
+def name_of(value: FailureReason.ValueType) -> str:
+    """Return a failure's short name, empty for none; INTERNAL for one that we don't know."""
+    if not value:
+        return ""
+    known = value in FailureReason.values()
+    return FailureReason.Name(value).removeprefix("FAILURE_REASON_") if known else "INTERNAL"
+
+
+def cause_of(value: UnreachableCause.ValueType) -> str:
+    """Return the short name of what was unreachable, empty for none or one that we don't know."""
+    known = value and value in UnreachableCause.values()
+    return UnreachableCause.Name(value).removeprefix("UNREACHABLE_CAUSE_") if known else ""
+
+
+# --- what other errors are called here
+
+
+def of_stream(code: grpc.StatusCode, *, call_open: bool) -> Failure:
+    """Return what a runner's stream that ended without an outcome means."""
+    if call_open:
+        return Failure("AMBIGUOUS", ambiguous=True)
+    return Failure(_STREAM.get(code, "INTERNAL"))
+
+
+# FAILED_PRECONDITION: it knows the attempt already, from an assignment whose answer was lost.
+_STREAM: Final = {
+    grpc.StatusCode.OK: "RUNNER_UNAVAILABLE",
+    grpc.StatusCode.UNAVAILABLE: "RUNNER_UNAVAILABLE",
+    grpc.StatusCode.CANCELLED: "RUNNER_UNAVAILABLE",
+    grpc.StatusCode.NOT_FOUND: "RUNNER_UNAVAILABLE",
+    grpc.StatusCode.FAILED_PRECONDITION: "RUNNER_UNAVAILABLE",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "RUNNERS_FULL",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "TIMEOUT",
+}
+
+
+def of_content(error: ByokeepError) -> Failure:
+    """Return what it means for an attempt that its content could not be opened."""
+    if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        return Failure("KEYVAULT_UNAVAILABLE", error.retry_after_seconds or 0.0)
+    if error.reason in ("CONTENT_EXPIRED", "ROW_TAMPERED"):
+        return Failure("CONTENT_UNREADABLE")
+    return Failure("INTERNAL")

@@ -1,0 +1,191 @@
+"""Statements that say who is next, and why others wait.
+
+Attempts of reviews wait in lanes: a tenant's, a key's and a priority's, each in the order of
+`due_time`. A pick looks at the first of each lane, never at the rest, however many wait there. A
+row of `pause` closes the lanes of a key or of a tenant for a time.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# One pick at a time, of all replicas: each counts what those before it have given.
+PICK_LOCK: Final = "SELECT pg_advisory_xact_lock(7089083)"
+
+# Validations first: they are one short call, and somebody waits for each. Then the tenants in turn,
+# by when each was served last; within a tenant, interactive before batch, then by time.
+PICK: Final = """
+    WITH RECURSIVE lane AS (
+        (SELECT tenant, key_id, priority FROM attempt
+         WHERE state = 'QUEUED' AND kind = 'REVIEW'
+         ORDER BY tenant, key_id, priority LIMIT 1)
+        UNION ALL
+        SELECT following.* FROM lane, LATERAL (
+            SELECT tenant, key_id, priority FROM attempt
+            WHERE state = 'QUEUED' AND kind = 'REVIEW'
+                AND (tenant, key_id, priority) > (lane.tenant, lane.key_id, lane.priority)
+            ORDER BY tenant, key_id, priority LIMIT 1) following),
+    busy AS (
+        SELECT tenant, count(*) AS attempts FROM attempt
+        WHERE state = 'RUNNING' AND kind = 'REVIEW' GROUP BY tenant),
+    open_lane AS (
+        SELECT lane.*, plan.places - coalesce(busy.attempts, 0) AS places, turn.served
+        FROM lane JOIN tenant ON tenant.id = lane.tenant AND tenant.state = 'ACTIVE'
+            JOIN unnest(CAST(%(plans)s AS text[]), CAST(%(places)s AS int[])) AS plan (name, places)
+                ON plan.name = tenant.plan
+            LEFT JOIN busy ON busy.tenant = lane.tenant
+            LEFT JOIN turn ON turn.tenant = lane.tenant
+        WHERE plan.places > coalesce(busy.attempts, 0) AND NOT EXISTS (
+            SELECT FROM pause
+            WHERE pause.tenant = lane.tenant AND pause.key_id IN ('', lane.key_id)
+                AND pause.until > now())),
+    head AS (
+        SELECT first.id, open_lane.tenant, open_lane.served, open_lane.places, row_number() OVER (
+            PARTITION BY open_lane.tenant ORDER BY open_lane.priority, first.due_time, first.id
+            ) AS place
+        FROM open_lane, LATERAL (
+            SELECT id, due_time FROM attempt
+            WHERE state = 'QUEUED' AND kind = 'REVIEW' AND tenant = open_lane.tenant
+                AND key_id = open_lane.key_id AND priority = open_lane.priority
+                AND due_time <= now()
+            ORDER BY due_time LIMIT least(%(room)s, open_lane.places)) first),
+    key_check AS (
+        SELECT attempt.id, due_time FROM attempt JOIN tenant ON tenant.id = attempt.tenant
+        WHERE attempt.state = 'QUEUED' AND kind <> 'REVIEW' AND due_time <= now()
+            AND tenant.state = 'ACTIVE'
+        ORDER BY due_time LIMIT %(room)s),
+    chosen AS (
+        SELECT id FROM (
+            SELECT id, 0 AS place, due_time AS served FROM key_check
+            UNION ALL
+            SELECT id, place, coalesce(served, '-infinity') FROM head WHERE place <= places) one
+        ORDER BY place, served, id LIMIT %(room)s),
+    picked AS (
+        UPDATE attempt SET state = 'RUNNING', start_time = now(), heartbeat_time = now()
+        WHERE id IN (
+            SELECT id FROM attempt
+            WHERE id IN (SELECT id FROM chosen) AND state = 'QUEUED' FOR UPDATE SKIP LOCKED)
+        RETURNING id, kind, tenant, review_id),
+    served AS (
+        INSERT INTO turn (tenant, served)
+        SELECT tenant, max(clock_timestamp()) FROM picked WHERE kind = 'REVIEW' GROUP BY tenant
+        ON CONFLICT (tenant) DO UPDATE SET served = excluded.served),
+    running AS (
+        -- Not notified: most reviews are done before a watcher could have looked, and who waits
+        -- for one looks again by itself.
+        UPDATE review SET state = 'RUNNING', start_time = now(), version = version + 1
+        FROM picked WHERE review.id = picked.review_id)
+    SELECT id FROM picked"""
+
+# What used no key goes back as it was, under another fence; its place in the lane stays.
+PUT_BACK: Final = """
+    WITH held AS (
+        SELECT id, review_id FROM attempt
+        WHERE id = %(id)s AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'
+        FOR UPDATE),
+    r AS (
+        UPDATE review SET state = 'QUEUED', fence = fence + 1, version = version + 1
+        FROM held WHERE review.id = held.review_id
+        RETURNING review.id, review.fence, pg_notify('byokeep_review', review.id))
+    UPDATE attempt SET state = 'QUEUED', fence = r.fence, key_version = %(next_version)s,
+        tries = tries + %(counted)s,
+        due_time = CASE WHEN %(delay)s > 0
+            THEN now() + make_interval(secs => %(delay)s) ELSE due_time END,
+        wait_since = CASE WHEN wait_reason = %(wait_reason)s THEN wait_since ELSE now() END,
+        wait_reason = %(wait_reason)s, wait_cause = %(wait_cause)s
+    FROM held, r WHERE attempt.id = held.id
+    RETURNING pg_notify('byokeep_due', '')"""
+
+# It goes on where it began unless it was over for two minutes. Where nobody said for how long: a
+# quarter of what it has lasted already, at most a minute.
+PAUSE: Final = """
+    INSERT INTO pause (tenant, key_id, reason, until)
+    VALUES (%(tenant)s, %(key_id)s, %(reason)s, CASE WHEN %(until_told)s
+        THEN 'infinity' ELSE now() + make_interval(secs => %(delay)s) END)
+    ON CONFLICT (tenant, key_id, reason) DO UPDATE SET
+        since = CASE WHEN pause.until > now() - interval '2 minutes'
+            THEN pause.since ELSE now() END,
+        until = greatest(pause.until, excluded.until, CASE WHEN NOT %(told)s THEN
+            now() + least(interval '1 minute', (now() - pause.since) / 4) END)"""
+
+# Nobody runs it while one is open; the pause's row, locked before, orders who asks.
+CHECK_KEY: Final = """
+    WITH known AS (
+        INSERT INTO key_validation (key_id, version, tenant, provider, owner, actor)
+        VALUES (%(key_id)s, %(version)s, %(tenant)s, %(provider)s, %(owner)s, %(actor)s)
+        ON CONFLICT (tenant, key_id, version) DO UPDATE SET fence = key_validation.fence + 1
+        RETURNING fence)
+    INSERT INTO attempt (id, kind, tenant, key_id, key_version, number, fence)
+    SELECT %(check_id)s, 'CHECK', %(tenant)s, %(key_id)s, %(version)s, fence, fence FROM known
+    RETURNING pg_notify('byokeep_due', '')"""
+
+CHECK_OPEN: Final = """
+    SELECT FROM attempt WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND kind = 'CHECK'
+        AND state IN ('QUEUED', 'RUNNING')"""
+
+# What waited goes on, on the version that is ACTIVE now.
+RESUME_KEY: Final = """
+    WITH over AS (
+        DELETE FROM pause WHERE tenant = %(tenant)s AND key_id = %(key_id)s
+            AND reason = ANY(CAST(%(reasons)s AS text[]))),
+    moved AS (
+        UPDATE attempt SET key_version = %(version)s
+        WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND kind = 'REVIEW' AND state = 'QUEUED'
+            AND %(version)s > 0 AND key_version <> %(version)s)
+    SELECT pg_notify('byokeep_due', '')"""
+
+PAUSED_KEYS: Final = """
+    SELECT tenant, key_id, reason FROM pause
+    WHERE key_id <> '' AND until = 'infinity' ORDER BY tenant, key_id LIMIT 1000"""
+
+# The whole deployment: nothing is picked then anyway, but who waits is told why.
+PAUSE_ALL: Final = """
+    WITH others AS (
+        DELETE FROM pause WHERE tenant = '' AND reason <> %(reason)s)
+    INSERT INTO pause (tenant, key_id, reason, until)
+    SELECT '', '', %(reason)s, now() + make_interval(secs => %(seconds)s) WHERE %(reason)s <> ''
+    ON CONFLICT (tenant, key_id, reason) DO UPDATE SET until = excluded.until"""
+
+DROP_PAUSES: Final = "DELETE FROM pause WHERE until < now() - interval '2 minutes'"
+
+#: Joins to a row `review` what it waits for, as `wait`: the reason that lasts longest.
+WAIT: Final = """
+    LEFT JOIN LATERAL (
+        SELECT one.reason, one.cause, one.since, one.until FROM attempt a, LATERAL (
+            SELECT a.wait_reason AS reason, a.wait_cause AS cause, a.wait_since AS since,
+                a.due_time AS until
+            WHERE a.wait_reason <> '' AND a.due_time > now()
+            UNION ALL
+            SELECT pause.reason, '', greatest(pause.since, a.create_time), pause.until FROM pause
+            WHERE pause.until > now() AND (pause.tenant, pause.key_id) IN (
+                ('', ''), (a.tenant, ''), (a.tenant, a.key_id))) one
+        WHERE a.review_id = review.id AND a.state = 'QUEUED' AND review.state = 'QUEUED'
+        ORDER BY one.until DESC LIMIT 1) wait ON true"""
+
+# What has waited for one reason for as long as anything may.
+WAITED_TOO_LONG: Final = """
+    WITH late AS (
+        SELECT id, wait_reason AS reason FROM attempt
+        WHERE state = 'QUEUED' AND kind = 'REVIEW' AND wait_reason <> '' AND due_time > now()
+            AND wait_since < now() - make_interval(secs => %(seconds)s)
+        UNION ALL
+        SELECT a.id, pause.reason FROM pause JOIN attempt a
+            ON (pause.tenant = '' OR pause.tenant = a.tenant)
+                AND (pause.key_id = '' OR pause.key_id = a.key_id)
+        WHERE pause.since < now() - make_interval(secs => %(seconds)s)
+            AND pause.until > now() - interval '2 minutes'
+            AND a.state = 'QUEUED' AND a.kind = 'REVIEW'
+            AND a.create_time < now() - make_interval(secs => %(seconds)s))
+    SELECT a.id AS attempt_id, late.reason, review.id AS review_id, review.key_id, review.model
+    FROM late JOIN attempt a ON a.id = late.id JOIN review ON review.id = a.review_id
+    LIMIT 100"""
+
+GIVE_UP: Final = """
+    WITH a AS (
+        UPDATE attempt SET state = 'FAILED', failure = %(reason)s, end_time = now()
+        WHERE id = %(attempt_id)s AND state = 'QUEUED'
+        RETURNING review_id)
+    UPDATE review SET state = 'FAILED', failure = %(reason)s, failure_message = %(message)s,
+        end_time = now(), version = version + 1
+    FROM a WHERE review.id = a.review_id
+    RETURNING pg_notify('byokeep_review', review.id)"""

@@ -1,0 +1,252 @@
+"""The one table of what follows from a failure, and who asks it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import grpc
+import pytest
+from byokeep.orchestrator.v1 import review_pb2
+
+from services.common.errors import ByokeepError
+from services.orchestrator import failures
+from services.orchestrator.dispatcher import check_ending, review_ending
+from services.orchestrator.execution import Result
+from services.orchestrator.failures import MAX_TRIES, TABLE, Decision, Failure, Follows, Holds
+from services.orchestrator.store_attempts import Stale
+from services.orchestrator.sweeper import after_silence
+
+REASONS = [failures.name_of(value) for value in list(review_pb2.FailureReason.values())[1:]]
+# Uncounted, however often: what nobody's patience costs anything.
+WAITS = {
+    "RUNNER_UNAVAILABLE",
+    "RUNNERS_FULL",
+    "KEYVAULT_UNAVAILABLE",
+    "LEASE_CAP",
+    "TENANT_SUSPENDED",
+    "KEY_NEEDS_REKEY",
+    "RATE_LIMITED",
+    "NETWORK",
+}
+# Whether the answer to a call was lost, the call could be billed twice, or nothing would change.
+ENDS = {
+    "KEY_RESTRICTED",
+    "QUOTA_EXHAUSTED",
+    "MODEL_NOT_FOUND",
+    "BAD_REQUEST",
+    "BAD_RESPONSE",
+    "REFUSED",
+    "AMBIGUOUS",
+    "LEASE_REFUSED",
+    "KEY_REVOKED",
+    "DAILY_LIMIT",
+    "CONTENT_UNREADABLE",
+    "CONTEXT_TOO_LONG",
+    "REGION_REFUSED",
+    "INTERNAL",
+}
+
+
+def test_every_reason_stands_in_the_table() -> None:
+    assert set(TABLE) == set(REASONS)
+    assert failures.name_of(0) == ""
+    assert failures.name_of(999) == "INTERNAL"  # a newer runner's
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_every_reason_says_what_to_do_in_whole_sentences(reason: str) -> None:
+    told = failures.failed_sentence(reason, key="key_1", model="m", review="rev_1")
+    assert told.endswith(".")
+    assert "{" not in told
+    waits = failures.waiting_sentence(reason, key="key_1", cause="TLS")
+    assert bool(waits) is (TABLE[reason].follows is not Follows.END)
+    assert waits == "" or (waits.endswith(".") and "{" not in waits)
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_follows(reason: str) -> None:
+    many = failures.decide(Failure(reason), tries=50, spare_calls=3)
+    first = failures.decide(Failure(reason), tries=1, spare_calls=3)
+    assert (many.follows is Follows.WAIT) is (reason in WAITS)
+    assert (first.follows is Follows.END) is (reason in ENDS)
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_lost_answer_is_never_asked_for_again(reason: str) -> None:
+    decision = failures.decide(Failure(reason, 5.0, ambiguous=True), tries=1, spare_calls=3)
+    # Who revoked a key wants to read that it was; all else is told by what may be on the bill.
+    assert decision == Decision(
+        Follows.END, "KEY_REVOKED" if reason == "KEY_REVOKED" else "AMBIGUOUS"
+    )
+
+
+def test_revoked_in_a_call_says_both() -> None:
+    decision = failures.decide(Failure("KEY_REVOKED", ambiguous=True), tries=1)
+    ending = review_ending(stale(), Failure("KEY_REVOKED", ambiguous=True), decision, None)
+    assert (ending.failure, ending.ambiguous) == ("KEY_REVOKED", True)
+    assert "revoked" in ending.failure_message
+    assert "may have been billed" in ending.failure_message
+
+
+def test_retries_are_counted_and_back_off() -> None:
+    delays = []
+    for tries in range(1, MAX_TRIES):
+        decision = failures.decide(Failure("PROVIDER_UNAVAILABLE"), tries=tries, spare_calls=3)
+        assert decision.follows is Follows.RETRY
+        delays.append(decision.delay_seconds)
+    assert delays == sorted(delays)
+    assert 1.6 <= delays[0] <= 2.4
+    last = failures.decide(Failure("PROVIDER_UNAVAILABLE"), tries=MAX_TRIES, spare_calls=3)
+    assert last.follows is Follows.END
+
+
+@pytest.mark.parametrize("seconds", [0.5, 30.0, 700.0, 3600.0])
+@pytest.mark.parametrize("reason", ["RATE_LIMITED", "PROVIDER_UNAVAILABLE"])
+def test_what_the_provider_says_of_later_is_waited_for(reason: str, seconds: float) -> None:
+    """Uncounted, and as long as it says. Shown to fail where more than 600 s end the review."""
+    failure = Failure(reason, seconds)
+    decision = failures.decide(failure, tries=MAX_TRIES, spare_calls=-1, refused_call=True)
+    assert decision.follows is Follows.WAIT
+    assert decision.delay_seconds >= seconds
+    # The provider did nothing for that call: it takes none of the review's.
+    assert decision.refund == 1
+
+
+def test_waits_grow_with_what_was_waited() -> None:
+    waited = [0, 8, 40, 4000]
+    delays = [
+        failures.decide(Failure("NETWORK"), tries=1, waited_seconds=one).delay_seconds
+        for one in waited
+    ]
+    assert delays == sorted(delays)
+    assert delays[0] <= 1.2
+    assert delays[-1] <= 72
+
+
+def test_a_call_that_was_not_made_is_not_given_back() -> None:
+    decision = failures.decide(Failure("KEYVAULT_UNAVAILABLE"), tries=1, spare_calls=0)
+    assert (decision.follows, decision.refund) == (Follows.WAIT, 0)
+    too_few = failures.decide(Failure("PROVIDER_UNAVAILABLE"), tries=1, spare_calls=-1)
+    assert too_few.follows is Follows.END
+
+
+def test_a_newer_version_is_taken_at_once_and_uncounted() -> None:
+    for reason, row in TABLE.items():
+        if row.newer:
+            decision = failures.decide(Failure(reason), tries=MAX_TRIES, newer_version=True)
+            assert (decision.follows, decision.delay_seconds) == (Follows.WAIT, 0.0)
+            assert (decision.holds, decision.checks) == (Holds.ATTEMPT, False)
+
+
+def test_who_else_waits() -> None:
+    held = {reason: row.holds for reason, row in TABLE.items() if row.holds is not Holds.ATTEMPT}
+    assert held == {
+        "KEYVAULT_UNAVAILABLE": Holds.KEY,
+        "LEASE_CAP": Holds.KEY,
+        "KEY_NEEDS_REKEY": Holds.KEY,
+        "KEY_REJECTED": Holds.KEY,
+        "TENANT_SUSPENDED": Holds.TENANT,
+    }
+    assert [reason for reason, row in TABLE.items() if row.checks] == ["KEY_REJECTED"]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "RUNNER_UNAVAILABLE"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "RUNNERS_FULL"),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "TIMEOUT"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "INTERNAL"),
+    ],
+)
+def test_a_stream_that_ended(code: grpc.StatusCode, reason: str) -> None:
+    assert failures.of_stream(code, call_open=False) == Failure(reason)
+    assert failures.of_stream(code, call_open=True) == Failure("AMBIGUOUS", ambiguous=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "reason"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "KEK_UNAVAILABLE", "KEYVAULT_UNAVAILABLE"),
+        (grpc.StatusCode.UNAVAILABLE, "EPOCH_MISSING", "KEYVAULT_UNAVAILABLE"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "KEYVAULT_UNAVAILABLE"),
+        (grpc.StatusCode.FAILED_PRECONDITION, "CONTENT_EXPIRED", "CONTENT_UNREADABLE"),
+        (grpc.StatusCode.DATA_LOSS, "ROW_TAMPERED", "CONTENT_UNREADABLE"),
+        (grpc.StatusCode.INTERNAL, "INTERNAL", "INTERNAL"),
+    ],
+)
+def test_content_that_did_not_open(code: grpc.StatusCode, error: str, reason: str) -> None:
+    assert failures.of_content(ByokeepError(code, error, "x")).reason == reason
+
+
+def stale(**values) -> Stale:
+    chosen = {
+        "attempt_id": "att_1",
+        "kind": "REVIEW",
+        "tenant": "acme",
+        "review_id": "rev_1",
+        "key_id": "key_1",
+        "key_version": 1,
+        "fence": 1,
+        "tries": 1,
+        "turn": 0,
+        "runner_id": "",
+        "provider": "openai",
+        "model": "m",
+        "unfinished_call": False,
+        "calls_left": 5,
+    }
+    return Stale(**(chosen | values))
+
+
+def test_silent_worker_is_followed_unless_a_call_may_have_been_paid() -> None:
+    assert after_silence(stale()).successor is not None
+    lost = after_silence(stale(unfinished_call=True))
+    assert (lost.successor, lost.failure, lost.review_state) == (None, "AMBIGUOUS", "FAILED")
+    poison = after_silence(stale(tries=MAX_TRIES))
+    assert (poison.successor, poison.failure) == (None, "CHILD_LOST")
+    assert after_silence(stale(calls_left=0)).successor is None
+    assert after_silence(stale(kind="VALIDATION")).successor is not None
+    assert after_silence(stale(kind="CHECK")).successor is not None
+
+
+@pytest.mark.parametrize(
+    ("result", "pauses", "resumes", "again"),
+    [
+        (Result(verdict="VALID"), "", "KEY_REJECTED", False),
+        (Result(verdict="RESTRICTED"), "", "KEY_REJECTED", False),
+        (Result(verdict="INVALID"), "KEY_NEEDS_REKEY", "KEY_REJECTED", False),
+        (Result(verdict="UNREACHABLE", cause="TLS"), "", "", True),
+        (Result(Failure("KEYVAULT_UNAVAILABLE")), "", "", True),
+        (Result(Failure("KEY_REVOKED")), "", "KEY_REJECTED", False),
+    ],
+)
+def test_the_look_at_a_rejected_key(result: Result, pauses, resumes, again) -> None:
+    ending = check_ending(stale(kind="CHECK"), result)
+    assert (ending.pauses, ending.resumes) == (pauses, resumes)
+    assert (ending.successor is not None) is again
+    assert ending.action == ""
+
+
+def test_nobody_else_decides_by_a_reason() -> None:
+    """The table is asked wherever something failed: no other module of the orchestrator compares
+    a failure's name, but for the one that tells a revoked lease from a revoked key, and those that
+    end or begin a pause."""
+    allowed = {
+        "failures.py": set(REASONS),
+        "execution.py": {"DAILY_LIMIT", "INTERNAL"},  # failures of our own making
+        "dispatcher.py": {"KEY_REVOKED", "CHILD_LOST", "KEY_REJECTED", "KEY_NEEDS_REKEY"},
+        "sweeper.py": {"CHILD_LOST", "KEY_REJECTED"},
+        "fleet.py": {"RUNNER_UNAVAILABLE", "RUNNERS_FULL", "KEYVAULT_UNAVAILABLE"},
+        "store_tenants.py": {"TENANT_SUSPENDED"},
+    }
+    # Names that ErrorReason, or a verdict, has as well.
+    shared = {"KEY_NEEDS_REKEY", "LEASE_CAP", "DAILY_LIMIT", "INTERNAL", "QUOTA_EXHAUSTED"}
+    for file in Path("services/orchestrator").glob("*.py"):
+        found = {
+            node.value
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Constant) and node.value in REASONS
+        }
+        assert found - shared <= allowed.get(file.name, set()), file.name
