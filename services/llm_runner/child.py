@@ -13,11 +13,10 @@ import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-import httpcore
-import httpx
 from byokeep import hpke, names
 from byokeep.keyvault.v1 import grant_pb2, lease_pb2
 from byokeep.leasing import lease_info
@@ -32,7 +31,6 @@ from services.llm_runner.channel import ChildEnd, Kind
 log = logging.getLogger(__name__)
 
 SUITE: Final = hpke.HYBRID_V1
-_TIMEOUT: Final = httpx.Timeout(connect=15, write=60, read=600, pool=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class Tools:
 
     tls: ssl.SSLContext
     catalog: models.Catalog
-    network: Callable[[ChildEnd], httpcore.NetworkBackend] = wire.Network
+    connect: Callable[[ChildEnd, ssl.SSLContext, str], providers.Connection] = wire.connect
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +83,13 @@ def _attempt(channel: ChildEnd, tools: Tools, assign: runner_pb2.Assign) -> runn
     reviewing = assign.purpose == grant_pb2.LEASE_PURPOSE_REVIEW
     work = _plan(assign, tools) if reviewing else None
     lease = _lease(channel, assign, work)
-    transport = wire.transport(tools.tls, tools.network(channel))
-    with providers.client(lease.adapter, lease.key, transport, _TIMEOUT) as client:
-        if work is None:
-            return validation.run(channel, Calls(channel, 1), lease.adapter, client)
-        calls = Calls(channel, assign.max_calls)
-        return review.run(channel, calls, work, lease.done_chunk_ids, lease.adapter, client)
+    connect = partial(tools.connect, channel, tools.tls)
+    limits = providers.REVIEW if reviewing else providers.VALIDATION
+    client = lease.adapter.client(lease.key, connect, limits)
+    if work is None:
+        return validation.run(channel, Calls(channel, 1), lease.adapter, client)
+    calls = Calls(channel, assign.max_calls)
+    return review.run(channel, calls, work, lease.done_chunk_ids, lease.adapter, client)
 
 
 def _plan(assign: runner_pb2.Assign, tools: Tools) -> plan.Plan:

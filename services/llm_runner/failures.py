@@ -56,6 +56,7 @@ def provider_failed(error: ProviderError) -> runner_pb2.Outcome:
         message=str(error),
         retry_after_ms=round((error.retry_after_seconds or 0) * 1000),
         ambiguous_call=error.kind is FailureKind.AMBIGUOUS,
+        unreachable_cause=error.cause,
     )
 
 

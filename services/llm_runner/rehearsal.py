@@ -14,7 +14,6 @@ import json
 import ssl
 from typing import Final
 
-import httpcore
 from byokeep import hpke
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import grant_pb2, lease_pb2
@@ -58,15 +57,38 @@ def _greet(tls: ssl.SSLContext) -> None:
 
 
 def _review(tools: child.Tools) -> None:
-    message = {"content": json.dumps({"findings": [_FINDING]})}
-    body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
-    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-    network = httpcore.MockBackend([head % len(body), body])
     channel = _Script()
-    child.main(channel, dataclasses.replace(tools, network=lambda _: network))
+    child.main(channel, dataclasses.replace(tools, connect=lambda *_: _Answering()))
     outcome = runner_pb2.Outcome.FromString(channel.said[Kind.END])
     if outcome.failure != review_pb2.FAILURE_REASON_UNSPECIFIED:
         raise ValueError(f"the rehearsal failed: {outcome.message}")
+
+
+class _Answering:
+    """Says what a provider would."""
+
+    def __init__(self) -> None:
+        found = json.dumps({"findings": [_FINDING]})
+        choices: list[dict[str, object]] = [
+            {"delta": {"content": found[:40]}},
+            {"delta": {"content": found[40:]}},
+            {"delta": {}, "finish_reason": "stop"},
+        ]
+        head = (
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+            b"transfer-encoding: chunked\r\n\r\n"
+        )
+        events = (b"data: %s\n\n" % json.dumps({"choices": [one]}).encode() for one in choices)
+        self._said = iter([head, *(b"%x\r\n%s\r\n" % (len(one), one) for one in events)])
+
+    def read(self, until: float) -> bytes:
+        return next(self._said)
+
+    def write(self, data: bytes, until: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _Script(ChildEnd):

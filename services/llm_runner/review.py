@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection
 from functools import partial
 from typing import Final
 
-import httpx
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
@@ -16,9 +16,10 @@ from services.llm_runner import failures, findings
 from services.llm_runner.calls import Calls
 from services.llm_runner.channel import ChildEnd, Kind
 from services.llm_runner.plan import Plan
-from services.llm_runner.providers import Adapter, FailureKind, ProviderError
+from services.llm_runner.providers import Adapter, Client, FailureKind, ProviderError
 from services.llm_runner.split import halve, was_split
 
+_PROGRESS_SECONDS: Final = 1.0
 _TOO_MANY_CALLS: Final = failures.failed(
     review_pb2.FAILURE_REASON_BAD_REQUEST, "The review needs more calls than it may make."
 )
@@ -35,7 +36,7 @@ def run(
     plan: Plan,
     done: Collection[str],
     adapter: Adapter,
-    client: httpx.Client,
+    client: Client,
 ) -> runner_pb2.Outcome:
     """Review every chunk that is not done yet, and send what was found.
 
@@ -78,12 +79,13 @@ def _review(
     plan: Plan,
     chunk: Chunk,
     adapter: Adapter,
-    client: httpx.Client,
+    client: Client,
 ) -> ProviderError | None:
     """Make the call for a chunk, and send what was found; return why there is nothing."""
-    prompt = plan.prompt(chunk)
+    progress = _Progress(channel, chunk.id)
+    call = partial(adapter.review, client, plan.prompt(chunk), progress)
     try:
-        answer = calls.make(chunk.id, partial(adapter.review, client, prompt))
+        answer = calls.make(chunk.id, call)
     except ProviderError as error:
         return error
     accepted = findings.accept(answer.findings, plan.diff, chunk)
@@ -96,6 +98,23 @@ def _review(
         ),
     )
     return None
+
+
+class _Progress:
+    """Tells how far a call is, at most once a second."""
+
+    def __init__(self, channel: ChildEnd, chunk_id: str) -> None:
+        self._channel = channel
+        self._chunk_id = chunk_id
+        self._next = time.monotonic() + _PROGRESS_SECONDS
+
+    def __call__(self, answer_bytes: int) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _PROGRESS_SECONDS
+        progress = runner_pb2.CallProgress(chunk_id=self._chunk_id, answer_bytes=answer_bytes)
+        self._channel.send(Kind.CALL_PROGRESS, progress)
 
 
 def _message(finding: findings.Finding) -> review_pb2.Finding:

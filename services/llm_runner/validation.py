@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import httpx
 from byokeep.orchestrator.v1 import key_pb2
 from byokeep.runner.v1 import runner_pb2
 
 from services.llm_runner import failures
 from services.llm_runner.calls import Calls
 from services.llm_runner.channel import ChildEnd, Kind
-from services.llm_runner.providers import Adapter, ProviderError
+from services.llm_runner.providers import Adapter, Client, ProviderError
 
 
-def run(
-    channel: ChildEnd, calls: Calls, adapter: Adapter, client: httpx.Client
-) -> runner_pb2.Outcome:
+def run(channel: ChildEnd, calls: Calls, adapter: Adapter, client: Client) -> runner_pb2.Outcome:
     """Ask once, and send the verdict: who schedules validations also repeats them."""
-    models: tuple[str, ...] = ()
-    verdict: key_pb2.ValidationVerdict.ValueType = key_pb2.VALIDATION_VERDICT_VALID
+    result = runner_pb2.ValidationResult(verdict=key_pb2.VALIDATION_VERDICT_VALID)
     try:
-        models = calls.make("", lambda: adapter.list_models(client))
+        result.models.extend(calls.make("", lambda: adapter.list_models(client)))
     except ProviderError as error:
-        verdict = failures.verdict(error)
-    channel.send(
-        Kind.VALIDATION_RESULT, runner_pb2.ValidationResult(verdict=verdict, models=models)
-    )
+        result.verdict = failures.verdict(error)
+        result.unreachable_cause = error.cause
+    channel.send(Kind.VALIDATION_RESULT, result)
     return runner_pb2.Outcome()

@@ -10,23 +10,39 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 import certifi
-import httpcore
-import httpx
+from byokeep.orchestrator.v1 import key_pb2
 
 from services.llm_runner.channel import ChildEnd, Kind
 
 T = TypeVar("T")
+Wait = Callable[[socket.socket, int, float], bool]
+"""Waits for a socket's events (poll(2)) for so many seconds; False when they passed."""
 
-_ERRORS: Final = {
-    "connect": (httpcore.ConnectError, httpcore.ConnectTimeout),
-    "read": (httpcore.ReadError, httpcore.ReadTimeout),
-    "write": (httpcore.WriteError, httpcore.WriteTimeout),
-}
+HANDSHAKE_SECONDS: Final = 10.0
+_READ_BYTES: Final = 64 * 1024
+
+
+class UnreachableError(Exception):
+    """There is no connection, and nothing was sent; `cause` says why."""
+
+    def __init__(self, cause: key_pb2.UnreachableCause.ValueType) -> None:
+        """See the class."""
+        super().__init__("no connection")
+        self.cause = cause
+
+
+class LostError(Exception):
+    """The connection broke, or its deadline passed."""
+
+    def __init__(self, *, late: bool) -> None:
+        """See the class."""
+        super().__init__("the connection was lost")
+        self.late = late
 
 
 def tls_context(environ: Mapping[str, str]) -> ssl.SSLContext:
@@ -44,81 +60,75 @@ def tls_context(environ: Mapping[str, str]) -> ssl.SSLContext:
     return context
 
 
-def transport(tls: ssl.SSLContext, network: httpcore.NetworkBackend) -> httpx.HTTPTransport:
-    """Return a transport over a network of its own, with a new connection for each request."""
-    made = httpx.HTTPTransport(verify=tls, trust_env=False)
-    made._pool.close()
-    # A kept connection that the provider closes meanwhile would lose an answer, and so make a
-    # call ambiguous that was never taken; against an LLM's seconds a handshake is nothing.
-    made._pool = httpcore.ConnectionPool(
-        ssl_context=tls, max_keepalive_connections=0, network_backend=network
+def connect(channel: ChildEnd, tls: ssl.SSLContext, host: str) -> Connection:
+    """Return a fresh connection to a host, whose certificate is verified.
+
+    Raises UnreachableError.
+    """
+    channel.send(Kind.DIAL, f"{host}:443".encode())
+    dialled = channel.receive_dialled()
+    if isinstance(dialled, int):
+        raise UnreachableError(dialled)
+    return secure(dialled, tls, host, channel.wait)
+
+
+def secure(
+    sock: socket.socket,
+    tls: ssl.SSLContext,
+    host: str,
+    wait: Wait,
+    seconds: float = HANDSHAKE_SECONDS,
+) -> Connection:
+    """Take over a connected socket and do the handshake. Raises UnreachableError."""
+    sock.setblocking(False)
+    secured = tls.wrap_socket(
+        sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
     )
-    return made
+    connection = Connection(secured, wait)
+    late = False
+    try:
+        connection.handshake(time.monotonic() + seconds)
+        return connection
+    except LostError as error:
+        late = error.late
+    raise UnreachableError(
+        key_pb2.UNREACHABLE_CAUSE_TIMEOUT if late else key_pb2.UNREACHABLE_CAUSE_TLS
+    )
 
 
-class Network(httpcore.NetworkBackend):
-    """A network with one way out: the parent."""
+class Connection:
+    """A TLS connection; every step has a deadline by the monotonic clock, and raises LostError."""
 
-    def __init__(self, channel: ChildEnd) -> None:
-        """Ask over this channel."""
-        self._channel = channel
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        """Ask the parent for a connection; it has a limit of its own."""
-        self._channel.send(Kind.DIAL, f"{host}:{port}".encode())
-        sock = self._channel.receive_dialled()
-        if isinstance(sock, int):
-            raise httpcore.ConnectError("no connection")
-        sock.setblocking(False)
-        return _Stream(sock, self._channel)
-
-
-class _Stream(httpcore.NetworkStream):
-    def __init__(self, sock: socket.socket, channel: ChildEnd) -> None:
+    def __init__(self, sock: ssl.SSLSocket, wait: Wait) -> None:
+        """Take over a wrapped, unblocking socket."""
         self._sock = sock
-        self._channel = channel
+        self._wait = wait
 
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._do(partial(self._sock.recv, max_bytes), "read", timeout)
+    def handshake(self, until: float) -> None:
+        """Do the TLS handshake."""
+        self._do(self._sock.do_handshake, until)
 
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        view = memoryview(buffer)
+    def read(self, until: float) -> bytes:
+        """Return what has come, or nothing at the end."""
+        return self._do(partial(self._sock.recv, _READ_BYTES), until)
+
+    def write(self, data: bytes, until: float) -> None:
+        """Send all of it."""
+        view = memoryview(data)
         while view:
-            view = view[self._do(partial(self._sock.send, view), "write", timeout) :]
+            view = view[self._do(partial(self._sock.send, view), until) :]
 
     def close(self) -> None:
+        """Close the socket."""
         self._sock.close()
 
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.NetworkStream:
-        tls = ssl_context.wrap_socket(
-            self._sock,
-            server_hostname=server_hostname,
-            do_handshake_on_connect=False,
-            suppress_ragged_eofs=False,
-        )
-        self._sock = tls
-        self._do(tls.do_handshake, "connect", timeout)
-        return self
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._sock if info in ("ssl_object", "socket") else None
-
-    def _do(self, operation: Callable[[], T], phase: str, timeout: float | None) -> T:
-        failed, timed_out = _ERRORS[phase]
-        deadline = None if timeout is None else time.monotonic() + timeout
+    def _do(self, operation: Callable[[], T], until: float) -> T:
         while True:
+            # Before each step, for a peer that drips never lets a wait end by itself.
+            left = until - time.monotonic()
+            if left <= 0:
+                self._lose(late=True)
+            events = 0
             try:
                 return operation()
             except ssl.SSLWantReadError:
@@ -126,11 +136,12 @@ class _Stream(httpcore.NetworkStream):
             except ssl.SSLWantWriteError:
                 events = select.POLLOUT
             except OSError:
-                events = 0
+                pass
             if events == 0:
-                self._sock.close()
-                raise failed("the connection failed")
-            left = None if deadline is None else deadline - time.monotonic()
-            if not self._channel.wait(self._sock, events, left):
-                self._sock.close()
-                raise timed_out("the connection is too slow")
+                self._lose(late=False)
+            if not self._wait(self._sock, events, left):
+                self._lose(late=True)
+
+    def _lose(self, *, late: bool) -> NoReturn:
+        self.close()
+        raise LostError(late=late)

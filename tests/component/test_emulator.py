@@ -9,16 +9,19 @@ import time
 import traceback
 
 import pytest
+from byokeep.orchestrator.v1 import key_pb2
 
+from deploy.local.emulator.echo import encodings
 from deploy.local.emulator.models import CHAT_MODELS, MAX_PAGE, listed
 from deploy.local.emulator.wire.base import USAGE_TOKENS
 from services.llm_runner.providers import (
     ADAPTERS,
     FINDINGS_SCHEMA,
+    REVIEW,
     FailureKind,
+    Limits,
     ProviderError,
     ReviewPrompt,
-    client,
 )
 from tests.component.providers.harness import make_certificates, running_emulator
 
@@ -58,9 +61,11 @@ def key_for(provider, marker="plain"):
     return f"{PREFIX[provider]}{marker}-0123456789abcdef"
 
 
-def dial(emulator, provider, key=None, timeout=5.0, **transport):
+def dial(emulator, provider, key=None, limits=REVIEW, **how):
     adapter = ADAPTERS[provider]
-    return client(adapter, key or key_for(provider), emulator.transport(**transport), timeout)
+    return adapter.client(
+        key or key_for(provider), lambda host: emulator.connect(host, **how), limits
+    )
 
 
 def prompt_for(provider, model=None):
@@ -69,8 +74,12 @@ def prompt_for(provider, model=None):
 
 
 def review(emulator, provider, **settings):
-    with dial(emulator, provider, **settings) as http:
-        return ADAPTERS[provider].review(http, prompt_for(provider))
+    client = dial(emulator, provider, **settings)
+    return ADAPTERS[provider].review(client, prompt_for(provider))
+
+
+def models(emulator, provider, **settings):
+    return ADAPTERS[provider].list_models(dial(emulator, provider, **settings))
 
 
 def failure(call):
@@ -80,8 +89,7 @@ def failure(call):
 
 
 def test_models_of_all_pages_that_can_review(emulator, provider):
-    with dial(emulator, provider) as http:
-        assert ADAPTERS[provider].list_models(http) == CHAT_MODELS[provider]
+    assert models(emulator, provider) == CHAT_MODELS[provider]
     pages = 1 if provider == "openai" else math.ceil(len(listed(provider)) / MAX_PAGE)
     assert len(emulator.control.calls()) == pages
 
@@ -113,6 +121,13 @@ def test_no_usage(emulator, provider):
         ("server_error", {"status": 529}, K.PROVIDER_UNAVAILABLE, 529),
         ("redirect", {}, K.REDIRECTED, 302),
         ("echo_key", {}, K.BAD_REQUEST, 400),
+        ("context_too_long", {}, K.CONTEXT_TOO_LONG, 400),
+        ("region_refused", {}, K.REGION_REFUSED, None),
+        ("blocked", {}, K.PROVIDER_UNAVAILABLE, 403),
+        ("error_event", {"events": 3}, K.PROVIDER_UNAVAILABLE, None),
+        ("error_event", {"events": 0}, K.PROVIDER_UNAVAILABLE, None),
+        ("cut_stream", {"events": 0}, K.AMBIGUOUS, None),
+        ("cut_stream", {"events": 4}, K.AMBIGUOUS, None),
         ("malformed_json", {}, K.BAD_RESPONSE, 200),
         ("malformed_answer", {}, K.BAD_RESPONSE, 200),
         ("truncated", {}, K.TRUNCATED, 200),
@@ -120,13 +135,11 @@ def test_no_usage(emulator, provider):
         ("cut", {}, K.AMBIGUOUS, None),
         ("cut", {"after_bytes": 0}, K.AMBIGUOUS, None),
         ("cut", {"after_bytes": 30}, K.AMBIGUOUS, None),
-        ("slow", {"seconds": 30}, K.AMBIGUOUS, None),
     ],
 )
 def test_faults(emulator, provider, fault, settings, kind, status):
     emulator.control.fault(fault, provider=provider, path="chat", **settings)
-    timeout = 0.5 if fault == "slow" else 5.0
-    error = failure(lambda: review(emulator, provider, timeout=timeout))
+    error = failure(lambda: review(emulator, provider))
     assert error.kind is kind
     assert status in (None, error.http_status)
     assert error.retry_after_seconds == (7.0 if fault == "rate_limited" else None)
@@ -134,7 +147,78 @@ def test_faults(emulator, provider, fault, settings, kind, status):
     assert review(emulator, provider).findings  # the fault struck once
 
 
-@pytest.mark.parametrize("fault", ["echo_key", "unauthorized", "cut", "redirect"])
+SHORT = 0.2
+LONG = 30.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "limits"),
+    [
+        ("slow", Limits(answer=SHORT)),
+        ("slow", Limits(total=SHORT)),
+        ("drip_head", Limits(head=SHORT)),
+        ("drip_head", Limits(total=SHORT)),
+        ("flood_1xx", Limits(head=SHORT)),
+        ("drip_extension", Limits(idle=SHORT)),
+        ("drip_extension", Limits(total=SHORT)),
+        ("drip_comment", Limits(idle=SHORT)),
+        ("drip_comment", Limits(total=SHORT)),
+    ],
+)
+def test_what_drips_renews_no_deadline(emulator, provider, fault, limits):
+    """Real TLS, a byte or an answer every 20 ms: with a timeout for each read, none would end."""
+    seconds = LONG if fault == "slow" else 0.02
+    emulator.control.fault(fault, provider=provider, path="chat", seconds=seconds)
+    started = time.monotonic()
+    error = failure(lambda: review(emulator, provider, limits=limits))
+    assert time.monotonic() - started < LONG / 2
+    assert (error.kind, error.cause) == (K.AMBIGUOUS, key_pb2.UNREACHABLE_CAUSE_TIMEOUT)
+
+
+@pytest.mark.parametrize("fault", ["drip_head", "flood_1xx", "slow", "drip_extension"])
+def test_a_model_list_has_the_same_deadlines(emulator, provider, fault):
+    emulator.control.fault(fault, path="models", seconds=LONG if fault == "slow" else 0.02)
+    limits = Limits(answer=SHORT, head=SHORT)
+    error = failure(lambda: models(emulator, provider, limits=limits))
+    assert (error.kind, error.cause) == (K.AMBIGUOUS, key_pb2.UNREACHABLE_CAUSE_TIMEOUT)
+
+
+def test_a_handshake_that_hangs_is_given_up(emulator, provider):
+    """It took 144 s, for the handshake had the read's timeout, and three tries."""
+    emulator.control.fault("hang_handshake")
+    error = failure(lambda: review(emulator, provider, handshake=SHORT))
+    expected = (K.NETWORK_BEFORE_SEND, key_pb2.UNREACHABLE_CAUSE_TIMEOUT)
+    assert (error.kind, error.cause) == expected
+    assert emulator.control.calls() == []
+    assert review(emulator, provider).findings
+
+
+def test_a_flood_of_answers_1xx_ends_by_its_number(emulator, provider):
+    emulator.control.fault("flood_1xx", path="chat", seconds=0)
+    error = failure(lambda: review(emulator, provider))
+    assert (error.kind, error.cause) == (K.AMBIGUOUS, key_pb2.UNREACHABLE_CAUSE_UNSPECIFIED)
+
+
+def test_only_a_longer_prompt_is_too_long(emulator, provider):
+    emulator.control.fault("context_too_long", after_bytes=len(DIFF), times=None)
+    assert review(emulator, provider).findings
+    prompt = ReviewPrompt(CHAT_MODELS[provider][0], "", DIFF + "x", FINDINGS_SCHEMA, 4096)
+    client = dial(emulator, provider)
+    error = failure(lambda: ADAPTERS[provider].review(client, prompt))
+    assert error.kind is K.CONTEXT_TOO_LONG
+
+
+def test_an_echo_comes_in_pieces_and_in_many_forms(emulator, provider):
+    """What the child has to keep to itself: tests/security/test_echo.py."""
+    emulator.control.fault("echo", times=None)
+    key = key_for(provider)
+    (finding,) = review(emulator, provider).findings
+    assert key in finding["title"]
+    assert all(one in finding["message"] for one in encodings(key))
+    assert any(key in model for model in models(emulator, provider))
+
+
+@pytest.mark.parametrize("fault", ["echo_key", "unauthorized", "cut", "redirect", "error_event"])
 def test_error_shows_neither_key_nor_url(emulator, provider, fault):
     """Shown to fail by raising inside exchange's except block, and with the body's text."""
     emulator.control.fault(fault)
@@ -147,17 +231,16 @@ def test_error_shows_neither_key_nor_url(emulator, provider, fault):
 
 
 @pytest.mark.parametrize(
-    ("marker", "models", "chat"),
+    ("marker", "listing", "chat"),
     [
         ("invalid", K.KEY_REJECTED, K.KEY_REJECTED),
         ("restricted", K.KEY_RESTRICTED, None),
         ("noquota", K.QUOTA_EXHAUSTED, K.QUOTA_EXHAUSTED),
     ],
 )
-def test_words_in_a_key(emulator, provider, marker, models, chat):
+def test_words_in_a_key(emulator, provider, marker, listing, chat):
     key = key_for(provider, marker)
-    with dial(emulator, provider, key) as http:
-        assert failure(lambda: ADAPTERS[provider].list_models(http)).kind is models
+    assert failure(lambda: models(emulator, provider, key=key)).kind is listing
     if chat is None:
         assert review(emulator, provider, key=key).findings
     else:
@@ -171,22 +254,22 @@ def test_key_of_another_provider_is_refused(emulator, provider):
 
 
 def test_unknown_model(emulator, provider):
-    with dial(emulator, provider) as http:
-        prompt = prompt_for(provider, "no-such-model")
-        error = failure(lambda: ADAPTERS[provider].review(http, prompt))
+    client = dial(emulator, provider)
+    prompt = prompt_for(provider, "no-such-model")
+    error = failure(lambda: ADAPTERS[provider].review(client, prompt))
     assert (error.kind, error.http_status) == (K.MODEL_NOT_FOUND, 404)
 
 
 def test_untrusted_certificate_sends_nothing(emulator, provider, tmp_path):
     stranger, _, _ = make_certificates(tmp_path)
     error = failure(lambda: review(emulator, provider, ca=stranger))
-    assert error.kind is K.NETWORK_BEFORE_SEND
+    assert (error.kind, error.cause) == (K.NETWORK_BEFORE_SEND, key_pb2.UNREACHABLE_CAUSE_TLS)
     assert emulator.control.calls() == []
 
 
 def test_nobody_listening_sends_nothing(emulator, provider):
     error = failure(lambda: review(emulator, provider, port=1))
-    assert error.kind is K.NETWORK_BEFORE_SEND
+    assert (error.kind, error.cause) == (K.NETWORK_BEFORE_SEND, key_pb2.UNREACHABLE_CAUSE_CONNECT)
 
 
 def test_held_call_is_in_the_log_and_ends_when_released(emulator, provider):

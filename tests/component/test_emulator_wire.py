@@ -19,13 +19,14 @@ OPENAI, ANTHROPIC, GEMINI = (
     "https://generativelanguage.googleapis.com",
 )
 BEARER = {"authorization": "Bearer sk-proj-0123456789abcdef"}
-X_API = {"x-api-key": "sk-ant-api03-0123456789abcdef", "anthropic-version": "2023-06-01"}
+X_API = {"x-api-key": "sk-ant-api03-0123456789abcdef", "anthropic-version": "2026-10-21"}
 X_GOOG = {"x-goog-api-key": "AIzaSy0123456789abcdef"}
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 OPENAI_BODY = {
     "model": CHAT_MODELS["openai"][0],
     "messages": MESSAGES,
+    "stream": True,
     "max_completion_tokens": 100,
     "response_format": {
         "type": "json_schema",
@@ -35,6 +36,7 @@ OPENAI_BODY = {
 ANTHROPIC_BODY = {
     "model": CHAT_MODELS["anthropic"][0],
     "messages": MESSAGES,
+    "stream": True,
     "max_tokens": 100,
     "output_config": {"format": {"type": "json_schema", "schema": FINDINGS_SCHEMA}},
 }
@@ -46,10 +48,11 @@ GEMINI_BODY = {
         "responseJsonSchema": FINDINGS_SCHEMA,
     },
 }
+GEMINI_MODEL = f"/v1beta/models/{CHAT_MODELS['gemini'][0]}"
 CHAT = {
     OPENAI: ("/v1/chat/completions", OPENAI_BODY, BEARER),
     ANTHROPIC: ("/v1/messages", ANTHROPIC_BODY, X_API),
-    GEMINI: (f"/v1beta/models/{CHAT_MODELS['gemini'][0]}:generateContent", GEMINI_BODY, X_GOOG),
+    GEMINI: (f"{GEMINI_MODEL}:streamGenerateContent?alt=sse", GEMINI_BODY, X_GOOG),
 }
 
 
@@ -79,7 +82,15 @@ def test_right_request(http, host):
     path, body, headers = CHAT[host]
     answer = http.post(host + path, json=body, headers=headers)
     assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.text.count("data: ") > 1
     assert str(USAGE_TOKENS) in answer.text
+
+
+def test_gemini_streams_events_if_asked_to(http):
+    _, body, headers = CHAT[GEMINI]
+    url = f"{GEMINI}{GEMINI_MODEL}:streamGenerateContent"
+    assert http.post(url, json=body, headers=headers).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -89,7 +100,7 @@ def test_right_request(http, host):
         (OPENAI, X_API, 401),
         (OPENAI, {"authorization": "Basic sk-proj-0123456789abcdef"}, 401),
         (OPENAI, {"authorization": "Bearer sk-admin-0123456789abcdef"}, 401),
-        (ANTHROPIC, {"anthropic-version": "2023-06-01"}, 401),
+        (ANTHROPIC, {"anthropic-version": "2026-10-21"}, 401),
         (ANTHROPIC, {"x-api-key": X_API["x-api-key"]}, 400),
         (ANTHROPIC, BEARER, 401),
         (GEMINI, {}, 403),
@@ -106,7 +117,7 @@ def test_wrong_credentials(http, host, headers, status):
 
 def test_key_in_the_url_counts_as_none(http):
     path, body, headers = CHAT[GEMINI]
-    url = f"{GEMINI}{path}?key={headers['x-goog-api-key']}"
+    url = f"{GEMINI}{path}&key={headers['x-goog-api-key']}"
     assert http.post(url, json=body).status_code == 403
 
 
@@ -114,11 +125,13 @@ def test_key_in_the_url_counts_as_none(http):
     ("host", "missing"),
     [
         (OPENAI, ("messages",)),
+        (OPENAI, ("stream",)),
         (OPENAI, ("max_completion_tokens",)),
         (OPENAI, ("response_format",)),
         (OPENAI, ("response_format", "json_schema", "strict")),
         (OPENAI, ("response_format", "json_schema", "schema", "additionalProperties")),
         (ANTHROPIC, ("messages",)),
+        (ANTHROPIC, ("stream",)),
         (ANTHROPIC, ("max_tokens",)),
         (ANTHROPIC, ("output_config",)),
         (ANTHROPIC, ("output_config", "format", "schema", "required")),
@@ -146,7 +159,7 @@ def test_bodies_that_are_no_request(http, host, content):
     [
         f"{OPENAI}/v1/responses",
         f"{ANTHROPIC}/v1/complete",
-        f"{GEMINI}/v1beta/models/gemini-3.5-flash:streamGenerateContent",
+        f"{GEMINI}/v1beta/models/gemini-3.5-flash:generateContent",
         f"{GEMINI}/v1beta/files",
     ],
 )
@@ -196,6 +209,7 @@ def test_what_is_not_http(emulator, request_head):
         ("slow", {"seconds": "1"}),
         ("slow", {"seconds": True}),
         ("cut", {"after_bytes": "all"}),
+        ("cut_stream", {"events": "all"}),
         ("cut", {"colour": "red"}),
         ("quota", {"provider": "nobody"}),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 
 import grpc
@@ -163,6 +164,11 @@ def test_an_ack_of_what_was_never_sent_starts_no_call(bench):
         ("truncated", "BAD_RESPONSE", "FAILED"),
         ("refusal", "REFUSED", "FAILED"),
         ("cut", "AMBIGUOUS", "FAILED"),
+        ("cut_stream", "AMBIGUOUS", "FAILED"),
+        ("error_event", "PROVIDER_UNAVAILABLE", "FAILED"),
+        ("region_refused", "REGION_REFUSED", "FAILED"),
+        ("blocked", "PROVIDER_UNAVAILABLE", "FAILED"),
+        ("context_too_long", "CONTEXT_TOO_LONG", "FAILED"),
     ],
 )
 def test_a_failed_call_is_told_and_not_made_again(bench, fault, expected, lease):
@@ -172,7 +178,7 @@ def test_a_failed_call_is_told_and_not_made_again(bench, fault, expected, lease)
     outcome = attempt.finish()
 
     assert reason(outcome) == expected
-    assert outcome.ambiguous_call is (fault == "cut")
+    assert outcome.ambiguous_call is (expected == "AMBIGUOUS")
     assert released(bench) == lease
     assert len(bench.emulator.control.calls()) == 1 == len(attempt.of("call_started"))
     assert KEYS["openai"] not in str(outcome)
@@ -200,6 +206,41 @@ def test_retry_after_is_left_to_the_orchestrator(bench, provider, seconds):
     assert reason(outcome) == "RATE_LIMITED"
     assert outcome.retry_after_ms == seconds * 1000
     assert len(bench.emulator.control.calls()) == 1
+
+
+@pytest.mark.parametrize("provider", list(KEYS))
+def test_what_a_provider_finds_too_long_is_split(bench, provider):
+    bench.emulator.control.fault("context_too_long", after_bytes=40_000, times=None)
+    attempt = bench.review(provider, diff=big_diff(files=2, lines=700))
+
+    outcome = attempt.finish()
+
+    assert reason(outcome) == "UNSPECIFIED"
+    (planned,) = attempt.of("accepted")[0].chunks
+    (split,) = attempt.of("chunk_split")
+    assert split.chunk_id == planned.chunk_id
+    results = [one.chunk_id for one in attempt.of("chunk_result")]
+    assert [chunk.chunk_id for chunk in split.into] == results
+    assert len(results) == 2
+    assert len(bench.emulator.control.calls()) == 3 == len(attempt.of("call_started"))
+
+
+def test_what_can_not_be_reached_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    dial = f"api.openai.com=127.0.0.1:{port} api.anthropic.com=no-such-host.invalid:443"
+    with running_bench(tmp_path, BYOKEEP_PROVIDER_DIAL=dial) as bench:
+        for provider, cause in (("openai", "CONNECT"), ("anthropic", "NAME_RESOLUTION")):
+            expected = key_pb2.UnreachableCause.Value(f"UNREACHABLE_CAUSE_{cause}")
+            outcome = bench.review(provider).finish()
+            assert (reason(outcome), outcome.unreachable_cause) == ("NETWORK", expected)
+            attempt = bench.validation(provider)
+            attempt.finish()
+            (result,) = attempt.of("validation_result")
+            assert (result.verdict, result.unreachable_cause) == (
+                key_pb2.VALIDATION_VERDICT_UNREACHABLE,
+                expected,
+            )
 
 
 def test_a_large_diff_is_reviewed_in_chunks_and_done_ones_are_skipped(bench):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from byokeep.keyvault.v1 import lease_pb2
 from byokeep.leasing import lease_info
-from byokeep.orchestrator.v1 import review_pb2
+from byokeep.orchestrator.v1 import key_pb2, review_pb2
 from byokeep.runner.v1 import runner_pb2
 
 from services.common import models
@@ -58,7 +58,7 @@ class FakeAdapter:
         self.errors = list(errors)
         self.prompts = []
 
-    def review(self, client, prompt):
+    def review(self, client, prompt, progress):
         self.prompts.append(prompt.user)
         if self.errors:
             raise self.errors.pop(0)
@@ -164,15 +164,43 @@ def test_a_later_attempt_goes_on_with_the_parts_that_are_left():
     assert fake.of(Kind.CHUNK_SPLIT) == first.of(Kind.CHUNK_SPLIT)
 
 
+def test_progress_is_told_at_most_once_a_second(monkeypatch):
+    """Fails without `_next`: each of the hundred events is then told."""
+    now = [0.0]
+    monkeypatch.setattr(review.time, "monotonic", lambda: now[0])
+
+    class Streaming(FakeAdapter):
+        def review(self, client, prompt, progress):
+            for size in range(100):
+                now[0] += 0.1
+                progress(size)
+            return ReviewAnswer([])
+
+    fake, made, _ = attempt(Streaming(0), DIFF)
+
+    told = fake.of(Kind.CALL_PROGRESS)
+    assert {one.chunk_id for one in told} == set(chunk_ids(made))
+    assert 9 <= len(told) <= 10
+    assert [one.answer_bytes for one in told] == sorted(one.answer_bytes for one in told)
+
+
+def test_a_short_call_tells_no_progress():
+    fake, _, _ = attempt(FakeAdapter(10**9), DIFF)
+
+    assert fake.of(Kind.CALL_PROGRESS) == []
+
+
 @pytest.mark.parametrize("kind", list(K))
 def test_every_kind_of_failure_has_a_meaning(kind):
-    error = ProviderError(kind, retry_after_seconds=1.5)
+    timeout = key_pb2.UNREACHABLE_CAUSE_TIMEOUT
+    error = ProviderError(kind, retry_after_seconds=1.5, cause=timeout)
 
     outcome = failures.provider_failed(error)
 
     assert outcome.failure != review_pb2.FAILURE_REASON_UNSPECIFIED
     assert outcome.message == str(error)
     assert outcome.retry_after_ms == 1500
+    assert outcome.unreachable_cause == timeout
     assert outcome.ambiguous_call == (kind is K.AMBIGUOUS)
     assert failures.verdict(error)
 

@@ -30,8 +30,9 @@ control listener (JSON; deploy.local.emulator.control has a client for it):
   GET /faults          POST /faults {{"kind", "provider", "path", "key", "times", ...}}
   DELETE /faults       POST /keys {{"provider", "key", "behaviour"}}
   POST /latency {{"seconds"}}    POST /release    POST /reset
-  fault kinds: {", ".join(FAULTS)}
-"""
+
+fault kinds:
+{"".join(f"  {kind:17} {says}" + chr(10) for kind, says in FAULTS.items())}"""
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -65,11 +66,6 @@ def _tls(arguments: argparse.Namespace) -> ssl.SSLContext:
     return context
 
 
-def _port(server: asyncio.Server) -> int:
-    port: int = server.sockets[0].getsockname()[1]
-    return port
-
-
 def _write_ready(path: Path, https_port: int, control_port: int) -> None:
     ready = {"pid": os.getpid(), "https_port": https_port, "control_port": control_port}
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -85,9 +81,11 @@ async def _run(arguments: argparse.Namespace) -> None:
     state = State(accept_any=arguments.accept_any, latency_seconds=arguments.latency)
     control_api, app = ControlApi(state), App(state)
     control = await serve(control_api.handle, "127.0.0.1", arguments.control_port)
-    https = await serve(app.handle, arguments.host, arguments.https_port, _tls(arguments))
+    https = await serve(
+        app.handle, arguments.host, arguments.https_port, _tls(arguments), state.hangs
+    )
     if arguments.ready_file is not None:
-        _write_ready(arguments.ready_file, _port(https), _port(control))
+        _write_ready(arguments.ready_file, https.port, control.port)
     gc.freeze()
     await stop.wait()
     https.close()

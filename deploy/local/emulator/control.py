@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import httpx
 
+from deploy.local.emulator.state import FaultKind
+
 
 @dataclass(frozen=True, slots=True)
 class LoggedCall:
@@ -38,7 +40,7 @@ class EmulatorControl:
 
     def fault(
         self,
-        kind: str,
+        kind: FaultKind,
         *,
         provider: str | None = None,
         path: str | None = None,
@@ -48,9 +50,9 @@ class EmulatorControl:
     ) -> None:
         """Make the next ``times`` matching calls (None: all of them) fail in this way.
 
-        ``key`` is any part of a key; ``path`` is "models" or "chat". Settings: ``seconds``
-        (slow, rate_limited), ``status`` (server_error), ``after_bytes`` (cut; 0 sends
-        nothing, default is half of the body), ``location`` (redirect).
+        ``deploy.local.emulator.state.FAULTS`` says what each kind does, and with which of the
+        settings ``seconds``, ``status``, ``after_bytes``, ``events`` and ``location``. ``key``
+        is any part of a key; ``path`` is "models" or "chat".
         """
         match = {"provider": provider, "path": path, "key": key}
         chosen = {name: value for name, value in match.items() if value is not None}

@@ -19,6 +19,7 @@ _FAULT_FIELDS = {
     "seconds": float,
     "status": int,
     "after_bytes": int,
+    "events": int,
     "location": str,
 }
 

@@ -6,9 +6,11 @@ A library would stand in the way of cutting an answer in the middle.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
@@ -18,6 +20,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
 _IDLE_SECONDS: Final = 75.0
+_TRICKLE_SECONDS: Final = 600.0
 _PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -40,23 +43,55 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Trickle:
+    """What is sent in place of an answer: a beginning, then a drop every so often, for ever."""
+
+    begin: bytes
+    drop: bytes
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer; ``cut_after`` bytes of it (head included) are sent, then the line is cut."""
+    """One answer: a body, or the events of a stream, each a chunk (RFC 9112, 7.1).
+
+    ``cut_after`` bytes of it (head included) are sent, then the line is cut.
+    """
 
     status: int
-    body: bytes
+    body: bytes = b""
     headers: tuple[tuple[str, str], ...] = ()
+    events: tuple[bytes, ...] | None = None
     cut_after: int | None = None
+    trickle: Trickle | None = None
 
-    def wire(self) -> bytes:
-        """The whole answer as it goes over the line."""
+    def head(self) -> bytes:
+        """Status line and headers."""
+        length = f"content-length: {len(self.body)}"
         lines = [
             f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, 'Unknown')}",
             f"date: {formatdate(usegmt=True)}",
-            f"content-length: {len(self.body)}",
+            length if self.events is None else "transfer-encoding: chunked",
             *(f"{name}: {value}" for name, value in self.headers),
         ]
-        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + self.body
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+    def wire(self) -> bytes:
+        """The whole answer as it goes over the line."""
+        if self.events is None:
+            return self.head() + self.body
+        return b"".join([self.head(), *map(chunk, self.events), b"0\r\n\r\n"])
+
+
+def chunk(data: bytes) -> bytes:
+    """Data as one chunk."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def stream_reply(events: Iterable[bytes]) -> Reply:
+    """An answer that is a stream of server-sent events."""
+    headers = (("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache"))
+    return Reply(200, headers=headers, events=tuple(events))
 
 
 def json_reply(status: int, document: object, headers: tuple[tuple[str, str], ...] = ()) -> Reply:
@@ -72,10 +107,35 @@ class _BadRequestError(Exception):
     """What came is not HTTP that this server reads."""
 
 
+class Listener:
+    """A listening socket and its connections."""
+
+    def __init__(self, sock: socket.socket, accepting: asyncio.Task[None]) -> None:
+        """Take over both."""
+        self.port: int = sock.getsockname()[1]
+        self._sock = sock
+        self._accepting = accepting
+
+    def close(self) -> None:
+        """Accept nothing more."""
+        self._accepting.cancel()
+        self._sock.close()
+
+
 async def serve(
-    handler: Handler, host: str, port: int, tls: ssl.SSLContext | None = None
-) -> asyncio.Server:
-    """Listen on host and port (0: any free one) and answer with the handler."""
+    handler: Handler,
+    host: str,
+    port: int,
+    tls: ssl.SSLContext | None = None,
+    hangs: Callable[[], bool] = lambda: False,
+) -> Listener:
+    """Listen on host and port (0: any free one) and answer with the handler.
+
+    Where `hangs` says so, a connection is accepted and nothing else happens to it.
+    """
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task[None]] = set()
+    hanging: list[socket.socket] = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -87,15 +147,27 @@ async def serve(
         finally:
             writer.transport.abort()
 
-    return await asyncio.start_server(
-        connected,
-        host,
-        port,
-        limit=MAX_HEAD_BYTES,
-        backlog=512,
-        ssl=tls,
-        ssl_handshake_timeout=10 if tls else None,
-    )
+    async def take(sock: socket.socket) -> None:
+        reader = asyncio.StreamReader(limit=MAX_HEAD_BYTES)
+        protocol = asyncio.StreamReaderProtocol(reader, connected)
+        with contextlib.suppress(OSError, TimeoutError):  # no handshake
+            await loop.connect_accepted_socket(
+                lambda: protocol, sock, ssl=tls, ssl_handshake_timeout=10 if tls else None
+            )
+
+    async def accept(listening: socket.socket) -> None:
+        while True:
+            sock, _ = await loop.sock_accept(listening)
+            if hangs():
+                hanging.append(sock)
+                continue
+            task = loop.create_task(take(sock))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+    listening = socket.create_server((host, port), backlog=512)
+    listening.setblocking(False)
+    return Listener(listening, loop.create_task(accept(listening)))
 
 
 async def _connection(
@@ -112,6 +184,9 @@ async def _connection(
             await writer.drain()
             break
         reply = await handler(request)
+        if reply.trickle is not None:
+            await _trickle(writer, reply.trickle)
+            return
         wire = reply.wire()
         writer.write(wire if reply.cut_after is None else wire[: reply.cut_after])
         await writer.drain()
@@ -121,6 +196,15 @@ async def _connection(
             break
     writer.close()
     await writer.wait_closed()
+
+
+async def _trickle(writer: asyncio.StreamWriter, trickle: Trickle) -> None:
+    writer.write(trickle.begin)
+    async with asyncio.timeout(_TRICKLE_SECONDS):
+        while True:
+            await writer.drain()
+            await asyncio.sleep(trickle.seconds)
+            writer.write(trickle.drop)
 
 
 async def _read_request(reader: asyncio.StreamReader) -> Request:

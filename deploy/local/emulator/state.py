@@ -7,32 +7,76 @@ import hashlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 PathKind = Literal["models", "chat", "other"]
 Behaviour = Literal["valid", "invalid", "restricted", "noquota"]
 
 BEHAVIOURS: Final[tuple[Behaviour, ...]] = ("valid", "invalid", "restricted", "noquota")
-FAULTS: Final = (
+FaultKind = Literal[
     "unauthorized",
     "missing_scope",
     "quota",
     "rate_limited",
     "server_error",
+    "context_too_long",
+    "region_refused",
+    "blocked",
+    "redirect",
     "slow",
     "hold",
+    "hang_handshake",
+    "flood_1xx",
+    "drip_head",
+    "drip_extension",
+    "drip_comment",
     "cut",
+    "cut_stream",
+    "error_event",
     "malformed_json",
     "malformed_answer",
     "truncated",
     "refusal",
-    "redirect",
+    "echo",
     "echo_key",
+]
+FAULTS: Final[Mapping[FaultKind, str]] = MappingProxyType(
+    {
+        "unauthorized": "the key is wrong",
+        "missing_scope": "the key may not do this",
+        "quota": "quota or credit is gone",
+        "rate_limited": "come back after `seconds`",
+        "server_error": "the provider fails with `status`",
+        "context_too_long": "the prompt is too long; with `after_bytes`, only a longer one",
+        "region_refused": "the provider does not serve this country",
+        "blocked": "403 with a page of HTML, from a CDN in front of the provider",
+        "redirect": "302 to `location`",
+        "slow": "the answer comes after `seconds`",
+        "hold": "the answer waits for a release",
+        "hang_handshake": "the next connection gets no TLS handshake; it knows no provider or key",
+        "flood_1xx": "an answer 103 every `seconds`, for ever",
+        "drip_head": "a byte of the answer's head every `seconds`, for ever",
+        "drip_extension": "a byte of a chunk's extension every `seconds`, for ever",
+        "drip_comment": "a comment in the stream every `seconds`, for ever",
+        "cut": "the connection ends in the middle, or after `after_bytes`",
+        "cut_stream": "the connection ends after `events` events",
+        "error_event": "the stream ends after `events` events with an error",
+        "malformed_json": "JSON that is none",
+        "malformed_answer": "an answer off the schema",
+        "truncated": "the model ran out of tokens",
+        "refusal": "the model declines",
+        "echo": "findings, or models, that hold the key, in many encodings",
+        "echo_key": "a bad request whose text holds the key",
+    }
 )
 # These change the model's answer, and a model list has none.
-CHAT_FAULTS: Final = ("malformed_answer", "truncated", "refusal")
+CHAT_FAULTS: Final[tuple[FaultKind, ...]] = (
+    *("malformed_answer", "truncated", "refusal", "context_too_long"),
+    *("drip_comment", "cut_stream", "error_event"),
+)
 _MAX_CALLS: Final = 100_000
 _MAX_HOLD_SECONDS: Final = 600.0
 
@@ -41,7 +85,7 @@ _MAX_HOLD_SECONDS: Final = 600.0
 class Fault:
     """One scripted fault: what it matches (None: anything), and how often it strikes."""
 
-    kind: str
+    kind: FaultKind
     provider: str | None = None
     path: str | None = None
     key: str | None = field(default=None, repr=False)
@@ -49,6 +93,7 @@ class Fault:
     seconds: float = 1.0
     status: int = 503
     after_bytes: int | None = None
+    events: int = 1
     location: str = "https://example.com/elsewhere"
 
     def __post_init__(self) -> None:
@@ -106,12 +151,22 @@ class State:
 
     def take_fault(self, provider: str, path: str, key: str) -> Fault | None:
         """The first fault that matches, with one of its times used up."""
-        for fault in self.faults:
-            if fault.matches(provider, path, key):
-                if fault.times is not None:
-                    fault.times -= 1
-                return fault
-        return None
+        return self._take(
+            fault
+            for fault in self.faults
+            if fault.kind != "hang_handshake" and fault.matches(provider, path, key)
+        )
+
+    def hangs(self) -> bool:
+        """Whether a fault keeps a new connection from its handshake."""
+        faults = (one for one in self.faults if one.kind == "hang_handshake" and one.times != 0)
+        return self._take(faults) is not None
+
+    def _take(self, faults: Iterator[Fault]) -> Fault | None:
+        fault = next(faults, None)
+        if fault is not None and fault.times is not None:
+            fault.times -= 1
+        return fault
 
     def log(self, provider: str, kind: str, path: str, key: str) -> Call:
         """Note a call that has just come in; the caller fills in how it went."""

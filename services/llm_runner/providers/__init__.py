@@ -14,20 +14,24 @@ from services.llm_runner.providers.base import (
     ProviderError,
     ReviewAnswer,
     ReviewPrompt,
-    client,
 )
+from services.llm_runner.providers.exchange import REVIEW, VALIDATION, Client, Connection, Limits
 from services.llm_runner.providers.gemini import Gemini
 from services.llm_runner.providers.openai import OpenAI
 
 __all__ = [
     "ADAPTERS",
     "FINDINGS_SCHEMA",
+    "REVIEW",
+    "VALIDATION",
     "Adapter",
+    "Client",
+    "Connection",
     "FailureKind",
+    "Limits",
     "ProviderError",
     "ReviewAnswer",
     "ReviewPrompt",
-    "client",
 ]
 
 ADAPTERS: Final[Mapping[str, Adapter]] = MappingProxyType(

@@ -1,36 +1,41 @@
-"""What the three provider adapters share: prompt, answer, client and error rules."""
+"""What the three provider adapters share: prompt, answer, streams and error rules."""
 
 from __future__ import annotations
 
-import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NoReturn
 
-import httpx
-
-from services.llm_runner.providers import table
+from services.llm_runner.providers import sse, table
 from services.llm_runner.providers.errors import FailureKind, ProviderError
-from services.llm_runner.providers.exchange import Answer, exchange, retry_after
-from services.llm_runner.providers.findings import FINDINGS_SCHEMA, parse_findings
+from services.llm_runner.providers.exchange import (
+    MAX_STREAM_BYTES,
+    Answer,
+    Client,
+    Connection,
+    Exchange,
+    Limits,
+)
+from services.llm_runner.providers.findings import FINDINGS_SCHEMA, load_json, parse_findings
 from services.llm_runner.providers.table import Said
+from services.llm_runner.providers.waits import retry_after
 
 __all__ = [
     "FINDINGS_SCHEMA",
     "MAX_MODEL_PAGES",
     "Adapter",
+    "Answer",
     "FailureKind",
+    "Piece",
     "ProviderError",
     "ReviewAnswer",
     "ReviewPrompt",
-    "client",
-    "parse_findings",
 ]
 
 MAX_MODEL_PAGES: Final = 20
-_HEADER_SAFE_KEY: Final = re.compile(r"[\x21-\x7e]{16,512}")
+MAX_ANSWER_BYTES: Final = 4 * 1024 * 1024
 _MODEL_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _WAITABLE: Final = (FailureKind.RATE_LIMITED, FailureKind.PROVIDER_UNAVAILABLE)
 
@@ -53,6 +58,18 @@ class ReviewAnswer:
     findings: list[dict[str, Any]] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one event of a stream brings: more of the answer's text, why it ends, or neither."""
+
+    text: str = field(default="", repr=False)
+    end: str | None = None
+
+
+def _nobody_listens(answer_bytes: int) -> None:
+    pass
+
+
 class Adapter(ABC):
     """One provider's API: fixed host, key in a header, one request per call.
 
@@ -63,22 +80,57 @@ class Adapter(ABC):
     name: ClassVar[str]
     host: ClassVar[str]
 
-    @property
-    def base_url(self) -> str:
-        """The only origin that this adapter's requests go to."""
-        return f"https://{self.host}"
+    def client(self, key: str, connect: Callable[[str], Connection], limits: Limits) -> Client:
+        """Return what makes requests with this key, to this provider alone.
+
+        ``connect`` takes a host. Raises ValueError, without the key, if no header can hold it.
+        """
+        return Client(self.host, key, self.auth_headers(key), connect, limits)
 
     @abstractmethod
     def auth_headers(self, key: str) -> dict[str, str]:
         """Headers that authenticate with the key, and any that the API demands."""
 
     @abstractmethod
-    def list_models(self, client: httpx.Client) -> tuple[str, ...]:
+    def list_models(self, client: Client) -> tuple[str, ...]:
         """Ids of the models that this key can use to generate text."""
 
+    def review(
+        self,
+        client: Client,
+        prompt: ReviewPrompt,
+        progress: Callable[[int], None] = _nobody_listens,
+    ) -> ReviewAnswer:
+        """Make one review call and return its validated findings.
+
+        The answer is streamed; ``progress`` is told of each event how long the answer is by
+        then, in bytes. A stream that ends before its model says that it stopped was cut.
+        """
+        path, body = self._request(prompt)
+        texts: list[str] = []
+        size = 0
+        with client.post(path, body) as exchange:
+            for document in self._documents(exchange):
+                piece = self._piece(document)
+                texts.append(piece.text)
+                size += len(piece.text.encode("utf-8", "replace"))
+                if size > MAX_ANSWER_BYTES:
+                    raise ProviderError(FailureKind.BAD_RESPONSE, http_status=200)
+                progress(size)
+                if piece.end is not None:
+                    kind = table.end(self.name, piece.end)
+                    if kind is not None:
+                        raise ProviderError(kind, http_status=200)
+                    return ReviewAnswer(parse_findings("".join(texts)))
+        raise ProviderError(FailureKind.AMBIGUOUS, http_status=200)
+
     @abstractmethod
-    def review(self, client: httpx.Client, prompt: ReviewPrompt) -> ReviewAnswer:
-        """Make one review call and return its validated findings."""
+    def _request(self, prompt: ReviewPrompt) -> tuple[str, dict[str, Any]]:
+        """Path and body of a review call whose answer is a stream."""
+
+    @abstractmethod
+    def _piece(self, document: Mapping[str, Any]) -> Piece:
+        """What an event of the stream brings."""
 
     @abstractmethod
     def _said(self, status: int, document: Mapping[str, Any]) -> Said:
@@ -87,21 +139,40 @@ class Adapter(ABC):
     def _retry_after(self, answer: Answer) -> float | None:
         return retry_after(answer.headers)
 
-    def _call(
-        self,
-        client: httpx.Client,
-        method: str,
-        path: str,
-        *,
-        params: Mapping[str, str | int] | None = None,
-        body: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        answer = exchange(client, method, path, params=params, body=body)
-        if answer.status != 200:
-            self._fail(answer)
-        document = answer.document()
-        if not document:
+    def _documents(self, exchange: Exchange) -> Iterator[Mapping[str, Any]]:
+        """The JSON objects of a stream's events. Raises ProviderError, also for an error's."""
+        kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if exchange.status != 200 or kind != "text/event-stream":
+            self._fail(exchange.whole())
+        decoder = sse.Decoder()
+        events = decoder.events(_bounded(exchange.pieces()))
+        too_long = False
+        try:
+            for data in events:
+                if data == "[DONE]":
+                    break
+                exchange.alive()
+                document = load_json(data)
+                if not isinstance(document, dict):
+                    raise ProviderError(FailureKind.BAD_RESPONSE, http_status=200)
+                if document.get("error"):
+                    self._fail(Answer(200, exchange.headers, data.encode("utf-8", "replace")))
+                yield document
+        except sse.TooLongError:
+            too_long = True
+        if too_long:
             raise ProviderError(FailureKind.BAD_RESPONSE, http_status=200)
+        rest = Answer(200, exchange.headers, decoder.rest)
+        if rest.document().get("error"):
+            self._fail(rest)
+
+    def _get(
+        self, client: Client, path: str, params: Mapping[str, str | int], until: float
+    ) -> dict[str, Any]:
+        answer = client.get(path, params, until)
+        document = answer.document()
+        if answer.status != 200 or not document:
+            self._fail(answer)
         return document
 
     def _fail(self, answer: Answer) -> NoReturn:
@@ -113,10 +184,14 @@ class Adapter(ABC):
             retry_after_seconds=self._retry_after(answer) if kind in _WAITABLE else None,
         )
 
-    def _ended(self, reason: str) -> None:
-        """Raise ProviderError unless the model stopped where its answer is whole."""
-        if (kind := table.end(self.name, reason)) is not None:
-            raise ProviderError(kind, http_status=200)
+
+def _bounded(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    left = MAX_STREAM_BYTES
+    for piece in pieces:
+        left -= len(piece)
+        if left < 0:
+            raise sse.TooLongError
+        yield piece
 
 
 def text(value: object) -> str:
@@ -138,56 +213,3 @@ def model_ids(values: Iterable[object]) -> list[str]:
     """The values from a model list that can be model ids at all, each once, in order."""
     ids = (value for value in values if isinstance(value, str) and _MODEL_ID.fullmatch(value))
     return list(dict.fromkeys(ids))
-
-
-class _KeyAuth(httpx.Auth):
-    """Puts the key's headers on requests to its own provider, and shows nothing."""
-
-    __slots__ = ("_headers", "_host")
-
-    def __init__(self, host: str, headers: dict[str, str]) -> None:
-        self._host = host
-        self._headers = headers
-
-    def __repr__(self) -> str:
-        return "<provider key>"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a provider key can't be pickled")
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        if request.url.scheme != "https" or request.url.netloc != self._host.encode():
-            raise ValueError("a provider key is only ever sent to its own provider")
-        request.headers.update(self._headers)
-        yield request
-
-
-def client(
-    adapter: Adapter,
-    key: str,
-    transport: httpx.BaseTransport,
-    timeout: httpx.Timeout | float,
-) -> httpx.Client:
-    """Return a client that can talk to this adapter's provider with this key only.
-
-    The transport is the caller's, TLS included; ``timeout`` is in seconds. Raises
-    ValueError, without the key, if the key can't stand in a header.
-    """
-    if _HEADER_SAFE_KEY.fullmatch(key) is None:
-        raise ValueError("the provider key has a length or characters that no key has")
-    # httpx logs each URL at INFO, httpcore each header block at DEBUG.
-    for name in ("httpx", "httpcore"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    return httpx.Client(
-        base_url=adapter.base_url,
-        auth=_KeyAuth(adapter.host, adapter.auth_headers(key)),
-        headers={
-            "accept": "application/json",
-            "accept-encoding": "identity",
-            "user-agent": "byokeep",
-        },
-        transport=transport,
-        timeout=timeout,
-        trust_env=False,
-        follow_redirects=False,
-    )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
+from byokeep.orchestrator.v1 import key_pb2
+
 
 class FailureKind(StrEnum):
     """What a failed call means for the key, the bill and whoever schedules another."""
@@ -54,7 +56,8 @@ class ProviderError(Exception):
     """A provider call failed.
 
     ``str()`` is a fixed sentence for each kind. ``retry_after_seconds`` is what the
-    provider asked for, if it did; ``http_status`` is None when no answer came.
+    provider asked for, if it did; ``http_status`` is None when no answer came; ``cause`` is
+    what was unreachable, if something was.
     """
 
     def __init__(
@@ -63,9 +66,11 @@ class ProviderError(Exception):
         *,
         http_status: int | None = None,
         retry_after_seconds: float | None = None,
+        cause: key_pb2.UnreachableCause.ValueType = key_pb2.UNREACHABLE_CAUSE_UNSPECIFIED,
     ) -> None:
         """See the class."""
         super().__init__(_SENTENCES[kind])
         self.kind = kind
         self.http_status = http_status
         self.retry_after_seconds = retry_after_seconds
+        self.cause = cause

@@ -1,4 +1,4 @@
-"""Google Gemini: model list and generateContent.
+"""Google Gemini: model list and streamGenerateContent.
 
 https://ai.google.dev/api/generate-content and google.rpc's error details (AIP-193)
 """
@@ -10,21 +10,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 from urllib.parse import quote
 
-import httpx
-
 from services.llm_runner.providers.base import (
     MAX_MODEL_PAGES,
     Adapter,
-    ReviewAnswer,
+    Answer,
+    Piece,
     ReviewPrompt,
     mapping,
     model_ids,
     objects,
-    parse_findings,
     text,
 )
-from services.llm_runner.providers.exchange import Answer, bounded_wait, retry_after
+from services.llm_runner.providers.exchange import Client
 from services.llm_runner.providers.table import Said
+from services.llm_runner.providers.waits import bounded
 
 _PAGE_SIZE: Final = 1000
 # These generate content, but speech or pictures.
@@ -42,14 +41,14 @@ class Gemini(Adapter):
         """See Adapter; the key never goes into the ``key`` query parameter."""
         return {"x-goog-api-key": key}
 
-    def list_models(self, client: httpx.Client) -> tuple[str, ...]:
+    def list_models(self, client: Client) -> tuple[str, ...]:
         """See Adapter."""
         models: list[str] = []
         page: dict[str, str] = {}
+        until = client.deadline()
         for _ in range(MAX_MODEL_PAGES):
-            document = self._call(
-                client, "GET", "/v1beta/models", params={"pageSize": _PAGE_SIZE, **page}
-            )
+            params: dict[str, str | int] = {"pageSize": _PAGE_SIZE, **page}
+            document = self._get(client, "/v1beta/models", params, until)
             models += model_ids(map(_text_model, objects(document.get("models"))))
             token = text(document.get("nextPageToken"))
             if not token:
@@ -57,21 +56,35 @@ class Gemini(Adapter):
             page = {"pageToken": token}
         return tuple(dict.fromkeys(models))
 
-    def review(self, client: httpx.Client, prompt: ReviewPrompt) -> ReviewAnswer:
-        """See Adapter."""
+    def _request(self, prompt: ReviewPrompt) -> tuple[str, dict[str, Any]]:
         # Quoted whole, so that a model's name can't choose another path.
-        path = f"/v1beta/models/{quote(prompt.model, safe='')}:generateContent"
-        document = self._call(client, "POST", path, body=_request(prompt))
+        model = quote(prompt.model, safe="")
+        return f"/v1beta/models/{model}:streamGenerateContent?alt=sse", {
+            "systemInstruction": {"parts": [{"text": prompt.system}]},
+            "contents": [{"role": "user", "parts": [{"text": prompt.user}]}],
+            "generationConfig": {
+                "maxOutputTokens": prompt.max_output_tokens,
+                "responseMimeType": "application/json",
+                "responseJsonSchema": prompt.schema,
+            },
+        }
+
+    def _piece(self, document: Mapping[str, Any]) -> Piece:
+        if mapping(document.get("promptFeedback")).get("blockReason"):
+            return Piece(end="PROMPT_BLOCKED")
         candidate = next(iter(objects(document.get("candidates"))), {})
-        blocked = mapping(document.get("promptFeedback")).get("blockReason")
-        self._ended("PROMPT_BLOCKED" if blocked else text(candidate.get("finishReason")))
         parts = objects(mapping(candidate.get("content")).get("parts"))
-        answer = "".join(text(p.get("text")) for p in parts if p.get("thought") is not True)
-        return ReviewAnswer(parse_findings(answer))
+        finish = candidate.get("finishReason")
+        return Piece(
+            "".join(text(part.get("text")) for part in parts if part.get("thought") is not True),
+            None if finish is None else text(finish),
+        )
 
     def _said(self, status: int, document: Mapping[str, Any]) -> Said:
         error = mapping(document.get("error"))
         code, message = error.get("code"), error.get("message")
+        if status == 200 and isinstance(code, int):
+            status = code  # in mid-stream
         reasons = [text(detail.get("reason")) for detail in _details(error, "ErrorInfo")]
         return Said(
             status,
@@ -84,8 +97,8 @@ class Gemini(Adapter):
     def _retry_after(self, answer: Answer) -> float | None:
         for detail in _details(mapping(answer.document().get("error")), "RetryInfo"):
             if match := _DURATION.fullmatch(text(detail.get("retryDelay"))):
-                return bounded_wait(float(match[1]))
-        return retry_after(answer.headers)
+                return bounded(float(match[1]))
+        return super()._retry_after(answer)
 
 
 def _text_model(model: Mapping[str, Any]) -> str | None:
@@ -105,15 +118,3 @@ def _quotas(error: Mapping[str, Any]) -> Iterator[str]:
     for failure in _details(error, "QuotaFailure"):
         for violation in objects(failure.get("violations")):
             yield text(violation.get("quotaId"))
-
-
-def _request(prompt: ReviewPrompt) -> dict[str, Any]:
-    return {
-        "systemInstruction": {"parts": [{"text": prompt.system}]},
-        "contents": [{"role": "user", "parts": [{"text": prompt.user}]}],
-        "generationConfig": {
-            "maxOutputTokens": prompt.max_output_tokens,
-            "responseMimeType": "application/json",
-            "responseJsonSchema": prompt.schema,
-        },
-    }

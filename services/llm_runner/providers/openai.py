@@ -1,6 +1,7 @@
-"""OpenAI: model list and chat completions.
+"""OpenAI: model list and chat completions, streamed.
 
-https://platform.openai.com/docs/api-reference/chat and .../guides/error-codes
+https://developers.openai.com/api/reference/resources/chat, and openai-python's
+types/chat/chat_completion_chunk.py for a stream's events
 """
 
 from __future__ import annotations
@@ -9,18 +10,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-import httpx
-
 from services.llm_runner.providers.base import (
     Adapter,
-    ReviewAnswer,
+    Piece,
     ReviewPrompt,
     mapping,
     model_ids,
     objects,
-    parse_findings,
     text,
 )
+from services.llm_runner.providers.exchange import Client
 from services.llm_runner.providers.table import Said
 
 # The list gives ids only. These families speak chat completions with structured output...
@@ -41,20 +40,35 @@ class OpenAI(Adapter):
         """See Adapter."""
         return {"authorization": f"Bearer {key}"}
 
-    def list_models(self, client: httpx.Client) -> tuple[str, ...]:
+    def list_models(self, client: Client) -> tuple[str, ...]:
         """See Adapter; the list has a single page."""
-        document = self._call(client, "GET", "/v1/models")
+        document = self._get(client, "/v1/models", {}, client.deadline())
         ids = model_ids(item.get("id") for item in objects(document.get("data")))
         return tuple(i for i in ids if _CHAT.match(i) and not _NOT_CHAT.search(i))
 
-    def review(self, client: httpx.Client, prompt: ReviewPrompt) -> ReviewAnswer:
-        """See Adapter."""
-        document = self._call(client, "POST", "/v1/chat/completions", body=_request(prompt))
+    def _request(self, prompt: ReviewPrompt) -> tuple[str, dict[str, Any]]:
+        return "/v1/chat/completions", {
+            "model": prompt.model,
+            "messages": [
+                {"role": "system", "content": prompt.system},
+                {"role": "user", "content": prompt.user},
+            ],
+            "max_completion_tokens": prompt.max_output_tokens,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "review", "strict": True, "schema": prompt.schema},
+            },
+            "stream": True,
+            # The customer's code is not for the provider's dashboard.
+            "store": False,
+        }
+
+    def _piece(self, document: Mapping[str, Any]) -> Piece:
         choice = next(iter(objects(document.get("choices"))), {})
-        message = mapping(choice.get("message"))
-        finish = choice.get("finish_reason")
-        self._ended("refusal" if message.get("refusal") else text(finish))
-        return ReviewAnswer(parse_findings(text(message.get("content"))))
+        delta, finish = mapping(choice.get("delta")), choice.get("finish_reason")
+        if delta.get("refusal"):
+            return Piece(end="refusal")
+        return Piece(text(delta.get("content")), None if finish is None else text(finish))
 
     def _said(self, status: int, document: Mapping[str, Any]) -> Said:
         error = document.get("error")
@@ -68,20 +82,3 @@ class OpenAI(Adapter):
             type=text(error.get("type")),
             message=text(error.get("message")),
         )
-
-
-def _request(prompt: ReviewPrompt) -> dict[str, Any]:
-    return {
-        "model": prompt.model,
-        "messages": [
-            {"role": "system", "content": prompt.system},
-            {"role": "user", "content": prompt.user},
-        ],
-        "max_completion_tokens": prompt.max_output_tokens,
-        "response_format": {
-            "type": "json_schema",
-            "json_schema": {"name": "review", "strict": True, "schema": prompt.schema},
-        },
-        # The customer's code is not for the provider's dashboard.
-        "store": False,
-    }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import select
+import socket
 import ssl
 import subprocess
 import sys
@@ -15,12 +17,14 @@ from pathlib import Path
 
 import httpcore
 import httpx
+from byokeep.orchestrator.v1 import key_pb2
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from deploy.local.emulator.control import EmulatorControl
+from services.llm_runner import wire
 from services.llm_runner.providers import ADAPTERS
 
 HOSTS = [adapter.host for adapter in ADAPTERS.values()]
@@ -36,15 +40,34 @@ class Emulator:
     ca: Path
     control: EmulatorControl
 
-    def transport(self, ca: Path | None = None, port: int | None = None) -> httpx.HTTPTransport:
-        """A transport to the emulator for any host name, with real TLS."""
+    def connect(
+        self, host: str, ca: Path | None = None, port: int | None = None, handshake: float = 5.0
+    ) -> wire.Connection:
+        """A connection as the child has it, dialled here instead of by its parent."""
         context = ssl.create_default_context(cafile=str(ca or self.ca))
+        try:
+            sock = socket.create_connection(("127.0.0.1", port or self.https_port), 5)
+        except OSError:
+            cause = key_pb2.UNREACHABLE_CAUSE_CONNECT
+        else:
+            return wire.secure(sock, context, host, _wait, handshake)
+        raise wire.UnreachableError(cause)
+
+    def transport(self) -> httpx.HTTPTransport:
+        """A transport to the emulator for any host name, with real TLS."""
+        context = ssl.create_default_context(cafile=str(self.ca))
         transport = httpx.HTTPTransport(verify=context)
         transport._pool.close()
         transport._pool = httpcore.ConnectionPool(
-            ssl_context=context, network_backend=_Loopback(port or self.https_port)
+            ssl_context=context, network_backend=_Loopback(self.https_port)
         )
         return transport
+
+
+def _wait(sock: socket.socket, events: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(sock, events)
+    return bool(poll.poll(seconds * 1000))
 
 
 class _Loopback(httpcore.SyncBackend):

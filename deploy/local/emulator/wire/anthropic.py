@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Final
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Final
 
 from deploy.local.emulator.http import Reply, Request, json_reply
 from deploy.local.emulator.models import CHAT_MODELS, MAX_PAGE, listed
@@ -11,8 +12,10 @@ from deploy.local.emulator.state import PathKind
 from deploy.local.emulator.wire.base import (
     USAGE_TOKENS,
     Chat,
+    End,
     Wire,
     dig,
+    event,
     is_positive,
     strict_schema_fault,
 )
@@ -85,11 +88,20 @@ class Anthropic(Wire):
         """See Wire."""
         return _error(400, "invalid_request_error", message)
 
-    def models(self, request: Request) -> Reply:
+    def context_too_long(self) -> Reply:
+        """See Wire."""
+        return self.bad_request("prompt is too long: 1208310 tokens > 1000000 maximum")
+
+    def region_refused(self) -> Reply:
+        """See Wire; it comes without the type that other errors have."""
+        error = {"type": "forbidden", "message": "Request not allowed"}
+        return json_reply(403, {"error": error})
+
+    def models(self, request: Request, more: Sequence[str] = ()) -> Reply:
         """See Wire."""
         if fault := self._version_fault(request):
             return fault
-        ids = listed(self.name)
+        ids = (*more, *listed(self.name))
         after = request.query.get("after_id")
         if after is not None and after not in ids:
             return self.bad_request("after_id: not found")
@@ -126,6 +138,8 @@ class Anthropic(Wire):
             return _error(404, "not_found_error", f"model: {model}")
         if not is_positive(body.get("max_tokens")):
             return self.bad_request("max_tokens: Field required")
+        if body.get("stream") is not True:
+            return self.bad_request("stream: the emulator streams only")
         if not isinstance(messages, list) or not messages:
             return self.bad_request("messages: Field required")
         if any(dig(message, "role") not in ("user", "assistant") for message in messages):
@@ -138,42 +152,50 @@ class Anthropic(Wire):
         user = [m.get("content") for m in messages if dig(m, "role") == "user"]
         return Chat(model, "\n".join(text for text in user if isinstance(text, str)))
 
-    def answer(self, model: str, text: str, *, truncated: bool = False) -> Reply:
+    def events(self, model: str, pieces: Sequence[str], end: End) -> Iterator[bytes]:
         """See Wire."""
-        content = [
-            # The current models think by default, in a block of their own.
-            {"type": "thinking", "thinking": "", "signature": "emulator"},
-            {"type": "text", "text": text},
-        ]
-        return self._message(model, content, "max_tokens" if truncated else "end_turn")
-
-    def refusal(self, model: str) -> Reply:
-        """See Wire."""
-        return self._message(model, [], "refusal")
-
-    def _message(self, model: str, content: list[dict[str, str]], stop: str) -> Reply:
-        usage = {
-            "input_tokens": USAGE_TOKENS,
-            "output_tokens": USAGE_TOKENS,
-            "cache_read_input_tokens": 0,
-            "cache_creation_input_tokens": 0,
-        }
-        document = {
+        usage = {"input_tokens": USAGE_TOKENS, "output_tokens": USAGE_TOKENS}
+        message: dict[str, Any] = {
             "id": "msg_emulator",
             "type": "message",
             "role": "assistant",
             "model": model,
-            "content": content,
-            "stop_reason": stop,
+            "content": [],
+            "stop_reason": None,
             "stop_sequence": None,
             "usage": usage,
         }
-        return json_reply(200, document)
+        yield _event("message_start", message=message)
+        # The current models think by default, in a block of their own.
+        thinking = {"type": "thinking", "thinking": "", "signature": ""}
+        yield _event("content_block_start", index=0, content_block=thinking)
+        signature = {"type": "signature_delta", "signature": "emulator"}
+        yield _event("content_block_delta", index=0, delta=signature)
+        yield _event("content_block_stop", index=0)
+        yield _event("ping")
+        if pieces:
+            yield _event("content_block_start", index=1, content_block={"type": "text", "text": ""})
+            for piece in pieces:
+                delta = {"type": "text_delta", "text": piece}
+                yield _event("content_block_delta", index=1, delta=delta)
+            yield _event("content_block_stop", index=1)
+        stop = {"stop": "end_turn", "length": "max_tokens", "refusal": "refusal"}[end]
+        last = {"stop_reason": stop, "stop_sequence": None}
+        yield _event("message_delta", delta=last, usage={"output_tokens": USAGE_TOKENS})
+        yield _event("message_stop")
+
+    def error_event(self) -> bytes:
+        """See Wire."""
+        return _event("error", error={"type": "overloaded_error", "message": "Overloaded"})
 
     def _version_fault(self, request: Request) -> Reply | None:
-        if request.headers.get("anthropic-version") == "2023-06-01":
+        if request.headers.get("anthropic-version") in ("2023-06-01", "2026-10-21"):
             return None
         return self.bad_request("anthropic-version: header is required")
+
+
+def _event(name: str, **fields: object) -> bytes:
+    return event({"type": name, **fields}, name)
 
 
 def _error(

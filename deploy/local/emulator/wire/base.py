@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 from deploy.local.emulator.http import Reply, Request
 from deploy.local.emulator.state import PathKind
 
 # In every answer's usage figures, so that a test can look for where they end up.
 USAGE_TOKENS: Final = 424242
+
+
+End = Literal["stop", "length", "refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +77,34 @@ class Wire(ABC):
         """The request is wrong, with a free text."""
 
     @abstractmethod
-    def models(self, request: Request) -> Reply:
-        """A page of the model list."""
+    def context_too_long(self) -> Reply:
+        """The prompt is too long for the model."""
+
+    @abstractmethod
+    def region_refused(self) -> Reply:
+        """This country is not served."""
+
+    @abstractmethod
+    def error_event(self) -> bytes:
+        """An event in the middle of a stream: the provider is overloaded."""
+
+    @abstractmethod
+    def models(self, request: Request, more: Sequence[str] = ()) -> Reply:
+        """A page of the model list, with more ids than there are."""
 
     @abstractmethod
     def chat(self, request: Request) -> Chat | Reply:
-        """The chat request, or what is wrong with it."""
+        """The chat request, or what is wrong with it; one that asks for no stream is wrong."""
 
     @abstractmethod
-    def answer(self, model: str, text: str, *, truncated: bool = False) -> Reply:
-        """The model's answer, or the beginning of one that ran out of tokens."""
+    def events(self, model: str, pieces: Sequence[str], end: End) -> Iterator[bytes]:
+        """The stream of an answer, and why it ends."""
 
-    @abstractmethod
-    def refusal(self, model: str) -> Reply:
-        """The model declines."""
+
+def event(document: object, name: str | None = None, newline: str = "\n") -> bytes:
+    """A server-sent event."""
+    line = "" if name is None else f"event: {name}{newline}"
+    return f"{line}data: {json.dumps(document)}{newline}{newline}".encode()
 
 
 def strict_schema_fault(schema: object, place: str = "") -> str | None:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import base64
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from deploy.local.emulator.http import Reply, Request, json_reply
 from deploy.local.emulator.models import CHAT_MODELS, MAX_PAGE, listed
 from deploy.local.emulator.state import PathKind
-from deploy.local.emulator.wire.base import USAGE_TOKENS, Chat, Wire, dig, is_positive
+from deploy.local.emulator.wire.base import (
+    USAGE_TOKENS,
+    Chat,
+    End,
+    Wire,
+    dig,
+    event,
+    is_positive,
+)
 
 _RPC: Final = "type.googleapis.com/google.rpc."
 _PREFIX: Final = "/v1beta/models/"
-_GENERATE: Final = ":generateContent"
+_GENERATE: Final = ":streamGenerateContent"
 
 
 class Gemini(Wire):
@@ -114,9 +124,21 @@ class Gemini(Wire):
         """See Wire."""
         return _error(400, "INVALID_ARGUMENT", message)
 
-    def models(self, request: Request) -> Reply:
+    def context_too_long(self) -> Reply:
         """See Wire."""
-        ids = listed(self.name)
+        return self.bad_request(
+            "The input token count (3475108) exceeds the maximum number of tokens allowed"
+            " (1048576)."
+        )
+
+    def region_refused(self) -> Reply:
+        """See Wire."""
+        message = "User location is not supported for the API use."
+        return _error(400, "FAILED_PRECONDITION", message)
+
+    def models(self, request: Request, more: Sequence[str] = ()) -> Reply:
+        """See Wire."""
+        ids = (*more, *listed(self.name))
         start = _offset(request.query.get("pageToken"))
         if start is None:
             return self.bad_request("Invalid page token.")
@@ -137,6 +159,8 @@ class Gemini(Wire):
                 "supported methods."
             )
             return _error(404, "NOT_FOUND", message)
+        if request.query.get("alt") != "sse":
+            return self.bad_request("The emulator streams events only: alt=sse.")
         body = request.json()
         contents = dig(body, "contents")
         if not isinstance(contents, list) or not contents:
@@ -152,28 +176,29 @@ class Gemini(Wire):
             return self.bad_request("max_output_tokens must be positive")
         return Chat(model, "\n".join(_texts(contents)))
 
-    def answer(self, model: str, text: str, *, truncated: bool = False) -> Reply:
-        """See Wire."""
-        candidate = {
-            "content": {"role": "model", "parts": [{"text": text}]},
-            "finishReason": "MAX_TOKENS" if truncated else "STOP",
-            "index": 0,
-        }
-        return _generated(model, {"candidates": [candidate]})
+    def events(self, model: str, pieces: Sequence[str], end: End) -> Iterator[bytes]:
+        """See Wire; the real one's lines end like HTTP's, and nothing follows the last event."""
+        usage = {"promptTokenCount": USAGE_TOKENS, "totalTokenCount": USAGE_TOKENS}
+        more = {"usageMetadata": usage, "modelVersion": model, "responseId": "emulator"}
+        if end == "refusal":
+            yield _event({"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, **more})
+            return
+        for piece in pieces:
+            content = {"role": "model", "parts": [{"text": piece}]}
+            yield _event({"candidates": [{"content": content, "index": 0}], **more})
+        finish = "MAX_TOKENS" if end == "length" else "STOP"
+        last = {"content": {"role": "model", "parts": [{"text": ""}]}, "finishReason": finish}
+        yield _event({"candidates": [{**last, "index": 0}], **more})
 
-    def refusal(self, model: str) -> Reply:
-        """See Wire."""
-        return _generated(model, {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}})
+    def error_event(self) -> bytes:
+        """See Wire; no event at all: the bare document, as the real one does."""
+        message = "This model is currently experiencing high demand. Please try again later."
+        error = {"code": 503, "message": message, "status": "UNAVAILABLE"}
+        return json.dumps({"error": error}, indent=2).encode()
 
 
-def _generated(model: str, document: dict[str, Any]) -> Reply:
-    usage = {
-        "promptTokenCount": USAGE_TOKENS,
-        "candidatesTokenCount": USAGE_TOKENS,
-        "totalTokenCount": USAGE_TOKENS,
-    }
-    more = {"usageMetadata": usage, "modelVersion": model, "responseId": "emulator"}
-    return json_reply(200, {**document, **more})
+def _event(document: dict[str, Any]) -> bytes:
+    return event(document, newline="\r\n")
 
 
 def _texts(contents: list[object]) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 from deploy.local.emulator.http import Reply, Request, json_reply
 from deploy.local.emulator.models import CHAT_MODELS, listed
@@ -12,8 +13,10 @@ from deploy.local.emulator.state import PathKind
 from deploy.local.emulator.wire.base import (
     USAGE_TOKENS,
     Chat,
+    End,
     Wire,
     dig,
+    event,
     is_positive,
     strict_schema_fault,
 )
@@ -107,11 +110,22 @@ class OpenAI(Wire):
         """See Wire."""
         return _error(400, message, "invalid_request_error")
 
-    def models(self, request: Request) -> Reply:
+    def context_too_long(self) -> Reply:
+        """See Wire."""
+        message = "Your input exceeds the context window of this model. Please adjust your input."
+        return _error(400, message, "invalid_request_error", "context_length_exceeded")
+
+    def region_refused(self) -> Reply:
+        """See Wire."""
+        message = "Country, region, or territory not supported"
+        code = "unsupported_country_region_territory"
+        return _error(403, message, "request_forbidden", code)
+
+    def models(self, request: Request, more: Sequence[str] = ()) -> Reply:
         """See Wire; the list has one page."""
         data = [
             {"id": model, "object": "model", "created": _CREATED, "owned_by": "system"}
-            for model in listed(self.name)
+            for model in (*listed(self.name), *(f"gpt-6-{one}" for one in more))
         ]
         return json_reply(200, {"object": "list", "data": data})
 
@@ -124,6 +138,8 @@ class OpenAI(Wire):
         if model not in CHAT_MODELS[self.name]:
             message = f"The model `{model}` does not exist or you do not have access to it."
             return _error(404, message, "invalid_request_error", "model_not_found")
+        if body.get("stream") is not True:
+            return self.bad_request("The emulator streams only: 'stream' must be true.")
         if not isinstance(messages, list) or not messages:
             return self.bad_request("Missing required parameter: 'messages'.")
         if "max_tokens" in body or not is_positive(body.get("max_completion_tokens")):
@@ -137,34 +153,40 @@ class OpenAI(Wire):
         user = [m.get("content") for m in messages if dig(m, "role") == "user"]
         return Chat(model, "\n".join(text for text in user if isinstance(text, str)))
 
-    def answer(self, model: str, text: str, *, truncated: bool = False) -> Reply:
-        """See Wire."""
-        return self._completion(model, text, None, "length" if truncated else "stop")
+    def events(self, model: str, pieces: Sequence[str], end: End) -> Iterator[bytes]:
+        """See Wire; the usage stands in the last chunk, which the real one sends if asked."""
+        chunk = {
+            "id": "chatcmpl-emulator",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+            "service_tier": "default",
+        }
 
-    def refusal(self, model: str) -> Reply:
-        """See Wire."""
-        return self._completion(model, None, "I'm sorry, I can't assist with that.", "stop")
+        def choice(delta: dict[str, str | None], finish: str | None = None) -> dict[str, Any]:
+            return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
 
-    def _completion(
-        self, model: str, content: str | None, refusal: str | None, finish: str
-    ) -> Reply:
-        message = {"role": "assistant", "content": content, "refusal": refusal}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+        first = {"role": "assistant", "content": "" if pieces else None, "refusal": None}
+        yield event({**chunk, "choices": [choice(first)]})
+        for piece in pieces:
+            yield event({**chunk, "choices": [choice({"content": piece})]})
+        if end == "refusal":
+            for piece in ("I'm sorry,", " I can't assist with that."):
+                yield event({**chunk, "choices": [choice({"refusal": piece})]})
         usage = {
             "prompt_tokens": USAGE_TOKENS,
             "completion_tokens": USAGE_TOKENS,
             "total_tokens": USAGE_TOKENS,
         }
-        document = {
-            "id": "chatcmpl-emulator",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": model,
-            "choices": [choice],
-            "usage": usage,
-            "service_tier": "default",
-        }
-        return json_reply(200, document)
+        finish = "length" if end == "length" else "stop"
+        yield event({**chunk, "choices": [choice({}, finish)], "usage": usage})
+        yield b"data: [DONE]\n\n"
+
+    def error_event(self) -> bytes:
+        """See Wire."""
+        message = "The server is currently overloaded. Please try again later."
+        error = {"message": message, "type": "server_error", "param": None}
+        return event({"error": {**error, "code": "server_is_overloaded"}})
 
 
 def _format_fault(body: dict[str, object]) -> str | None:
