@@ -25,7 +25,7 @@ LOCKED_TOO := tools images
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run prove up down status clean test test-deep test-integration test-clients chaos mutants lint bench docs protos lock setup \
+.PHONY: help run prove up down status clean test test-deep test-integration test-clients chaos test-observability mutants lint bench docs protos lock setup \
 	images test-images policies
 
 help: ## this list
@@ -92,6 +92,9 @@ test-images: $(VENV) $(STUBS) ## build the images; look at what is in them (star
 
 policies: $(VENV) ## make the NetworkPolicies and the document's table of edges anew
 	@$(BIN)/python -m deploy.kubernetes.policies
+
+test-observability: $(VENV) $(STUBS) ## alert rules, dashboard and metrics with the real Prometheus, from Debian
+	$(BIN)/python -m pytest tests/observability --timeout 240 $(PYTEST_ARGS)
 
 mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fail (half an hour)
 	$(BIN)/python -m tests.mutants

@@ -71,6 +71,14 @@ class ServiceSettings:
         default="",
         form=PORT,
     )
+    otlp_endpoint: str = setting(
+        "http://host:port or https://host:port of an OTLP collector (gRPC) for traces; none: no"
+        " traces",
+        default="",
+    )
+    otlp_ca: Path | None = setting(
+        "PEM file: CA of the collector's certificate; else the system's", default=None
+    )
     tls_cert: Path = setting("PEM file: this service's certificate chain")
     tls_key: Path = setting("PEM file: its private key")
     tls_ca: Path = setting("PEM file: CA certificates of every caller and callee")

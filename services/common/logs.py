@@ -6,16 +6,28 @@ names the exception's type and the places in the code, never its message or loca
 
 from __future__ import annotations
 
+import contextvars
 import json
 import logging
 import sys
 import threading
 import time
 import traceback
+import types
 import warnings
+from collections.abc import Mapping
 from typing import TextIO
 
 log = logging.getLogger(__name__)
+# Ids that every line of one call, or of one attempt, has.
+_correlated: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
+    "byokeep_correlated", default=types.MappingProxyType({})
+)
+
+
+def correlate(**ids: str) -> None:
+    """Add ids to every line of the current task from now on; empty ones are left out."""
+    _correlated.set({name: value for name, value in ids.items() if value})
 
 
 class _Formatter(logging.Formatter):
@@ -32,6 +44,7 @@ class _Formatter(logging.Formatter):
             "service": self._service,
             "event": _event(record),
         }
+        line.update(_correlated.get())
         if ours is None:
             line["logger"] = record.name
         else:

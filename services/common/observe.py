@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
-from services.common import authz, logs, metrics
+from services.common import authz, logs, metrics, tracing
 
 log = logging.getLogger(__name__)
 if TYPE_CHECKING:  # generic only in their stubs
@@ -32,9 +32,10 @@ _CANCELLED: Final = grpc.StatusCode.CANCELLED.name
 _request: contextvars.ContextVar[str] = contextvars.ContextVar("byokeep_request", default="")
 
 
-def request_id() -> str:
-    """Return the id of the request that is being handled; empty outside of one."""
-    return _request.get()
+def outgoing() -> list[tuple[str, str]]:
+    """Return the metadata that lets a service that is called log and trace with this one."""
+    pairs = ((REQUEST_ID, _request.get()), (tracing.TRACEPARENT, tracing.traceparent()))
+    return [(key, value) for key, value in pairs if value]
 
 
 class Observe(grpc.aio.ServerInterceptor):
@@ -92,7 +93,7 @@ def _wrap(method: str, handler: Handler) -> Handler:
 class _Observed:
     """One call, from its start to its end."""
 
-    __slots__ = ("_caller", "_context", "_method", "_seconds", "_start")
+    __slots__ = ("_caller", "_context", "_made", "_method", "_seconds", "_span", "_start")
 
     def __init__(self, method: str, seconds: Any, context: Context) -> None:
         self._method, self._seconds, self._context = method, seconds, context
@@ -100,7 +101,13 @@ class _Observed:
         self._start = time.perf_counter()
 
     def __enter__(self) -> None:
-        _request.set(_told(self._context) or os.urandom(10).hex())
+        told = dict(self._context.invocation_metadata() or ())
+        request = told.get(REQUEST_ID, "")
+        known = isinstance(request, str) and _REQUEST_ID.fullmatch(request)
+        _request.set(str(request) if known else os.urandom(10).hex())
+        self._span = tracing.span(self._method, parent=tracing.parent_in(told), server=True)
+        self._made = self._span.__enter__()
+        logs.correlate(request=_request.get(), trace=tracing.trace_id())
 
     def __exit__(
         self,
@@ -122,13 +129,7 @@ class _Observed:
             code=code,
             ms=round(took * 1000, 1),
             caller=self._caller[:256],
-            request=_request.get(),
         )
-
-
-def _told(context: Context) -> str:
-    """Return the request id that a caller passed on, where it is one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
-            return value
-    return ""
+        if code != "OK":
+            tracing.fail(self._made, code)
+        self._span.__exit__(None, None, None)

@@ -21,7 +21,7 @@ from byokeep.transport import MAX_MESSAGE_BYTES
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from services.common import authz, hardening, logs, metrics
+from services.common import authz, hardening, logs, metrics, tracing
 from services.common.background import Background
 from services.common.config import ConfigError, ServiceSettings, check_folder, check_listen
 from services.common.errors import ByokeepError
@@ -107,7 +107,7 @@ def main(name: str, settings: ServiceSettings, make: Callable[[], App]) -> None:
         app = make()
         check(settings)
         try:
-            runner.run(_serve(settings, app))
+            runner.run(_serve(name, settings, app))
         finally:
             _end_soon()
 
@@ -156,6 +156,7 @@ def check(settings: ServiceSettings) -> None:
     check_listen("BYOKEEP_HEALTH_LISTEN", settings.health_listen)
     if settings.metrics_listen:
         check_listen("BYOKEEP_METRICS_LISTEN", settings.metrics_listen)
+    tracing.check(settings.otlp_endpoint, settings.otlp_ca)
     if settings.ready_file is not None:
         check_folder("BYOKEEP_READY_FILE", settings.ready_file)
 
@@ -188,12 +189,13 @@ async def build(settings: ServiceSettings, app: App) -> tuple[grpc.aio.Server, i
     return server, port
 
 
-async def _serve(settings: ServiceSettings, app: App) -> None:
+async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     server: grpc.aio.Server | None = None
     status, health_server = await _health(settings.health_listen)
+    end_traces = _traces(name, settings)
     end_metrics = metrics.serve(settings.metrics_listen) if settings.metrics_listen else None
     try:
         if await _until(stop, app.start()):
@@ -215,8 +217,9 @@ async def _serve(settings: ServiceSettings, app: App) -> None:
             await server.stop(settings.call_drain_seconds)
         await app.stop()
         await health_server.stop(None)
-        if end_metrics is not None:
-            end_metrics()
+        for end in (end_metrics, end_traces):
+            if end is not None:
+                end()
     logs.event(log, "stopped")
 
 
@@ -232,6 +235,12 @@ async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
         return False
     doing.result()
     return True
+
+
+def _traces(name: str, settings: ServiceSettings) -> Callable[[], None] | None:
+    if not settings.otlp_endpoint:
+        return None
+    return tracing.start(name, settings.deployment, settings.otlp_endpoint, settings.otlp_ca)
 
 
 class _Health:

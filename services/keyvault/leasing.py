@@ -15,6 +15,7 @@ from byokeep.leasing import lease_info
 from byokeep.names import provider_id
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from services.common import tracing
 from services.common.errors import ByokeepError
 from services.common.secret import Secret
 from services.keyvault import chain, domain, kek
@@ -114,7 +115,7 @@ class Leasing:
         # The KEK's name, and what the envelope must be bound to, come from the grant, never
         # from the row.
         backend = self._backends.named(locked.key.versions[0].kek_backend)
-        with kek.opened_for(lease_id):
+        with kek.opened_for(lease_id), tracing.span("unwrap", backend=backend.name):
             opened = await backend.unwrap(kek.tenant_kek(grant.tenant), locked.wrapped_dek)
         context = Context(
             self._deployment,

@@ -10,13 +10,14 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from byokeep.keyvault.v1 import lease_pb2
+from byokeep.names import provider_id
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.common import logs
+from services.common import logs, tracing
 from services.llm_runner import endings
 from services.llm_runner.channel import ChannelClosedError, Kind
 from services.llm_runner.endings import Ending
@@ -65,6 +66,7 @@ class Attempt:
         )
         self._call = _Call.NONE
         self._call_sequence = 0
+        self._span: Any = None
         self._report = lease_pb2.PlaintextReport(process_id=child.pid)
         self._lease_id = ""
         self._verdict = key_pb2.VALIDATION_VERDICT_UNSPECIFIED
@@ -108,6 +110,7 @@ class Attempt:
             and self._ending is None
         ):
             self._call = _Call.OPEN
+            self._span = tracing.begin("provider call", provider=provider_id(self._provider))
             with contextlib.suppress(ChannelClosedError):
                 self._child.channel.answer(Kind.ACK)
 
@@ -188,8 +191,12 @@ class Attempt:
     async def _call_progress(self, payload: bytes) -> None:
         pass
 
-    async def _chunk_split(self, payload: bytes) -> None:
+    def _answered(self) -> None:
         self._call = _Call.NONE
+        tracing.end(self._span)
+
+    async def _chunk_split(self, payload: bytes) -> None:
+        self._answered()
         self.outbox.post(chunk_split=runner_pb2.ChunkSplit.FromString(payload))
 
     async def _dial(self, payload: bytes) -> None:
@@ -205,11 +212,11 @@ class Attempt:
                 self._child.channel.answer(Kind.DIALLED, sock=dialled)
 
     async def _chunk_result(self, payload: bytes) -> None:
-        self._call = _Call.NONE
+        self._answered()
         self.outbox.post(chunk_result=runner_pb2.ChunkResult.FromString(payload))
 
     async def _validation_result(self, payload: bytes) -> None:
-        self._call = _Call.NONE
+        self._answered()
         result = runner_pb2.ValidationResult.FromString(payload)
         self._verdict = result.verdict
         self.outbox.post(validation_result=result)
@@ -243,6 +250,7 @@ class Attempt:
             gone.cancel()
 
     async def _finish(self) -> None:
+        tracing.end(self._span)
         ending = self._ending or Ending.LOST
         self._report.close_time.FromNanoseconds(self._child.close_time or time.time_ns())
         if self._lease_id:

@@ -13,6 +13,7 @@ from byokeep import ids
 from byokeep.runner.v1 import runner_pb2
 
 from services.common.errors import ByokeepError
+from services.llm_runner import metrics
 from services.llm_runner.attempt import Attempt, Means
 from services.llm_runner.endings import Ending
 from services.llm_runner.spawner import Spawner, SpawnError
@@ -38,6 +39,8 @@ class Attempts:
         self._known: dict[str, Attempt] = {}
         self._expiries: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        metrics.PLACES.labels("total").set(limit)
+        metrics.PLACES.labels("free").set_function(lambda: self._capacity().free)
 
     async def start(self, assign: runner_pb2.Assign) -> Attempt:
         """Start an attempt in a fresh child. Raises ByokeepError."""

@@ -14,7 +14,7 @@ from byokeep.keyvault.v1.lease_pb2_grpc import LeaseServiceStub
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.common import logs
+from services.common import logs, observe
 
 if TYPE_CHECKING:  # only in its stubs
     from byokeep.keyvault.v1.lease_pb2_grpc import LeaseServiceAsyncStub
@@ -57,6 +57,7 @@ class Leases:
                     grant=grant, recipient_public_key=accepted.public_key, suite=accepted.suite
                 ),
                 timeout=_LEASE_SECONDS,
+                metadata=observe.outgoing(),
             )
         except grpc.aio.AioRpcError as error:
             refusal = _refusal(error_info(error))
@@ -86,7 +87,9 @@ class Leases:
         code = None
         for attempt in range(_RELEASE_TRIES):
             try:
-                await self._stub.ReleaseLease(request, timeout=_RELEASE_SECONDS)
+                await self._stub.ReleaseLease(
+                    request, timeout=_RELEASE_SECONDS, metadata=observe.outgoing()
+                )
                 return
             except grpc.aio.AioRpcError as error:
                 code = error.code()

@@ -13,10 +13,10 @@ from byokeep import names
 from byokeep.common.v1.options_pb2 import SignedEnvelope
 from byokeep.keyvault.v1 import custody_pb2
 
-from services.common import deadline, logs
+from services.common import deadline, logs, tracing
 from services.common.background import start
 from services.common.errors import ByokeepError
-from services.orchestrator import content, domain, failures
+from services.orchestrator import content, domain, failures, metrics
 from services.orchestrator.events import CANCEL, DUE, REVIEW, Events, Subscription
 from services.orchestrator.execution import Execution, Result
 from services.orchestrator.failures import Decision, Failure, Follows
@@ -135,7 +135,7 @@ class Dispatcher:
         await asyncio.gather(*(ours[attempt_id].stop() for attempt_id in ours.keys() - alive))
 
     def _start(self, work: Work, place: Place | None) -> None:
-        task = start("attempt", self._handle(work, place))
+        task = start("attempt", self._traced(work, place))
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._ended(done, place))
 
@@ -144,6 +144,17 @@ class Dispatcher:
         if place is not None:
             place.give_back()
         self._events.wake(DUE, "")
+
+    async def _traced(self, work: Work, place: Place | None) -> None:
+        with tracing.span(
+            "attempt",
+            parent=work.trace_parent,
+            attempt=work.attempt_id,
+            review=work.review_id,
+            fence=work.fence,
+        ):
+            logs.correlate(attempt=work.attempt_id, trace=tracing.trace_id())
+            await self._handle(work, place)
 
     async def _handle(self, work: Work, place: Place | None) -> None:
         opened = await self._opened(work) if work.review_id else work
@@ -208,6 +219,8 @@ class Dispatcher:
 
     async def _finish(self, work: Work, result: Result) -> None:
         """Store the end of an attempt. Raises Fenced where another worker has it now."""
+        outcome = "COMPLETED" if result.failure is None else result.failure.reason
+        metrics.ATTEMPTS.labels(work.kind, work.provider, outcome).inc()
         try:
             if work.kind == "REVIEW":
                 await self._finish_review(work, result)

@@ -20,7 +20,7 @@ import grpc
 from byokeep.runner.v1 import runner_pb2
 from byokeep.runner.v1.runner_pb2_grpc import RunnerServiceStub
 
-from services.common import logs
+from services.common import logs, observe
 from services.common.background import Background
 
 if TYPE_CHECKING:  # only in its stubs
@@ -86,7 +86,7 @@ class Runner:
 
     def execute(self, timeout: float) -> Stream:
         """Open a stream for an attempt."""
-        return self._stub.Execute(timeout=timeout)
+        return self._stub.Execute(timeout=timeout, metadata=observe.outgoing())
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Listen to what it says of its room, for ever."""

@@ -5,14 +5,15 @@ Its typed errors pass unchanged to our own caller.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 import grpc
 from byokeep import ids, names
 from byokeep.keyvault.v1 import content_pb2, content_pb2_grpc, custody_pb2, custody_pb2_grpc
+from google.protobuf.message import Message
 
-from services.common import deadline
+from services.common import deadline, observe
 from services.common.errors import ByokeepError, from_rpc
 
 T = TypeVar("T")
@@ -32,11 +33,11 @@ class Keyvault:
         self, request: custody_pb2.GetIntakeKeyRequest
     ) -> custody_pb2.GetIntakeKeyResponse:
         """Return the newest intake key's signed statement."""
-        return await _told(self._stub.GetIntakeKey(request, timeout=deadline.left(_SECONDS)))
+        return await _told(self._stub.GetIntakeKey, request)
 
     async def stage(self, request: custody_pb2.StageKeyRequest) -> custody_pb2.StageKeyResponse:
         """Store a sealed key as a PENDING version."""
-        return await _told(self._stub.StageKey(request, timeout=deadline.left(_SECONDS)))
+        return await _told(self._stub.StageKey, request)
 
     async def promote(
         self, name: str, version: int, actor: str, *, destroy_previous: bool
@@ -49,9 +50,7 @@ class Keyvault:
             request_id=f"promote-{names.last_of(name)}-{version}",
             actor=actor,
         )
-        return (
-            await _told(self._stub.PromoteKeyVersion(request, timeout=deadline.left(_SECONDS)))
-        ).key
+        return (await _told(self._stub.PromoteKeyVersion, request)).key
 
     async def destroy_version(self, name: str, version: int, actor: str) -> custody_pb2.ProviderKey:
         """Destroy a version that is not ACTIVE; repeating it changes nothing more."""
@@ -61,30 +60,28 @@ class Keyvault:
             request_id=f"destroy-{names.last_of(name)}-{version}",
             actor=actor,
         )
-        return (
-            await _told(self._stub.DestroyKeyVersion(request, timeout=deadline.left(_SECONDS)))
-        ).key
+        return (await _told(self._stub.DestroyKeyVersion, request)).key
 
     async def roll_back(self, request: custody_pb2.RollBackKeyRequest) -> custody_pb2.ProviderKey:
         """Make the version before ACTIVE again."""
-        return (await _told(self._stub.RollBackKey(request, timeout=deadline.left(_SECONDS)))).key
+        return (await _told(self._stub.RollBackKey, request)).key
 
     async def revoke(self, request: custody_pb2.RevokeKeyRequest) -> custody_pb2.ProviderKey:
         """Revoke a key."""
-        return (await _told(self._stub.RevokeKey(request, timeout=deadline.left(_SECONDS)))).key
+        return (await _told(self._stub.RevokeKey, request)).key
 
     async def destroy(self, request: custody_pb2.DestroyKeyRequest) -> custody_pb2.ProviderKey:
         """Destroy a key."""
-        return (await _told(self._stub.DestroyKey(request, timeout=deadline.left(_SECONDS)))).key
+        return (await _told(self._stub.DestroyKey, request)).key
 
     async def get(self, name: str) -> custody_pb2.ProviderKey:
         """Return a key's metadata."""
         request = custody_pb2.GetKeyRequest(name=name)
-        return (await _told(self._stub.GetKey(request, timeout=deadline.left(_SECONDS)))).key
+        return (await _told(self._stub.GetKey, request)).key
 
     async def page(self, request: custody_pb2.ListKeysRequest) -> custody_pb2.ListKeysResponse:
         """Return one page of a tenant's keys."""
-        return await _told(self._stub.ListKeys(request, timeout=deadline.left(_SECONDS)))
+        return await _told(self._stub.ListKeys, request)
 
     async def keys(self, tenant: str) -> list[custody_pb2.ProviderKey]:
         """Return all of a tenant's keys that are not destroyed, by id."""
@@ -124,13 +121,13 @@ class Keyvault:
     async def content_key(self, tenant: str, epoch: str) -> content_pb2.GetContentKeyResponse:
         """Return a tenant's content key; an empty epoch is the current one."""
         request = content_pb2.GetContentKeyRequest(tenant=names.tenant_name(tenant), epoch=epoch)
-        return await _told(self._content.GetContentKey(request, timeout=deadline.left(_SECONDS)))
+        return await _told(self._content.GetContentKey, request)
 
 
-async def _told(call: Awaitable[T]) -> T:
+async def _told(method: Callable[..., Awaitable[T]], request: Message) -> T:
     refused: ByokeepError
     try:
-        return await call
+        return await method(request, timeout=deadline.left(_SECONDS), metadata=observe.outgoing())
     except grpc.RpcError as error:
         refused = from_rpc(error, "keyvault")
     raise refused

@@ -12,6 +12,7 @@ from byokeep import ids, names
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc, settings_pb2
 
+from services.common import tracing
 from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
 from services.orchestrator import (
@@ -249,6 +250,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 key_id=names.last_of(prepared.key.name),
                 key_version=prepared.key.active_version,
                 priority=int(priority == review_pb2.PRIORITY_BATCH),
+                trace_parent=tracing.traceparent(),
                 owner=wanted.user,
                 actor=rights.actor(wanted.user),
                 max_calls=prepared.max_calls,

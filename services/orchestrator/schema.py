@@ -180,6 +180,8 @@ review = Table(
     Column("attempts", Integer, nullable=False, server_default=text("1")),
     # 0: interactive, 1: batch.
     Column("priority", SmallInteger, nullable=False, server_default=text("0")),
+    # W3C traceparent of its submission; its attempts go on in that trace.
+    _text("trace_parent"),
     Column("version", BigInteger, nullable=False, server_default=text("1")),
     _created(),
     _time("start_time"),

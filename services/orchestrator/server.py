@@ -16,10 +16,12 @@ from byokeep.orchestrator.v1 import (
 )
 from byokeep.transport import aio_channel
 
-from services.common import authz, metrics, models, postgres
+from services.common import authz, models, postgres
+from services.common import metrics as common_metrics
 from services.common.background import Background
 from services.common.config import ConfigError
 from services.common.waiting import until_there
+from services.orchestrator import metrics
 from services.orchestrator.access import Authority
 from services.orchestrator.compute import Compute
 from services.orchestrator.config import Settings
@@ -63,7 +65,7 @@ class App:
         )
         self._catalog = catalog
         self._database = Database(url, settings.database_connections)
-        metrics.follow_pool(self._database.stats)
+        common_metrics.follow_pool(self._database.stats)
         self._events = Events(url)
         self._compute = Compute()
         self.tenants = TenantStore(self._database)
@@ -120,6 +122,7 @@ class App:
         background.run("dispatcher", self.dispatcher.run)
         background.every("heartbeat", HEARTBEAT_SECONDS, self.dispatcher.beat, vital=True)
         background.every("grant-key", LOOK_SECONDS, self._signer.follow)
+        background.every("figures", metrics.LOOK_SECONDS, self._look)
         self.fleet.start()
         self.sweeper.start(background)
 
@@ -162,6 +165,9 @@ class App:
             ),
             server,
         )
+
+    async def _look(self) -> None:
+        metrics.show_waiting(await self.waits.waiting())
 
     async def authorize(
         self, caller: authz.Caller, access: options_pb2.Access, request: Any

@@ -24,10 +24,10 @@ SUBMIT: Final = """
         ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1),
     rev AS (
         INSERT INTO review (id, tenant, repository, pull_request, head_commit, model, key_id,
-            owner, actor, max_calls, chunks_total, priority)
+            owner, actor, max_calls, chunks_total, priority, trace_parent)
         SELECT %(id)s, %(tenant)s, %(repository)s, %(pull_request)s, %(head_commit)s,
             %(model)s, %(key_id)s, %(owner)s, %(actor)s, %(max_calls)s, %(chunks_total)s,
-            %(priority)s FROM req
+            %(priority)s, %(trace_parent)s FROM req
         RETURNING *),
     content AS (
         INSERT INTO review_content (review_id, input) SELECT id, %(input)s FROM rev),
@@ -83,7 +83,8 @@ _WORK: Final = """SELECT
         coalesce(v.attempts, 0) AS validations,
         CAST(coalesce(extract(epoch FROM now() - v.create_time) / 3600, 0) AS float)
             AS validation_hours,
-        coalesce(v.destroy_previous, false) AS destroy_previous
+        coalesce(v.destroy_previous, false) AS destroy_previous,
+        coalesce(r.trace_parent, '') AS trace_parent
     FROM a LEFT JOIN review r ON r.id = a.review_id
         LEFT JOIN review_content c ON c.review_id = r.id
         LEFT JOIN key_validation v

@@ -146,6 +146,22 @@ PAUSE_ALL: Final = """
     SELECT '', '', %(reason)s, now() + make_interval(secs => %(seconds)s) WHERE %(reason)s <> ''
     ON CONFLICT (tenant, key_id, reason) DO UPDATE SET until = excluded.until"""
 
+# Lanes are few where reviews are many: pauses are looked up for those.
+WAITING: Final = """
+    WITH lane AS (
+        SELECT tenant, key_id, CASE WHEN due_time > now() THEN wait_reason ELSE '' END AS reason,
+            count(*) AS attempts,
+            min(CASE WHEN due_time > now() THEN wait_since ELSE due_time END) AS since
+        FROM attempt WHERE state = 'QUEUED' AND kind = 'REVIEW' GROUP BY 1, 2, 3)
+    SELECT coalesce(nullif(lane.reason, ''), held.reason, 'TURN') AS reason,
+        sum(lane.attempts)::bigint AS attempts,
+        extract(epoch FROM now() - min(lane.since))::float8 AS seconds
+    FROM lane LEFT JOIN LATERAL (
+        SELECT reason FROM pause WHERE until > now()
+            AND (tenant, key_id) IN (('', ''), (lane.tenant, ''), (lane.tenant, lane.key_id))
+        ORDER BY until DESC LIMIT 1) held ON true
+    GROUP BY 1"""
+
 DROP_PAUSES: Final = "DELETE FROM pause WHERE until < now() - interval '2 minutes'"
 
 #: Joins to a row `review` what it waits for, as `wait`: the reason that lasts longest.

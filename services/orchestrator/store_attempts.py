@@ -61,6 +61,7 @@ class Work:
     validations: int
     validation_hours: float
     destroy_previous: bool
+    trace_parent: str
     content_key: content.ContentKey | None = None
 
 

@@ -92,6 +92,7 @@ class Submission:
     key_id: str
     key_version: int
     priority: int
+    trace_parent: str
     owner: str
     actor: str
     max_calls: int

@@ -11,6 +11,7 @@ from byokeep import ids
 from services.orchestrator import failures, sql_waits
 from services.orchestrator.database import Database, Session
 from services.orchestrator.failures import Decision, Holds
+from services.orchestrator.metrics import Waiting
 
 if TYPE_CHECKING:
     from services.orchestrator.store_attempts import Work
@@ -43,6 +44,11 @@ class WaitStore:
         reason: it goes on."""
         async with self._database.statement() as session:
             await session.run(sql_waits.PAUSE_ALL, {"reason": reason, "seconds": seconds})
+
+    async def waiting(self) -> list[Waiting]:
+        """Return how many reviews wait for what, and for how long."""
+        async with self._database.statement() as session:
+            return [Waiting(*row) for row in await session.all(sql_waits.WAITING)]
 
     async def paused_keys(self) -> list[PausedKey]:
         """Return the keys whose reviews wait until they are told."""

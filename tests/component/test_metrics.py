@@ -75,7 +75,7 @@ def test_a_call_that_is_refused_before_it_is_handled_is_seen_with_its_reason(sta
     refused = {"method": method, "reason": "TENANT_NOT_ALLOWED"}
     before = value(stack, "orchestrator", "byokeep_rpcs_total", **seen)
     refusals = value(stack, "orchestrator", "byokeep_refusals_total", **refused)
-    with stack.connect("developer") as connection, pytest.raises(grpc.RpcError):
+    with stack.connect("submitter") as connection, pytest.raises(grpc.RpcError):
         connection.reviews.ListReviews(review_pb2.ListReviewsRequest(parent="tenants/nobody"))
     assert becomes(before + 1, stack, "orchestrator", "byokeep_rpcs_total", **seen)
     assert value(stack, "orchestrator", "byokeep_refusals_total", **refused) == refusals + 1
@@ -111,5 +111,16 @@ def test_the_anchor_of_a_well_keyvault_is_young_and_nothing_is_rolled_back(stack
 @pytest.mark.parametrize("service", SERVICES)
 def test_no_label_names_a_tenant_a_key_or_a_caller(stack, service) -> None:
     labels = {name for _, labels in scrape(stack, service) for name, _ in labels}
-    allowed = {"method", "code", "reason", "le", "state", "task", "backend", "outcome", "provider"}
-    assert labels <= allowed
+    allowed = {
+        "method",
+        "code",
+        "reason",
+        "le",
+        "state",
+        "task",
+        "backend",
+        "outcome",
+        "provider",
+        "kind",
+    }
+    assert labels <= set(allowed)
