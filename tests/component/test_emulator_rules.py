@@ -183,3 +183,11 @@ def test_reads_what_the_runner_writes():
     _, user = build(ReviewInput("r", "t", "<diff>\nin words", "guidance"), chunk)
     (finding,) = rules.review(user)
     assert (finding["path"], finding["start_line"]) == ("x.py", 9)
+
+
+def test_reads_a_line_that_is_shown_in_pieces():
+    line = "x = '" + "y" * 40_000 + "'; eval(text)"
+    diff = parse(f"--- a/x.py\n+++ b/x.py\n@@ -8,0 +8,2 @@\n+pass\n+{line}\n")
+    (chunk,) = plan(diff, 30_000, salt="salt")
+    _, user = build(ReviewInput("r", "", "", ""), chunk)
+    assert {finding["start_line"] for finding in rules.review(user)} == {9}

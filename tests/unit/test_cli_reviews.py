@@ -380,6 +380,17 @@ def test_working_tree_is_reviewed_by_default(edge, byokeep, checkout):
     assert len(given.head_commit) == 40
 
 
+def test_untracked_files_are_not_sent_and_that_is_said(edge, byokeep, checkout):
+    (checkout / "app.py").write_text("a = 2\n")
+    (checkout / ".gitignore").write_text("*.log\n")
+    for name in (".env", "new.py", "x.log"):
+        (checkout / name).write_text("CANARY")
+    edge.states = [COMPLETED]
+    ran = byokeep("review")
+    assert "untracked files not reviewed" in ran.err
+    assert b"CANARY" not in sent(edge).input.diff
+
+
 @pytest.mark.parametrize(("more", "head"), [((), ""), (("--head", "abcdef1"), "abcdef1")])
 def test_a_diff_from_a_file_is_not_of_the_commit_here(edge, byokeep, checkout, more, head):
     (checkout / "x.diff").write_bytes(DIFF)

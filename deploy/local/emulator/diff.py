@@ -1,7 +1,8 @@
 """Reads the annotated diff that a review prompt holds between ``<diff>`` and ``</diff>``.
 
 ``### path`` opens a file; then ``    12 +added``, ``    13  context``, ``       -removed``,
-numbered by the new file's lines. Whatever doesn't fit is skipped: nothing here raises.
+numbered by the new file's lines; ``     … +`` goes on with the line above. Whatever doesn't fit is
+skipped: nothing here raises.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-_NUMBERED: Final = re.compile(r" *(\d{1,9}) ([+ ])(.*)", re.DOTALL)
-# Longer ones are minified or generated, and would make patterns slow.
+_NUMBERED: Final = re.compile(r" *(\d{1,9}|…) ([+ ])(.*)", re.DOTALL)
+# Longer ones would make patterns slow: their two ends are looked at.
 _MAX_LINE: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the new file."""
+    """One line of the new file, or a part of one."""
 
     number: int
     added: bool
@@ -39,8 +40,12 @@ def parse(prompt: str) -> list[FileDiff]:
         if raw.startswith("### "):
             files.append(FileDiff(raw[4:].strip(), []))
         elif files and (match := _NUMBERED.fullmatch(raw)):
-            number, sign, text = match.groups()
-            files[-1].lines.append(Line(int(number), sign == "+", text[:_MAX_LINE]))
+            shown, sign, text = match.groups()
+            lines = files[-1].lines
+            number = int(shown) if shown != "…" else lines[-1].number if lines else 0
+            lines.append(Line(number, sign == "+", text[:_MAX_LINE]))
+            if len(text) > _MAX_LINE:
+                lines.append(Line(number, sign == "+", text[_MAX_LINE:][-_MAX_LINE:]))
     return files
 
 

@@ -92,17 +92,19 @@ def between(checkout: Checkout, base: str, limit: int) -> bytes:
     )
 
 
-def uncommitted(checkout: Checkout, limit: int) -> bytes:
-    """Return how the work tree's tracked files differ from HEAD. Raises CliError: git refuses, or
-    nothing is changed."""
+def uncommitted(checkout: Checkout, limit: int) -> tuple[bytes, int]:
+    """Return how the work tree's tracked files differ from HEAD, and how many files are neither
+    tracked nor ignored by a .gitignore. Raises CliError: git refuses, or nothing is changed."""
     with _private(checkout, checkout.root) as private:
         _take_index(checkout, private)
         empty = ("hash-object", "-t", "tree", os.devnull)
         # Without a commit, everything in the index is new.
         against = checkout.head() or private.git(*empty).decode().strip()
         text = _diff(private, (against,), limit)
+        others = ("ls-files", "--others", "--exclude-per-directory=.gitignore", "-z")
+        untracked = private.git(*others, limit=2**26).count(b"\0")
     if text:
-        return text
+        return text, untracked
     raise CliError(
         "nothing is changed in the working tree (new files count once they are in `git add`)",
         "byokeep review --base main reviews the commits of a branch; --diff FILE any diff",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from byokeep.cli import checked, files, gitdiff, gitinfo
 from byokeep.cli.errors import CliError
+from byokeep.cli.text import count
 from byokeep.orchestrator.v1 import review_pb2
 
 # Limits of the contract (review.proto), checked here for the name of the file.
@@ -36,8 +38,8 @@ class Given:
     user: str
 
 
-def build(given: Given) -> review_pb2.ReviewInput:
-    """Return the input of a review.
+def build(given: Given, note: Callable[[str], None]) -> review_pb2.ReviewInput:
+    """Return the input of a review; tell `note` what of the work tree is not in it.
 
     Raises:
         CliError: nothing to review, a file can't be read, is not text or is too large.
@@ -59,7 +61,7 @@ def build(given: Given) -> review_pb2.ReviewInput:
         head_commit=given.head or (checkout.head() if checkout else ""),
         title=given.title,
         description=given.description,
-        diff=_diff(given, checkout),
+        diff=_diff(given, checkout, note),
         context_files=[_context(path) for path in given.context],
         guidance=_text(given.guidance, _GUIDANCE_BYTES)[1] if given.guidance else "",
         model=given.model,
@@ -74,7 +76,7 @@ def _repository(checkout: gitinfo.Checkout | None) -> str:
     return checkout.repository() if checkout else gitinfo.label(Path.cwd().name)
 
 
-def _diff(given: Given, checkout: gitinfo.Checkout | None) -> bytes:
+def _diff(given: Given, checkout: gitinfo.Checkout | None, note: Callable[[str], None]) -> bytes:
     if given.diff is not None:
         text = _given_diff(given.diff)
     elif checkout is None and gitinfo.root() is not None:
@@ -90,7 +92,9 @@ def _diff(given: Given, checkout: gitinfo.Checkout | None) -> bytes:
     elif given.base is not None:
         text = gitdiff.between(checkout, given.base, _DIFF_BYTES)
     else:
-        text = gitdiff.uncommitted(checkout, _DIFF_BYTES)
+        text, untracked = gitdiff.uncommitted(checkout, _DIFF_BYTES)
+        if untracked:
+            note(f"{count(untracked, 'untracked file')} not reviewed; `git add -N FILE` adds one")
     if len(text) > _DIFF_BYTES:
         raise CliError(f"the diff is larger than {_DIFF_BYTES // 2**20} MiB", "review a part of it")
     return text

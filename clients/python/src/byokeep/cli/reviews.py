@@ -147,7 +147,7 @@ def review(
     given = reviewinput.Given(
         diff, base, repo, pr, head, title, description, context or [], guidance, model, user
     )
-    content = reviewinput.build(given)
+    content = reviewinput.build(given, session.out.note)
     if dry_run:
         _dry_run(session, content, gate)
         return
