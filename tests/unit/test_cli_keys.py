@@ -73,6 +73,14 @@ def test_what_cannot_be_a_key_is_refused_before_it_is_sealed(edge, byokeep, give
     assert given.decode(errors="replace").strip() not in ran.err
 
 
+def test_an_empty_name_of_a_variable_is_not_none_given(edge, byokeep):
+    """A script's `--from-env "$NAME"`, with NAME unset, must not come to read something else."""
+    ran = byokeep("key", "add", "openai", "--from-env", "")
+    assert ran.code == 2
+    assert "--from-env takes the name of a variable" in ran.err
+    assert "exclude each other" in byokeep("key", "add", "openai", "--from-env=", "--stdin").err
+
+
 @pytest.mark.parametrize(
     ("verdicts", "code", "said"),
     [

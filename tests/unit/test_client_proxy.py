@@ -9,6 +9,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from byokeep.keyvault.v1 import admin_pb2, admin_pb2_grpc
+from byokeep.transport import TlsFiles, aio_channel
+
+from tests.harness.fake_edge import NAMES
 
 pytest_plugins = ["tests.harness.cli_fixtures"]
 
@@ -74,6 +78,18 @@ def test_a_proxy_of_the_environment_is_not_used(edge, byokeep, proxy, monkeypatc
     """Shown to fail without `grpc.enable_http_proxy`: both channels ask the proxy."""
     monkeypatch.setenv(name, proxy.url)
     assert byokeep(*command).code == 0
+    assert proxy.asked == []
+
+
+async def test_nor_by_a_channel_of_a_service(edge, proxy, monkeypatch):
+    monkeypatch.setenv("http_proxy", proxy.url)
+    (edge.directory / "ca.pem").write_text(edge.ca.pem)
+    files = TlsFiles(
+        *(edge.directory / name for name in ("developer.pem", "developer.key", "ca.pem"))
+    )
+    async with aio_channel(edge.addresses["keyvault"], NAMES["keyvault"], files) as channel:
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=20)
     assert proxy.asked == []
 
 

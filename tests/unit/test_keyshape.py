@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import string
 import time
 from pathlib import Path
 
@@ -43,6 +45,23 @@ def test_a_refusal_echoes_nothing_and_has_a_reason_of_the_list(case):
         said = str(refused) + repr(refused)
         assert not any(piece in said for piece in ("Ab3x", "0123abcd", "ABCD2345"))
         assert error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{refused.reason}")
+
+
+def test_keys_as_providers_issue_them_pass():
+    """No rule may fall on a key by chance: at random, many of each shape."""
+    dice = random.Random(7)
+    letters = string.ascii_letters + string.digits
+    shapes = {
+        ("openai", "sk-proj-"): (letters + "_-", 156),
+        ("openai", "sk-"): (letters, 48),
+        ("anthropic", "sk-ant-api03-"): (letters + "_-", 95),
+        ("gemini", "AIza"): (letters + "_-", 35),
+        ("gemini", "AQ."): (letters + "_-", 50),
+        ("openai", ""): (letters + "+/", 86),
+    }
+    for (provider, prefix), (signs, length) in shapes.items():
+        for _ in range(500):
+            check_key(provider, prefix + "".join(dice.choices(signs, k=length)))
 
 
 def test_every_rule_has_a_published_case():

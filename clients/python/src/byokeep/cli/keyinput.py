@@ -22,9 +22,9 @@ def read_key(provider: str, *, stdin: bool, from_env: str | None) -> str:
     Raises:
         CliError: there is nothing to read, or no terminal to ask on.
     """
-    if stdin and from_env:
+    if stdin and from_env is not None:
         raise CliError("--stdin and --from-env exclude each other")
-    if from_env:
+    if from_env is not None:
         return _from_environment(from_env)
     return _from_stdin() if stdin else _from_prompt(provider)
 

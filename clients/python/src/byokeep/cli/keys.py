@@ -266,7 +266,7 @@ def _seal(
         f"sealing for tenant {connection.tenant} of deployment {connection.trust.deployment}"
         f" (profile {profile.name} of {profile.source})"
     )
-    asks = not any(source)
+    asks = source == (False, None)
     if asks:
         # Whoever types a key knows first where it goes.
         session.out.note(where)
