@@ -362,6 +362,23 @@ def test_a_shallow_clone_has_its_borders(
                 gitdiff.between(here, "main", LIMIT)
 
 
+def test_a_partial_clone_is_told_what_gets_the_rest(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """git would fetch it, with what the clone's configuration names."""
+    branch = reads()[0]
+    git("config", "uploadpack.allowFilter", "true")
+    git("clone", "-q", "-b", "topic", "--filter=blob:none", f"file://{checkout}", "../partial")
+    monkeypatch.chdir("../partial")
+    here = gitinfo.checkout()
+    assert here is not None
+    with pytest.raises(CliError) as refused:
+        gitdiff.between(here, "origin/main", LIMIT)
+    assert "unable to read" in refused.value.message
+    git(*refused.value.hint.partition(": git ")[2].split())
+    assert gitdiff.between(here, "origin/main", LIMIT) == branch
+
+
 @pytest.mark.parametrize("moved", ["..", "../other", "/"])
 def test_a_checkout_that_moves_its_work_tree_is_refused(checkout: Path, moved: str) -> None:
     (checkout.parent / "other").mkdir()

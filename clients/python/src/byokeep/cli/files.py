@@ -35,7 +35,7 @@ def of_checkout(path: Path, limit: int) -> tuple[str, bytes]:
             "copy it there, or run the command where it is",
         )
     inside = full.relative_to(root)
-    if ".git" in inside.parts:
+    if any(part.lower() == ".git" for part in inside.parts):
         raise CliError(f"{path} is a part of .git, which may hold credentials")
     try:
         return inside.as_posix(), _beneath(root, inside, limit)

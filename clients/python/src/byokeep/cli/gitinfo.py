@@ -98,6 +98,8 @@ def refused(stderr: bytes, folder: Path) -> CliError:
     if "dubious ownership" in reason:
         trusted = shlex.quote(str(folder))
         hint = f"git config --global --add safe.directory {trusted}, if you trust who owns it"
+    if "unable to read" in reason:
+        hint = "a partial clone lacks it: git fetch --refetch --no-filter origin"
     return CliError(f"git refuses: {clean(reason)}", hint)
 
 
