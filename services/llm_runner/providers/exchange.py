@@ -4,35 +4,36 @@ The client has what a call to one host with one key needs: no redirects, cookies
 compression, and a connection for each request, since a kept one that the provider closes
 meanwhile would make a call ambiguous that was never taken.
 
-h11's exceptions hold parts of headers and answers, so none leaves this module, not even as the
-context of another exception.
+It is httpx over a transport of our own, which reads and writes what `wire.Connection` is: httpx's
+own timeouts begin anew with each byte, and its pool dials. Exceptions of httpx and httpcore hold
+parts of headers and answers, so none leaves this module, not even as the context of another.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Final, NoReturn, Protocol
-from urllib.parse import urlencode
 
-import h11
+import httpcore
+import httpx
 from byokeep.orchestrator.v1 import key_pb2
 
 from services.llm_runner.providers.errors import FailureKind, ProviderError
 from services.llm_runner.providers.findings import load_json
 from services.llm_runner.wire import LostError, UnreachableError
 
-MAX_HEAD_BYTES: Final = 64 * 1024
-"""Longest head of an answer, line of a chunk's size with its extensions, and trailer."""
+MAX_HEAD_BYTES: Final = 256 * 1024
+"""Most bytes until the final answer's head is there, after any answers 1xx."""
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 """Longest body that is read whole."""
 MAX_STREAM_BYTES: Final = 64 * 1024 * 1024
-_MAX_INTERIM: Final = 16
-"""Most answers 1xx before the final one."""
 _HEADER_SAFE_KEY: Final = re.compile(r"[\x21-\x7e]{16,512}")
 
 
@@ -89,7 +90,7 @@ class Answer:
 class Client:
     """Makes the requests of one key to its provider; shows nothing of the key."""
 
-    __slots__ = ("_connect", "_headers", "_host", "_limits")
+    __slots__ = ("_host", "_http", "_limits")
 
     def __init__(
         self,
@@ -106,15 +107,24 @@ class Client:
         if _HEADER_SAFE_KEY.fullmatch(key) is None:
             raise ValueError("the provider key has a length or characters that no key has")
         self._host = host
-        self._headers = {
-            "host": host,
-            "accept-encoding": "identity",
-            "user-agent": "byokeep",
-            "connection": "close",
-            **headers,
-        }
-        self._connect = connect
         self._limits = limits
+        # httpx logs each URL at INFO, httpcore each header block at DEBUG.
+        for name in ("httpx", "httpcore"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._http = httpx.Client(
+            transport=_Transport(connect),
+            base_url=f"https://{host}",
+            headers={
+                "accept-encoding": "identity",
+                "user-agent": "byokeep",
+                "connection": "close",
+                **headers,
+            },
+            # A jar that takes no cookie of anybody.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            follow_redirects=False,
+            trust_env=False,
+        )
 
     def __repr__(self) -> str:
         """Nothing of the key."""
@@ -134,8 +144,8 @@ class Client:
         Raises ProviderError: NETWORK_BEFORE_SEND if no connection came about, AMBIGUOUS if
         the answer was lost after sending began.
         """
-        target = f"{path}?{urlencode(params)}" if params else path
-        with self._exchange("GET", target, None, {"accept": "application/json"}, until) as exchange:
+        headers = {"accept": "application/json"}
+        with self._exchange("GET", path, until, params=params, headers=headers) as exchange:
             return exchange.whole()
 
     @contextmanager
@@ -143,84 +153,181 @@ class Client:
         """Give out the exchange of a POST whose answer is to be a stream. Raises as `get`."""
         # A lone surrogate would raise an error that carries the whole prompt.
         content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        headers = {
-            "accept": "text/event-stream",
-            "content-type": "application/json",
-            "content-length": str(len(content)),
-        }
-        with self._exchange("POST", path, content, headers, self.deadline()) as exchange:
+        headers = {"accept": "text/event-stream", "content-type": "application/json"}
+        until = self.deadline()
+        with self._exchange("POST", path, until, content=content, headers=headers) as exchange:
             yield exchange
 
     @contextmanager
-    def _exchange(
-        self, method: str, target: str, body: bytes | None, headers: Mapping[str, str], until: float
-    ) -> Iterator[Exchange]:
-        request = h11.Request(
-            method=method, target=target, headers=list({**self._headers, **headers}.items())
-        )
-        cause = None
+    def _exchange(self, method: str, path: str, until: float, **request: Any) -> Iterator[Exchange]:
+        pace = _Pace(self._limits, until)
+        extensions = {_PACE: pace}
+        response = cause = late = None
         try:
-            connection = self._connect(self._host)
+            built = self._http.build_request(method, path, extensions=extensions, **request)
+            response = self._http.send(built, stream=True)
         except UnreachableError as error:
             cause = error.cause
+        except LostError as error:
+            late = error.late
+        except (httpx.HTTPError, httpcore.ProtocolError):
+            late = False
         if cause is not None:
             raise ProviderError(FailureKind.NETWORK_BEFORE_SEND, cause=cause)
+        if response is None:
+            _ambiguous(late=bool(late))
         try:
-            exchange = Exchange(connection, self._limits, until)
-            exchange.send(request, body)
-            yield exchange
+            pace.alive()
+            yield Exchange(response, pace)
         finally:
-            connection.close()
+            response.close()
+
+
+class _Pace:
+    """When the step that is under way has to be over; every read and write asks anew."""
+
+    def __init__(self, limits: Limits, until: float) -> None:
+        self._limits = limits
+        self._until = until
+        self._step = until
+        self._heard = False
+        #: Bytes that were read of the answer so far.
+        self.read = 0
+
+    @property
+    def deadline(self) -> float:
+        """By the monotonic clock."""
+        return min(self._step, self._until)
+
+    def connected(self) -> None:
+        """Note that there is a connection: the request is sent now."""
+        self._step = time.monotonic() + self._limits.send
+
+    def sent(self) -> None:
+        """Note that the request is sent: its answer is waited for."""
+        self._step = time.monotonic() + self._limits.answer
+
+    def heard(self, size: int) -> None:
+        """Note what came: with the first byte the head has to come soon."""
+        self.read += size
+        if not self._heard:
+            self._heard = True
+            self.prompt()
+
+    def prompt(self) -> None:
+        """Expect what comes as promptly as a head."""
+        self._step = time.monotonic() + self._limits.head
+
+    def alive(self) -> None:
+        """Note that what came was of use: what is idle may now be idle anew."""
+        self._step = time.monotonic() + self._limits.idle
+
+
+_PACE: Final = "byokeep.pace"
+
+
+class _Transport(httpx.BaseTransport):
+    """A fresh connection for each request; what can't be reached raises UnreachableError."""
+
+    def __init__(self, connect: Callable[[str], Connection]) -> None:
+        self._connect = connect
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; its extensions have the pace of the exchange."""
+        url, pace = request.url, request.extensions[_PACE]
+        origin = httpcore.Origin(url.raw_scheme, url.raw_host, 443)
+        stream = _Stream(self._connect(url.host), pace)
+        connection = httpcore.HTTP11Connection(origin, stream)
+        answered = False
+        try:
+            answer = connection.handle_request(
+                httpcore.Request(
+                    request.method,
+                    httpcore.URL(
+                        scheme=url.raw_scheme, host=url.raw_host, port=443, target=url.raw_path
+                    ),
+                    headers=request.headers.raw,
+                    content=request.stream,
+                )
+            )
+            answered = True
+        finally:
+            if not answered:
+                stream.close()
+        stream.body()
+        return httpx.Response(
+            answer.status, headers=answer.headers, stream=_Body(answer.stream, stream)
+        )
+
+
+class _Body(httpx.SyncByteStream):
+    """The body of an answer as it comes; closing it closes the connection."""
+
+    def __init__(self, pieces: Any, stream: _Stream) -> None:
+        self._pieces, self._stream = pieces, stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._pieces
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connection as httpcore has it, with the pace's deadlines in place of its timeouts."""
+
+    def __init__(self, connection: Connection, pace: _Pace) -> None:
+        self._connection, self._pace = connection, pace
+        self._most: int | None = MAX_HEAD_BYTES
+        self._sending = True
+        pace.connected()
+
+    def body(self) -> None:
+        """Note that the head is there: what comes now is the body, which others bound."""
+        self._most = None
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._sending:
+            self._sending = False
+            self._pace.sent()
+        data = self._connection.read(self._pace.deadline)
+        self._pace.heard(len(data))
+        if self._most is not None and self._pace.read > self._most:
+            self.close()
+            raise LostError(late=False)
+        return data
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._connection.write(buffer, self._pace.deadline)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def start_tls(self, *args: Any, **settings: Any) -> httpcore.NetworkStream:
+        """Nothing: the connection is a TLS connection from its start."""
+        return self
+
+    def get_extra_info(self, info: str) -> Any:
+        return None
 
 
 class Exchange:
     """One request that was sent, and its answer: status and headers are there from the start."""
 
-    def __init__(self, connection: Connection, limits: Limits, until: float) -> None:
-        """Take over a fresh connection; `until` is the end of it all by the monotonic clock."""
-        self._connection = connection
-        self._limits = limits
-        self._until = until
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._heard = False
-        self._next = 0.0
-        self.status = 0
-        self.headers: Mapping[str, str] = {}
-
-    def send(self, request: h11.Request, body: bytes | None) -> None:
-        """Send the request, and wait for the head of its answer. Raises ProviderError."""
-        data = self._http.send(request) or b""
-        if body is not None:
-            data += self._http.send(h11.Data(data=body)) or b""
-        data += self._http.send(h11.EndOfMessage()) or b""
-        lost = None
-        try:
-            until = min(time.monotonic() + self._limits.send, self._until)
-            self._connection.write(data, until)
-        except LostError as error:
-            lost = error.late
-        if lost is not None:
-            _ambiguous(late=lost)
-        self._next = time.monotonic() + self._limits.answer
-        for _ in range(_MAX_INTERIM):
-            event = self._event()
-            if isinstance(event, h11.Response):
-                self.status = event.status_code
-                self.headers = {
-                    name.decode("ascii"): value.decode("latin-1") for name, value in event.headers
-                }
-                break
-        else:
-            _ambiguous()
-        self.alive()
+    def __init__(self, response: httpx.Response, pace: _Pace) -> None:
+        """Take over an answer whose body has not been read."""
+        self._response = response
+        self._pace = pace
+        self.status = response.status_code
+        self.headers: Mapping[str, str] = response.headers
 
     def alive(self) -> None:
         """Note that what came was of use: what is idle may now be idle anew."""
-        self._next = time.monotonic() + self._limits.idle
+        self._pace.alive()
 
     def whole(self) -> Answer:
         """Return the answer with its body, which comes as promptly as a head."""
-        self._next = time.monotonic() + self._limits.head
+        self._pace.prompt()
         body = bytearray()
         for data in self.pieces():
             body += data
@@ -237,25 +344,15 @@ class Exchange:
         encoded = self.headers.get("content-encoding", "identity") != "identity"
         if encoded or 300 <= self.status < 400:
             return
-        while isinstance(event := self._event(), h11.Data):
-            yield bytes(event.data)
-
-    def _event(self) -> h11.Event:
-        late = False
+        late = None
         try:
-            while (event := self._http.next_event()) is h11.NEED_DATA:
-                data = self._connection.read(min(self._next, self._until))
-                self._http.receive_data(data)
-                if not self._heard:
-                    self._heard = True
-                    self._next = time.monotonic() + self._limits.head
-            if isinstance(event, h11.Event):
-                return event
-        except h11.RemoteProtocolError:
-            pass
+            yield from self._response.iter_raw()
         except LostError as error:
             late = error.late
-        _ambiguous(late=late)
+        except (httpx.HTTPError, httpcore.ProtocolError):
+            late = False
+        if late is not None:
+            _ambiguous(late=late)
 
 
 def _ambiguous(*, late: bool = False) -> NoReturn:
