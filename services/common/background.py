@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -24,8 +24,6 @@ Work: TypeAlias = Callable[[], Coroutine[Any, Any, object]]
 PROVEN_SECONDS: Final = 1.0
 _FIRST_PAUSE_SECONDS: Final = 0.5
 _LONGEST_PAUSE_SECONDS: Final = 15.0
-# The same failure of the same step is told again after this long.
-_AGAIN_SECONDS: Final = 60.0
 _CANCELLED_SECONDS: Final = 5.0
 
 
@@ -37,6 +35,9 @@ class Background:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._down: set[str] = set()
         self._failing: set[str] = set()
+        self._told: defaultdict[tuple[str, int], logs.Repeated] = defaultdict(
+            lambda: logs.Repeated(log)
+        )
         #: What runs now, by name.
         self.tasks: dict[str, asyncio.Task[object]] = {}
 
@@ -93,20 +94,22 @@ class Background:
     async def _forever(
         self, name: str, seconds: float, steps: tuple[Work, ...], vital: bool
     ) -> None:
-        told: dict[int, tuple[str, float]] = {}
         while True:
+            well = True
             for number, step in enumerate(steps):
                 failed: Exception | None = None
                 try:
                     await step()
                 except Exception as error:
                     failed = error
-                _end_if_cancelled()
-                if failed is not None:
-                    _tell_once(name, told, number, failed)
-                elif told.pop(number, None) is not None:
-                    logs.event(log, f"{name}_well")
-            (self._failing.add if told and vital else self._failing.discard)(name)
+                end_if_cancelled()
+                told = self._told[name, number]
+                if failed is None:
+                    told.well(f"{name}_failed")
+                else:
+                    well = False
+                    told.failure(f"{name}_failed", failed, **_reason(failed))
+            (self._failing.discard if well or not vital else self._failing.add)(name)
             await asyncio.sleep(seconds)
 
 
@@ -126,22 +129,12 @@ async def each(name: str, items: Iterable[T], act: Callable[[T], Coroutine[Any, 
         except Exception as error:
             failed = error
         if failed is not None:
-            _tell(name, failed)
+            logs.failure(log, f"{name}_failed", failed, **_reason(failed))
 
 
-def _tell_once(
-    name: str, told: dict[int, tuple[str, float]], number: int, failed: Exception
-) -> None:
-    # Not at every round: what keeps failing would bury all else.
-    what = f"{type(failed).__qualname__} {getattr(failed, 'reason', '')}"
-    before, when = told.get(number, ("", 0.0))
-    if what != before or time.monotonic() > when + _AGAIN_SECONDS:
-        told[number] = (what, time.monotonic())
-        _tell(name, failed)
-
-
-def _end_if_cancelled() -> None:
-    # A driver may answer a cancellation with an error of its own, or with a result.
+def end_if_cancelled() -> None:
+    """Raise CancelledError where this task is to end: a driver may answer a cancellation with an
+    error of its own, or with a result, and a loop that caught that would go on."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
@@ -174,6 +167,5 @@ def _tell_failure(name: str, task: asyncio.Task[Any]) -> None:
         logs.failure(log, f"{name}_failed", error)
 
 
-def _tell(name: str, error: Exception) -> None:
-    reason = {"reason": error.reason} if isinstance(error, ByokeepError) else {}
-    logs.failure(log, f"{name}_failed", error, **reason)
+def _reason(error: Exception) -> dict[str, object]:
+    return {"reason": error.reason} if isinstance(error, ByokeepError) else {}

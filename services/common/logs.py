@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import TextIO
 
 log = logging.getLogger(__name__)
+_AGAIN_SECONDS = 60.0
 # Ids that every line of one call, or of one attempt, has.
 _correlated: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
     "byokeep_correlated", default=types.MappingProxyType({})
@@ -129,3 +130,31 @@ def event(
 def failure(logger: logging.Logger, name: str, error: BaseException, **fields: object) -> None:
     """Log one event with an exception's type and places."""
     event(logger, name, level=logging.ERROR, **fields, **describe(error))
+
+
+class Repeated:
+    """Tells of what fails again and again once, once more when it changes or a minute has gone,
+    and when it is over: at every try, it would bury all else."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        """Tell it to a logger."""
+        self._logger = logger
+        self._told: dict[str, tuple[str, float]] = {}
+
+    def is_news(self, name: str, what: str) -> bool:
+        """Say whether a failure has to be told now."""
+        before, when = self._told.get(name, ("", 0.0))
+        if what == before and time.monotonic() < when + _AGAIN_SECONDS:
+            return False
+        self._told[name] = (what, time.monotonic())
+        return True
+
+    def failure(self, name: str, error: BaseException, **fields: object) -> None:
+        """Log a failure, if it is news."""
+        if self.is_news(name, f"{type(error).__qualname__} {sorted(fields.items())}"):
+            failure(self._logger, name, error, **fields)
+
+    def well(self, name: str) -> None:
+        """Take note that it went well; log that, where it had failed."""
+        if self._told.pop(name, None) is not None:
+            event(self._logger, f"{name}_no_more")

@@ -8,8 +8,8 @@ where that is not answered either, the connection is given up.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +19,7 @@ import psycopg
 from psycopg import errors
 from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.waiting import wait_async
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from services.common import deadline, logs
@@ -29,16 +30,17 @@ log = logging.getLogger(__name__)
 RV = TypeVar("RV")
 
 #: The longest that one round trip may take, where no call's deadline is sooner.
-ROUND_TRIP_SECONDS: Final = 20.0
+ROUND_TRIP_SECONDS: Final = 10.0
 #: A connection that listens is pinged so often.
 PING_SECONDS: Final = 5.0
 _CONNECT_SECONDS: Final = 5  # libpq takes whole ones
-_CANCEL_SECONDS: Final = 0.25
+# How long a server has to end a statement: one that is late for its caller, one that is not wanted.
+_LATE_SECONDS: Final = 0.25
+_CANCEL_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 0.1
 # After it a pool gives up, and begins anew with short pauses when it is asked for a connection.
 _RECONNECT_SECONDS: Final = 5.0
 _CLOSE_SECONDS: Final = 2.0
-_AGAIN_SECONDS: Final = 60.0
 
 #: What psycopg raises where there is no database, or none any more.
 LOST: Final = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
@@ -119,21 +121,36 @@ class Connection(psycopg.AsyncConnection[Any]):
         """See psycopg; without a timeout the call's deadline is that. Raises SilentError."""
         if timeout is not None:
             return await super().wait(gen, interval, timeout)
+        interrupted: asyncio.CancelledError | None = None
         try:
-            return await super().wait(gen, interval, deadline.left(ROUND_TRIP_SECONDS))
+            seconds = deadline.left(ROUND_TRIP_SECONDS)
+            return await wait_async(gen, self.pgconn.socket, interval, seconds)
         except errors._WaitTimeout:
-            pass
+            grace = _LATE_SECONDS
+        except asyncio.CancelledError as error:
+            interrupted, grace = error, _CANCEL_SECONDS
+        answer = await self._stopped(gen, interval, grace)
+        if interrupted is not None:
+            raise interrupted
+        if isinstance(answer, psycopg.Error):
+            raise answer
+        return answer
+
+    async def _stopped(self, gen: PQGen[RV], interval: float, seconds: float) -> RV | psycopg.Error:
+        """Have the server end a statement, whose connection lives then; give the connection up
+        where it does not. Returns what came of the statement."""
         try:
-            # A server that is only slow ends the statement, and its connection lives.
-            await self.cancel_safe(timeout=_CANCEL_SECONDS)
-            return await super().wait(gen, interval, _CANCEL_SECONDS)
-        except errors.QueryCanceled:
+            await self.cancel_safe(timeout=seconds)
+            return await wait_async(gen, self.pgconn.socket, interval, seconds)
+        except errors.QueryCanceled as error:
+            return error
+        except psycopg.Error:
+            self.pgconn.finish()
+        except BaseException:
+            self.pgconn.finish()
             raise
-        except psycopg.OperationalError:
-            pass
-        self.pgconn.finish()
         logs.event(log, "database_silent", level=logging.ERROR)
-        raise SilentError(_SILENT)
+        return SilentError(_SILENT)
 
 
 Configure: TypeAlias = Callable[[Connection], Awaitable[None]]
@@ -175,13 +192,18 @@ class Pool(AsyncConnectionPool[Connection]):
 
     async def answers(self, seconds: float) -> bool:
         """Say whether the database answers within so many seconds."""
+        silent = False
         try:
             with deadline.within(seconds):
                 async with self.connection() as connection:
                     await connection.execute("SELECT")
-        except LOST:
-            return False
-        return True
+            return True
+        except LOST as error:
+            silent = isinstance(error, SilentError)
+        if silent:
+            # The others are of the same server: each would keep some call waiting.
+            await self.drain()
+        return False
 
 
 async def probe(url: str, tables: tuple[str, ...] = (), migrate: str = "") -> None:
@@ -223,16 +245,13 @@ class _Cause(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._told: dict[str, float] = {}
+        self._told = logs.Repeated(log)
 
     def filter(self, record: logging.LogRecord) -> bool:
         arguments = record.args if isinstance(record.args, tuple) else ()
         found = [cause(one) for one in arguments if isinstance(one, BaseException)]
-        key = f"{record.msg} {found}"
-        now = time.monotonic()
-        if now < self._told.get(key, 0.0):
+        if not self._told.is_news(str(record.msg), str(found)):
             return False
-        self._told[key] = now + _AGAIN_SECONDS
         # Its arguments are connections and exceptions: names of roles, databases and hosts.
         event = str(record.msg).split(":")[0].replace(" in %r", "").replace(" %s", "")
         record.msg, record.args = event.strip().replace(" ", "_"), ()

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import grpc
 
-from services.common import deadline
+from services.common import background, deadline
 from services.common.errors import ByokeepError
 from services.keyvault.database import is_lost, unreachable
 
@@ -80,7 +80,7 @@ class GroupCommit(Generic[T, R]):
                 return
             self._locked |= locks
             with deadline.lifted():
-                task = asyncio.create_task(self._do(group))
+                task = background.start("group", self._do(group))
             self._running.add(task)
             task.add_done_callback(functools.partial(self._ended, locks))
 

@@ -12,11 +12,14 @@ from collections.abc import AsyncIterator
 
 from byokeep.keyvault.v1 import lease_pb2
 
+from services.common import deadline
 from services.keyvault.database import Database
 from services.keyvault.store import revocations as store
 
 HEARTBEAT_SECONDS = 0.25
 _REMEMBERED = 10_000
+# Well below the 5 s after which runners kill what they could not be told of.
+_READ_SECONDS = 1.5
 Message = lease_pb2.WatchRevocationsResponse
 
 
@@ -39,7 +42,9 @@ class Revocations:
         """Read what is new and wake the watchers; a heartbeat where it could be read."""
         self._alive = False
         try:
-            for row in await store.news(self._database, self._sequence):
+            with deadline.within(_READ_SECONDS):
+                news = await store.news(self._database, self._sequence)
+            for row in news:
                 self._recent.append((row[0], row[1], row[2]))
                 self._sequence = row[0]
             self._alive = True

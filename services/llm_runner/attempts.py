@@ -12,6 +12,7 @@ import grpc
 from byokeep import ids
 from byokeep.runner.v1 import runner_pb2
 
+from services.common import background
 from services.common.errors import ByokeepError
 from services.llm_runner import metrics
 from services.llm_runner.attempt import Attempt, Means
@@ -64,7 +65,7 @@ class Attempts:
         attempt = Attempt(assign, child, self._means)
         self._known[attempt.id] = attempt
         # Serialized here, so that no task keeps the diff longer than it takes to hand it over.
-        task = asyncio.create_task(attempt.run(assign.SerializeToString()))
+        task = background.start("attempt", attempt.run(assign.SerializeToString()))
         self._tasks.add(task)
         task.add_done_callback(partial(self._ended, attempt))
         return attempt

@@ -14,7 +14,7 @@ from byokeep.keyvault.v1.lease_pb2_grpc import LeaseServiceStub
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.common import logs, observe
+from services.common import background, logs, observe
 
 if TYPE_CHECKING:  # only in its stubs
     from byokeep.keyvault.v1.lease_pb2_grpc import LeaseServiceAsyncStub
@@ -71,7 +71,7 @@ class Leases:
     ) -> None:
         """Release a lease; what keyvault does not take quickly goes on in the background."""
         request = lease_pb2.ReleaseLeaseRequest(lease_id=lease_id, outcome=outcome, report=report)
-        task = asyncio.create_task(self._release(request))
+        task = background.start("release", self._release(request))
         self._releasing.add(task)
         task.add_done_callback(self._releasing.discard)
         await asyncio.wait({task}, timeout=_RELEASE_SECONDS)

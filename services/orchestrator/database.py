@@ -53,6 +53,7 @@ class Database:
 
     def __init__(self, url: str, connections: int) -> None:
         """Prepare for a `postgresql://` URL; `open` connects."""
+        self._told = logs.Repeated(log)
         self._pool = postgres.Pool(
             url,
             connections,
@@ -82,7 +83,7 @@ class Database:
             if connection is not None:
                 await self._pool.putconn(connection)
         if failed is not None:
-            logs.failure(log, "database_unavailable", failed, cause=postgres.cause(failed))
+            self._told.failure("database_unavailable", failed, cause=postgres.cause(failed))
             raise ByokeepError(
                 grpc.StatusCode.UNAVAILABLE,
                 "DEPENDENCY_UNAVAILABLE",

@@ -16,6 +16,7 @@ from typing import Final
 import psycopg
 
 from services.common import logs, postgres
+from services.common.background import end_if_cancelled
 
 log = logging.getLogger(__name__)
 REVIEW: Final = "byokeep_review"
@@ -54,6 +55,7 @@ class Events:
         """Prepare to listen on a `postgresql://` URL."""
         self._url = database_url
         self._subscriptions: dict[tuple[str, str], set[Subscription]] = {}
+        self._told = logs.Repeated(log)
 
     @contextmanager
     def subscribe(self, channel: str, payload: str) -> Iterator[Subscription]:
@@ -74,7 +76,8 @@ class Events:
             try:
                 await self._receive()
             except psycopg.Error as error:
-                logs.failure(log, "listen_failed", error, cause=postgres.cause(error))
+                self._told.failure("listen_failed", error, cause=postgres.cause(error))
+            end_if_cancelled()
             self._wake_all()
             await asyncio.sleep(_RECONNECT_SECONDS)
 
@@ -86,6 +89,7 @@ class Events:
             await connection.execute(
                 f"LISTEN {REVIEW}; LISTEN {KEY}; LISTEN {CANCEL}; LISTEN {DUE}"
             )
+            self._told.well("listen_failed")
             self._wake_all()
             async for notice in postgres.notices(connection):
                 self.wake(notice.channel, notice.payload)

@@ -67,7 +67,7 @@ async def test_a_step_that_fails_is_run_again_and_the_next_one_too(beside):
 
 
 async def test_what_keeps_failing_is_told_once_and_once_more_when_it_is_well(beside, said):
-    """Shown to fail with _tell in place of _tell_once: a line for every round."""
+    """Shown to fail with logs.failure in place of told.failure: a line for every round."""
     rounds = 0
 
     async def fails_at_first() -> None:
@@ -78,7 +78,7 @@ async def test_what_keeps_failing_is_told_once_and_once_more_when_it_is_well(bes
 
     beside.every("test", 0.001, fails_at_first)
     await until(lambda: rounds > 20)
-    assert [line["event"] for line in said()] == ["test_failed", "test_well"]
+    assert [line["event"] for line in said()] == ["test_failed", "test_failed_no_more"]
 
 
 async def test_what_is_vital_and_fails_is_down_until_it_goes_well(beside):
@@ -143,7 +143,7 @@ async def test_a_task_with_an_end_that_fails_is_on_record(said):
 
 
 async def test_a_cancellation_that_a_step_answers_with_an_error_ends_the_work(beside):
-    """As drivers do. Shown to fail: with _end_if_cancelled doing nothing, it sleeps on."""
+    """As drivers do. Shown to fail: with end_if_cancelled doing nothing, it sleeps on."""
     started = asyncio.Event()
 
     async def swallows() -> None:
