@@ -33,6 +33,7 @@ help: ## this list
 	@echo
 	@echo "  DIFF=FILE         make run: review this git diff instead of the one shipped"
 	@echo "  LIVE=1            make run, make up: real provider hosts, with your own key"
+	@echo "  PORTS='NAME=N …'  make up: listen there, such as orchestrator=50051 emulator-control=8081"
 	@echo "  ONLY=NAME         make prove: this attack alone; ONLY=list names them"
 	@echo "  BYOKEEP_STATE=DIR make up, down, status, clean: where the stack lives"
 	@echo "  PYTEST_ARGS=...   make test: arguments for pytest"
@@ -46,7 +47,7 @@ run: $(VENV) $(STUBS) ## show byokeep: throwaway stack, a key, a review, its cus
 	@$(BIN)/python -m deploy.local run $(if $(DIFF),--diff "$(DIFF)") $(if $(LIVE),--live)
 
 up: $(VENV) $(STUBS) ## start a stack that stays, with tenant demo and a profile for .venv/bin/byokeep
-	@$(BIN)/python -m deploy.local up $(if $(LIVE),--live)
+	@$(BIN)/python -m deploy.local up $(if $(LIVE),--live) $(PORTS:%=--port=%)
 
 # What was never set up does not run: it need not be set up to be told so. 3: it is down.
 down: ## stop it; its data stays
@@ -138,8 +139,7 @@ $(VENV): requirements/bootstrap.txt requirements/dev.txt pyproject.toml clients/
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/bootstrap.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation \
-		-e clients/python -e .
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e clients/python
 	@touch $@
 
 $(STUBS): $(VENV) $(PROTOS)

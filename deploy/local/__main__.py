@@ -21,6 +21,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", help="start a stack and leave it running")
     up.add_argument("--foreground", action="store_true", help="stay; Ctrl-C stops the stack")
+    up.add_argument(
+        "--port",
+        action="append",
+        default=[],
+        type=_port,
+        metavar="NAME=NUMBER",
+        help="listen there, not on a free port: keyvault, orchestrator, runner, emulator,"
+        " emulator-control, and SERVICE-health, SERVICE-metrics",
+    )
     down = commands.add_parser("down", help="stop the stack; its data stays")
     status = commands.add_parser("status", help="say which processes run and serve")
     clean = commands.add_parser("clean", help="stop the stack and erase its folder")
@@ -51,6 +60,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _port(text: str) -> tuple[str, int]:
+    name, separator, number = text.rpartition("=")
+    if not separator or not number.isdecimal() or not 0 < int(number) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER")
+    return name, int(number)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     del number, frame
     # One is enough: a second must not break off the orderly stop.
@@ -75,9 +91,13 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     root = arguments.state.absolute() if arguments.state else default_root()
     match arguments.command:
         case "up" if arguments.foreground:
-            return background.serve(root, _config(arguments, root), live=arguments.live)
+            return background.serve(
+                root, _config(arguments, root), live=arguments.live, ports=dict(arguments.port)
+            )
         case "up":
-            return background.up(root, _config(arguments, root), live=arguments.live)
+            return background.up(
+                root, _config(arguments, root), live=arguments.live, ports=dict(arguments.port)
+            )
         case "down":
             return background.down(root)
         case "status":

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def show(name: str, what: str, seconds: float) -> None:
     print(f"  {name:<14}{what:<34}{seconds:5.1f} s", flush=True)
 
 
-def up(root: Path, config: Path, *, live: bool) -> int:
+def up(root: Path, config: Path, *, live: bool, ports: Mapping[str, int]) -> int:
     """Start a stack in the background; return once it serves. Raises StackError."""
     fresh = existing_state(root) is None
     state = open_state(root)
@@ -38,15 +39,17 @@ def up(root: Path, config: Path, *, live: bool) -> int:
         if description is None or description["pid"] != holder:
             raise StackError(f"a stack is starting in {root}: try again")
         print(f"already up in {root}")
-        ports = description["ports"]
-        addresses = (f"127.0.0.1:{ports[name]}" for name in ("orchestrator", "keyvault"))
+        listens = description["ports"]
+        addresses = (f"127.0.0.1:{listens[name]}" for name in ("orchestrator", "keyvault"))
         material.write_profiles(config, state, *addresses)
-        _print_usage(config, fresh=False, live=description["live"])
+        _print_usage(config, description, fresh=False)
         return 0
     command = [sys.executable, "-m", "deploy.local", "up", "--foreground"]
     command += [f"--state={root}", f"--config={config}"]
+    command += ["--live"] if live else []
+    command += [f"--port={name}={number}" for name, number in ports.items()]
     supervisor = subprocess.Popen(
-        [*command, *(["--live"] if live else [])],
+        command,
         cwd=CHECKOUT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -64,17 +67,19 @@ def up(root: Path, config: Path, *, live: bool) -> int:
         raise
     if not wait_for(lambda: _describes(state, supervisor.pid), 1.0):
         return supervisor.wait(_STOP_SECONDS) or 1
-    _print_usage(config, fresh=fresh, live=live)
+    description = _description(state)
+    assert description is not None  # noqa: S101 - it was there a moment ago
+    _print_usage(config, description, fresh=fresh)
     return 0
 
 
-def serve(root: Path, config: Path, *, live: bool) -> int:
+def serve(root: Path, config: Path, *, live: bool, ports: Mapping[str, int]) -> int:
     """Be the supervisor of a stack until a signal comes. Raises StackError."""
     state = open_state(root)
     lock = state.lock()
     if lock is None:
         raise StackError(f"another supervisor (process {state.holder()}) keeps {root} up")
-    stack = LocalStack(state, live=live, report=show)
+    stack = LocalStack(state, live=live, report=show, ports=ports)
     stack.start()
     try:
         orchestrator, keyvault = (stack.topology.address(n) for n in ("orchestrator", "keyvault"))
@@ -176,7 +181,7 @@ def _health(name: str, pid: int, ports: dict[str, int]) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-def _print_usage(config: Path, *, fresh: bool, live: bool) -> None:
+def _print_usage(config: Path, description: Mapping[str, Any], *, fresh: bool) -> None:
     command = shlex.quote(str(_shortest(Path(sys.prefix) / "bin" / "byokeep")))
     quoted = shlex.quote(str(config))
     found = "; this checkout's command finds it by itself" if config == CHECKOUT_CONFIG else ""
@@ -184,11 +189,12 @@ def _print_usage(config: Path, *, fresh: bool, live: bool) -> None:
     if not found:
         print(f"  export BYOKEEP_CONFIG={quoted}")
     print(f"  {command} key {'add openai' if fresh else 'list'}")
-    if live:
+    if description["live"]:
         print("calls go to the real providers: keys are real and cost money")
     else:
         print("an emulator plays the providers, and takes any made-up key of the right form:")
         print("  for openai, `sk-proj-` and 40 letters")
+        print(f"  its control: http://127.0.0.1:{description['emulator'][1]}")
     print("profile demo has every role; --profile submitter, key-admin, auditor or operator, one")
     if found:
         print("any other command needs to be told:")

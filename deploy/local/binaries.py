@@ -12,8 +12,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from deploy.local.processes import StackError
-from deploy.local.state import check
+from .processes import StackError
+from .state import check
 
 _SYSTEM_USER = "pgserver"  # the package's own choice of name
 _NOT_NEEDED = ("include", "pkgconfig", "pgxs", "*.a")

@@ -13,8 +13,8 @@ from byokeep.ids import public_key_id
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from deploy.local.pki import CertificateAuthority, Identity, write_file
-from deploy.local.state import State
+from .pki import CertificateAuthority, Identity, write_file
+from .state import State
 
 TRUST_DOMAIN = "byokeep.local"
 DEPLOYMENT = "local"

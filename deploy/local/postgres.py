@@ -24,8 +24,8 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
-from deploy.local import binaries
-from deploy.local.processes import Process, StackError, alive, launched, wait_for
+from . import binaries
+from .processes import Process, StackError, alive, launched, wait_for
 
 # Each role, and the stem of the names of the databases that it may reach.
 ROLES: Mapping[str, str] = {

@@ -11,9 +11,9 @@ from byokeep.names import tenant_name
 from byokeep.orchestrator.v1 import tenant_pb2, tenant_pb2_grpc
 from byokeep.transport import sync_channel
 
-from deploy.local.material import SERVER_NAMES, TRUST_DOMAIN
-from deploy.local.pki import Identity
-from deploy.local.state import State
+from .material import SERVER_NAMES, TRUST_DOMAIN
+from .pki import Identity
+from .state import State
 
 _SECONDS = 15.0
 _RIGHTS: Mapping[str, Sequence[options_pb2.TenantRole.ValueType]] = {

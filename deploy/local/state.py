@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from deploy.local.processes import StackError
+from .processes import StackError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _MARKER = ".byokeep-state"

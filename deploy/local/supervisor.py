@@ -12,13 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from deploy.local import material
-from deploy.local.pki import CertificateAuthority
-from deploy.local.ports import Ports
-from deploy.local.postgres import ROLES, EmbeddedPostgres, new_password
-from deploy.local.processes import Process, StackError, launched, wait_for
-from deploy.local.state import CHECKOUT, State
-from deploy.local.topology import SERVICES, Topology
+from . import material
+from .pki import CertificateAuthority
+from .ports import Ports
+from .postgres import ROLES, EmbeddedPostgres, new_password
+from .processes import Process, StackError, launched, wait_for
+from .state import CHECKOUT, State
+from .topology import SERVICES, Topology
 
 _READY_SECONDS = 60.0
 _MIGRATE_SECONDS = 60.0
@@ -27,6 +27,13 @@ _RENEW_SECONDS = 3600.0
 # Who calls ends before who is called.
 _STOP_ORDER = ("orchestrator", "runner", "keyvault", "emulator")
 _ZONES = {stem: role for role, stem in ROLES.items()}
+
+_SERVED = tuple(
+    f"{service}{which}" for service in SERVICES for which in ("", "-health", "-metrics")
+)
+_EMULATED = ("emulator", "emulator-control")
+PORTS = (*_SERVED, *_EMULATED)
+"""Names of the ports that a stack listens on: its services, the emulator and its control."""
 
 # (what, state or address, seconds since the start)
 Report = Callable[[str, str, float], None]
@@ -50,19 +57,30 @@ class LocalStack:
         live: bool = False,
         report: Report = _silent,
         extra: Mapping[str, Mapping[str, str]] | None = None,
+        ports: Mapping[str, int] | None = None,
     ) -> None:
         """``live``: real provider hosts instead of the emulator. ``extra``: variables by
-        process name that are added to its environment."""
+        process name that are added to its environment. ``ports``: numbers by a name of PORTS;
+        the others are free ones. Raises StackError for a port that can't be had.
+        """
+        fixed = dict(ports or {})
+        if unknown := fixed.keys() - set(PORTS):
+            raise StackError(f"no port {min(unknown)}; there are: {', '.join(PORTS)}")
         self.state = state
         self.live = live
         self.postgres = EmbeddedPostgres(state.postgres, log=state.logs / "postgres.log")
         self._report = report
         self._ports = Ports()
-        numbers = {
-            name: self._ports.reserve()
-            for service in SERVICES
-            for name in (service, f"{service}-health", f"{service}-metrics")
-        }
+        try:
+            numbers = {name: self._ports.reserve(fixed.get(name, 0)) for name in _SERVED}
+            # The emulator binds its own, and says which; what is fixed is looked at now.
+            for name in _EMULATED:
+                if fixed.get(name):
+                    Ports.probe(fixed[name])
+        except StackError:
+            self._ports.close()
+            raise
+        numbers |= {name: fixed.get(name, 0) for name in _EMULATED}
         self.topology = Topology(state, numbers, live, extra or {})
         self._processes: dict[str, Process] = {}
         self._migration: subprocess.Popen[bytes] | None = None
@@ -237,7 +255,7 @@ class LocalStack:
 
     def _create_tenant(self) -> None:
         # Imported here: it loads grpc while the processes start.
-        from deploy.local import seed
+        from . import seed
 
         addresses = {zone: self.topology.address(zone) for zone in _ZONES}
         seed.create_tenant(self.state, material.TENANT, **addresses)
@@ -248,7 +266,7 @@ class LocalStack:
         description = {
             "pid": os.getpid(),
             "live": self.live,
-            "ports": dict(self.topology.ports),
+            "ports": {name: self.topology.ports[name] for name in _SERVED},
             "processes": {name: self.process(name).pid for name in [*self._processes, "postgres"]},
             "emulator": self.emulator_ports,
         }

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.local import material
-from deploy.local.material import SERVER_NAMES, TRUST_DOMAIN
-from deploy.local.processes import Process
-from deploy.local.state import CHECKOUT, State
+from . import material
+from .material import SERVER_NAMES, TRUST_DOMAIN
+from .processes import Process
+from .state import CHECKOUT, State
 
 # Name in a stack → Python package.
 SERVICES: Mapping[str, str] = {
@@ -45,9 +45,10 @@ _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_CER
 class Topology:
     """What the environments of the processes are made from.
 
-    ``ports`` is by service name, `<service>-health` and `<service>-metrics`; ``extra`` adds
-    to or replaces variables by process name, as a test needs. With ``live`` the runner dials
-    the real providers.
+    ``ports`` is by service name, `<service>-health` and `<service>-metrics`; those of
+    `emulator` and `emulator-control` are free ones where they are not given. ``extra`` adds to
+    or replaces variables by process name, as a test needs. With ``live`` the runner dials the
+    real providers.
     """
 
     state: State
@@ -84,6 +85,8 @@ class Topology:
             f"--cert={files.certificate}",
             f"--key={files.key}",
             f"--ready-file={self.ready_file('emulator')}",
+            f"--https-port={self.ports.get('emulator', 0)}",
+            f"--control-port={self.ports.get('emulator-control', 0)}",
         ]
         return self._process("emulator", command, self._base("emulator"))
 

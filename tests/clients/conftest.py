@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,48 @@ def shell(
     if check and done.returncode:
         pytest.fail(f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def tracked(*below: str) -> list[str]:
+    """The files that git knows or would take, below some folders."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *below]
+    names = shell(command, cwd=ROOT).stdout.splitlines()
+    return [name for name in names if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a fresh clone has, with what has changed here."""
+    target = tmp_path_factory.mktemp("clone")
+    for name in tracked():
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy)
+    return target
+
+
+def build_wheel(source: Path, target: Path) -> Path:
+    """Build the wheel of a project into a folder."""
+    before = set(target.glob("*.whl"))
+    shell(["uv", "build", "--quiet", "--wheel", "--out-dir", target, source], cwd=target)
+    (wheel,) = set(target.glob("*.whl")) - before
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheels, as an index would have them."""
+    return tmp_path_factory.mktemp("dist")
+
+
+@pytest.fixture(scope="session")
+def client_wheel(clone: Path, dist: Path) -> Path:
+    return build_wheel(clone / "clients" / "python", dist)
+
+
+@pytest.fixture(scope="session")
+def services_wheel(clone: Path, dist: Path) -> Path:
+    return build_wheel(clone, dist)
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import socket
+from typing import get_args
 
 import httpx
 import pytest
+from byokeep.testing.emulator import EmulatorError
+from byokeep.testing.faults import BEHAVIOURS, FAULTS, Behaviour, FaultKind, Provider
 
-from deploy.local.emulator.models import CHAT_MODELS
+from deploy.local.emulator.models import CHAT_MODELS, PROVIDERS
 from deploy.local.emulator.wire.base import USAGE_TOKENS
 from services.llm_runner.providers import FINDINGS_SCHEMA
 from tests.component.providers.harness import running_emulator
@@ -215,5 +218,20 @@ def test_what_is_not_http(emulator, request_head):
     ],
 )
 def test_faults_that_make_no_sense(emulator, kind, settings):
-    with pytest.raises(httpx.HTTPStatusError, match="400"):
+    with pytest.raises(EmulatorError):
         emulator.control.fault(kind, **settings)
+
+
+def test_a_refusal_names_what_there_is(emulator):
+    with pytest.raises(EmulatorError, match=", ".join(FAULTS)):
+        emulator.control.fault("no-such-fault")
+    with pytest.raises(EmulatorError, match="openai, anthropic, gemini"):
+        emulator.control.fault("quota", provider="nobody")
+    with pytest.raises(EmulatorError, match="valid, invalid, restricted, noquota"):
+        emulator.control.add_key("openai", "x" * 20, "sleepy")
+
+
+def test_the_typed_names_are_the_emulators_own():
+    assert set(get_args(FaultKind)) == set(FAULTS)
+    assert get_args(Behaviour) == BEHAVIOURS
+    assert get_args(Provider) == PROVIDERS

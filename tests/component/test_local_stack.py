@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,7 +22,8 @@ from deploy.local import state as state_module
 from deploy.local.__main__ import main
 from deploy.local.ports import Ports
 from deploy.local.processes import Process, StackError, alive, wait_for
-from deploy.local.state import State, open_state
+from deploy.local.state import State, open_state, throwaway_state
+from deploy.local.supervisor import PORTS, LocalStack
 from deploy.local.topology import SERVICES, Topology
 from services.common import diff as diffs
 
@@ -88,7 +90,7 @@ def test_another_stack_leaves_the_checkouts_profile_alone(how, tmp_path, monkeyp
     if how == "environment":
         monkeypatch.setenv("BYOKEEP_STATE", str(tmp_path))
     written = []
-    monkeypatch.setattr(background, "up", lambda root, config, live: written.append(config) or 0)
+    monkeypatch.setattr(background, "up", lambda root, config, **_: written.append(config) or 0)
     assert main(["up", *[f"--state={tmp_path}"] * (how == "option")]) == 0
     own = how == "neither"
     assert written == [background.CHECKOUT_CONFIG if own else State(tmp_path).config]
@@ -97,12 +99,14 @@ def test_another_stack_leaves_the_checkouts_profile_alone(how, tmp_path, monkeyp
 @pytest.mark.parametrize("live", [False, True])
 def test_up_says_who_plays_the_providers(live, tmp_path, capsys) -> None:
     config = tmp_path / "my stack" / "config.toml"
-    background._print_usage(config, fresh=True, live=live)
+    emulator = None if live else [1, 4711]
+    background._print_usage(config, {"live": live, "emulator": emulator}, fresh=True)
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if "export" in line)
     script = f"{line} && printenv BYOKEEP_CONFIG"
     assert subprocess.check_output(["/bin/sh", "-c", script], text=True).strip() == str(config)
     assert ("sk-proj-" in said) is not live
+    assert ("http://127.0.0.1:4711" in said) is not live
 
 
 def test_lock_has_one_holder_and_cannot_be_stale(state) -> None:
@@ -281,16 +285,40 @@ def test_profiles_are_what_the_client_reads(state) -> None:
 def test_users_environment_stays_outside(service, state, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "canary")
     monkeypatch.setenv("GRPC_TRACE", "all")
-    ports = {name: 1 for zone in SERVICES for name in (zone, f"{zone}-health")}
+    ports = dict.fromkeys(PORTS, 1)
     environment = Topology(state, ports).environment(service, 1)
     assert "canary" not in environment.values()
     assert "GRPC_TRACE" not in environment
 
 
 def test_live_stack_dials_the_real_hosts(state) -> None:
-    ports = {name: 1 for zone in SERVICES for name in (zone, f"{zone}-health")}
+    ports = dict.fromkeys(PORTS, 1)
     environment = Topology(state, ports, live=True).environment("runner")
     assert not [name for name in environment if name.startswith("BYOKEEP_PROVIDER")]
+
+
+@pytest.mark.parametrize("name", ["orchestrator", "emulator-control"])
+def test_a_port_that_is_taken_is_named_and_nothing_is_held(name) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, throwaway_state() as state:
+        number = taken.getsockname()[1]
+        with pytest.raises(StackError, match=f"port {number} "):
+            LocalStack(state, ports={name: number})
+
+
+def test_two_stacks_do_not_share_a_fixed_port() -> None:
+    with contextlib.closing(Ports()) as held, throwaway_state() as state:
+        number = held.reserve()
+        with pytest.raises(StackError, match=f"port {number} "):
+            LocalStack(state, ports={"orchestrator": number})
+        with pytest.raises(StackError, match="there are: keyvault, keyvault-health"):
+            LocalStack(state, ports={"vault": number})
+
+
+@pytest.mark.parametrize("text", ["orchestrator", "orchestrator=x", "orchestrator=0", "=70000"])
+def test_what_is_no_port_is_refused(text, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["up", f"--port={text}"])
+    assert "is not NAME=NUMBER" in capsys.readouterr().err
 
 
 # The demo

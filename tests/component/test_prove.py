@@ -15,7 +15,7 @@ from deploy.local.__main__ import main
 from deploy.local.prove.attack import Attack, Group, NotShownError, Waiting
 from deploy.local.prove.run import GROUPS, attack_stack, chosen_groups
 from deploy.local.state import throwaway_state
-from deploy.local.supervisor import LocalStack
+from deploy.local.supervisor import PORTS, LocalStack
 from deploy.local.topology import Topology
 
 # What the sabotage below lets through, and what waits for a reconcile pass.
@@ -26,7 +26,7 @@ _LEFT_OUT = ("lease-as-auditor", "row-restored-whole")
 def sabotaged() -> Iterator[LocalStack]:
     """A stack whose keyvault takes an auditor for a runner as well."""
     with throwaway_state(in_memory=True) as state:
-        right = Topology(state, dict.fromkeys(("keyvault", "keyvault-health"), 0))
+        right = Topology(state, dict.fromkeys(PORTS, 0))
         callers = right.environment("keyvault")["BYOKEEP_CALLERS"]
         callers += " runner=spiffe://byokeep.local/client/auditor"
         stack = LocalStack(state, extra={"keyvault": {"BYOKEEP_CALLERS": callers}})

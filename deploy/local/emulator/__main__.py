@@ -11,10 +11,12 @@ import signal
 import ssl
 from pathlib import Path
 
+from byokeep.testing.faults import FAULTS
+
 from deploy.local.emulator.app import App
 from deploy.local.emulator.control_api import ControlApi
 from deploy.local.emulator.http import serve
-from deploy.local.emulator.state import FAULTS, State
+from deploy.local.emulator.state import State
 
 _EPILOG = f"""\
 keys:
@@ -25,7 +27,7 @@ keys:
     restricted   may not list models; reviews work
     noquota      quota or credit is gone, for every call
 
-control listener (JSON; deploy.local.emulator.control has a client for it):
+control listener (JSON; byokeep.testing.emulator has a client for it):
   GET /calls?since=N   DELETE /calls
   GET /faults          POST /faults {{"kind", "provider", "path", "key", "times", ...}}
   DELETE /faults       POST /keys {{"provider", "key", "behaviour"}}

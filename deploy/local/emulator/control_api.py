@@ -6,9 +6,11 @@ import dataclasses
 import math
 from typing import Any
 
+from byokeep.testing.faults import BEHAVIOURS
+
 from deploy.local.emulator.http import Reply, Request, json_reply
 from deploy.local.emulator.models import PROVIDERS
-from deploy.local.emulator.state import BEHAVIOURS, Fault, State
+from deploy.local.emulator.state import Fault, State
 
 _FAULT_FIELDS = {
     "kind": str,
@@ -70,7 +72,10 @@ class ControlApi:
     def _add_key(self, body: dict[str, Any]) -> None:
         provider, key, behaviour = body["provider"], body["key"], body.get("behaviour", "valid")
         if provider not in PROVIDERS or behaviour not in BEHAVIOURS or not isinstance(key, str):
-            raise ValueError("a key needs provider, key and behaviour, each of the known ones")
+            raise ValueError(
+                f"a key needs a provider ({', '.join(PROVIDERS)}), a key, and a behaviour"
+                f" ({', '.join(BEHAVIOURS)})"
+            )
         self._state.keys[provider, key] = behaviour
 
 
@@ -87,7 +92,9 @@ def _fault(request: Request) -> Fault:
         wanted = _FAULT_FIELDS.get(name)
         number = wanted is float and type(value) in (int, float)
         if wanted is None or not (number or isinstance(value, wanted) or value is None):
-            raise ValueError(f"a fault has no field {name} of this type")
+            raise ValueError(
+                f"a fault has no {name} of this type; it has: {', '.join(_FAULT_FIELDS)}"
+            )
     if "seconds" in body:
         _seconds(body["seconds"])
     if body.get("provider") not in (None, *PROVIDERS):

@@ -7,71 +7,13 @@ import hashlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
-PathKind = Literal["models", "chat", "other"]
-Behaviour = Literal["valid", "invalid", "restricted", "noquota"]
+from byokeep.testing.faults import BEHAVIOURS, FAULTS, Behaviour, FaultKind
 
-BEHAVIOURS: Final[tuple[Behaviour, ...]] = ("valid", "invalid", "restricted", "noquota")
-FaultKind = Literal[
-    "unauthorized",
-    "missing_scope",
-    "quota",
-    "rate_limited",
-    "server_error",
-    "context_too_long",
-    "region_refused",
-    "blocked",
-    "redirect",
-    "slow",
-    "hold",
-    "hang_handshake",
-    "flood_1xx",
-    "drip_head",
-    "drip_extension",
-    "drip_comment",
-    "cut",
-    "cut_stream",
-    "error_event",
-    "malformed_json",
-    "malformed_answer",
-    "truncated",
-    "refusal",
-    "echo",
-    "echo_key",
-]
-FAULTS: Final[Mapping[FaultKind, str]] = MappingProxyType(
-    {
-        "unauthorized": "the key is wrong",
-        "missing_scope": "the key may not do this",
-        "quota": "quota or credit is gone",
-        "rate_limited": "come back after `seconds`",
-        "server_error": "the provider fails with `status`",
-        "context_too_long": "the prompt is too long; with `after_bytes`, only a longer one",
-        "region_refused": "the provider does not serve this country",
-        "blocked": "403 with a page of HTML, from a CDN in front of the provider",
-        "redirect": "302 to `location`",
-        "slow": "the answer comes after `seconds`",
-        "hold": "the answer waits for a release",
-        "hang_handshake": "the next connection gets no TLS handshake; it knows no provider or key",
-        "flood_1xx": "an answer 103 every `seconds`, for ever",
-        "drip_head": "a byte of the answer's head every `seconds`, for ever",
-        "drip_extension": "a byte of a chunk's extension every `seconds`, for ever",
-        "drip_comment": "a comment in the stream every `seconds`, for ever",
-        "cut": "the connection ends in the middle, or after `after_bytes`",
-        "cut_stream": "the connection ends after `events` events",
-        "error_event": "the stream ends after `events` events with an error",
-        "malformed_json": "JSON that is none",
-        "malformed_answer": "an answer off the schema",
-        "truncated": "the model ran out of tokens",
-        "refusal": "the model declines",
-        "echo": "findings, or models, that hold the key, in many encodings",
-        "echo_key": "a bad request whose text holds the key",
-    }
-)
+PathKind = Literal["models", "chat", "other"]
 # These change the model's answer, and a model list has none.
 CHAT_FAULTS: Final[tuple[FaultKind, ...]] = (
     *("malformed_answer", "truncated", "refusal", "context_too_long"),

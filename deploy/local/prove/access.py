@@ -24,11 +24,11 @@ from byokeep.keyvault.v1 import (
     custody_pb2_grpc,
     lease_pb2_grpc,
 )
+from byokeep.testing.emulator import Emulator
 from byokeep.transport import channel_options
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from deploy.local.emulator.control import EmulatorControl
 from deploy.local.material import ROLES, SERVER_NAMES, make_grant_key
 from deploy.local.pki import Identity
 from deploy.local.supervisor import LocalStack
@@ -120,12 +120,12 @@ class Access:
         return connect(profile, config=self.state.config)
 
     @cached_property
-    def emulator(self) -> EmulatorControl:
+    def emulator(self) -> Emulator:
         """The control of what plays the providers."""
         ports = self.stack.emulator_ports
         if ports is None:
             raise RuntimeError("this stack has no emulator")
-        return self._resources.enter_context(EmulatorControl(f"http://127.0.0.1:{ports[1]}"))
+        return self._resources.enter_context(Emulator(f"http://127.0.0.1:{ports[1]}"))
 
     # Databases, audit, the command
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import httpcore
 import httpx
 from byokeep.orchestrator.v1 import key_pb2
+from byokeep.testing.emulator import Emulator as EmulatorControl
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from deploy.local.emulator.control import EmulatorControl
 from services.llm_runner import wire
 from services.llm_runner.providers import ADAPTERS
 

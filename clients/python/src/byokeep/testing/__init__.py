@@ -8,8 +8,8 @@
 
 or, in a conftest.py, `from byokeep.testing.plugin import byokeep_stack`.
 
-It needs a byokeep checkout with its `.venv` (`make setup`): the stack's code is
-`deploy.local` there. Run the tests with that checkout in `PYTHONPATH`.
+`pip install "byokeep[testing]"` brings the services, which run as processes with a PostgreSQL of
+their own; no Docker, no Vault. In a byokeep checkout its own code is used.
 """
 
 from __future__ import annotations

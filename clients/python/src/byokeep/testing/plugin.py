@@ -11,6 +11,6 @@ from byokeep.testing.stack import Stack
 
 @pytest.fixture(scope="session")
 def byokeep_stack() -> Iterator[Stack]:
-    """A whole stack for the session; the emulator is reset by who scripts it."""
+    """A whole stack for the session; whoever scripts its emulator resets it."""
     with Stack() as stack:
         yield stack

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     from byokeep.client import Connection
+    from byokeep.testing.emulator import Emulator
 
 
 class ProcessHandle(Protocol):
@@ -54,30 +55,38 @@ class Stack:
         live: bool = False,
         environment: Mapping[str, Mapping[str, str]] | None = None,
         in_memory: bool = True,
+        ports: Mapping[str, int] | None = None,
     ) -> None:
         """``environment`` adds variables by process name (`keyvault`, `orchestrator`,
         `runner`); ``live`` dials the real providers, and there is no emulator then.
         ``in_memory``: no file on a disk, where memory has room; durable writes cost nothing
-        then, so measurements need False."""
+        then, so measurements need False. ``ports`` fixes numbers by name: `orchestrator`,
+        `keyvault`, `runner`, `emulator`, `emulator-control`, and each service's `-health` and
+        `-metrics`; the others are free ones."""
         self._live = live
         self._in_memory = in_memory
         self._environment = environment
+        self._ports = ports
         self._resources = ExitStack()
         self._local: Any = None
-        self._emulator: Any = None
+        self._emulator: Emulator | None = None
 
     def start(self) -> Self:
         """Start all; returns once it serves. Raises RuntimeError with the log of what failed."""
+        # Loaded here: it needs httpx, which the command does not.
+        from byokeep.testing.emulator import Emulator
+
         state_module, supervisor = _deploy("state"), _deploy("supervisor")
         with ExitStack() as resources:
             state = resources.enter_context(state_module.throwaway_state(in_memory=self._in_memory))
-            local = supervisor.LocalStack(state, live=self._live, extra=self._environment)
+            local = supervisor.LocalStack(
+                state, live=self._live, extra=self._environment, ports=self._ports
+            )
             resources.callback(local.stop, discard=True)
             local.start()
             if local.emulator_ports is not None:
-                control = _deploy("emulator.control").EmulatorControl
                 url = f"http://127.0.0.1:{local.emulator_ports[1]}"
-                self._emulator = resources.enter_context(control(url))
+                self._emulator = resources.enter_context(Emulator(url))
             self._local = local
             self._resources = resources.pop_all()
         return self
@@ -106,8 +115,8 @@ class Stack:
         return path
 
     @property
-    def emulator(self) -> Any:
-        """The emulator's control: `fault`, `calls`, `add_key`, `latency`, `release`, `reset`.
+    def emulator(self) -> Emulator:
+        """What plays the providers: makes them fail, and tells which calls came.
 
         Raises RuntimeError with ``live``.
         """
@@ -179,11 +188,11 @@ class Stack:
 
 
 def _deploy(name: str) -> Any:
-    try:
-        return importlib.import_module(f"deploy.local.{name}")
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("deploy"):
-            raise
-        raise RuntimeError(
-            "byokeep.testing needs a byokeep checkout in PYTHONPATH, after its `make setup`"
-        ) from None
+    for home in ("byokeep_services.deploy.local", "deploy.local"):
+        try:
+            return importlib.import_module(f"{home}.{name}")
+        except ModuleNotFoundError as error:
+            # Another module that is missing is a fault of its own.
+            if error.name is None or not f"{home}.".startswith(f"{error.name}."):
+                raise
+    raise RuntimeError('byokeep.testing needs its services: pip install "byokeep[testing]"')

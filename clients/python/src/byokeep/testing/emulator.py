@@ -1,14 +1,29 @@
-"""Client of the emulator's control listener, for tests and benchmarks."""
+"""Scripts the emulator of the three providers, and reads what it saw."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import httpx
 
-from deploy.local.emulator.state import FaultKind
+from byokeep import Error
+from byokeep.testing.faults import Behaviour, FaultKind, Provider
+
+
+class FaultSettings(TypedDict, total=False):
+    """What some kinds of fault take beside what they match."""
+
+    seconds: float
+    status: int
+    after_bytes: int
+    events: int
+    location: str
+
+
+class EmulatorError(Error, ValueError):
+    """The emulator refuses a request; the text says what there is instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +46,9 @@ class LoggedCall:
     held_ms: int
 
 
-class EmulatorControl:
-    """Scripts a running emulator. Raises httpx.HTTPStatusError if it doesn't like a request."""
+class Emulator:
+    """Scripts a running emulator. Raises EmulatorError for a request that makes no sense, and
+    httpx.TransportError where nobody listens."""
 
     def __init__(self, url: str, timeout: float = 10.0) -> None:
         """``url`` is the control listener's, such as ``http://127.0.0.1:PORT``."""
@@ -42,17 +58,16 @@ class EmulatorControl:
         self,
         kind: FaultKind,
         *,
-        provider: str | None = None,
-        path: str | None = None,
+        provider: Provider | None = None,
+        path: Literal["models", "chat"] | None = None,
         key: str | None = None,
         times: int | None = 1,
-        **settings: float | int | str,
+        **settings: Unpack[FaultSettings],
     ) -> None:
         """Make the next ``times`` matching calls (None: all of them) fail in this way.
 
-        ``deploy.local.emulator.state.FAULTS`` says what each kind does, and with which of the
-        settings ``seconds``, ``status``, ``after_bytes``, ``events`` and ``location``. ``key``
-        is any part of a key; ``path`` is "models" or "chat".
+        `byokeep.testing.faults.FAULTS` says what each kind does, and with which of the settings.
+        ``key`` is any part of a key; ``path`` is "models" (the validation of a key) or "chat".
         """
         match = {"provider": provider, "path": path, "key": key}
         chosen = {name: value for name, value in match.items() if value is not None}
@@ -60,26 +75,23 @@ class EmulatorControl:
 
     def calls(self, since: int = 0) -> list[LoggedCall]:
         """Calls with a sequence number above ``since``, oldest first."""
-        response = self._client.get("/calls", params={"since": since})
-        response.raise_for_status()
-        return [LoggedCall(**call) for call in response.json()["calls"]]
+        answer = self._ask("GET", "/calls", params={"since": since})
+        return [LoggedCall(**call) for call in answer["calls"]]
 
     def held(self) -> int:
         """How many calls a hold fault keeps waiting right now."""
-        response = self._client.get("/faults")
-        response.raise_for_status()
-        return int(response.json()["held"])
+        return int(self._ask("GET", "/faults")["held"])
 
     def clear_faults(self) -> None:
         """Drop all scripted faults; calls that are held stay held."""
-        self._client.delete("/faults").raise_for_status()
+        self._ask("DELETE", "/faults")
 
     def clear_calls(self) -> None:
         """Empty the call log; sequence numbers go on."""
-        self._client.delete("/calls").raise_for_status()
+        self._ask("DELETE", "/calls")
 
-    def add_key(self, provider: str, key: str, behaviour: str = "valid") -> None:
-        """Register a key: "valid", "invalid", "restricted" or "noquota"."""
+    def add_key(self, provider: Provider, key: str, behaviour: Behaviour = "valid") -> None:
+        """Say how a provider treats a key from now on."""
         self._post("/keys", {"provider": provider, "key": key, "behaviour": behaviour})
 
     def latency(self, seconds: float) -> None:
@@ -112,7 +124,13 @@ class EmulatorControl:
         self.close()
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        response = self._client.post(path, json=body)
-        response.raise_for_status()
+        return self._ask("POST", path, json=body)
+
+    def _ask(self, method: str, path: str, **more: Any) -> dict[str, Any]:
+        response = self._client.request(method, path, **more)
         document: dict[str, Any] = response.json()
+        if response.is_error:
+            raise EmulatorError(
+                document.get("error", f"the emulator answers {response.status_code}")
+            )
         return document
