@@ -108,15 +108,30 @@ class CallerClasses:
         )
 
 
-def declared_access(method: str) -> options_pb2.Access:
-    """Return who may call `/package.Service/Method`. Raises ConfigError where nobody may."""
+def descriptor_of(method: str) -> Any:
+    """Return the descriptor of `/package.Service/Method`."""
     service_name, _, method_name = method.strip("/").partition("/")
     service = descriptor_pool.Default().FindServiceByName(service_name)
-    options = service.methods_by_name[method_name].GetOptions()
-    access = options.Extensions[options_pb2.access]
+    return service.methods_by_name[method_name]
+
+
+def declared_access(method: str) -> options_pb2.Access:
+    """Return who may call `/package.Service/Method`. Raises ConfigError where nobody may."""
+    access: options_pb2.Access = descriptor_of(method).GetOptions().Extensions[options_pb2.access]
     if not access.callers or options_pb2.CALLER_CLASS_UNSPECIFIED in access.callers:
         raise ConfigError(f"{method} declares no callers; refusing to serve it")
     return access
+
+
+def named_tenant(request: Any) -> str:
+    """Return the tenant that a request names, whether it exists or not; empty where it names none.
+    What is not a tenant's own, such as the chain `system`, stands under its own name."""
+    fields = request.DESCRIPTOR.fields_by_name
+    named = ("parent", "name", "tenant")
+    name: str = next((getattr(request, field) for field in named if field in fields), "")
+    if "settings" in fields:
+        name = request.settings.name
+    return name.removeprefix("tenants/").partition("/")[0]
 
 
 def methods_of(service_name: str) -> list[str]:

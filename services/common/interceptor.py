@@ -1,7 +1,13 @@
-"""What stands before every handler: identity, validation, rights; and behind it: errors."""
+"""What stands before every handler: identity, load, validation, rights; and behind it: errors.
+
+gRPC hands a unary request over only once all of it is there. So every method is served as one that
+takes a stream, of which a unary caller sends one message: who calls is known before that is read.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,24 +15,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 import protovalidate
 from byokeep.common.v1 import options_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
-from services.common import authz, deadline, logs, metrics
+from services.common import authz, deadline, load, logs, metrics, wire
 from services.common.errors import ByokeepError, internal
 
 log = logging.getLogger(__name__)
-Requests = AsyncIterator[Message]
 Authorize = Callable[[authz.Caller, options_pb2.Access, Any], Awaitable[None]]
 if TYPE_CHECKING:  # generic only in their stubs
     Handler = grpc.RpcMethodHandler[Any, Any]
     Context = grpc.aio.ServicerContext[Any, Any]
-_KINDS = {
-    (False, False): "unary_unary",
-    (False, True): "unary_stream",
-    (True, False): "stream_unary",
-    (True, True): "stream_stream",
-}
 _DENIALS = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+#: A unary request is read for so long.
+READ_SECONDS = 30.0
 
 
 class Denied(Protocol):
@@ -46,6 +47,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._classes = classes
         self._authorize = authorize
         self._denied = denied
+        self._load = load.Load()
         self._wrapped: dict[str, Handler] = {}
 
     async def intercept_service(
@@ -63,48 +65,55 @@ class Gate(grpc.aio.ServerInterceptor):
         return self._wrapped[method]
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
-        call = _Call(self, method, authz.declared_access(method))
-        kind = _KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
-        make: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
-        wrapped = getattr(call, kind)(getattr(handler, kind))
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        call = _Call(self, method, handler)
+        make: Any
+        if handler.response_streaming:
+            make = grpc.stream_stream_rpc_method_handler
+            inner = handler.stream_stream or handler.unary_stream
+            wrapped = call.many(inner)
+        else:
+            make = grpc.stream_unary_rpc_method_handler
+            inner = handler.stream_unary or handler.unary_unary
+            wrapped = call.one(inner)
+        # Not parsed by gRPC: a caller's message is looked at first.
+        wrapped_handler: Handler = make(wrapped, None, handler.response_serializer)
+        return wrapped_handler
 
 
 class _Call:
-    def __init__(self, gate: Gate, method: str, access: options_pb2.Access) -> None:
-        self._gate, self._method, self._access = gate, method, access
+    def __init__(self, gate: Gate, method: str, handler: Handler) -> None:
+        self._gate, self._method = gate, method
+        self._access, self._limits = authz.declared_access(method), load.declared(method)
+        self._streams_in = bool(handler.request_streaming)
+        self._streams_out = bool(handler.response_streaming)
+        self._request = authz.descriptor_of(method).input_type
+        self._parse: Any = handler.request_deserializer
 
-    def unary_unary(self, inner: Any) -> Any:
-        async def handle(request: Message, context: Context) -> Any:
+    def one(self, inner: Any) -> Any:
+        """Wrap a handler with one answer."""
+
+        async def handle(_: object, context: Context) -> Any:
             refusal = None
             try:
-                await self._admit(request, context)
-                return await inner(request, context)
+                with contextlib.ExitStack() as held:
+                    request = await self._admitted(context, held)
+                    return await inner(request, context)
             except Exception as error:
                 refusal = self._refusal(error)
             await _abort(context, refusal)
 
         return handle
 
-    def stream_unary(self, inner: Any) -> Any:
-        async def handle(requests: Requests, context: Context) -> Any:
+    def many(self, inner: Any) -> Any:
+        """Wrap a handler with a stream of answers."""
+
+        async def handle(_: object, context: Context) -> AsyncIterator[Message]:
             refusal = None
             try:
-                self._identify(context)
-                return await inner(_validated(requests), context)
-            except Exception as error:
-                refusal = self._refusal(error)
-            await _abort(context, refusal)
-
-        return handle
-
-    def unary_stream(self, inner: Any) -> Any:
-        async def handle(request: Message, context: Context) -> AsyncIterator[Message]:
-            refusal = None
-            try:
-                await self._admit(request, context)
-                async for response in inner(request, context):
-                    yield response
+                with contextlib.ExitStack() as held:
+                    request = await self._admitted(context, held)
+                    async for response in inner(request, context):
+                        yield response
             except Exception as error:
                 refusal = self._refusal(error)
             if refusal is not None:
@@ -112,19 +121,53 @@ class _Call:
 
         return handle
 
-    def stream_stream(self, inner: Any) -> Any:
-        async def handle(requests: Requests, context: Context) -> AsyncIterator[Message]:
-            refusal = None
-            try:
-                self._identify(context)
-                async for response in inner(_validated(requests), context):
-                    yield response
-            except Exception as error:
-                refusal = self._refusal(error)
-            if refusal is not None:
-                await _abort(context, refusal)
+    async def _admitted(self, context: Context, held: contextlib.ExitStack) -> Any:
+        """Return the request, or the stream of them, of a caller that may make it; `held` gets what
+        is to be given back in the end."""
+        caller = self._identify(context)
+        if self._streams_in:
+            return self._messages(context)
+        admitted = await self._gate._load.admit(caller.spiffe_id)
+        try:
+            raw = await self._raw(context)
+            request, size = self._read(raw), len(raw)
+            del raw
+            if self._access.roles and self._gate._authorize is not None:
+                await self._gate._authorize(caller, self._access, request)
+        finally:
+            admitted()
+        tenant = authz.named_tenant(request)
+        if tenant:
+            held.callback(self._gate._load.enter(tenant, self._method, self._limits, size))
+            if not self._streams_out:
+                held.callback(await self._gate._load.run(tenant))
+        return request
 
-        return handle
+    async def _raw(self, context: Context) -> Any:
+        # A caller that does not send what it began would keep others of its identity waiting.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(READ_SECONDS):
+                return await context.read()
+        raise _no_request(f"not all of it came within {READ_SECONDS:g} seconds")
+
+    async def _messages(self, context: Context) -> AsyncIterator[Message]:
+        while isinstance(raw := await context.read(), bytes):
+            yield self._read(raw)
+
+    def _read(self, raw: Any) -> Message:
+        """Parse and check a message. Raises ByokeepError: INVALID_FIELD."""
+        if not isinstance(raw, bytes):
+            raise _no_request("no request came")
+        if len(raw) > self._limits.request_bytes:
+            raise _no_request(f"more than {self._limits.request_bytes} bytes")
+        request: Message | None = None
+        with contextlib.suppress(wire.WireError, DecodeError):
+            wire.require_few(self._request, raw)
+            request = self._parse(raw)
+        if request is None:
+            raise _no_request(f"no serialized message of at most {wire.MOST} elements")
+        validate(request)
+        return request
 
     def _identify(self, context: Context) -> authz.Caller:
         deadline.enter(context.time_remaining())
@@ -132,12 +175,6 @@ class _Call:
         authz.enter(caller)
         authz.check_class(caller, self._access, self._method)
         return caller
-
-    async def _admit(self, request: Message, context: Context) -> None:
-        caller = self._identify(context)
-        validate(request)
-        if self._access.roles and self._gate._authorize is not None:
-            await self._gate._authorize(caller, self._access, request)
 
     def _refusal(self, error: Exception) -> ByokeepError:
         if isinstance(error, grpc.aio.AbortError):
@@ -180,7 +217,11 @@ def validate(message: Message) -> None:
     )
 
 
-async def _validated(requests: Requests) -> AsyncIterator[Message]:
-    async for request in requests:
-        validate(request)
-        yield request
+def _no_request(what: str) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        f"request: {what}",
+        field="request",
+        rule="request",
+    )

@@ -18,10 +18,9 @@ import grpc
 import uvloop
 from byokeep.identity import IdentityError
 from byokeep.transport import MAX_MESSAGE_BYTES
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health_pb2
 
-from services.common import authz, hardening, logs, metrics, tracing
+from services.common import authz, hardening, load, logs, metrics, tracing
 from services.common.background import Background
 from services.common.config import ConfigError, ServiceSettings, check_folder, check_listen
 from services.common.errors import ByokeepError
@@ -34,6 +33,8 @@ log = logging.getLogger(__name__)
 _HEALTH_SECONDS = 1.0
 # Somebody waits for the first time that it is well.
 _FIRST_HEALTH_SECONDS = 0.05
+_HEALTH_BYTES = 1024
+_HEALTH_AGE_MS = 30_000
 # A service that can't even say so within this time is not well.
 _MISSING_SECONDS = 5.0
 # What does not end by itself, when all is told to, is ended with the process.
@@ -44,9 +45,10 @@ EXIT_CONFIG, EXIT_NOT_YET = 78, 75
 LIVE = "live"
 
 _OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", 256),
+    # Without it what nobody reads yet stays within 64 KiB of each call.
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
@@ -81,12 +83,12 @@ class App(Protocol):
 class _Registrar:
     """Takes servicers for the server, and learns which services there are."""
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
+    def __init__(self) -> None:
+        self.handlers: list[grpc.GenericRpcHandler] = []
         self.services: list[str] = []
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        self._server.add_generic_rpc_handlers(handlers)
+        self.handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
         # Named only. gRPC's server waits for the next call of each registered method by itself,
@@ -173,12 +175,16 @@ async def build(settings: ServiceSettings, app: App) -> tuple[grpc.aio.Server, i
         ("grpc.max_connection_age_ms", settings.connection_age_seconds * 1000),
         ("grpc.max_connection_age_grace_ms", settings.connection_grace_seconds * 1000),
     ]
-    server = grpc.aio.server(interceptors=[Observe(), gate], options=_OPTIONS + age)
-    registrar = _Registrar(server)
+    registrar = _Registrar()
     app.register(registrar)  # type: ignore[arg-type]
-    for service in registrar.services:
-        for method in authz.methods_of(service):
-            authz.declared_access(method)
+    methods = [method for service in registrar.services for method in authz.methods_of(service)]
+    for method in methods:
+        authz.declared_access(method)
+    # gRPC refuses what is larger by its length, before it takes it in.
+    largest = max(load.declared(method).request_bytes for method in methods)
+    size = [("grpc.max_receive_message_length", largest)]
+    server = grpc.aio.server(interceptors=[Observe(), gate], options=_OPTIONS + age + size)
+    server.add_generic_rpc_handlers(registrar.handlers)
     identity = ServerIdentity(settings.tls)
     metrics.CERTIFICATE_EXPIRY.set_function(identity.expiry)
     credentials = identity.credentials()
@@ -211,7 +217,7 @@ async def _serve(name: str, settings: ServiceSettings, app: App) -> None:
             await health.close()
         logs.event(log, "draining")
         getattr(app, "drain", lambda: None)()
-        await status.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        status.value = health_pb2.HealthCheckResponse.NOT_SERVING
     finally:
         if server is not None:
             await server.stop(settings.call_drain_seconds)
@@ -250,7 +256,7 @@ class _Health:
         self,
         app: App,
         own: Background,
-        status: health_aio.HealthServicer,
+        status: _Status,
         settings: ServiceSettings,
     ) -> None:
         self._app, self._own, self._status = app, own, status
@@ -276,7 +282,7 @@ class _Health:
         level = logging.ERROR if missing else logging.INFO
         logs.event(log, "health", level=level, serving=not missing, missing=missing)
         code = health_pb2.HealthCheckResponse
-        await self._status.set("", code.NOT_SERVING if missing else code.SERVING)
+        self._status.value = code.NOT_SERVING if missing else code.SERVING
         if self._ready_file is not None and not missing:
             # Whole or not at all: somebody waits for it.
             temporary = self._ready_file.with_suffix(".new")
@@ -285,18 +291,44 @@ class _Health:
             self._ready_file = None
 
 
-async def _health(listen: str) -> tuple[health_aio.HealthServicer, grpc.aio.Server]:
-    # Kubernetes probes have no client certificate: health alone is served in the clear.
-    server = grpc.aio.server(
-        maximum_concurrent_rpcs=64, options=[("grpc.max_concurrent_streams", 8)]
+class _Status:
+    """What the health port says: `Check` alone. A `Watch` has no end, and anybody can reach the
+    port: they would keep probes out."""
+
+    def __init__(self) -> None:
+        self.value = health_pb2.HealthCheckResponse.NOT_SERVING
+
+    async def check(
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service not in ("", LIVE):
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
+        serving = health_pb2.HealthCheckResponse.SERVING
+        return health_pb2.HealthCheckResponse(status=serving if request.service else self.value)
+
+
+async def _health(listen: str) -> tuple[_Status, grpc.aio.Server]:
+    # Kubernetes probes have no client certificate: health alone is served in the clear. Nobody is
+    # told apart there, so that no number of calls is refused; each is small, and soon cut off.
+    options = [
+        ("grpc.max_receive_message_length", _HEALTH_BYTES),
+        ("grpc.max_concurrent_streams", 8),
+        ("grpc.max_connection_age_ms", _HEALTH_AGE_MS),
+        ("grpc.max_connection_age_grace_ms", _HEALTH_AGE_MS),
+    ]
+    server = grpc.aio.server(options=options)
+    status = _Status()
+    check = grpc.unary_unary_rpc_method_handler(
+        status.check,
+        health_pb2.HealthCheckRequest.FromString,
+        health_pb2.HealthCheckResponse.SerializeToString,
     )
-    servicer = health_aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})]
+    )
     try:
         server.add_insecure_port(listen)
     except RuntimeError:
         raise ConfigError(f"BYOKEEP_HEALTH_LISTEN: can't listen at {listen}") from None
     await server.start()
-    await servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-    await servicer.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
-    return servicer, server
+    return status, server

@@ -1,15 +1,17 @@
 """One tenant that stalls all: each attack with a victim beside it, whose call must be answered
-while nearly all of the attack is still to be done. No clock is asked: what is compared is order.
+before the attack got much done. No clock is asked: what is counted is how much that was.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from byokeep.errors import error_info
 from byokeep.orchestrator.v1 import review_pb2, settings_pb2
 
 from tests.harness import orchestrator as harness
@@ -17,6 +19,7 @@ from tests.harness import orchestrator as harness
 #: 63 kB, which take 80 ms to plan.
 SHORT_LINES = b"--- a/x\n+++ b/x\n@@ -0,0 +1,31500 @@\n" + b"+\n" * 31_500
 ATTACKS = 12
+AT_MOST = 3
 
 
 @pytest.fixture
@@ -28,16 +31,35 @@ async def stack(orchestrator_database_url: str, tmp_path: Path) -> AsyncIterator
         yield running
 
 
-async def unfinished(stack: harness.Stack, attack: list[Awaitable[Any]]) -> int:
-    """How much of an attack is not done yet when a call of another tenant is."""
-    tasks = [asyncio.ensure_future(call) for call in attack]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    await stack.client("acme").settings.GetSettings(
-        settings_pb2.GetSettingsRequest(name="tenants/acme/settings")
-    )
-    left = sum(not task.done() for task in tasks)
+async def done_meanwhile(stack: harness.Stack, attack: Callable[[], Awaitable[Any]]) -> int:
+    """Keep calls of one tenant in flight; return the most that were answered during one call of
+    another tenant. What is refused is sent again at once."""
+    done, over = 0, False
+
+    async def attacker() -> None:
+        nonlocal done
+        while not over:
+            try:
+                await attack()
+                done += 1
+            except grpc.aio.AioRpcError as error:
+                if error_info(error).reason != "OVERLOADED":
+                    raise
+
+    tasks = [asyncio.create_task(attacker()) for _ in range(ATTACKS)]
+    most = 0
+    for _ in range(3):
+        before = done
+        while done == before:
+            await asyncio.sleep(0.01)
+        before = done
+        await stack.client("acme").settings.GetSettings(
+            settings_pb2.GetSettingsRequest(name="tenants/acme/settings")
+        )
+        most = max(most, done - before)
+    over = True
     await asyncio.gather(*tasks)
-    return left
+    return most
 
 
 def dry_run(stack: harness.Stack) -> Awaitable[Any]:
@@ -50,13 +72,12 @@ def dry_run(stack: harness.Stack) -> Awaitable[Any]:
 
 
 async def test_dry_runs_of_short_lines(stack: harness.Stack) -> None:
-    """Was shown to fail with the diff planned on the event loop: none was left."""
-    await dry_run(stack)
-    assert await unfinished(stack, [dry_run(stack) for _ in range(ATTACKS)]) >= ATTACKS // 2
+    """Was shown to fail with the diff planned on the event loop: eight."""
+    assert await done_meanwhile(stack, lambda: dry_run(stack)) <= AT_MOST
 
 
 async def test_exports_full_of_marks(stack: harness.Stack) -> None:
-    """Was shown to fail with `exports.github` called on the event loop: none was left."""
+    """Was shown to fail with `exports.github` called on the event loop: four."""
     words = "`*" * 2_000
     hostile = review_pb2.Finding(
         path="app.py",
@@ -85,5 +106,4 @@ async def test_exports_full_of_marks(stack: harness.Stack) -> None:
     def export() -> Awaitable[Any]:
         return stack.client("flood").reviews.ExportReview(request)
 
-    await export()
-    assert await unfinished(stack, [export() for _ in range(ATTACKS)]) >= ATTACKS // 2
+    assert await done_meanwhile(stack, export) <= AT_MOST

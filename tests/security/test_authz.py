@@ -225,6 +225,6 @@ def test_a_wrong_caller_setting_stops_the_start(callers):
 async def test_roles_of_keyvault_are_apart(keyvault, role, served):
     """The admin role serves no lease, the data role no administration."""
     keyvault.app._role = role
-    registrar = server._Registrar(grpc.aio.server())
+    registrar = server._Registrar()
     keyvault.app.register(registrar)
     assert set(registrar.services) == served

@@ -1,0 +1,98 @@
+"""How much a server takes on: of one caller before its call is authorised, of one tenant after.
+
+A caller's calls are read and authorised some at a time; the others wait unread, so that a flood
+takes neither memory nor more of the event loop than one caller's part. A tenant has as many calls
+of a method in flight as its proto says, and a few of them run at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from byokeep.common.v1 import options_pb2
+
+from services.common import authz
+from services.common.errors import ByokeepError
+from services.common.turns import Full, Turns
+
+_PER_TENANT: Final = 256
+_REQUEST_BYTES: Final = 64 * 1024
+_ADMITTED_AT_ONCE: Final = 4
+#: Most calls of one caller that wait to be read and authorised, with those that are.
+PER_CALLER: Final = 1024
+_RUN_AT_ONCE: Final = 8
+#: Most bytes of requests of one tenant in flight, where it is more than one request.
+TENANT_BYTES: Final = 64 * 1024 * 1024
+_AGAIN_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a method's proto says of its load (`byokeep.common.v1.Load`)."""
+
+    per_tenant: int
+    request_bytes: int
+
+
+def declared(method: str) -> Limits:
+    """Return the limits of `/package.Service/Method`."""
+    load = authz.descriptor_of(method).GetOptions().Extensions[options_pb2.load]
+    return Limits(load.per_tenant or _PER_TENANT, load.request_bytes or _REQUEST_BYTES)
+
+
+class Load:
+    """What is in flight at one server."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._admitted = Turns(_ADMITTED_AT_ONCE, PER_CALLER)
+        self._running = Turns(_RUN_AT_ONCE)
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._bytes: Counter[str] = Counter()
+
+    async def admit(self, caller: str) -> Callable[[], None]:
+        """Wait until a call of a caller may be read; return what ends that. Raises OVERLOADED."""
+        try:
+            return await self._admitted.take(caller)
+        except Full:
+            pass
+        raise _overloaded("calls of this identity that wait to be authorised", PER_CALLER)
+
+    def enter(self, tenant: str, method: str, limits: Limits, size: int) -> Callable[[], None]:
+        """Count a call that was authorised; return what ends that. Raises OVERLOADED."""
+        call = (tenant, method)
+        if self._calls[call] >= limits.per_tenant:
+            name = method.rsplit("/", 1)[1]
+            raise _overloaded(f"calls of {name} for this tenant at once", limits.per_tenant)
+        if self._bytes[tenant] and self._bytes[tenant] + size > TENANT_BYTES:
+            raise _overloaded("bytes of requests for this tenant at once", TENANT_BYTES)
+        self._calls[call] += 1
+        self._bytes[tenant] += size
+
+        def leave() -> None:
+            self._calls[call] -= 1
+            self._bytes[tenant] -= size
+            if not self._calls[call]:
+                del self._calls[call]
+            if not self._bytes[tenant]:
+                del self._bytes[tenant]
+
+        return leave
+
+    async def run(self, tenant: str) -> Callable[[], None]:
+        """Wait until a tenant's call may run; return what ends that."""
+        return await self._running.take(tenant)
+
+
+def _overloaded(what: str, limit: int) -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "OVERLOADED",
+        f"more than {limit} {what} are not served; try again",
+        retry_after_seconds=_AGAIN_SECONDS,
+        limit=str(limit),
+    )

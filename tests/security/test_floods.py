@@ -1,0 +1,274 @@
+"""Floods: before a caller is authorised, and of one tenant after; each with a victim beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from byokeep.errors import error_info
+from byokeep.keyvault.v1 import custody_pb2
+from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2
+from byokeep.transport import TlsFiles, aio_channel
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.common import interceptor, load, server, wire
+from tests.harness import keyvault as kv
+from tests.harness import orchestrator as harness
+from tests.harness.replica import replicas
+
+_SUBMIT = "/byokeep.orchestrator.v1.ReviewService/SubmitReview"
+_DRY_RUN = "/byokeep.orchestrator.v1.ReviewService/DryRunReview"
+_CONNECTIONS = 20
+_MEBIBYTE = 1024 * 1024
+
+
+@pytest.fixture
+async def stack(orchestrator_database_url: str, tmp_path: Path) -> AsyncIterator[harness.Stack]:
+    async with harness.running(orchestrator_database_url, tmp_path) as running:
+        for tenant in ("acme", "flood"):
+            await running.tenant(tenant)
+            running.keyvault.add(tenant)
+        yield running
+
+
+async def victim(stack: harness.Stack) -> None:
+    """An ordinary call of another tenant and caller."""
+    await stack.client("acme").settings.GetSettings(
+        settings_pb2.GetSettingsRequest(name="tenants/acme/settings"), timeout=20
+    )
+
+
+@contextlib.asynccontextmanager
+async def channel(stack: harness.Stack, spiffe_id: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A connection of an identity, by itself."""
+    name = spiffe_id.replace("/", "-")
+    files = stack.authority.issue(stack.folder / name, spiffe_id=spiffe_id)
+    tls = TlsFiles(files.certificate, files.key, stack.folder / "ca.pem")
+    async with aio_channel(stack.address, "orchestrator.test", tls) as opened:
+        yield opened
+
+
+def half(opened: grpc.aio.Channel, method: str = _SUBMIT) -> Any:
+    """A call whose caller sends nothing of its request."""
+    return opened.stream_unary(method)()
+
+
+async def refused(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        async with asyncio.timeout(30):
+            await call
+    return raised.value
+
+
+@pytest.mark.parametrize("identity", ["nobody", "orchestrator"])
+async def test_large_messages_take_no_memory_of_keyvault(
+    keyvault_database_url: str, tmp_path: Path, identity: str
+) -> None:
+    """Also from an identity without any role. Was shown to fail with gRPC's limit at 16 MiB."""
+    deployment = kv.Deployment(tmp_path, keyvault_database_url)
+    deployment.ca.issue(tmp_path / "nobody", spiffe_id="nobody")
+    async with replicas(deployment, 1) as (keyvault,):
+        await keyvault.create_tenant()
+        process = psutil.Process(keyvault.process.pid)
+        before = process.memory_info().rss
+        method = "/byokeep.keyvault.v1.CustodyService/GetKey"
+        channels = [
+            aio_channel(keyvault.target(), kv.NAME, deployment.files(identity))
+            for _ in range(_CONNECTIONS)
+        ]
+        flood = [
+            asyncio.ensure_future(opened.unary_unary(method)(bytes(15 * _MEBIBYTE)))
+            for opened in channels
+        ]
+        most = 0
+        while not all(call.done() for call in flood):
+            await asyncio.wait(flood, timeout=0.02)
+            most = max(most, process.memory_info().rss - before)
+        answer = await keyvault.custody.ListKeys(custody_pb2.ListKeysRequest(parent="tenants/acme"))
+        assert not answer.keys
+        for opened in channels:
+            await opened.close()
+        await asyncio.gather(*flood, return_exceptions=True)
+    assert most < 60 * _MEBIBYTE
+
+
+async def test_who_may_not_call_is_told_before_it_sends(stack: harness.Stack) -> None:
+    """Was shown to fail with unary handlers: gRPC waits for the whole request first."""
+    async with channel(stack, "nobody") as nobody:
+        error = await refused(half(nobody))
+    assert error_info(error).reason == "CALLER_NOT_ALLOWED"
+    await victim(stack)
+
+
+@pytest.fixture
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is made after this has room for 20 calls of a caller."""
+    monkeypatch.setattr(load, "PER_CALLER", 20)
+
+
+async def test_calls_that_send_nothing_hold_up_their_own_identity_alone(
+    few_calls: None, stack: harness.Stack
+) -> None:
+    """Was shown to fail without the limit of calls of one caller: all of them waited."""
+    async with channel(stack, "client/flood-2") as flood:
+        calls = [asyncio.ensure_future(half(flood)) for _ in range(30)]
+        done, waiting = await asyncio.wait(calls, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        while len(done) < 10:
+            more, waiting = await asyncio.wait(
+                waiting, timeout=30, return_when=asyncio.FIRST_COMPLETED
+            )
+            assert more
+            done |= more
+        await victim(stack)
+        assert len(waiting) == 20
+        for call in done:
+            error = call.exception()
+            assert error_info(error).reason == "OVERLOADED"
+            assert error_info(error).retry_after_seconds
+        for call in waiting:
+            call.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_request_that_does_not_come_is_not_waited_for(
+    stack: harness.Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Was shown to fail without a limit on reading: the call hung."""
+    monkeypatch.setattr(interceptor, "READ_SECONDS", 0.05)
+    async with channel(stack, "client/flood") as flood:
+        error = await refused(half(flood))
+    assert error_info(error).reason == "INVALID_FIELD"
+
+
+async def test_a_tenant_has_so_many_dry_runs_at_once(stack: harness.Stack) -> None:
+    """Was shown to fail without `Load.enter`: none was refused."""
+    request = review_pb2.DryRunReviewRequest(
+        parent="tenants/flood",
+        input=review_pb2.ReviewInput(
+            repository="a/b", diff=b"--- a/x\n+++ b/x\n@@ -0,0 +1,9000 @@\n" + b"+\n" * 9_000
+        ),
+    )
+    calls = [stack.client("flood").reviews.DryRunReview(request) for _ in range(40)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [error for error in answers if isinstance(error, grpc.aio.AioRpcError)]
+    limit = load.declared(_DRY_RUN).per_tenant
+    assert limit <= len(answers) - len(errors) < 40
+    assert {error_info(error).reason for error in errors} == {"OVERLOADED"}
+    assert {error_info(error).metadata["limit"] for error in errors} == {str(limit)}
+    assert all(error_info(error).retry_after_seconds for error in errors)
+    # What has ended counts no more.
+    await stack.client("flood").reviews.DryRunReview(request)
+
+
+async def test_a_tenant_has_so_many_bytes_at_once(
+    stack: harness.Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Was shown to fail without the bytes counted: none was refused."""
+    monkeypatch.setattr(load, "TENANT_BYTES", 30_000)
+    request = review_pb2.DryRunReviewRequest(
+        parent="tenants/flood",
+        input=review_pb2.ReviewInput(
+            repository="a/b", diff=b"--- a/x\n+++ b/x\n@@ -0,0 +1,9000 @@\n" + b"+\n" * 9_000
+        ),
+    )
+    calls = [stack.client("flood").reviews.DryRunReview(request) for _ in range(4)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [error for error in answers if isinstance(error, grpc.aio.AioRpcError)]
+    assert errors
+    assert {error_info(error).metadata["limit"] for error in errors} == {"30000"}
+
+
+async def test_a_million_elements_are_not_looked_at(stack: harness.Stack) -> None:
+    """2 MB of empty context files, validated one by one. Was shown to fail without
+    `wire.require_few`: the loop stood still for ten seconds and more."""
+    field = review_pb2.ReviewInput.DESCRIPTOR.fields_by_name["context_files"].number
+    wanted = review_pb2.ReviewInput(repository="a/b").SerializeToString()
+    wanted += bytes((field << 3 | 2, 0)) * 1_000_000
+    size = len(wanted)
+    length = bytes((size & 127 | 128, size >> 7 & 127 | 128, size >> 14 & 127 | 128, size >> 21))
+    request = review_pb2.DryRunReviewRequest(parent="tenants/flood").SerializeToString()
+    request += b"\x12" + length + wanted
+    async with channel(stack, "client/flood") as flood:
+        error = await refused(flood.unary_unary(_DRY_RUN)(request, timeout=5))
+    assert error_info(error).reason == "INVALID_FIELD"
+    await victim(stack)
+
+
+async def test_small_requests_are_small(stack: harness.Stack) -> None:
+    """Was shown to fail without `Load.request_bytes`: the call was answered."""
+    name = "tenants/flood/settings"
+    request = settings_pb2.GetSettingsRequest(name=name).SerializeToString()
+    request += b"\x7a" + b"\x80\x80\x08" + bytes(128 * 1024)  # an unknown field of 128 KiB
+    method = "/byokeep.orchestrator.v1.SettingsService/GetSettings"
+    async with channel(stack, "client/flood") as flood:
+        error = await refused(flood.unary_unary(method)(request, timeout=20))
+    assert error_info(error).reason == "INVALID_FIELD"
+
+
+@pytest.mark.parametrize(
+    ("raw", "few"),
+    [
+        (b"", True),
+        (review_pb2.ReviewInput(diff=b"\x3a\x00" * 9000).SerializeToString(), True),
+        (b"\x3a\x00" * wire.MOST, True),
+        (b"\x3a\x00" * (wire.MOST + 1), False),
+        (b"\x3a", False),
+        (b"\x3a\x05abc", False),
+        (b"\xff" * 12, False),
+        (b"\x0b", False),
+    ],
+)
+def test_elements_are_counted_as_they_are_sent(raw: bytes, few: bool) -> None:
+    with contextlib.nullcontext() if few else pytest.raises(wire.WireError):
+        wire.require_few(review_pb2.ReviewInput.DESCRIPTOR, raw)
+
+
+def test_packed_elements_are_counted() -> None:
+    raw = key_pb2.RollBackKeyResponse(destroyed_versions=[1] * (wire.MOST + 1)).SerializeToString()
+    with pytest.raises(wire.WireError):
+        wire.require_few(key_pb2.RollBackKeyResponse.DESCRIPTOR, raw)
+
+
+async def test_a_probe_is_answered_in_a_flood(tmp_path: Path) -> None:
+    """10 × 8 calls that have no end on the port that takes anybody's. Was shown to fail with
+    gRPC's own `HealthServicer` and a limit on calls: the probe was refused."""
+    address = f"unix:{tmp_path}/health"
+    _, health = await server._health(address)
+    channels = [
+        grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        for _ in range(10)
+    ]
+    try:
+        request = health_pb2.HealthCheckRequest()
+        watches = [
+            health_pb2_grpc.HealthStub(opened).Watch(request, timeout=20).read()
+            for opened in channels
+            for _ in range(8)
+        ]
+        for error in await asyncio.gather(*watches, return_exceptions=True):
+            assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+        silent = [
+            asyncio.ensure_future(half(opened, "/grpc.health.v1.Health/Check"))
+            for opened in channels
+            for _ in range(8)
+        ]
+        await asyncio.wait(silent, timeout=0.2)
+        async with grpc.aio.insecure_channel(
+            address, options=[("grpc.use_local_subchannel_pool", 1)]
+        ) as probe:
+            live = health_pb2.HealthCheckRequest(service=server.LIVE)
+            answer = await health_pb2_grpc.HealthStub(probe).Check(live, timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        for call in silent:
+            call.cancel()
+        await asyncio.gather(*silent, return_exceptions=True)
+    finally:
+        for opened in channels:
+            await opened.close()
+        await health.stop(None)
