@@ -113,14 +113,8 @@ def database_url_file(state: State, zone: str) -> Path:
     return state.secrets / f"{zone}-database-url"
 
 
-def write_trust(state: State, authority: CertificateAuthority, material: Any) -> None:
-    """Write trust.json from what keyvault's `migrate` printed, with the CA beside it."""
-    bundle = {
-        "deployment": DEPLOYMENT,
-        "ca": [authority.pem],
-        "intake_signing_keys": material["intake_signing_keys"],
-        "audit_log_keys": material["audit_log_keys"],
-    }
+def write_trust(state: State, bundle: Any) -> None:
+    """Write trust.json: what keyvault's `migrate` printed."""
     write_file(state.trust, (json.dumps(bundle, indent=2) + "\n").encode(), mode=0o644)
 
 

@@ -202,7 +202,7 @@ class LocalStack:
         self._processes["orchestrator"].release()
         self._launch(self.topology.service("keyvault"), held=True)
         self._launch(self.topology.service("runner", self._emulator_port()))
-        material.write_trust(self.state, self.authority, self._public_keys(migration))
+        material.write_trust(self.state, self._trust(migration))
         self._processes["keyvault"].release()
         for name in SERVICES:
             self.wait_ready(name)
@@ -242,7 +242,7 @@ class LocalStack:
                 stderr=log,
             )
 
-    def _public_keys(self, migration: subprocess.Popen[bytes]) -> Any:
+    def _trust(self, migration: subprocess.Popen[bytes]) -> Any:
         try:
             output, _ = migration.communicate(timeout=_MIGRATE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -29,7 +29,7 @@ def main() -> None:
     commands.add_parser(
         "migrate",
         help="bring the schema up to date, make keyvault's own keys,"
-        " print the public ones (JSON, for clients' trust bundles)",
+        " print the clients' trust bundle (trust.json); may be repeated",
     )
     commands.add_parser("new-keyring", help="print a new keyring for backend local")
     arguments = parser.parse_args()
@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> None:
         url = postgres.database_url(settings.database_url_file)
         asyncio.run(postgres.probe(url))
         migrate.upgrade(url)
-        sys.stdout.write(json.dumps(asyncio.run(migrate.bootstrap(settings))) + "\n")
+        sys.stdout.write(json.dumps(asyncio.run(migrate.bootstrap(settings)), indent=2) + "\n")
         return
     from services.keyvault.server import App
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
+from typing import Any, Final
 
 from services.common import postgres
 from services.common.waiting import until_there
@@ -13,6 +15,9 @@ from services.keyvault.database import Database
 from services.keyvault.kek.configured import open_backends, open_signer
 from services.keyvault.server import not_yet
 
+_CERTIFICATE: Final = re.compile(
+    r"-----BEGIN CERTIFICATE-----\n.+?\n-----END CERTIFICATE-----\n?", re.DOTALL
+)
 _SCRIPTS = Path(__file__).parent / "migrations"
 # Vault may start together with us.
 _WAIT_SECONDS = 30.0
@@ -41,8 +46,11 @@ def upgrade(url: str) -> None:
     engine.dispose()
 
 
-async def bootstrap(settings: Settings) -> dict[str, dict[str, str]]:
-    """Make keyvault's own keys where they are missing; return the public ones, for clients.
+async def bootstrap(settings: Settings) -> dict[str, Any]:
+    """Make keyvault's own keys where they are missing; return the clients' trust bundle.
+
+    It is what `trust.json` holds: the deployment's name, the CA certificates of `BYOKEEP_TLS_CA`,
+    and the public keys by their ids, in base64.
 
     Raises:
         NotYetError: database or KEK backend are not there.
@@ -76,6 +84,8 @@ async def bootstrap(settings: Settings) -> dict[str, dict[str, str]]:
         for kind, keys in {**public, system_keys.AUDIT_LOG: audit_log}.items()
     }
     return {
+        "deployment": settings.deployment,
+        "ca": _CERTIFICATE.findall(settings.tls_ca.read_text()),
         "intake_signing_keys": encoded[system_keys.INTAKE_SIGNING],
         "audit_log_keys": encoded[system_keys.AUDIT_LOG],
     }

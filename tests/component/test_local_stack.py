@@ -272,7 +272,8 @@ def test_material_is_kept_from_start_to_start(state) -> None:
 def test_profiles_are_what_the_client_reads(state) -> None:
     authority, provider = material.make_authorities(state)
     material.make_certificates(state, authority, provider)
-    material.write_trust(state, authority, {"intake_signing_keys": {}, "audit_log_keys": {}})
+    keys = {"intake_signing_keys": {}, "audit_log_keys": {}}
+    material.write_trust(state, {"deployment": "d", "ca": [authority.pem], **keys})
     material.write_profiles(state.config, state, "127.0.0.1:1", "127.0.0.1:2")
     assert load_profile(None, state.config).name == "demo"
     profiles = tomllib.loads(state.config.read_text())["profiles"]

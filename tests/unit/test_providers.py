@@ -802,7 +802,7 @@ def test_provider_host(name, status, call):
 
 
 def test_nothing_is_kept_from_one_request_to_the_next(name):
-    """No cookie jar, no connection. Shown to fail with httpx's own jar, which sends the cookie back."""
+    """No cookie, no connection. Shown to fail with httpx's own jar, which sends it back."""
     seen = []
 
     def answer(request):
