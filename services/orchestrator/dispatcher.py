@@ -97,12 +97,17 @@ class Dispatcher:
 
     async def pick(self) -> int:
         """Start the attempts whose turn it is, where there is room; return how many."""
-        room = min(self._fleet.room, self._concurrency - len(self._tasks))
-        if room <= 0:
-            return 0
-        picked = await self._store.pick(room)
-        for work in picked:
-            self._start(work, self._fleet.take())
+        # Taken before, so that none is given away while the database is asked.
+        places = self._fleet.take(self._concurrency - len(self._tasks))
+        picked: list[Work] = []
+        try:
+            if places:
+                picked = await self._store.pick(len(places))
+        finally:
+            for place in places[len(picked) :]:
+                place.give_back()
+        for work, place in zip(picked, places, strict=False):
+            self._start(work, place)
         return len(picked)
 
     async def take_over(self) -> None:
@@ -225,7 +230,7 @@ class Dispatcher:
             if work.kind == "REVIEW":
                 await self._finish_review(work, result)
             elif work.kind == "CHECK":
-                await self._store.end_validation(work, check_ending(work, result), result.trail)
+                await self._end_validation(work, check_ending(work, result), result)
             else:
                 await self._finish_validation(work, result)
         except Fenced:
@@ -282,7 +287,7 @@ class Dispatcher:
 
     async def _finish_validation(self, work: Work, result: Result) -> None:
         ending = await self._validation_ending(work, result)
-        await self._store.end_validation(work, ending, result.trail)
+        await self._end_validation(work, ending, result)
         if ending.action:
             await self._verdicts.apply(
                 work.tenant,
@@ -292,6 +297,20 @@ class Dispatcher:
                 work.actor,
                 destroy_previous=work.destroy_previous,
             )
+
+    async def _end_validation(self, work: Work, ending: ValidationEnding, result: Result) -> None:
+        await self._store.end_validation(work, ending, result.trail)
+        logs.event(
+            log,
+            "key_asked",
+            attempt=work.attempt_id,
+            kind=work.kind,
+            key=work.key_id,
+            version=work.key_version,
+            verdict=ending.verdict or "UNREACHABLE",
+            failure=ending.failure,
+            cause=ending.cause,
+        )
 
     async def _validation_ending(self, work: Work, result: Result) -> ValidationEnding:
         state, reason, verdict, cause = _told(result)
@@ -334,7 +353,9 @@ def review_ending(
 ) -> Ending:
     """Return the end of a failed attempt: its review waits for the successor, or fails."""
     if successor is not None:
-        return Ending(state, "QUEUED", failure.reason, "", failure.ambiguous, successor)
+        return Ending(
+            state, "QUEUED", failure.reason, "", failure.ambiguous, failure.cause, successor
+        )
     sentence = failures.failed_sentence(
         decision.reason,
         key=work.key_id,
@@ -342,7 +363,7 @@ def review_ending(
         review=work.review_id,
         lost_call=failure.ambiguous,
     )
-    return Ending(state, "FAILED", decision.reason, sentence, failure.ambiguous)
+    return Ending(state, "FAILED", decision.reason, sentence, failure.ambiguous, failure.cause)
 
 
 def unreachable(

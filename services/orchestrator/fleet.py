@@ -211,10 +211,15 @@ class Fleet:
         # A runner that lost keyvault says so; one that is about to stop goes away by itself.
         return "KEYVAULT_UNAVAILABLE" if all(one.draining for one in heard) else "RUNNERS_FULL"
 
-    def take(self) -> Place | None:
-        """Take a place where there is most room; None where there is none any more."""
-        best = max(self._heard(), key=lambda runner: runner.room, default=None)
-        return best.take() if best is not None and best.room else None
+    def take(self, most: int) -> list[Place]:
+        """Take places, each where there is most room then; as many as there are, `most` at most."""
+        places: list[Place] = []
+        while len(places) < most:
+            best = max(self._heard(), key=lambda runner: runner.room, default=None)
+            if best is None or not best.room:
+                break
+            places.append(best.take())
+        return places
 
     def _told(self) -> None:
         if self.room:

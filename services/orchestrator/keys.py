@@ -9,6 +9,7 @@ import grpc
 from byokeep import names
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2, key_pb2_grpc
+from byokeep.orchestrator.v1.review_pb2 import FailureReason
 
 from services.common.errors import ByokeepError
 from services.orchestrator import access, domain, paging
@@ -347,9 +348,7 @@ def _validation_message(
         check_time=timestamp(row.check_time),
         retry_time=timestamp(row.retry_time),
         attempts=row.attempts,
-        unreachable_cause=key_pb2.UnreachableCause.Value(
-            f"UNREACHABLE_CAUSE_{row.cause or 'UNSPECIFIED'}"
-        ),
+        unreachable_cause=_cause(row.cause),
     )
 
 
@@ -368,4 +367,10 @@ def _use_message(row: Use) -> key_pb2.KeyUse:
         close_time=timestamp(row.close_time),
         state=row.state,
         calls_started=row.calls_started,
+        failure=FailureReason.Value(f"FAILURE_REASON_{row.failure or 'UNSPECIFIED'}"),
+        unreachable_cause=_cause(row.cause),
     )
+
+
+def _cause(name: str) -> key_pb2.UnreachableCause.ValueType:
+    return key_pb2.UnreachableCause.Value(f"UNREACHABLE_CAUSE_{name or 'UNSPECIFIED'}")

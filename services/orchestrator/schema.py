@@ -222,6 +222,8 @@ attempt = Table(
     _text("wait_cause"),
     _time("wait_since"),
     _text("failure"),
+    # What was unreachable, where the provider was.
+    _text("cause"),
     # The runner that has its child; empty before a call is about to be made.
     _text("runner_id"),
     _text("lease_id"),

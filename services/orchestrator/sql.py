@@ -190,7 +190,7 @@ CHUNK_SPLIT: Final = """
 
 _END_ATTEMPT: Final = """
     WITH a AS (
-        UPDATE attempt SET state = %(attempt_state)s, failure = %(failure)s,
+        UPDATE attempt SET state = %(attempt_state)s, failure = %(failure)s, cause = %(cause)s,
             end_time = now(),
             runner_id = coalesce(nullif(%(runner_id)s, ''), runner_id),
             lease_id = coalesce(nullif(%(lease_id)s, ''), lease_id),

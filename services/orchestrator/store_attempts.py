@@ -95,6 +95,7 @@ class Ending:
     failure: str = ""
     failure_message: str = ""
     ambiguous: bool = False
+    cause: str = ""
     successor: Successor | None = None
 
 
@@ -299,6 +300,7 @@ class AttemptStore:
             "failure": ending.failure,
             "ambiguous": ending.ambiguous,
             "review_state": ending.review_state,
+            "cause": ending.cause,
             "review_failure": ending.failure if failed else "",
             "failure_message": ending.failure_message,
             **_following(ending.successor),

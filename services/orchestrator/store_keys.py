@@ -50,6 +50,8 @@ class Use:
     close_time: datetime | None
     state: str
     calls_started: int
+    failure: str
+    cause: str
 
 
 _COLUMNS = """
@@ -187,4 +189,6 @@ def _use(row: Row) -> Use:
         close_time=row.close_time,
         state=row.state,
         calls_started=row.calls_started,
+        failure=row.failure,
+        cause=row.cause,
     )

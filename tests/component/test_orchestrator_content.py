@@ -92,7 +92,9 @@ async def test_keyvault_away_when_an_attempt_starts(stack: Stack) -> None:
         await talk.end()
 
     stack.runner.scripts = [away_meanwhile]
+    await stack.until_room(16)
     await stack.runner.tell(draining=True)
+    await stack.until_room(0)
     review = await stack.submit()
     stack.keyvault.no_content_keys = True
     forget_keys(stack)

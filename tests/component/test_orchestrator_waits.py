@@ -6,6 +6,7 @@ Over real gRPC and a real database, between a keyvault and runners that tests be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ from byokeep.runner.v1 import runner_pb2
 from services.orchestrator import failures
 from tests.harness.orchestrator import (
     Conversation,
+    RunnerGone,
     Stack,
     fails,
     finding,
@@ -41,6 +43,7 @@ async def stack(orchestrator_database_url, tmp_path):
     async with running(orchestrator_database_url, tmp_path) as started:
         await started.tenant()
         started.keyvault.add("acme")
+        await started.until_room(16)
         yield started
 
 
@@ -129,7 +132,7 @@ async def test_runners_that_are_away_are_waited_for(stack: Stack) -> None:
     await stack.until_room(0)
     review = await stack.submit()
     waits = await stack.waiting(review, "RUNNER_UNAVAILABLE")
-    assert not waits.wait.HasField("next_try_time") or waits.wait.message
+    assert "runner" in waits.wait.message
     assert stack.runner.talks == []
     await stack.runner.tell(silent=False)
     await over(stack, review, "RUNNER_UNAVAILABLE")
@@ -169,7 +172,7 @@ async def test_no_more_is_given_than_there_is_room_for(stack: Stack) -> None:
         go.set()
         for review in reviews:
             assert (await stack.ended(review)).failure == review_pb2.FAILURE_REASON_REFUSED
-    assert stack.runner.most == 3
+    assert (stack.runner.most, stack.runner.refused) == (3, 0)
 
 
 async def one_at_a_time(stack: Stack) -> tuple[asyncio.Event, list[str]]:
@@ -446,6 +449,120 @@ async def test_content_of_yesterday_opens_after_a_days_wait(stack: Stack) -> Non
     stack.app._contents._known.clear()
     await stack.runner.tell(draining=False)
     assert (await stack.ended(review)).findings[0] == finding()
+
+
+# --- where an attempt runs
+
+
+async def test_an_attempt_is_taken_up_where_it_runs(orchestrator_database_url, tmp_path) -> None:
+    """And no stranger is asked. Shown to fail where `_take_up` takes whoever has room."""
+    async with running(orchestrator_database_url, tmp_path, runners=3) as stack:
+        await stack.tenant()
+        stack.keyvault.add("acme")
+        everyone = [stack.runner, *stack.others]
+        await stack.until_room(48)
+
+        async def breaks(talk: Conversation) -> None:
+            await talk.accept("c1")
+            await talk.call("c1")
+            raise RunnerGone
+
+        async def goes_on(talk: Conversation) -> None:
+            await talk.result("c1", finding())
+            await talk.end()
+
+        for one in everyone:
+            one.scripts, one.resumed = [breaks], [goes_on]
+        ended = await stack.ended(await stack.submit())
+        assert (ended.state, ended.calls_started) == (COMPLETED, 1)
+        asked = [one for one in everyone if one.reattached]
+        assert [len(one.talks) for one in asked] == [1]
+        ((stored,),) = await stack.sql("SELECT runner_id FROM attempt")
+        assert stored == asked[0].id
+
+
+async def test_room_of_several_runners_is_used(orchestrator_database_url, tmp_path) -> None:
+    async with running(orchestrator_database_url, tmp_path, runners=3) as stack:
+        await stack.tenant()
+        stack.keyvault.add("acme")
+        everyone = [stack.runner, *stack.others]
+        go = asyncio.Event()
+
+        async def slow(talk: Conversation) -> None:
+            await talk.accept("c1")
+            await go.wait()
+            await talk.call("c1")
+            await talk.result("c1")
+            await talk.end()
+
+        for one in everyone:
+            one.default = slow
+            await one.tell(places=2)
+        await stack.until_room(6)
+        reviews = [await stack.submit() for _ in range(9)]
+        await stack.until("SELECT 1 FROM attempt WHERE state = 'RUNNING' HAVING count(*) = 6")
+        assert [one.busy for one in everyone] == [2, 2, 2]
+        go.set()
+        for review in reviews:
+            assert (await stack.ended(review)).state == COMPLETED
+        assert [one.refused for one in everyone] == [0, 0, 0]
+
+
+async def test_a_child_that_is_fenced_off_is_killed(stack: Stack) -> None:
+    """Though its worker is gone, who would have to say so: its runner is told. Shown to fail
+    without the sweeper's word to the fleet."""
+    in_call, told = asyncio.Event(), asyncio.Event()
+
+    async def holds(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        in_call.set()
+        await asyncio.sleep(60)
+
+    async def cancelled(talk: Conversation) -> None:
+        await talk.cancelled.wait()
+        told.set()
+        await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST, ambiguous_call=True)
+
+    stack.runner.scripts, stack.runner.resumed = [holds], [cancelled]
+    review = await stack.submit()
+    async with asyncio.timeout(20):
+        await in_call.wait()
+    await stack.app.background.end("heartbeat")
+    await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
+    ((attempt,),) = await stack.sql("SELECT id FROM attempt")
+    await stack.app.sweeper.fence_off(attempt)
+    async with asyncio.timeout(5):
+        await told.wait()
+    assert (await stack.ended(review)).failure == review_pb2.FAILURE_REASON_AMBIGUOUS
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(300)
+async def test_a_long_review_beside_a_hundred_short_ones(stack: Stack) -> None:
+    """Its heartbeat outlives theirs, and those of them that are cancelled at their end."""
+
+    async def lasts(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        await asyncio.sleep(120)
+        await talk.result("c1")
+        await talk.end()
+
+    stack.runner.scripts = [lasts]
+    long = await stack.submit()
+    await stack.until("SELECT 1 FROM provider_call")
+    client = stack.client("acme").reviews
+    for number in range(100):
+        short = await stack.submit()
+        if number % 3 == 0:
+            with contextlib.suppress(grpc.aio.AioRpcError):  # it may have ended
+                await client.CancelReview(
+                    review_pb2.CancelReviewRequest(name=short.name, request_id=request_id())
+                )
+        await asyncio.sleep(1)
+    ended = await stack.ended(long, 120)
+    assert (ended.state, ended.attempts, ended.ambiguous_calls) == (COMPLETED, 1, 0)
 
 
 # --- a chunk that becomes several; how far a call is

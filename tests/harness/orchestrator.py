@@ -396,6 +396,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self.refused = 0
         self.draining = False
         self.silent = False
+        self.reattached: list[str] = []
         self._news = asyncio.Condition()
         self.scripts: list[Script] = []
         self.resumed: list[Script] = []
@@ -443,6 +444,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self, talk: Conversation, context: Any
     ) -> AsyncIterator[runner_pb2.ExecuteResponse]:
         if talk.reattach.attempt_id:
+            self.reattached.append(talk.reattach.attempt_id)
             if not self.resumed:
                 await context.abort(grpc.StatusCode.NOT_FOUND, "no such attempt runs here")
             script = self.resumed.pop(0)
@@ -489,6 +491,7 @@ class Stack:
     settings: Settings
     keyvault: FakeKeyvault
     runner: FakeRunner
+    others: list[FakeRunner]
     database_url: str
     address: str
     authority: CertificateAuthority
@@ -588,9 +591,9 @@ class Stack:
                 await asyncio.sleep(0.05)
 
     async def until_room(self, places: int, seconds: float = 10) -> None:
-        """Wait until the orchestrator knows that its runners have so much room."""
+        """Wait until the orchestrator has heard that its runners have so many free places."""
         async with asyncio.timeout(seconds):
-            while self.app.fleet.room != places:
+            while sum(one._told.free for one in self.app.fleet._heard()) != places:
                 await asyncio.sleep(0.02)
 
     async def add_key(self, tenant: str = "acme", **values: Any) -> key_pb2.Key:
@@ -664,8 +667,10 @@ def add_key_request(tenant: str = "acme", **values: Any) -> key_pb2.AddKeyReques
 
 
 @asynccontextmanager
-async def running(database_url: str, folder: Path, **overrides: Any) -> AsyncIterator[Stack]:
-    """Start all, give the stack, stop all."""
+async def running(
+    database_url: str, folder: Path, *, runners: int = 1, **overrides: Any
+) -> AsyncIterator[Stack]:
+    """Start all, give the stack, stop all. Further runners have addresses of their own."""
 
     authority = CertificateAuthority.new(DOMAIN)
     authority.write(folder / "ca")
@@ -674,11 +679,24 @@ async def running(database_url: str, folder: Path, **overrides: Any) -> AsyncIte
     custody_pb2_grpc.add_CustodyServiceServicer_to_server(keyvault, services)
     content_pb2_grpc.add_ContentKeyServiceServicer_to_server(keyvault, services)
     runner_pb2_grpc.add_RunnerServiceServicer_to_server(runner, services)
-    port = services.add_secure_port("127.0.0.1:0", _credentials(authority, folder, "services"))
+    credentials = _credentials(authority, folder, "services")
+    port = services.add_secure_port("127.0.0.1:0", credentials)
     await services.start()
+    others = [FakeRunner() for _ in range(runners - 1)]
+    found, servers = [f"127.0.0.1:{port}"], [services]
+    for other in others:
+        servers.append(grpc.aio.server())
+        runner_pb2_grpc.add_RunnerServiceServicer_to_server(other, servers[-1])
+        found.append(f"127.0.0.1:{servers[-1].add_secure_port('127.0.0.1:0', credentials)}")
+        await servers[-1].start()
+
+    async def resolve(target: str) -> list[str]:
+        return found
+
     signing_key = Ed25519PrivateKey.generate()
     settings = _settings(authority, folder, database_url, signing_key, port, overrides)
     app = App(settings)
+    app.fleet._resolve = resolve
     await app.start()
     orchestrator, address = await _serve(settings, app)
     stack = Stack(
@@ -686,6 +704,7 @@ async def running(database_url: str, folder: Path, **overrides: Any) -> AsyncIte
         settings,
         keyvault,
         runner,
+        others,
         database_url,
         address,
         authority,
@@ -698,7 +717,8 @@ async def running(database_url: str, folder: Path, **overrides: Any) -> AsyncIte
         await stack.close()
         await orchestrator.stop(0.1)
         await app.stop()
-        await services.stop(0.1)
+        for one in servers:
+            await one.stop(0.1)
 
 
 @asynccontextmanager

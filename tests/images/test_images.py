@@ -27,8 +27,8 @@ _KEK = {"hvac", "boto3", "botocore"}
 _PROVIDERS = {"httpx", "httpcore"}
 # What would break a zone's boundary if it were there.
 _FOREIGN = {
-    "keyvault": _PROVIDERS | {"boto3", "procrastinate"},
-    "keyvault-aws-kms": _PROVIDERS | {"procrastinate"},
+    "keyvault": _PROVIDERS | {"boto3"},
+    "keyvault-aws-kms": _PROVIDERS,
     "orchestrator": _KEK | _PROVIDERS,
     "runner": _KEK | _SQL,
 }

@@ -30,6 +30,7 @@ _CLI = "clients/python/src/byokeep/cli/"
 _CLI_REVIEWS = "tests/unit/test_cli_reviews.py::"
 _AUDITLOG = "clients/python/src/byokeep/auditlog/"
 _OR = "services/orchestrator/"
+_WAITS = "tests/component/test_orchestrator_waits.py::"
 _OUTLIVED = "tests/component/test_orchestrator_keys.py::"
 _FENCE = _SEC + "test_fence.py::test_paused_attempt_changes_nothing_after_its_turn"
 _TAKEN_OVER = _SEC + "test_fence.py::test_open_call_is_taken_over_and_its_first_worker_fenced"
@@ -1225,6 +1226,69 @@ MUTANTS = (
         "self._database.transaction()",
         "self._database.statement()",
         (_SEC + "test_enqueue_atomic.py::test_validation_that_breaks_off_leaves_nothing",),
+    ),
+    Mutant(
+        "a single rejected review retires a key",
+        _KV + "releases.py",
+        "if locked.lease.purpose == grant_pb2.LEASE_PURPOSE_VALIDATION and (",
+        "if locked.lease.purpose == grant_pb2.LEASE_PURPOSE_REVIEW and (",
+        ("tests/component/test_keyvault.py::test_a_single_rejected_review_does_not_retire_a_key",),
+    ),
+    Mutant(
+        "a key that was rejected is not looked at",
+        _OR + "store_waits.py",
+        "    if decision.checks:\n",
+        "    if False:\n",
+        (_WAITS + "test_one_rejected_call_retires_no_key",),
+    ),
+    Mutant(
+        "a lease cap pauses nobody",
+        _OR + "sql_waits.py",
+        "                AND pause.until > now())),",
+        "                AND false)),",
+        (_WAITS + "test_lease_cap_pauses_its_key_alone",),
+    ),
+    Mutant(
+        "places are given by time alone",
+        _OR + "sql_waits.py",
+        "        ORDER BY place, served, id LIMIT %(room)s),",
+        "        ORDER BY id LIMIT %(room)s),",
+        (_WAITS + "test_who_comes_last_is_next_where_another_floods",),
+    ),
+    Mutant(
+        "more is picked than runners have room for",
+        _OR + "dispatcher.py",
+        "places = self._fleet.take(self._concurrency - len(self._tasks))",
+        "places = [next(iter(self._fleet._heard())).take() for _ in range(32 - len(self._tasks))]",
+        (_WAITS + "test_no_more_is_given_than_there_is_room_for",),
+    ),
+    Mutant(
+        "an attempt is taken up by a stranger",
+        _OR + "execution.py",
+        "            runner = self._fleet.find(runner_id)\n",
+        "            runner = next(one for one in self._fleet._heard() if one.id != runner_id)\n",
+        (_WAITS + "test_an_attempt_is_taken_up_where_it_runs",),
+    ),
+    Mutant(
+        "a child that is fenced off lives on",
+        _OR + "sweeper.py",
+        "        await self._fleet.cancel(stale.runner_id, attempt_id, stale.fence)\n",
+        "",
+        (_WAITS + "test_a_child_that_is_fenced_off_is_killed",),
+    ),
+    Mutant(
+        "what waits for ever is given up by nobody",
+        _OR + "store_waits.py",
+        "for row in await session.all(sql_waits.WAITED_TOO_LONG",
+        "for row in [] and await session.all(sql_waits.WAITED_TOO_LONG",
+        (_WAITS + "test_what_waits_too_long_fails_with_that_reason",),
+    ),
+    Mutant(
+        "who waits for a new key waits on",
+        _OR + "verdicts.py",
+        "                await self._waits.resume_key(tenant, key_id, version)\n",
+        "",
+        (_WAITS + "test_reviews_wait_for_a_new_key_and_run_on_it",),
     ),
     Mutant(
         "every submission is a new one",

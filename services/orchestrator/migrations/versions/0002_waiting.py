@@ -65,7 +65,7 @@ def upgrade() -> None:
     )
     op.execute("UPDATE attempt SET number = fence")
     op.add_column("attempt", sa.Column("priority", _small, server_default="0", nullable=False))
-    for name in ("wait_reason", "wait_cause", "runner_id"):
+    for name in ("wait_reason", "wait_cause", "cause", "runner_id"):
         op.add_column(
             "attempt", sa.Column(name, sa.Text(), server_default=sa.text("''"), nullable=False)
         )

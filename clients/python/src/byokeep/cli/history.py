@@ -14,7 +14,7 @@ from typing import Any, Literal
 from byokeep.cli.output import message_dict, short
 from byokeep.cli.text import clean, count
 from byokeep.keyvault.v1 import audit_pb2, grant_pb2, lease_pb2
-from byokeep.orchestrator.v1 import key_pb2
+from byokeep.orchestrator.v1 import key_pb2, review_pb2
 
 Source = Literal["recorded", "reported"]
 _MILLISECOND = datetime.timedelta(milliseconds=1)
@@ -131,15 +131,25 @@ def _reported(lease: _Lease) -> Iterable[Entry]:
     )
     if report.HasField("close_time"):
         closed = _time(report.close_time)
-        state = clean(lease.use.state).removeprefix("ATTEMPT_STATE_") if lease.use else ""
+        state = _how(lease.use) if lease.use else ""
         yield Entry(
             closed,
             "reported",
             f"{process} is gone{f' ({state})' if state else ''};"
             f" plaintext existed {_milliseconds(report)} ms",
-            ends_badly=state == "FAILED",
+            ends_badly=state.startswith("FAILED"),
             data={"type": "CLOSED", **data},
         )
+
+
+def _how(use: key_pb2.KeyUse) -> str:
+    """Return how an attempt ended: its state, why, and what was unreachable."""
+    parts = [
+        clean(use.state).removeprefix("ATTEMPT_STATE_"),
+        short(review_pb2.FailureReason, use.failure),
+        short(key_pb2.UnreachableCause, use.unreachable_cause).lower().replace("_", " "),
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _recorded(event: audit_pb2.AuditEvent, use: key_pb2.KeyUse | None) -> Entry:
