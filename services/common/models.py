@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,15 @@ PROVIDERS: Final = ("openai", "anthropic", "gemini")
 
 _BUILT_IN: Final = Path(__file__).with_name("data") / "models.toml"
 _MODEL: Final = re.compile(r"[A-Za-z0-9._:-]{1,100}")
+#: Most models that are kept of one key: a provider's list may have any length.
+MAX_LISTED: Final = 1_000
 _SNAPSHOT: Final = re.compile(r"-(?:[0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2})$")
+
+
+def listed(ids: Iterable[str]) -> list[str]:
+    """Return those of a provider's ids that can be models' names: at most one more than
+    `MAX_LISTED`, which says that there were more."""
+    return list(itertools.islice(filter(_MODEL.fullmatch, ids), MAX_LISTED + 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from byokeep.orchestrator.v1 import key_pb2
 from byokeep.runner.v1 import runner_pb2
 
+from services.common.models import listed
 from services.llm_runner import failures
 from services.llm_runner.calls import Calls
 from services.llm_runner.channel import ChildEnd, Kind
@@ -15,7 +16,7 @@ def run(channel: ChildEnd, calls: Calls, adapter: Adapter, client: Client) -> ru
     """Ask once, and send the verdict: who schedules validations also repeats them."""
     result = runner_pb2.ValidationResult(verdict=key_pb2.VALIDATION_VERDICT_VALID)
     try:
-        result.models.extend(calls.make("", lambda: adapter.list_models(client)))
+        result.models.extend(listed(calls.make("", lambda: adapter.list_models(client))))
     except ProviderError as error:
         result.verdict = failures.verdict(error)
         result.unreachable_cause = error.cause

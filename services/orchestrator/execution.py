@@ -27,6 +27,7 @@ from byokeep.runner.v1 import runner_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common import logs
+from services.common.models import listed
 from services.orchestrator import failures
 from services.orchestrator.failures import Failure
 from services.orchestrator.fleet import Fleet, Place, Runner, Stream
@@ -308,7 +309,7 @@ class Execution:
         self._result = replace(
             self._result,
             verdict=verdict.removeprefix("VALIDATION_VERDICT_"),
-            models=list(result.models),
+            models=listed(result.models),
             cause=failures.cause_of(result.unreachable_cause),
         )
 

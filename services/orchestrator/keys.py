@@ -12,6 +12,7 @@ from byokeep.orchestrator.v1 import key_pb2, key_pb2_grpc
 from byokeep.orchestrator.v1.review_pb2 import FailureReason
 
 from services.common.errors import ByokeepError
+from services.common.models import MAX_LISTED
 from services.orchestrator import access, domain, paging
 from services.orchestrator.events import KEY, Events
 from services.orchestrator.execution import PURPOSES
@@ -142,10 +143,11 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
                 show_destroyed=request.show_destroyed,
             )
         )
-        return key_pb2.ListKeysResponse(
-            keys=await self._messages([key for key in page.keys if rights.may_read(key.owner)]),
-            next_page_token=page.next_page_token,
-        )
+        keys = await self._messages([key for key in page.keys if rights.may_read(key.owner)])
+        for key in keys:
+            if key.HasField("validation"):
+                key.validation.ClearField("models")
+        return key_pb2.ListKeysResponse(keys=keys, next_page_token=page.next_page_token)
 
     async def RevokeKey(
         self, request: key_pb2.RevokeKeyRequest, context: object
@@ -344,7 +346,8 @@ def _validation_message(
     return key_pb2.KeyValidation(
         version=row.version,
         verdict=key_pb2.ValidationVerdict.Value(f"VALIDATION_VERDICT_{verdict}"),
-        models=[] if rejected else row.models,
+        models=[] if rejected else row.models[:MAX_LISTED],
+        models_cut=not rejected and len(row.models) > MAX_LISTED,
         check_time=timestamp(row.check_time),
         retry_time=timestamp(row.retry_time),
         attempts=row.attempts,

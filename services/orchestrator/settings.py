@@ -8,7 +8,7 @@ from typing import Any, Final
 from byokeep import names
 from byokeep.orchestrator.v1 import settings_pb2, settings_pb2_grpc, tenant_pb2
 
-from services.common.models import Catalog
+from services.common.models import MAX_LISTED, Catalog
 from services.orchestrator import access, domain, paging
 from services.orchestrator.config import Settings
 from services.orchestrator.domain import PLANS
@@ -105,8 +105,10 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         """List what the tenant's active keys can use."""
         tenant = access.current().tenant
         usable: dict[str, list[str]] = {}
+        cut = False
         for key_id, models in (await self._usable(tenant.id)).items():
-            for model in models:
+            cut = cut or len(models) > MAX_LISTED
+            for model in models[:MAX_LISTED]:
                 usable.setdefault(model, []).append(key_id)
         limit = paging.size(request.page_size, _MODELS_A_PAGE)
         after = request.page_token
@@ -123,6 +125,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
                 for model in page
             ],
             next_page_token=token,
+            cut=cut,
         )
 
     async def _usable(self, tenant: str) -> dict[str, list[str]]:

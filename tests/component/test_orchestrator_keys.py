@@ -65,6 +65,26 @@ async def test_valid_key_is_promoted_and_its_models_are_known(stack: Stack) -> N
     ]
 
 
+async def test_a_list_of_models_without_end_is_cut_and_says_so(stack: Stack) -> None:
+    """Was shown to fail with `listed` out of the orchestrator: all were stored."""
+    many = [f"model-{number:06}" for number in range(5_000)] + ["no model", "x" * 101]
+    stack.runner.default = verdict(key_pb2.VALIDATION_VERDICT_VALID, *many)
+    key = await stack.validated(await stack.add_key())
+    assert list(key.validation.models) == many[:1_000]
+    assert key.validation.models_cut
+    ((stored,),) = await stack.sql("SELECT models FROM key_validation")
+    assert len(stored) == 1_001
+    listing = await stack.client("acme").keys.ListKeys(
+        key_pb2.ListKeysRequest(parent="tenants/acme")
+    )
+    assert [list(one.validation.models) for one in listing.keys] == [[]]
+    models = await stack.client("acme").settings.ListModels(
+        settings_pb2.ListModelsRequest(parent="tenants/acme", page_size=1_000)
+    )
+    assert len(models.models) == 1_000
+    assert models.cut
+
+
 async def test_two_tenants_may_choose_the_same_key_id(stack: Stack) -> None:
     """Was shown to fail without the tenant in the key of key_validation."""
     await stack.tenant("bolt")

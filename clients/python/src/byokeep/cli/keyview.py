@@ -30,6 +30,8 @@ def print_key(session: Session, key: Key) -> None:
         models = [clean(model) for model in key.validation.models]
         more = f" and {len(models) - 8} more" if len(models) > 8 else ""
         out.print(f"models    {', '.join(models[:8])}{more}")
+        if key.validation.models_cut:
+            out.print("          its provider lists more, which are not kept")
     out.print()
     columns = ("VERSION", "STATE", "HINT", "STAGED", "SINCE", "KEK")
     out.table(

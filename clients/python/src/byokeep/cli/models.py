@@ -53,6 +53,9 @@ def list_(session: Session) -> None:
         session.out.table(columns, rows)
     else:
         session.out.print("no model is known: none of the tenant's keys has been validated")
+    request = settings_pb2.ListModelsRequest(parent=connection.parent, page_size=1)
+    if connection.settings.ListModels(request).cut:
+        session.out.warn("a provider lists more models of a key than the 1,000 that are kept")
     _print_choice(session, settings, models)
 
 
