@@ -138,7 +138,13 @@ class _Call:
             admitted()
         tenant = authz.named_tenant(request)
         if tenant:
-            held.callback(self._gate._load.enter(tenant, self._method, self._limits, size))
+            try:
+                held.callback(self._gate._load.enter(tenant, self._method, self._limits, size))
+            except ByokeepError:
+                # Whoever sends again at once would have the loop refuse and do nothing else.
+                del request
+                await asyncio.sleep(load.PAUSE_SECONDS)
+                raise
             if not self._streams_out:
                 held.callback(await self._gate._load.run(tenant))
         return request

@@ -28,6 +28,8 @@ _RUN_AT_ONCE: Final = 8
 #: Most bytes of requests of one tenant in flight, where it is more than one request.
 TENANT_BYTES: Final = 64 * 1024 * 1024
 _AGAIN_SECONDS: Final = 1.0
+#: A call that is refused for its tenant's load is told so after this long.
+PAUSE_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
