@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-_PUBLIC_PREFIXES = (
-    "sk-ant-api03-",
-    "sk-svcacct-",
-    "sk-proj-",
-    "sk-ant-",
-    "sk-",
-    "AIza",
-    "AQ.",
-)
+from services.common.prefix import public_prefix
 
 
 def hint(key: str) -> str:
@@ -19,5 +11,4 @@ def hint(key: str) -> str:
     The last four characters only from 24 characters on: of a shorter key they
     would be too large a part.
     """
-    prefix = next((one for one in _PUBLIC_PREFIXES if key.startswith(one)), "")
-    return f"{prefix}...{key[-4:] if len(key) >= 24 else ''}"
+    return f"{public_prefix(key)}...{key[-4:] if len(key) >= 24 else ''}"

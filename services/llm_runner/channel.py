@@ -37,6 +37,8 @@ from typing import Final, NoReturn
 from byokeep.orchestrator.v1 import key_pb2
 from google.protobuf.message import Message
 
+from services.llm_runner.withhold import Withheld
+
 MAX_PAYLOAD: Final = 17 * 1024 * 1024
 _HEADER: Final = struct.Struct(">IB")
 _READ_BYTES: Final = 64 * 1024
@@ -69,15 +71,28 @@ class ChannelClosedError(Exception):
 class ChildEnd:
     """The child's end: blocking, and fatal to its process once the parent is gone."""
 
+    _withheld: Withheld | None = None
+
     def __init__(self, sock: socket.socket) -> None:
         """Take over the socket."""
         self._sock = sock
         self._fds: list[int] = []
 
+    def withhold(self, key: str) -> None:
+        """Mask a key in every message from now on: this is the child's one way out."""
+        self._withheld = Withheld(key)
+
     def send(self, kind: Kind, message: Message | bytes = b"") -> None:
         """Send one frame."""
+        if isinstance(message, Message):
+            if self._withheld is not None:
+                self._withheld.mask(message)
+            message = message.SerializeToString()
+        self._write(kind, message)
+
+    def _write(self, kind: Kind, payload: bytes) -> None:
         try:
-            self._sock.sendall(_frame(kind, message))
+            self._sock.sendall(_frame(kind, payload))
         except OSError:
             vanish()
 

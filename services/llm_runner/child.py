@@ -113,6 +113,7 @@ def _lease(channel: ChildEnd, assign: runner_pb2.Assign, work: plan.Plan | None)
         key = b""
     if not key:
         raise _refused("The leased key does not open for this attempt.")
+    channel.withhold(key.decode("ascii"))
     opened = lease_pb2.PlaintextReport(process_id=os.getpid())
     opened.open_time.FromNanoseconds(time.time_ns())
     channel.send(Kind.OPENED, opened)

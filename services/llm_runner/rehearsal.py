@@ -98,8 +98,8 @@ class _Script(ChildEnd):
         self.said: dict[Kind, bytes] = {}
         self._proceed = runner_pb2.Proceed()
 
-    def send(self, kind: Kind, message: Message | bytes = b"") -> None:
-        self.said[kind] = message if isinstance(message, bytes) else message.SerializeToString()
+    def _write(self, kind: Kind, payload: bytes) -> None:
+        self.said[kind] = payload
 
     def receive(self, kind: Kind) -> bytes:
         answers = {Kind.ASSIGN: self._assign, Kind.PROCEED: self._go, Kind.LEASE: self._lease}

@@ -31,6 +31,7 @@ _CLI_REVIEWS = "tests/unit/test_cli_reviews.py::"
 _AUDITLOG = "clients/python/src/byokeep/auditlog/"
 _OR = "services/orchestrator/"
 _WAITS = "tests/component/test_orchestrator_waits.py::"
+_PROVIDERS = "tests/unit/test_providers.py::"
 _OUTLIVED = "tests/component/test_orchestrator_keys.py::"
 _FENCE = _SEC + "test_fence.py::test_paused_attempt_changes_nothing_after_its_turn"
 _TAKEN_OVER = _SEC + "test_fence.py::test_open_call_is_taken_over_and_its_first_worker_fenced"
@@ -2516,5 +2517,57 @@ MUTANTS = (
         'if any(path != _DEV_NULL and _OUTSIDE.match(path or "") for path in names):',
         "if not names:",
         ("tests/unit/test_diff.py::test_a_path_that_leads_out_of_the_tree_is_refused",),
+    ),
+    Mutant(
+        "a key in a provider's answer leaves the child",
+        "services/llm_runner/channel.py",
+        "                self._withheld.mask(message)",
+        "                pass",
+        (_SEC + "test_echo.py::test_findings_that_hold_the_key_are_masked_and_kept",),
+    ),
+    Mutant(
+        "what a CDN says judges a key",
+        "services/llm_runner/providers/table.py",
+        "    return kinds[0 if said.documented else 1]",
+        "    return kinds[0]",
+        (_PROVIDERS + "test_a_body_that_is_not_the_providers_says_nothing_of_the_key",),
+    ),
+    Mutant(
+        "comments in a stream keep a dead call alive",
+        "services/llm_runner/providers/exchange.py",
+        "            yield bytes(event.data)",
+        "            self.alive()\n            yield bytes(event.data)",
+        (_PROVIDERS + "test_every_step_has_its_deadline",),
+    ),
+    Mutant(
+        "half a stream passes for an answer",
+        "services/llm_runner/providers/base.py",
+        "        raise ProviderError(FailureKind.AMBIGUOUS, http_status=200)",
+        '        return ReviewAnswer(parse_findings("".join(texts)))',
+        (_PROVIDERS + "test_a_stream_without_an_end_was_cut",),
+    ),
+    Mutant(
+        "a handshake waits as long as an answer may",
+        "services/llm_runner/wire.py",
+        "            if left <= 0:\n                self._lose(late=True)\n",
+        "            left = 600\n",
+        ("tests/component/test_emulator.py::test_a_handshake_that_hangs_is_given_up",),
+    ),
+    Mutant(
+        "an answer that did not end by itself is taken",
+        "services/llm_runner/providers/table.py",
+        "    return _ENDS[provider].get(reason, Kind.BAD_RESPONSE)",
+        "    return _ENDS[provider].get(reason)",
+        (_PROVIDERS + "test_a_reason_of_any_type_that_nobody_published_is_a_bad_response",),
+    ),
+    Mutant(
+        "what was split is sent whole again",
+        "services/llm_runner/review.py",
+        "if not was_split(chunk, parts) and (",
+        "if (",
+        (
+            "tests/unit/test_runner_rules.py::"
+            "test_a_later_attempt_goes_on_with_the_parts_that_are_left",
+        ),
     ),
 )

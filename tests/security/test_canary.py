@@ -35,6 +35,7 @@ FAULTS = [
     "refusal",
     "redirect",
     "echo_key",
+    "echo",
 ]
 # What the emulator answers as token usage; no figure of it may be kept.
 USAGE = b"424242"
