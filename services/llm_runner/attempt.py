@@ -189,7 +189,7 @@ class Attempt:
         self._call_sequence = self.outbox.post(call_started=started)
 
     async def _call_progress(self, payload: bytes) -> None:
-        pass
+        self.outbox.pass_by(call_progress=runner_pb2.CallProgress.FromString(payload))
 
     def _answered(self) -> None:
         self._call = _Call.NONE

@@ -18,6 +18,7 @@ class Outbox:
         self._unacked: deque[runner_pb2.ExecuteResponse] = deque()
         self._sequence = 0
         self._acked = 0
+        self._passing: runner_pb2.ExecuteResponse | None = None
         self._closed = False
         self._reader = 0
         self._changed = asyncio.Event()
@@ -28,6 +29,11 @@ class Outbox:
         self._unacked.append(runner_pb2.ExecuteResponse(sequence=self._sequence, **message))
         self._changed.set()
         return self._sequence
+
+    def pass_by(self, **message: Any) -> None:
+        """Give a response to whoever reads now: it has no number, and a newer one replaces it."""
+        self._passing = runner_pb2.ExecuteResponse(**message)
+        self._changed.set()
 
     def ack(self, sequence: int) -> None:
         """Forget everything up to this number. A number that was never sent changes nothing."""
@@ -78,6 +84,10 @@ class Outbox:
             for response in [one for one in self._unacked if one.sequence > sent]:
                 sent = response.sequence
                 yield response
+            passing, self._passing = self._passing, None
+            if passing is not None:
+                yield passing
+                continue
             if self._closed and not self._unacked:
                 return
             self._changed.clear()

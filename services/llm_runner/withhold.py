@@ -1,7 +1,7 @@
 """Keeps a key out of every text that leaves its child.
 
-A provider's answer is a stranger's text: an endpoint that echoes, or a diff that talks a model
-into it, can put the key into findings and model ids. Each run of eight or more of the key's secret
+A provider's answer is a stranger's text: an endpoint that echoes, or a diff that has the key in
+it, puts it into findings and model ids. Each run of eight or more of the key's secret
 characters is masked where it stands, as it is or in a form that a reader undoes at sight:
 reversed, with blanks between, hex (also with separators), base64 (at any offset, both alphabets),
 and percent, JSON, Python and HTML escapes.

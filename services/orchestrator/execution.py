@@ -270,8 +270,9 @@ class Execution:
         if self._work.turn:
             return  # there is a call, so the worker before this one has said "proceed"
         grant = self._sign(self._subject(), accepted.public_key)
-        done = self._done.intersection(self._planned)
-        await self._say(proceed=runner_pb2.Proceed(grant=grant, done_chunk_ids=sorted(done)))
+        # Also what the plan does not name: parts of a chunk that an earlier attempt had to split.
+        done = sorted(self._done)
+        await self._say(proceed=runner_pb2.Proceed(grant=grant, done_chunk_ids=done))
 
     async def _call_started(self, started: runner_pb2.CallStarted) -> None:
         self._call_open = True

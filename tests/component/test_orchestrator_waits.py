@@ -590,6 +590,41 @@ async def test_a_split_chunk_counts_as_its_parts(stack: Stack) -> None:
     assert (seen[0].chunks_total, seen[0].chunks_done) == (3, 0)
 
 
+async def test_a_part_that_is_done_is_not_paid_for_again(stack: Stack) -> None:
+    """Fails where only chunks of the plan are told as done: the next attempt, whose plan has the
+    whole chunk, then splits it anew and sends both parts."""
+    into = [runner_pb2.PlannedChunk(chunk_id=one) for one in ("c1a", "c1b")]
+
+    async def splits(talk: Conversation) -> None:
+        await talk.accept("c1")
+        told.append(list(talk.proceed.done_chunk_ids))
+        number = 0
+        if not told[-1]:
+            number += 1
+            await talk.call("c1", number)
+        await talk.acked(
+            await talk.say(chunk_split=runner_pb2.ChunkSplit(chunk_id="c1", into=into))
+        )
+        for chunk in ("c1a", "c1b"):
+            if chunk in told[-1]:
+                continue
+            number += 1
+            await talk.call(chunk, number)
+            if chunk == "c1b" and len(told) == 1:
+                await talk.end(failure=review_pb2.FAILURE_REASON_RATE_LIMITED, retry_after_ms=1)
+                return
+            await talk.result(chunk, finding())
+        await talk.end()
+
+    told: list[list[str]] = []
+    stack.runner.default = splits
+    ended = await stack.ended(await stack.submit())
+
+    assert told == [[], ["c1a"]]
+    assert (ended.state, ended.chunks_done, ended.chunks_total) == (COMPLETED, 2, 2)
+    assert ended.calls_started == 4
+
+
 async def test_how_far_a_call_is_is_shown_and_not_stored(stack: Stack) -> None:
     go = asyncio.Event()
 

@@ -225,6 +225,24 @@ def test_what_a_provider_finds_too_long_is_split(bench, provider):
     assert len(bench.emulator.control.calls()) == 3 == len(attempt.of("call_started"))
 
 
+def test_progress_of_an_open_call_is_told_and_not_numbered(bench):
+    """Fails with the orchestrator asked to acknowledge it: the sequence then has a gap."""
+    bench.emulator.control.fault("slow_stream", seconds=0.2)
+    attempt = bench.review("anthropic")
+
+    assert reason(attempt.finish()) == "UNSPECIFIED"
+
+    told = attempt.of("call_progress")
+    (started,) = attempt.of("call_started")
+    assert told
+    assert {one.chunk_id for one in told} == {started.chunk_id}
+    sizes = [one.answer_bytes for one in told]
+    assert sizes == sorted(sizes)
+    numbered = [one.sequence for one in attempt.seen if not one.HasField("call_progress")]
+    assert numbered == [1, 2, 3, 4, 5]
+    assert {one.sequence for one in attempt.seen if one.HasField("call_progress")} == {0}
+
+
 def test_what_can_not_be_reached_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]

@@ -2535,8 +2535,10 @@ MUTANTS = (
     Mutant(
         "comments in a stream keep a dead call alive",
         "services/llm_runner/providers/exchange.py",
-        "            yield bytes(event.data)",
-        "            self.alive()\n            yield bytes(event.data)",
+        "            yield from self._response.iter_raw()\n",
+        "            for data in self._response.iter_raw():\n"
+        "                self.alive()\n"
+        "                yield data\n",
         (_PROVIDERS + "test_every_step_has_its_deadline",),
     ),
     Mutant(

@@ -114,6 +114,8 @@ def _bent(wire: Wire, reply: Reply, fault: Fault) -> Reply:
     changed: dict[str, Any] = {}
     if fault.kind in _TRICKLES:
         changed = {"trickle": Trickle(*_TRICKLES[fault.kind], fault.seconds)}
+    elif fault.kind == "slow_stream":
+        changed = {"pause": fault.seconds}
     elif fault.kind == "cut":
         middle = (len(reply.head()) + len(reply.wire())) // 2
         changed = {"cut_after": middle if fault.after_bytes is None else fault.after_bytes}

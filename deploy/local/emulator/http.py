@@ -64,6 +64,8 @@ class Reply:
     events: tuple[bytes, ...] | None = None
     cut_after: int | None = None
     trickle: Trickle | None = None
+    pause: float = 0.0
+    """Seconds before each event."""
 
     def head(self) -> bytes:
         """Status line and headers."""
@@ -187,6 +189,9 @@ async def _connection(
         if reply.trickle is not None:
             await _trickle(writer, reply.trickle)
             return
+        if reply.pause:
+            await _pace(writer, reply)
+            return
         wire = reply.wire()
         writer.write(wire if reply.cut_after is None else wire[: reply.cut_after])
         await writer.drain()
@@ -196,6 +201,15 @@ async def _connection(
             break
     writer.close()
     await writer.wait_closed()
+
+
+async def _pace(writer: asyncio.StreamWriter, reply: Reply) -> None:
+    writer.write(reply.head())
+    for data in (*(reply.events or ()), b""):
+        await writer.drain()
+        await asyncio.sleep(reply.pause)
+        writer.write(chunk(data))
+    await writer.drain()
 
 
 async def _trickle(writer: asyncio.StreamWriter, trickle: Trickle) -> None:

@@ -17,7 +17,7 @@ PathKind = Literal["models", "chat", "other"]
 # These change the model's answer, and a model list has none.
 CHAT_FAULTS: Final[tuple[FaultKind, ...]] = (
     *("malformed_answer", "truncated", "refusal", "context_too_long"),
-    *("drip_comment", "cut_stream", "error_event"),
+    *("drip_comment", "slow_stream", "cut_stream", "error_event"),
 )
 _MAX_CALLS: Final = 100_000
 _MAX_HOLD_SECONDS: Final = 600.0
