@@ -180,7 +180,7 @@ def test_no_setting_that_git_knows(checkout: Path) -> None:
         assert reads() == before, value
         without_effect.update(taken)
     assert set(names) - without_effect <= {
-        *("core.abbrev", "core.bare", "core.createObject", "core.worktree"),
+        *("core.abbrev", "core.bare", "core.checkStat", "core.createObject", "core.worktree"),
         "extensions.objectFormat",
     }
 
