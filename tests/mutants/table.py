@@ -2572,4 +2572,87 @@ MUTANTS = (
             "test_a_later_attempt_goes_on_with_the_parts_that_are_left",
         ),
     ),
+    Mutant(
+        "what dies beside the calls stays dead",
+        "services/common/background.py",
+        "            await asyncio.sleep(pause)\n            pause",
+        "            return\n            pause",
+        ("tests/unit/test_background.py",),
+    ),
+    Mutant(
+        "what died beside the calls is no matter of health",
+        "services/common/server.py",
+        "        missing += self._app.background.down() + self._own.down()\n",
+        "",
+        ("tests/component/test_chores.py",),
+    ),
+    Mutant(
+        "what keeps failing is told at every try",
+        "services/common/logs.py",
+        "        if what == before and time.monotonic() < when + _AGAIN_SECONDS:",
+        "        if False:",
+        ("tests/unit/test_background.py", "tests/unit/test_postgres.py"),
+    ),
+    Mutant(
+        "an attempt that has ended is hurried",
+        _OR + "execution.py",
+        "            self._deadline = None  # over: nothing is left to be hurried\n",
+        "            pass\n",
+        (_SEC + "test_fence.py::test_an_attempt_that_has_ended_can_be_told_to_stop",),
+    ),
+    Mutant(
+        "a round trip to PostgreSQL has no end",
+        "services/common/postgres.py",
+        "            return await wait_async(gen, self.pgconn.socket, interval, seconds)\n"
+        "        except errors._WaitTimeout:",
+        "            return await wait_async(gen, self.pgconn.socket, interval, 3600.0)\n"
+        "        except errors._WaitTimeout:",
+        (
+            "tests/component/test_half_open.py::test_half_open_database_is_told_to_each_caller_in_time",
+        ),
+    ),
+    Mutant(
+        "an ear is not pinged",
+        "services/common/postgres.py",
+        "        async for notice in connection.notifies(timeout=PING_SECONDS):",
+        "        async for notice in connection.notifies(timeout=3600.0):",
+        ("tests/component/test_half_open.py::test_half_open_ear_hears_again",),
+    ),
+    Mutant(
+        "a caller's deadline is no matter of what is waited for",
+        "services/common/interceptor.py",
+        "        deadline.enter(context.time_remaining())\n",
+        "",
+        (
+            "tests/component/test_half_open.py::test_half_open_database_is_told_to_each_caller_in_time",
+        ),
+    ),
+    Mutant(
+        "what is out of bounds starts",
+        "services/common/config.py",
+        "    if type(value) is int and not allowed",
+        "    if False and not allowed",
+        ("tests/component/test_wrong_start.py::test_wrong_start_is_named",),
+    ),
+    Mutant(
+        "an address that can't be bound starts",
+        "services/common/server.py",
+        '    check_listen("BYOKEEP_LISTEN", settings.listen)\n',
+        "",
+        ("tests/component/test_wrong_start.py::test_wrong_start_is_named",),
+    ),
+    Mutant(
+        "a foreign TLS key starts",
+        "services/common/server.py",
+        "    ServerIdentity(settings.tls)\n    if",
+        "    if",
+        ("tests/component/test_wrong_start.py::test_wrong_start_is_named",),
+    ),
+    Mutant(
+        "a service that waits is deaf to SIGTERM",
+        "services/common/server.py",
+        "    await asyncio.wait({doing, stopping}, return_when=asyncio.FIRST_COMPLETED)\n",
+        "    await asyncio.wait({doing})\n",
+        ("tests/component/test_wrong_start.py::test_a_database_that_is_not_there_is_waited_for",),
+    ),
 )

@@ -12,6 +12,7 @@ from byokeep.runner.v1 import runner_pb2
 
 from services.orchestrator import sql
 from services.orchestrator.dispatcher import ORPHANED_SECONDS
+from services.orchestrator.execution import Execution
 from tests.harness.orchestrator import (
     Conversation,
     Stack,
@@ -291,3 +292,22 @@ async def test_orphan_whose_runner_is_gone_too_is_ambiguous(stack: Stack) -> Non
     ended = await stack.ended(review)
     assert ended.failure == review_pb2.FAILURE_REASON_AMBIGUOUS
     assert (ended.ambiguous_calls, ended.calls_started, ended.attempts) == (1, 1, 1)
+
+
+async def test_an_attempt_that_has_ended_can_be_told_to_stop(stack: Stack) -> None:
+    """The heartbeat tells it where its end was stored between a beat's question and its answer; it
+    must not die of that, or every review over 32 s is fenced off. Shown by `_deadline` left as it
+    is at the end of `_limited`: RuntimeError."""
+    ended: list[Execution] = []
+    until_outcome = Execution._until_outcome
+
+    async def kept(self: Execution) -> int | None:
+        sequence = await until_outcome(self)
+        ended.append(self)
+        return sequence
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Execution, "_until_outcome", kept)
+        await stack.ended(await stack.submit())
+    await ended[0].stop()
+    assert stack.app.background.down() == []
