@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health_aio
 
 from services.common import background, config, server
 from services.common.background import Background
@@ -105,9 +104,9 @@ def kind(name: str) -> str:
 
 async def health(app: server.App, settings: config.ServiceSettings) -> int:
     """What the health port says after a look."""
-    status = health_aio.HealthServicer()
+    status = server._Status()
     await server._Health(app, Background(), status, settings)._look()
-    answer = await status.Check(health_pb2.HealthCheckRequest(), None)
+    answer = await status.check(health_pb2.HealthCheckRequest(), None)
     return int(answer.status)
 
 

@@ -126,3 +126,23 @@ async def test_token_lifecycle_login_lost_and_found(vault, proxy, deployment, tm
         answer = vault.api("POST", "auth/approle/role/lost/secret-id")
         secret.write_text(answer["data"]["secret_id"])
         await until_opened(backend, wrapped)
+
+
+async def test_chores_of_vault_that_die_are_told_and_started_again(
+    vault, deployment, tmp_path, wrapped, caplog
+):
+    """54. The look at Vault and the renewal of each token. Shown to fail without the look at
+    `down()` in `Watch.health`."""
+    async with started(deployment, vault.settings(tmp_path)) as backend:
+        chores = backend._background
+        names = {"vault-watch", "vault-token-data", "vault-token-admin"}
+        await until(lambda: set(chores.tasks) == names)
+        for task in list(chores.tasks.values()):
+            task.cancel()
+        await until(lambda: set(chores.down()) == names)
+        assert (await backend.health()).state == "unwatched"
+        await until(lambda: chores.down() == [])
+        assert (await backend.health()).ok
+        await opened(backend, wrapped)
+    died = [one.byokeep_fields["task"] for one in caplog.records if one.msg == "background_died"]
+    assert sorted(died) == sorted(names)

@@ -63,7 +63,7 @@ async def leases_again(keyvault, key) -> None:
     async def leased() -> bool:
         return await kv.try_lease(keyvault, key) == ""
 
-    await until(keyvault.app.serving)
+    await until(lambda: _not(keyvault.app.missing))
     await until(leased)
 
 
@@ -79,7 +79,7 @@ async def test_vault_states(keyvault, proxy):
         assert state in states.split(), name
         assert time.monotonic() - start < 2 + _SLACK, name
         if name not in ("473 on calls", "no JSON", "307"):
-            await until(lambda: _not(keyvault.app.serving))
+            await until(keyvault.app.missing)
             # Known by now: refused at once, and the grant is not spent.
             before = await keyvault.sql("SELECT count(*) FROM lease")
             assert await kv.try_lease(keyvault, key) == "KEK_UNAVAILABLE"
@@ -154,7 +154,7 @@ async def test_vault_slow(vault, proxy, deployment, tmp_path, everything):
         assert {reason for reason, _ in states} == {"KEK_UNAVAILABLE"}
         # 2 run and 8 wait; the rest is turned away.
         assert sum(state == "busy" for _, state in states) >= 15
-        await until(lambda: _not(keyvault.app.serving))
+        await until(keyvault.app.missing)
         start = time.monotonic()
         assert await kv.try_lease(keyvault, key) == "KEK_UNAVAILABLE"
         proxy.heal()
