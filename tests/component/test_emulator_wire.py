@@ -118,6 +118,20 @@ def test_wrong_credentials(http, host, headers, status):
     assert "message" in answer.json()["error"]
 
 
+def test_what_the_official_sdks_send(http):
+    """anthropic 2.14: a bearer token; google-genai 3.6: v1. Both were run against the emulator."""
+    path, body, headers = CHAT[ANTHROPIC]
+    bearer = {
+        "authorization": f"Bearer {headers['x-api-key']}",
+        "anthropic-version": headers["anthropic-version"],
+    }
+    assert http.post(ANTHROPIC + path, json=body, headers=bearer).status_code == 200
+    path, body, headers = CHAT[GEMINI]
+    path = path.replace("/v1beta/", "/v1/")
+    assert http.post(GEMINI + path, json=body, headers=headers).status_code == 200
+    assert http.get(f"{GEMINI}/v1/models", headers=headers).status_code == 200
+
+
 def test_key_in_the_url_counts_as_none(http):
     path, body, headers = CHAT[GEMINI]
     url = f"{GEMINI}{path}&key={headers['x-goog-api-key']}"

@@ -266,6 +266,19 @@ CLASSIFIED = [
         K.QUOTA_EXHAUSTED,
     ),
     ("anthropic", 429, anthropic("rate_limit_error"), {}, K.RATE_LIMITED),
+    *[
+        ("anthropic", status, anthropic("x", details={"error_code": code}), {}, kind)
+        for status, code, kind in (
+            (429, "contract_spend_limit_reached", K.QUOTA_EXHAUSTED),
+            (429, "linked_organization_spend_limit_reached", K.QUOTA_EXHAUSTED),
+            (403, "linked_organization_billing_unavailable", K.QUOTA_EXHAUSTED),
+            (429, "ramp_limit_exceeded", K.RATE_LIMITED),
+            (403, "organization_on_hold", K.KEY_REJECTED),
+            (403, "claude_code_key_creator_not_member", K.KEY_REJECTED),
+            (403, "cmek_key_disabled", K.PROVIDER_UNAVAILABLE),
+            (403, "cmek_key_unreachable", K.PROVIDER_UNAVAILABLE),
+        )
+    ],
     (
         "anthropic",
         429,
@@ -603,11 +616,13 @@ PUBLISHED = [
     ("anthropic", "refusal", K.REFUSED),
     ("anthropic", "model_context_window_exceeded", K.CONTEXT_TOO_LONG),
     ("gemini", "MAX_TOKENS", K.TRUNCATED),
+    ("gemini", "CONTINUATION", K.TRUNCATED),
     *[
         ("gemini", one, K.REFUSED)
         for one in (
             *("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"),
             *("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"),
+            *("ESCALATION", "MODEL_ARMOR", "PUP_LIMITED_DISABLED"),
         )
     ],
     *[
@@ -615,6 +630,7 @@ PUBLISHED = [
         for one in (
             *("FINISH_REASON_UNSPECIFIED", "OTHER", "MALFORMED_FUNCTION_CALL", "NO_IMAGE"),
             *("UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", "IMAGE_OTHER"),
+            *("MISSING_THOUGHT_SIGNATURE", "MALFORMED_RESPONSE"),
         )
     ],
 ]

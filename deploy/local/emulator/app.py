@@ -114,15 +114,15 @@ def _bent(wire: Wire, reply: Reply, fault: Fault) -> Reply:
     changed: dict[str, Any] = {}
     if fault.kind in _TRICKLES:
         changed = {"trickle": Trickle(*_TRICKLES[fault.kind], fault.seconds)}
-    elif fault.kind == "slow_stream":
+    elif fault.kind == "slow_stream" and events:
         changed = {"pause": fault.seconds}
     elif fault.kind == "cut":
         middle = (len(reply.head()) + len(reply.wire())) // 2
         changed = {"cut_after": middle if fault.after_bytes is None else fault.after_bytes}
-    elif fault.kind == "cut_stream":
+    elif fault.kind == "cut_stream" and events:
         begun = dataclasses.replace(reply, events=events[: fault.events])
         changed = {"cut_after": len(begun.wire()) - len(b"0\r\n\r\n")}
-    elif fault.kind == "error_event":
+    elif fault.kind == "error_event" and events:
         changed = {"events": (*events[: fault.events], wire.error_event())}
     elif fault.kind == "malformed_json" and events:
         changed = {"events": (events[0], events[1][: len(events[1]) // 2] + b"\n\n", *events[2:])}

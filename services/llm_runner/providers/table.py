@@ -44,6 +44,8 @@ class _Row(NamedTuple):
 _STREAM: Final = (200,)
 _OPENAI_DOC: Final = "https://developers.openai.com/api/docs/guides/error-codes"
 _ANTHROPIC_DOC: Final = "https://platform.claude.com/docs/en/api/errors"
+# Anthropic's SDK has a class for each error_code: anthropic/types/shared/*_details.py.
+_ANTHROPIC_CODES: Final = "https://pypi.org/project/anthropic/2.14.0/"
 _GEMINI_DOC: Final = "https://ai.google.dev/gemini-api/docs/generate-content/api-errors"
 
 # fmt: off
@@ -78,7 +80,12 @@ _OPENAI: Final = (
          Kind.PROVIDER_UNAVAILABLE, _OPENAI_DOC),
 )
 _ANTHROPIC: Final = (
-    _Row((), "code", r"^enforced_spend_limit_reached$", Kind.QUOTA_EXHAUSTED, _ANTHROPIC_DOC),
+    _Row((), "code", r"_spend_limit_reached$|^linked_organization_billing_unavailable$",
+         Kind.QUOTA_EXHAUSTED, _ANTHROPIC_CODES),
+    _Row((), "code", r"^(organization_on_hold|claude_code_key_creator_not_member)$",
+         Kind.KEY_REJECTED, _ANTHROPIC_CODES),
+    # The customer's own encryption key of a workspace: nothing is wrong with the API key.
+    _Row((), "code", r"^cmek_", Kind.PROVIDER_UNAVAILABLE, _ANTHROPIC_CODES),
     _Row((), "type", r"^billing_error$", Kind.QUOTA_EXHAUSTED, _ANTHROPIC_DOC),
     _Row((), "message", r"credit balance is too low"
          r"|reached your (specified )?(workspace )?api usage limits",
@@ -188,12 +195,14 @@ _ENDS: Final[Mapping[str, Mapping[str, Kind | None]]] = MappingProxyType(
         "gemini": {
             "STOP": None,
             "MAX_TOKENS": Kind.TRUNCATED,
+            "CONTINUATION": Kind.TRUNCATED,
             # Not a finishReason: promptFeedback.blockReason, whatever its value.
             "PROMPT_BLOCKED": Kind.REFUSED,
             **dict.fromkeys(
                 (
                     *("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT"),
                     *("SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"),
+                    *("ESCALATION", "MODEL_ARMOR", "PUP_LIMITED_DISABLED"),
                 ),
                 Kind.REFUSED,
             ),

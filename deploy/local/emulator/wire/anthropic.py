@@ -41,8 +41,9 @@ class Anthropic(Wire):
         return routes.get((request.method, request.path), "other")
 
     def key(self, request: Request) -> str | None:
-        """See Wire."""
-        return request.headers.get("x-api-key") or None
+        """See Wire; Anthropic's SDKs send a bearer token from API version 2026-10-21 on."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        return request.headers.get("x-api-key") or (token if scheme == "Bearer" else "") or None
 
     def plausible(self, key: str) -> bool:
         """See Wire."""

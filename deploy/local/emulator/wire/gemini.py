@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final
 
@@ -21,8 +22,9 @@ from deploy.local.emulator.wire.base import (
 )
 
 _RPC: Final = "type.googleapis.com/google.rpc."
-_PREFIX: Final = "/v1beta/models/"
-_GENERATE: Final = ":streamGenerateContent"
+# Google's SDK calls v1 from its version 3 on; v1beta has all of it.
+_LIST: Final = re.compile(r"/v1(?:beta)?/models")
+_GENERATE: Final = re.compile(r"/v1(?:beta)?/models/([^/]+):streamGenerateContent")
 
 
 class Gemini(Wire):
@@ -33,10 +35,10 @@ class Gemini(Wire):
 
     def route(self, request: Request) -> PathKind:
         """See Wire."""
-        if (request.method, request.path) == ("GET", "/v1beta/models"):
+        if request.method == "GET" and _LIST.fullmatch(request.path):
             return "models"
-        is_call = request.path.startswith(_PREFIX) and request.path.endswith(_GENERATE)
-        return "chat" if request.method == "POST" and is_call else "other"
+        is_call = request.method == "POST" and _GENERATE.fullmatch(request.path)
+        return "chat" if is_call else "other"
 
     def key(self, request: Request) -> str | None:
         """See Wire; the ``key`` query parameter, which the real one takes, counts as none."""
@@ -151,7 +153,8 @@ class Gemini(Wire):
 
     def chat(self, request: Request) -> Chat | Reply:
         """See Wire."""
-        model = request.path.removeprefix(_PREFIX).removesuffix(_GENERATE)
+        named = _GENERATE.fullmatch(request.path)
+        model = named[1] if named else ""
         if model not in CHAT_MODELS[self.name]:
             message = (
                 f"models/{model} is not found for API version v1beta, or is not supported for "
