@@ -172,12 +172,13 @@ class Scene:
         return max((call.sequence for call in self.stack.emulator.calls()), default=0)
 
     def settle(self, reviews: list[str], mark: int) -> Tally:
-        """Wait until every review has ended or says what it waits for; count and judge."""
+        """Wait until every review has ended; count and judge. One that has not within the time
+        must at least say what it waits for."""
         tally = Tally()
         end = time.monotonic() + SETTLE_SECONDS
         for name in reviews:
             review = self.review(name)
-            while not _settled(review) and time.monotonic() < end:
+            while review.state not in _OVER and time.monotonic() < end:
                 time.sleep(0.2)
                 review = self.review(name)
             self._judge(review, tally)
@@ -189,7 +190,7 @@ class Scene:
         reason = review_pb2.FailureReason.Name(review.failure or review.wait.reason)
         reason = reason.removeprefix("FAILURE_REASON_")
         tally.reviews[state if reason == "UNSPECIFIED" else f"{state} {reason}"] += 1
-        if not _settled(review):
+        if review.state not in _OVER and not review.HasField("wait"):
             tally.wrong.append(f"{review.name} is {state} and does not say why")
         completed = review.state == review_pb2.REVIEW_STATE_COMPLETED
         if completed and (not review.chunks_total or review.chunks_done != review.chunks_total):
@@ -230,10 +231,6 @@ class Scene:
 def active(key: key_pb2.Key) -> bool:
     """Whether reviews can run on a key."""
     return key.provider_key.state == custody_pb2.KEY_VERSION_STATE_ACTIVE
-
-
-def _settled(review: review_pb2.Review) -> bool:
-    return review.state in _OVER or review.HasField("wait")
 
 
 def _diff(files: int) -> bytes:
