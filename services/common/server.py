@@ -84,16 +84,21 @@ class _Registrar:
     """Takes servicers for the server, and learns which services there are."""
 
     def __init__(self) -> None:
-        self.handlers: list[grpc.GenericRpcHandler] = []
-        self.services: list[str] = []
+        self.handlers: list[grpc.ServiceRpcHandler] = []
+
+    @property
+    def services(self) -> list[str]:
+        """Names of the services."""
+        return [handler.service_name() for handler in self.handlers]
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         self.handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        # Named only. gRPC's server waits for the next call of each registered method by itself,
+        # Not taken. gRPC's server waits for the next call of each registered method by itself,
         # all of them anew at each call; the generic handlers, added as well, have the same methods.
-        self.services.append(service)
+        # Stubs of older tools, which a wheel has, add generic ones alone.
+        pass
 
 
 def main(name: str, settings: ServiceSettings, make: Callable[[], App]) -> None:

@@ -76,7 +76,7 @@ class Anchor:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "DATABASE_ROLLED_BACK",
                 "keyvault's database is not what its anchor says it was; no lease is given until"
-                " an operator has looked and says so: byokeep admin resume-leases",
+                " an operator has looked and says so",
             )
         if self.age > STALE_SECONDS:
             return stale("anchored")

@@ -142,8 +142,8 @@ def tenant_key_missing(tenant: str) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "TENANT_KEY_MISSING",
-        f"tenant {tenant} has no key-encryption key; an operator creates it:"
-        f" byokeep tenant create {tenant}; a tenant that was deleted needs a new name",
+        f"tenant {tenant} has no key-encryption key; an operator creates it; a tenant that was"
+        " deleted needs a new name",
         tenant=tenant,
     )
 

@@ -66,7 +66,7 @@ class Differences:
                 grpc.StatusCode.DATA_LOSS,
                 MISMATCH,
                 "whether this tenant may have leases is stored otherwise than its audit chain"
-                f" says; none is given: byokeep admin revoke-tenant {tenant}, then resume-tenant",
+                " says; none is given until an operator revokes the tenant's leases and resumes",
                 tenant=tenant,
             )
         return stale("reconciled") if tenant in self._unsettled else None
@@ -193,6 +193,6 @@ def mismatch(key_id: str) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.DATA_LOSS,
         MISMATCH,
-        f"this key's row and its audit chain disagree; it is frozen: byokeep key rotate {key_id}",
+        "this key's row and its audit chain disagree; it is frozen until it is rotated",
         key=key_id,
     )

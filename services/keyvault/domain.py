@@ -262,12 +262,9 @@ def stage_over(key: Key) -> list[Change]:
     """Decide what a new version does to the ones before: an older PENDING one is destroyed."""
     state = key.current().state
     if state is State.DESTROYED:
-        raise wrong_state(state, "it is gone for good, and its name is free: byokeep key add")
+        raise wrong_state(state, "it is gone for good, and its name is free for a new one")
     if state is State.REVOKED:
-        raise wrong_state(
-            state,
-            f"it is gone for good; byokeep key destroy {key.key_id} frees its name for a new one",
-        )
+        raise wrong_state(state, "it is gone for good; destroying it frees its name for a new one")
     return [
         Change(one.version, audit_pb2.AUDIT_EVENT_TYPE_DESTROYED)
         for one in key.versions

@@ -63,8 +63,7 @@ class Holds:
             raise ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "TENANT_NOT_ACTIVE",
-                "an operator revoked this tenant's leases; none is given until"
-                f" byokeep admin resume-tenant {tenant}",
+                "an operator revoked this tenant's leases; none is given until one resumes it",
                 tenant=tenant,
             )
 

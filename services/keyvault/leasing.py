@@ -155,10 +155,9 @@ def _undecryptable(key_id: str) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "UNDECRYPTABLE",
-        f"the key-encryption key is gone, or the envelope is of another version: undecryptable;"
-        f" re-key: byokeep key rotate {key_id}",
+        "the key-encryption key is gone, or the envelope is of another version: undecryptable;"
+        " a new version is needed",
         key=key_id,
-        rotate=f"byokeep key rotate {key_id}",
     )
 
 

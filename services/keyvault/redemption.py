@@ -171,9 +171,8 @@ class Redemption:
             raise ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "KEY_NEEDS_REKEY",
-                f"the provider rejected this key; replace it: byokeep key rotate {key.key_id}",
+                "the provider rejected this key: it needs a new version",
                 key=key.key_id,
-                rotate=f"byokeep key rotate {key.key_id}",
             )
         raise domain.wrong_state(version.state, "it can't be leased for this purpose")
 

@@ -251,11 +251,9 @@ def _exists(key_id: str) -> ByokeepError:
     return ByokeepError(
         grpc.StatusCode.ALREADY_EXISTS,
         "KEY_EXISTS",
-        f"a key of that provider, owner and name exists ({key_id}); to replace its value:"
-        f" byokeep key rotate {key_id}; if it is revoked, byokeep key destroy {key_id} frees"
-        " its name; a second key takes another one (--name)",
+        f"a key of that provider, owner and name exists ({key_id}): rotate it to replace its"
+        " value; if it is revoked, destroying it frees its name; a second key takes another name",
         key=key_id,
-        rotate=f"byokeep key rotate {key_id}",
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from byokeep.client import new_request_id
+from byokeep.orchestrator.v1 import key_pb2
 from byokeep.testing import Stack
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +87,17 @@ def services_wheel(clone: Path, dist: Path) -> Path:
 def stack() -> Iterator[Stack]:
     with Stack() as running:
         yield running
+
+
+def end_all_keys(stack: Stack) -> None:
+    """Destroy the tenant's keys, so that their names are free."""
+    with stack.connect() as connection:
+        held = connection.keys.ListKeys(key_pb2.ListKeysRequest(parent=connection.parent)).keys
+        for each in held:
+            name = each.provider_key.name
+            connection.keys.DestroyKey(
+                key_pb2.DestroyKeyRequest(name=name, request_id=new_request_id())
+            )
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from byokeep.testing import Stack
 
-from tests.clients.conftest import ROOT
+from tests.clients.conftest import ROOT, end_all_keys
 
 README = ROOT / "clients" / "python" / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
@@ -20,6 +20,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
 @pytest.fixture(scope="module")
 def folder(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("page")
+    end_all_keys(stack)  # other tests' names
     shutil.copy(ROOT / "deploy" / "local" / "demo.diff", made / "my.diff")
     return made
 

@@ -28,6 +28,8 @@ _HIDDEN = _DEATH + "test_a_version_that_was_hidden_is_destroyed_with_its_key"
 
 _CLI = "clients/python/src/byokeep/cli/"
 _CLI_REVIEWS = "tests/unit/test_cli_reviews.py::"
+_CLIENT = "clients/python/src/byokeep/"
+_CALLS = "tests/unit/test_client.py::"
 _AUDITLOG = "clients/python/src/byokeep/auditlog/"
 _OR = "services/orchestrator/"
 _WAITS = "tests/component/test_orchestrator_waits.py::"
@@ -2654,5 +2656,26 @@ MUTANTS = (
         "    await asyncio.wait({doing, stopping}, return_when=asyncio.FIRST_COMPLETED)\n",
         "    await asyncio.wait({doing})\n",
         ("tests/component/test_wrong_start.py::test_a_database_that_is_not_there_is_waited_for",),
+    ),
+    Mutant(
+        "a call without a deadline has none",
+        _CLIENT + "calls.py",
+        '    if options.get("timeout") is None:',
+        "    if False:",
+        (_CALLS + "test_a_call_has_a_deadline_unless_it_brings_one",),
+    ),
+    Mutant(
+        "a stream that was lost is not opened again",
+        _CLIENT + "watching.py",
+        "            elif failed.code() != grpc.StatusCode.UNAVAILABLE and failed.reason not in _BROKEN:",
+        "            else:",
+        (_CALLS + "test_a_watched_review_goes_on_past_lost_connections",),
+    ),
+    Mutant(
+        "asyncio seals on its event loop",
+        _CLIENT + "aio/__init__.py",
+        "await asyncio.to_thread(self._sealed, answer.statement, context, key_text)",
+        "self._sealed(answer.statement, context, key_text)",
+        (_CALLS + "test_asyncio_seals_off_the_event_loop",),
     ),
 )

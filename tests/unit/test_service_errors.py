@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import grpc
 import pytest
 
 from services.common.errors import ByokeepError, from_rpc
+
+ROOT = Path(__file__).parents[2]
 
 
 class _Failed(grpc.RpcError):
@@ -43,3 +49,26 @@ def test_a_typed_error_passes_unchanged():
         {"limit": "60"},
         3600.0,
     )
+
+
+_COMMAND = re.compile(r"byokeep (key|model|limit|review|admin|tenant|caller|status|doctor|audit)\b")
+
+
+@pytest.mark.parametrize("zone", ["common", "keyvault", "llm_runner"])
+def test_no_sentence_of_a_service_names_a_command(zone):
+    """Most callers have no command: `byokeep` itself adds it, from the reason."""
+    found = []
+    for path in sorted((ROOT / "services" / zone).rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        notes = {ast.get_docstring(node, clean=False) for node in nodes if _documented(node)}
+        found += [
+            f"{path.name}:{node.lineno}: {node.value}"
+            for node in nodes
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if node.value not in notes and _COMMAND.search(node.value)
+        ]
+    assert found == []
+
+
+def _documented(node):
+    return isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)

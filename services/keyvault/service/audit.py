@@ -108,7 +108,7 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "DATABASE_ROLLED_BACK",
                 "keyvault's database is not what its anchor says it was; no checkpoint is signed"
-                " until an operator has looked and says so: byokeep admin resume-leases",
+                " until an operator has looked and says so",
             )
         return signed
 

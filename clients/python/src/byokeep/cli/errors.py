@@ -104,6 +104,8 @@ HINTS: Mapping[str, str] = {
     "PLAN_LACKS": "an operator changes the plan: byokeep tenant set-plan TENANT PLAN",
     "REQUEST_ID_CONFLICT": "leave --request-id out, or use a new one",
     "ETAG_MISMATCH": "somebody else changed it meanwhile: look again, then repeat",
+    "RECONCILE_MISMATCH": "a frozen key: byokeep key rotate {key}; a tenant: an operator revokes"
+    " and resumes it, byokeep admin revoke-tenant --help",
     "DATABASE_ROLLED_BACK": "an operator looks into it, then: byokeep admin resume-leases"
     " --reason TEXT",
     "DIFF_TOO_LARGE": "review a part of it; byokeep limit show tells the ceiling",
