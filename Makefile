@@ -25,8 +25,7 @@ LOCKED_TOO := tools images
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run prove up down status clean test test-deep test-integration test-clients chaos test-observability mutants lint bench docs protos lock setup \
-	images test-images policies
+.PHONY: help run prove up down status clean test test-deep test-integration test-clients chaos test-observability mutants lint bench docs protos lock setup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -85,11 +84,24 @@ test-integration: $(VENV) $(STUBS) ## tests on a real Vault or OpenBao; a Vault 
 chaos: $(VENV) $(STUBS) ## kill each process at each step of a review and of a key, and count; ROUNDS=n
 	$(BIN)/python -m tests.chaos
 
+# Containers and clusters.
+.PHONY: images test-images compose-up compose-down test-kubernetes policies
+
 images: $(VENV) $(STUBS) ## build the images of all zones with `docker`; TAG=dev
 	@$(BIN)/python -m deploy.docker build --tag "$(or $(TAG),dev)"
 
 test-images: $(VENV) $(STUBS) ## build the images; look at what is in them (starts a Docker engine where none runs)
 	$(BIN)/python -m pytest tests/images $(PYTEST_ARGS)
+
+test-kubernetes: $(VENV) $(STUBS) ## deploy overlay dev on a one-node cluster; kill, roll, rotate, drain, try each edge
+	$(BIN)/python -m pytest tests/kubernetes $(PYTEST_ARGS)
+
+compose-up: $(VENV) $(STUBS) ## build the images and start them with Compose: OpenBao, PostgreSQL, tenant demo
+	@$(BIN)/python -m deploy.docker build >/dev/null
+	@$(BIN)/python -m deploy.compose up $(if $(LIVE),--live)
+
+compose-down: $(VENV) $(STUBS) ## stop them; VOLUMES=1 erases their data
+	@$(BIN)/python -m deploy.compose down $(if $(VOLUMES),--volumes)
 
 policies: $(VENV) ## make the NetworkPolicies and the document's table of edges anew
 	@$(BIN)/python -m deploy.kubernetes.policies

@@ -54,7 +54,7 @@ ZONES: Mapping[str, Zone] = {
     # No zone of production: the command, and what a development stack needs beside the services.
     "tools": Zone(
         "tools",
-        ("services/common", "deploy/local", "deploy/kubernetes/dev"),
+        ("services/common", "deploy/local", "deploy/dev"),
         without=("testing",),
     ),
 }

@@ -9,8 +9,8 @@ import kubernetes_validate
 import pytest
 from byokeep.common.v1 import options_pb2
 
+from deploy.dev import pki
 from deploy.kubernetes import edges, policies
-from deploy.kubernetes.dev import pki
 from deploy.local.material import SERVER_NAMES
 from services.common import authz
 from services.keyvault.config import Settings as Keyvault

@@ -40,7 +40,8 @@ _RETRY = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                # A server that ends cuts what came in its last moment: CANCELLED, by nobody here.
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         },
     ],
@@ -86,7 +87,8 @@ def following_aio_channel(
     address: str, server_name: str, identity: Followed[Pem], proxy: str = ""
 ) -> grpc.aio.Channel:
     """Open an asyncio channel as `following_channel` does. The retry policy repeats UNAVAILABLE
-    only: every method that changes something carries a request id or a one-time grant."""
+    and CANCELLED: every method that changes something carries a request id, or a one-time grant,
+    which is not repeated."""
     options = channel_options(server_name, proxy)
     return AioChannel(
         identity, lambda pem: grpc.aio.secure_channel(address, _credentials(pem), options=options)

@@ -4,13 +4,13 @@ storage "raft" {
 }
 listener "tcp" {
   address       = "0.0.0.0:8200"
-  tls_cert_file = "/etc/openbao/tls/tls.crt"
-  tls_key_file  = "/etc/openbao/tls/tls.key"
+  tls_cert_file = "/etc/openbao/openbao-tls/tls.crt"
+  tls_key_file  = "/etc/openbao/openbao-tls/tls.key"
 }
 # For development: whoever reads this Secret and the volume reads everything.
 seal "static" {
   current_key_id = "1"
-  current_key    = "file:///etc/openbao/unseal/key"
+  current_key    = "file:///etc/openbao/openbao-unseal/key"
 }
 audit "file" "stdout" {
   options {

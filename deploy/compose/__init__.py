@@ -1,0 +1,1 @@
+"""One host: the services, OpenBao and PostgreSQL in containers."""

@@ -1,1 +1,0 @@
-"""What a development overlay runs in the cluster beside the services."""
