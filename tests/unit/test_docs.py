@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from byokeep.common.v1 import error_reason_pb2
@@ -11,6 +12,7 @@ from docs import generate, site
 from services.keyvault import config as keyvault
 from services.llm_runner import config as llm_runner
 from services.orchestrator import config as orchestrator
+from services.orchestrator import failures
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,18 @@ def test_each_method_names_its_callers(pages) -> None:
     rows = [line.split(" | ") for line in pages["methods.md"].splitlines() if line[:3] == "| `"]
     assert len(rows) > 50
     assert [row[0] for row in rows if row[1] in ("", "-") or not row[3].strip(" |")] == []
+
+
+def test_operations_says_what_follows_from_each_failure() -> None:
+    text = (site.CHECKOUT / "docs" / "operations.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line[:3] == "| `"]
+    told = [
+        (reason, row[1].upper())
+        for row in rows
+        if row[1] in ("wait", "retry", "end")
+        for reason in re.findall(r"`(\w+)`", row[0])
+    ]
+    assert sorted(told) == sorted((name, row.follows.name) for name, row in failures.TABLE.items())
 
 
 def test_every_page_links_to_what_is_there() -> None:
