@@ -56,6 +56,31 @@ def go() -> Path:
 
 
 @needs_go
+def test_plain_protoc_makes_what_buf_makes(go: Path, tmp_path: Path) -> None:
+    """README.md's own command, with the protoc of grpcio-tools and go.mod's plugins on PATH."""
+    tools = tmp_path / "bin"
+    plugins = ["google.golang.org/protobuf/cmd/protoc-gen-go"]
+    plugins += ["google.golang.org/grpc/cmd/protoc-gen-go-grpc"]
+    shell(["go", "build", "-o", f"{tools}/", *plugins], cwd=go)
+    (tools / "protoc").write_text('#!/bin/sh\nexec python -m grpc_tools.protoc "$@"\n')
+    (tools / "protoc").chmod(0o755)
+    (command,) = re.findall(r"^```\n(protoc .*?)^```$", (go / "README.md").read_text(), re.M | re.S)
+    work = tmp_path / "clients" / "go"
+    work.mkdir(parents=True)
+    (tmp_path / "protos").symlink_to(PROTOS)
+    shell(f"PATH={tools}:$PATH; {command}", cwd=work)
+    made = {path.relative_to(work): path.read_text() for path in work.rglob("*.go")}
+    assert len(made) > 20
+    for path, text in made.items():
+        assert _code(text) == _code((go / path).read_text())
+
+
+def _code(text: str) -> str:
+    """Without the versions of the tools, which stand in comments."""
+    return re.sub(r"^//.*\n", "", text, flags=re.M)
+
+
+@needs_go
 def test_go_opens_the_vectors_and_believes_what_is_pinned(go: Path) -> None:
     shell(["go", "vet", "./..."], cwd=go)
     assert re.search(r"^ok\s+byokeep.dev/go\s", shell(["go", "test", "./..."], cwd=go).stdout, re.M)

@@ -14,8 +14,10 @@ from pathlib import Path
 import grpc
 import pytest
 from byokeep.orchestrator.v1 import tenant_pb2
+from byokeep.testing.emulator import Emulator
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy.local.ports import Ports
 from deploy.local.processes import alive, wait_for
 from deploy.local.state import CHECKOUT, open_state
 from deploy.local.topology import SERVICES
@@ -23,10 +25,10 @@ from deploy.local.topology import SERVICES
 _SECONDS = 110
 
 
-def _run(root: Path, command: str) -> subprocess.CompletedProcess[str]:
+def _run(root: Path, command: str, *more: str) -> subprocess.CompletedProcess[str]:
     profile = [f"--config={root.parent / 'config.toml'}"] if command in ("up", "clean") else []
     return subprocess.run(
-        [sys.executable, "-m", "deploy.local", command, f"--state={root}", *profile],
+        [sys.executable, "-m", "deploy.local", command, f"--state={root}", *profile, *more],
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
@@ -50,6 +52,7 @@ def root() -> Iterator[Path]:
 @pytest.mark.timeout(300)
 def test_up_twice_killed_up_again_down(root, stack) -> None:
     """Beside the session's stack: neither minds the other."""
+    held = Ports()
     first = _run(root, "up")
     assert first.returncode == 0, first.stdout + first.stderr
     profile = root.parent / "config.toml"
@@ -71,7 +74,16 @@ def test_up_twice_killed_up_again_down(root, stack) -> None:
     assert wait_for(lambda: not any(map(alive, pids)), 15)
     assert _run(root, "status").returncode == 3
 
-    assert _run(root, "up").returncode == 0
+    # Fixed ports, and an emulator whose control is where `up` says.
+    orchestrator, control = (held.reserve() for _ in range(2))
+    held.close()
+    wanted = (f"--port=orchestrator={orchestrator}", f"--port=emulator-control={control}")
+    third = _run(root, "up", *wanted)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert _description(root)["ports"]["orchestrator"] == orchestrator
+    assert f"its control: http://127.0.0.1:{control}" in third.stdout
+    with Emulator(f"http://127.0.0.1:{control}") as emulator:
+        assert emulator.calls() == []
     pids = [_description(root)["pid"], *_description(root)["processes"].values()]
     assert _run(root, "down").returncode == 0
     assert not any(map(alive, pids))
