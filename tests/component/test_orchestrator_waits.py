@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2, grant_pb2
@@ -18,7 +19,7 @@ from byokeep.names import last_of
 from byokeep.orchestrator.v1 import key_pb2, review_pb2, tenant_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.orchestrator import failures
+from services.orchestrator import failures, sql_waits
 from tests.harness.orchestrator import (
     Conversation,
     RunnerGone,
@@ -210,6 +211,40 @@ async def test_who_comes_last_is_next_where_another_floods(stack: Stack) -> None
     assert order.index("other/only") == 1
     await stack.ended(flood[-1], 60)
     assert order[2:] == [f"acme/r{number}" for number in range(1, 40)]
+
+
+async def test_a_pick_reads_the_first_of_each_lane_alone(stack: Stack) -> None:
+    """However many wait behind: no plan reads a lane, or the table. Shown to fail where validations
+    are looked for by a join with their tenants: all that waits is read then, and thrown away."""
+    await stack.runner.tell(draining=True)
+    await stack.until_room(0)
+    await stack.sql(
+        "INSERT INTO review (id, tenant, repository, model, key_id, actor)"
+        " SELECT 'rev_' || i, 'acme', 'a/b', 'openai/x', 'key_' || i %% 3, 'me'"
+        " FROM generate_series(1, 5000) i"
+    )
+    await stack.sql(
+        "INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version)"
+        " SELECT 'att_' || i, 'REVIEW', 'acme', 'rev_' || i, 'key_' || i %% 3, 1"
+        " FROM generate_series(1, 5000) i"
+    )
+    plans = {"plans": ["TEAM"], "places": [16]}
+    connection = await psycopg.AsyncConnection.connect(stack.database_url)
+    async with connection:
+        explained = await connection.execute(
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {sql_waits.PICK}", {"room": 4, **plans}
+        )
+        ((plan,),) = await explained.fetchone()
+    read: list[float] = []
+
+    def walk(node: dict[str, Any]) -> None:
+        thrown_away = node.get("Rows Removed by Filter", 0) + node.get("Heap Fetches", 0)
+        read.append((node.get("Actual Rows", 0) + thrown_away) * node.get("Actual Loops", 1))
+        for child in node.get("Plans", ()):
+            walk(child)
+
+    walk(plan["Plan"])
+    assert max(read) < 100
 
 
 async def test_two_that_flood_take_turns(stack: Stack) -> None:

@@ -544,6 +544,50 @@ def test_show_list_cancel_retry(edge, byokeep):
     assert (ran.code, "cancelled" in ran.err) == (7, True)
 
 
+def waiting() -> review_pb2.ReviewWait:
+    wait = review_pb2.ReviewWait(
+        reason=review_pb2.FAILURE_REASON_KEY_NEEDS_REKEY,
+        message="The provider rejected the key. Run 'byokeep key rotate key_1'.",
+    )
+    wait.since.FromJsonString("2026-11-29T12:00:00Z")
+    wait.next_try_time.FromJsonString("2026-11-29T12:01:00Z")
+    wait.give_up_time.FromJsonString("2026-11-30T12:00:00Z")
+    return wait
+
+
+def test_what_a_review_waits_for_is_said_everywhere(edge, byokeep):
+    """Why, since when, when it is tried again, and when it is given up."""
+    queued = review_pb2.REVIEW_STATE_QUEUED
+    review_id = edge.add_review(state=queued, wait=waiting())
+    shown = byokeep("review", "show", review_id)
+    assert shown.code == 0
+    for part in (
+        "KEY_NEEDS_REKEY",
+        "byokeep key rotate key_1",
+        "Next try at",
+        "fails with this at",
+    ):
+        assert part in shown.out
+    assert "QUEUED KEY_NEEDS_REKEY" in byokeep("review", "list").out
+    as_json = byokeep("review", "show", review_id, "--json").json["wait"]
+    assert as_json["reason"] == "FAILURE_REASON_KEY_NEEDS_REKEY"
+    assert as_json["since"] == "2026-11-29T12:00:00Z"
+    edge.states = [{"state": queued, "wait": waiting()}, COMPLETED]
+    followed = byokeep("review", "show", review_id, "--watch")
+    assert "waits since" in followed.err
+    assert followed.code == 0
+
+
+@pytest.mark.parametrize(("given", "value"), [((), "INTERACTIVE"), (("batch",), "BATCH")])
+def test_priority(edge, byokeep, tmp_path, given, value):
+    (tmp_path / "x.diff").write_bytes(DIFF)
+    edge.states = [COMPLETED]
+    flags = ("--priority", *given) if given else ()
+    ran = byokeep("review", "--repo", "a/b", "--diff", str(tmp_path / "x.diff"), *flags)
+    assert ran.code == 0, ran.err
+    assert sent(edge).priority == review_pb2.Priority.Value(f"PRIORITY_{value}")
+
+
 def test_an_ambiguous_review_is_refused(edge, byokeep):
     edge.add_review()
     edge.add_review()
