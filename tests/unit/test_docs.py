@@ -58,6 +58,15 @@ def test_operations_says_what_follows_from_each_failure() -> None:
     assert sorted(told) == sorted((name, row.follows.name) for name, row in failures.TABLE.items())
 
 
+def test_the_waiting_review_in_the_readme_says_what_the_table_says() -> None:
+    text = " ".join((site.CHECKOUT / "README.md").read_text().split())
+    shown = re.search(r"waits ([A-Z_]+) since \S+ \S+: (.+?) It fails with this at", text)
+    assert shown
+    key = re.search(r"key_\w{26}", shown[2])
+    assert key
+    assert shown[2] == failures.waiting_sentence(shown[1], key=key[0])
+
+
 def test_every_page_links_to_what_is_there() -> None:
     found = site.sources()
     for page in found:
