@@ -67,12 +67,11 @@ def test_a_test_that_is_gone_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["threat-model.md", "security/claims.md"])
 def test_each_test_that_a_page_names_is_there(page: str) -> None:
-    """A file's name is there once, with its folder or without; `*` ends what is several."""
-    files = {file.name: file.relative_to(_TESTS).as_posix() for file in _TESTS.rglob("test_*.py")}
+    """A file is named by its path, or by as much of it as tells which; `*` is what is several."""
+    files = [file.relative_to(_TESTS).as_posix() for file in _TESTS.rglob("test_*.py")]
     text = (_PAGE.parent / page).read_text()
     named = re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)(?:::(\w+)`)?", text)
     assert named
     for name, function in named:
-        file = files.get(name.rpartition("/")[2], "")
-        assert name in (file, file.rpartition("/")[2])
+        (file,) = (each for each in files if f"/{each}".endswith(f"/{name}"))
         assert not function or unknown(f"{file}::{function}") == ""
