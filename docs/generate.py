@@ -1,7 +1,6 @@
 """Makes docs/reference/ from the code: settings, error reasons, and who may call what.
 
-`python docs/generate.py` writes the pages; a test fails where a committed page is not what this
-makes.
+`make docs` builds them into the site; no page of them is committed.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from byokeep.common.v1 import options_pb2
 from google.protobuf import descriptor_pb2
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-REFERENCE = CHECKOUT / "docs" / "reference"
-_MADE = "<!-- Made by docs/generate.py: change the code, then run `make reference`. -->\n"
+_MADE = "<!-- Made of the code by docs/generate.py. -->\n"
 _SERVICES = ("keyvault", "orchestrator", "llm_runner")
 # Field numbers of descriptor.proto, which paths of source locations are made of.
 _ENUM_TYPE, _ENUM_VALUE, _SERVICE, _METHOD = 5, 2, 6, 2
@@ -33,13 +31,6 @@ def pages() -> dict[str, str]:
         "errors.md": _errors(protos),
         "methods.md": _methods(protos),
     }
-
-
-def main() -> None:
-    """Write the pages."""
-    REFERENCE.mkdir(exist_ok=True)
-    for name, text in pages().items():
-        (REFERENCE / name).write_text(text)
 
 
 def _protos() -> descriptor_pb2.FileDescriptorSet:
@@ -188,7 +179,3 @@ def _comment(file: descriptor_pb2.FileDescriptorProto, *path: int) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "/")
-
-
-if __name__ == "__main__":
-    main()

@@ -167,13 +167,15 @@ async def test_no_more_is_given_than_there_is_room_for(stack: Stack) -> None:
     stack.runner.default = slow
     reviews = [await stack.submit() for _ in range(10)]
     await stack.until("SELECT 1 FROM attempt WHERE state = 'RUNNING' HAVING count(*) = 3")
+    assert stack.runner.refused == 0
     async with replica(stack):
         await asyncio.sleep(1)
         assert await stack.sql("SELECT count(*) FROM attempt WHERE state = 'RUNNING'") == [(3,)]
         go.set()
         for review in reviews:
             assert (await stack.ended(review)).failure == review_pb2.FAILURE_REASON_REFUSED
-    assert (stack.runner.most, stack.runner.refused) == (3, 0)
+    # Two replicas may both have heard of one free place: the runner refuses one, which waits on.
+    assert stack.runner.most == 3
 
 
 async def one_at_a_time(stack: Stack) -> tuple[asyncio.Event, list[str]]:
