@@ -457,9 +457,7 @@ async def test_no_honest_head_is_missed_in_the_log(keyvault, monkeypatch, caplog
     """Shown to fail: where any tick between two passes is one that took a head in."""
     for name in ("zeta", "eta", "theta", "iota"):
         await keyvault.create_tenant(name)
-    for task in keyvault.app._tasks:
-        task.cancel()
-    await asyncio.gather(*keyvault.app._tasks, return_exceptions=True)
+    await keyvault.app.background.close()
     await kv.followed(keyvault)
     if how == "the anchor is not written":
         monkeypatch.setattr(FileAnchor, "write", AsyncMock(side_effect=OSError))

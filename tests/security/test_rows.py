@@ -296,7 +296,7 @@ async def test_one_bad_row_stops_no_watcher(keyvault, damage):
     assert keyvault.app._reconcile.frozen() == 2
     assert await try_lease(keyvault, evil) != ""
     assert await try_lease(keyvault, good) == "RECONCILE_MISMATCH"
-    assert not any(task.done() for task in keyvault.app._tasks)
+    assert keyvault.app.background.down() == []
 
 
 async def test_a_check_that_no_longer_runs_stops_leases(keyvault, deployment):
