@@ -35,12 +35,12 @@ from services.orchestrator.store_attempts import (
 from services.orchestrator.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
-HEARTBEAT_SECONDS: Final = 5.0
+HEARTBEAT_SECONDS: Final = 2.5
 # A beat on a connection that is silent is given up, for the next to be in time.
-_BEAT_SECONDS: Final = 4.0
+_BEAT_SECONDS: Final = 2.0
 # Two beats and some: a worker that is only slow loses its attempt, but no call and no answer.
 # Well below the 30 s for which a runner keeps what nobody took.
-ORPHANED_SECONDS: Final = 12.0
+ORPHANED_SECONDS: Final = 8.0
 _VALIDATION_SECONDS: Final = 60
 # What becomes due by the clock, and what a lost notification told of, is seen by then.
 _LOOK_SECONDS: Final = 0.5
@@ -81,6 +81,8 @@ class Dispatcher:
         self._running: set[_Running] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        # Whether more may wait than there was room for.
+        self._wants_room = True
         #: Bytes of open calls' answers, by review.
         self.answer_bytes: dict[str, int] = {}
 
@@ -106,9 +108,15 @@ class Dispatcher:
         finally:
             for place in places[len(picked) :]:
                 place.give_back()
+        self._wants_room = len(picked) == len(places)
         for work, place in zip(picked, places, strict=False):
             self._start(work, place)
         return len(picked)
+
+    def room_changed(self) -> None:
+        """Take note that runners told of their room: worth a look where that was wanted."""
+        if self._wants_room:
+            self._events.wake(DUE, "")
 
     async def take_over(self) -> None:
         """Go on with attempts whose workers fell silent in a call."""

@@ -28,7 +28,7 @@ from services.orchestrator.config import Settings
 from services.orchestrator.content import ContentKeys
 from services.orchestrator.database import Database
 from services.orchestrator.dispatcher import HEARTBEAT_SECONDS, Dispatcher
-from services.orchestrator.events import DUE, Events
+from services.orchestrator.events import Events
 from services.orchestrator.fleet import Fleet
 from services.orchestrator.grants import LOOK_SECONDS, GrantSigner
 from services.orchestrator.keys import KeyServicer
@@ -80,7 +80,7 @@ class App:
             settings.runner_address,
             lambda address: aio_channel(address, settings.runner_name, settings.tls),
             self.background,
-            lambda: self._events.wake(DUE, ""),
+            lambda: self.dispatcher.room_changed(),
         )
 
     async def start(self) -> None:

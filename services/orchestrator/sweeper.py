@@ -15,6 +15,7 @@ from services.common.background import Background, each
 from services.common.errors import ByokeepError
 from services.orchestrator import domain, failures
 from services.orchestrator.dispatcher import (
+    ORPHANED_SECONDS,
     Dispatcher,
     check_ending,
     review_ending,
@@ -39,7 +40,7 @@ from services.orchestrator.store_waits import PausedKey, WaitStore
 from services.orchestrator.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
-STALE_SECONDS: Final = 20.0
+STALE_SECONDS: Final = ORPHANED_SECONDS
 # What a runner keeps for 30 s may be taken over for as long.
 HELD_SECONDS: Final = 32.0
 _TICK_SECONDS: Final = 2.0
