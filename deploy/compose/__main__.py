@@ -6,7 +6,6 @@ The profile is written to build/compose/config.toml; BYOKEEP_CONFIG names it to 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -14,10 +13,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 
+from deploy.dev import trust
 from deploy.docker.images import ImageError, docker
 from deploy.local import seed
 from deploy.local.material import PROVIDER_HOSTS, ROLES, TENANT, write_profiles
@@ -60,7 +59,7 @@ def _emulated() -> dict[str, str]:
 
 
 def _compose(environment: Mapping[str, str], *arguments: str) -> str:
-    command = [*_command(), "--file", str(HERE / "compose.yaml"), *arguments]
+    command = [*_command(), "--project-name=byokeep", f"--file={HERE / 'compose.yaml'}", *arguments]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, **environment}
     )
@@ -79,7 +78,7 @@ def _command() -> Sequence[str]:
     if plugin.returncode == 0:
         return ["docker", "compose"]
     if shutil.which("docker-compose"):
-        return ["docker-compose", "--project-name", "byokeep"]
+        return ["docker-compose"]
     raise ComposeError("there is neither `docker compose` nor `docker-compose`")
 
 
@@ -113,17 +112,11 @@ def _profile(environment: Mapping[str, str]) -> None:
                 write_file(path, content, mode=mode)
         ca = (volume / "byokeep-ca/ca.pem").read_bytes()
     write_file(state.pki / "ca.pem", ca, mode=0o644)
-    bundle = {"deployment": "compose", "ca": [ca.decode()], **_public_keys(environment)}
-    write_file(state.trust, json.dumps(bundle).encode(), mode=0o644)
+    bundle = trust.printed(docker("logs", _container(environment, "keyvault-migrate")))
+    write_file(state.trust, bundle.encode(), mode=0o644)
     addresses = {zone: f"127.0.0.1:{os.environ.get(*port)}" for zone, port in _PORTS.items()}
     seed.create_tenant(state, TENANT, **addresses)
     write_profiles(state.config, state, **addresses)
-
-
-def _public_keys(environment: Mapping[str, str]) -> Any:
-    """Return what keyvault's migration printed."""
-    log = docker("logs", _container(environment, "keyvault-migrate"))
-    return json.loads(next(line for line in log.splitlines() if "intake_signing_keys" in line))
 
 
 def _container(environment: Mapping[str, str], service: str) -> str:

@@ -55,7 +55,7 @@ ZONES: Mapping[str, Zone] = {
     "tools": Zone(
         "tools",
         ("services/common", "deploy/local", "deploy/dev"),
-        without=("testing",),
+        without=(),
     ),
 }
 

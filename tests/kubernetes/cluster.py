@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deploy.dev import trust
 from deploy.docker import images
 from deploy.kubernetes.edges import HERE
 from tests.harness import engine
@@ -189,19 +190,17 @@ def _deploy(cluster: Cluster) -> None:
 
 
 def _profiles(cluster: Cluster) -> None:
-    """Give the client's pod a profile for each role, with keys that the migration printed."""
+    """Give the client's pod a profile for each role, with the trust bundle that keyvault's
+    migration printed."""
     log = cluster.kubectl("logs", "--namespace=byokeep-keyvault", "job/keyvault-migrate-v0-1-0")
-    printed = next(line for line in reversed(log.splitlines()) if "intake_signing_keys" in line)
-    cluster.python(_PROFILES.replace("PRINTED", repr(printed)))
+    cluster.python(_PROFILES.replace("PRINTED", repr(trust.printed(log))))
 
 
 _PROFILES = """
-import json, pathlib
+import pathlib
 folder = pathlib.Path("/tmp/byokeep")
 folder.mkdir(mode=0o700, exist_ok=True)
-ca = pathlib.Path("/etc/byokeep/ca/ca.pem").read_text()
-(folder / "trust.json").write_text(
-    json.dumps({"deployment": "kubernetes-dev", "ca": [ca], **json.loads(PRINTED)}))
+(folder / "trust.json").write_text(PRINTED)
 lines = ['default_profile = "developer"']
 for role in ("developer", "submitter", "key-admin", "auditor", "operator"):
     lines += [
