@@ -38,6 +38,7 @@ def _round(scene: Scene, step: str, target: str, dice: random.Random) -> Tally:
         scene.kill(target)
         time.sleep(dice.uniform(0.0, 2.0))
         scene.revive(target)
+    scene.wait_ready(target)
     tally = scene.settle([*reviews, *moment.reviews], mark)
     wrong = moment.after()
     if wrong:

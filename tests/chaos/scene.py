@@ -135,9 +135,13 @@ class Scene:
                     child.kill()
 
     def revive(self, target: str) -> None:
-        """Start what was killed, and wait until it serves."""
+        """Start what was killed."""
         if target != "child":
             self.stack.process(target).start()
+
+    def wait_ready(self, target: str) -> None:
+        """Wait until what was started serves: it may need what a step holds still."""
+        if target != "child":
             self.stack.wait_ready(target)
 
     @contextlib.contextmanager
