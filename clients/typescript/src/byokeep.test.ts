@@ -65,9 +65,10 @@ test("a statement is believed only as it was pinned", () => {
     assert.equal(signedBytes(envelope).toString("hex"), vector.signed_bytes);
     assert.equal(verifyStatement(envelope, trust, suite, now).suite, suite);
 
-    const altered = Buffer.from(parts.payload);
-    altered.writeUInt8(altered.readUInt8(altered.length - 1) ^ 1, altered.length - 1);
-    const forged = create(SignedEnvelopeSchema, { ...parts, payload: altered });
+    // All else is right: nothing but the signature tells.
+    const altered = Buffer.from(parts.signature);
+    altered.writeUInt8(altered.readUInt8(0) ^ 1, 0);
+    const forged = create(SignedEnvelopeSchema, { ...parts, signature: altered });
     const other = create(SignedEnvelopeSchema, { ...parts, payloadType: "text/plain" });
     const at = (seconds: number) => new Date(start + seconds * 1000);
     for (const refused of [
