@@ -44,8 +44,8 @@ class _Row(NamedTuple):
 _STREAM: Final = (200,)
 _OPENAI_DOC: Final = "https://developers.openai.com/api/docs/guides/error-codes"
 _ANTHROPIC_DOC: Final = "https://platform.claude.com/docs/en/api/errors"
-# Anthropic's SDK has a class for each error_code: anthropic/types/shared/*_details.py.
-_ANTHROPIC_CODES: Final = "https://pypi.org/project/anthropic/2.14.0/"
+# Its 2.14.0 has a class for each error_code: anthropic/types/shared/*_details.py.
+_ANTHROPIC_CODES: Final = "https://github.com/anthropics/anthropic-sdk-python"
 _GEMINI_DOC: Final = "https://ai.google.dev/gemini-api/docs/generate-content/api-errors"
 
 # fmt: off
