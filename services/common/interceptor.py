@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 
 from services.common import authz, deadline, load, logs, metrics, wire
 from services.common.errors import ByokeepError, internal
+from services.common.handlers import Wrapping
 
 log = logging.getLogger(__name__)
 Authorize = Callable[[authz.Caller, options_pb2.Access, Any], Awaitable[None]]
@@ -37,34 +38,21 @@ class Denied(Protocol):
         """Take note; must not block."""
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class Gate(Wrapping):
     """Admits a call or refuses it, and lets no error out that nobody meant to send."""
 
     def __init__(
         self, classes: authz.CallerClasses, authorize: Authorize | None, denied: Denied | None
     ) -> None:
         """Take the caller classes, and what a service adds of its own."""
+        super().__init__()
         self._classes = classes
         self._authorize = authorize
         self._denied = denied
         self._load = load.Load()
-        self._wrapped: dict[str, Handler] = {}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """Return the wrapped handler of a method."""
-        method = handler_call_details.method
-        if method not in self._wrapped:
-            handler = await continuation(handler_call_details)
-            if handler is None:
-                return None  # gRPC answers UNIMPLEMENTED by itself
-            self._wrapped[method] = self._wrap(method, handler)
-        return self._wrapped[method]
-
-    def _wrap(self, method: str, handler: Handler) -> Handler:
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """See Wrapping."""
         call = _Call(self, method, handler)
         make: Any
         if handler.response_streaming:

@@ -11,13 +11,14 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
 from services.common import authz, logs, metrics, tracing
+from services.common.handlers import Wrapping
 
 log = logging.getLogger(__name__)
 if TYPE_CHECKING:  # generic only in their stubs
@@ -38,26 +39,12 @@ def outgoing() -> list[tuple[str, str]]:
     return [(key, value) for key, value in pairs if value]
 
 
-class Observe(grpc.aio.ServerInterceptor):
+class Observe(Wrapping):
     """Stands before all other interceptors, so that what they refuse is seen as well."""
 
-    def __init__(self) -> None:
-        """Wrap each method's handler when it is called first."""
-        self._wrapped: dict[str, Handler] = {}
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """Return the wrapped handler of a method."""
-        method = handler_call_details.method
-        if method not in self._wrapped:
-            handler = await continuation(handler_call_details)
-            if handler is None:
-                return None
-            self._wrapped[method] = _wrap(method.removeprefix("/byokeep."), handler)
-        return self._wrapped[method]
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """See Wrapping."""
+        return _wrap(method.removeprefix("/byokeep."), handler)
 
 
 def _wrap(method: str, handler: Handler) -> Handler:
