@@ -151,9 +151,8 @@ async def _rewrap(vault: VaultServer, folder: Path, environment: dict[str, str])
     placeholder = dict.fromkeys(
         ("TLS_CERT", "TLS_KEY", "TLS_CA", "DATABASE_URL_FILE", "GRANT_KEYS_DIR"), "/dev/null"
     )
-    placeholder |= dict.fromkeys(
-        ("DEPLOYMENT", "TRUST_DOMAIN", "LISTEN", "HEALTH_LISTEN", "CALLERS"), "bench"
-    )
+    placeholder |= dict.fromkeys(("LISTEN", "HEALTH_LISTEN"), "127.0.0.1:0")
+    placeholder |= dict.fromkeys(("DEPLOYMENT", "TRUST_DOMAIN", "CALLERS"), "bench")
     named = {f"BYOKEEP_{name}": value for name, value in placeholder.items()}
     backend = VaultBackend(config.load(Settings, {**named, **environment}))
     await backend.start()
