@@ -22,27 +22,27 @@ from services.common.background import Background
 from services.common.config import ConfigError
 from services.common.waiting import until_there
 from services.orchestrator import metrics
-from services.orchestrator.access import Authority
-from services.orchestrator.compute import Compute
+from services.orchestrator.api.access import Authority
+from services.orchestrator.api.keys import KeyServicer
+from services.orchestrator.api.reviews import ReviewServicer
+from services.orchestrator.api.settings import SettingsServicer
+from services.orchestrator.api.tenants import CallerServicer, TenantServicer
+from services.orchestrator.compute.pool import Compute
 from services.orchestrator.config import Settings
-from services.orchestrator.content import ContentKeys
-from services.orchestrator.database import Database
-from services.orchestrator.dispatcher import HEARTBEAT_SECONDS, Dispatcher
-from services.orchestrator.events import Events
-from services.orchestrator.fleet import Fleet
-from services.orchestrator.grants import LOOK_SECONDS, GrantSigner
-from services.orchestrator.keys import KeyServicer
-from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.reviews import ReviewServicer
-from services.orchestrator.settings import SettingsServicer
-from services.orchestrator.store_attempts import AttemptStore
-from services.orchestrator.store_keys import KeyStore
-from services.orchestrator.store_reviews import ReviewStore
-from services.orchestrator.store_tenants import TenantStore
-from services.orchestrator.store_waits import WaitStore
-from services.orchestrator.sweeper import Sweeper
-from services.orchestrator.tenants import CallerServicer, TenantServicer
-from services.orchestrator.verdicts import Verdicts
+from services.orchestrator.custody.content import ContentKeys
+from services.orchestrator.custody.grants import LOOK_SECONDS, GrantSigner
+from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.store.attempts import AttemptStore
+from services.orchestrator.store.database import Database
+from services.orchestrator.store.events import Events
+from services.orchestrator.store.keys import KeyStore
+from services.orchestrator.store.reviews import ReviewStore
+from services.orchestrator.store.tenants import TenantStore
+from services.orchestrator.store.waits import WaitStore
+from services.orchestrator.work.dispatcher import HEARTBEAT_SECONDS, Dispatcher
+from services.orchestrator.work.fleet import Fleet
+from services.orchestrator.work.sweeper import Sweeper
+from services.orchestrator.work.verdicts import Verdicts
 
 # One of the first migration's and one of the newest's.
 _TABLES: Final = ("tenant", "pause")

@@ -116,7 +116,7 @@ AWAITED = {
     "services/common/server.py": 2,  # a start, and the wait for SIGTERM beside it
     "services/llm_runner/attempt.py": 1,  # a child's end
     "services/llm_runner/service.py": 1,  # a call's requests
-    "services/orchestrator/content.py": 1,  # an answer that several wait for
+    "services/orchestrator/custody/content.py": 1,  # an answer that several wait for
 }
 
 

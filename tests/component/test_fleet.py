@@ -12,7 +12,7 @@ import pytest
 from byokeep.runner.v1 import runner_pb2_grpc
 
 from services.common.background import Background
-from services.orchestrator.fleet import SILENCE_SECONDS, Fleet, addresses
+from services.orchestrator.work.fleet import SILENCE_SECONDS, Fleet, addresses
 from tests.harness.orchestrator import FakeRunner
 
 

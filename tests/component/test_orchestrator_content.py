@@ -11,7 +11,7 @@ from byokeep.keyvault.v1 import content_pb2
 from byokeep.names import last_of
 from byokeep.orchestrator.v1 import review_pb2
 
-from services.orchestrator import content
+from services.orchestrator.custody import content
 from tests.harness.orchestrator import Conversation, Stack, finding, request_id, running
 
 COMPLETED = review_pb2.REVIEW_STATE_COMPLETED

@@ -16,7 +16,7 @@ from byokeep.names import last_of
 from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.orchestrator import failures
+from services.orchestrator.policy import failures
 from tests.harness.orchestrator import (
     DIFF,
     Conversation,

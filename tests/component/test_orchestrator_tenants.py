@@ -14,7 +14,7 @@ from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb
 from sqlalchemy import create_engine
 
 from services.orchestrator.migrate import migrate
-from services.orchestrator.schema import metadata
+from services.orchestrator.store.schema import metadata
 from tests.harness.orchestrator import DIFF, Conversation, Stack, request_id, running, spiffe
 
 

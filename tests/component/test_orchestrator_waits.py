@@ -19,7 +19,8 @@ from byokeep.names import last_of
 from byokeep.orchestrator.v1 import key_pb2, review_pb2, tenant_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.orchestrator import failures, sql_waits
+from services.orchestrator.policy import failures
+from services.orchestrator.store import sql_waits
 from tests.harness.orchestrator import (
     Conversation,
     RunnerGone,

@@ -19,8 +19,8 @@ from deploy.local import binaries
 from services.common.errors import ByokeepError
 from services.keyvault import content as content_keys
 from services.keyvault import epochs, kek
-from services.orchestrator import content
-from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.custody import content
+from services.orchestrator.custody.keyvault import Keyvault
 from tests.harness.orchestrator import Conversation, running
 from tests.security.test_canary import add_key, fresh_key
 

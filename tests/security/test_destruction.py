@@ -14,7 +14,7 @@ from byokeep.keyvault.v1 import audit_pb2
 
 from services.keyvault import rotation
 from services.keyvault.domain import State
-from services.orchestrator.keyvault_client import Keyvault
+from services.orchestrator.custody.keyvault import Keyvault
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import try_lease
 

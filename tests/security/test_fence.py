@@ -10,9 +10,9 @@ import pytest
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.orchestrator import sql
-from services.orchestrator.dispatcher import ORPHANED_SECONDS
-from services.orchestrator.execution import Execution
+from services.orchestrator.store import sql
+from services.orchestrator.work.dispatcher import ORPHANED_SECONDS
+from services.orchestrator.work.execution import Execution
 from tests.harness.orchestrator import (
     Conversation,
     Stack,
@@ -95,7 +95,7 @@ async def fenced_off(stack: Stack, paused: Pausable) -> None:
 
 @pytest.mark.parametrize("says", SAYS.values(), ids=SAYS.keys())
 async def test_paused_attempt_changes_nothing_after_its_turn(stack: Stack, says) -> None:
-    """Each case fails where its statement in services/orchestrator/sql.py loses its guard.
+    """Each case fails where its statement in services/orchestrator/store/sql.py loses its guard.
 
     Shown by replacing "AND fence = :fence AND state = 'RUNNING'" with nothing, in turn in
     CALL_STARTED (first case fails), CHUNK_DONE (second), and END_REVIEW's update of the attempt
@@ -118,7 +118,7 @@ async def test_paused_attempt_changes_nothing_after_its_turn(stack: Stack, says)
 
 
 async def test_call_under_way_is_not_repeated_when_its_worker_falls_silent(stack: Stack) -> None:
-    """Shown by `unfinished_call` replaced with False in services/orchestrator/sweeper.py: the
+    """Shown by `unfinished_call` replaced with False in services/orchestrator/work/sweeper.py: the
     review is then RUNNING again, and its call is paid twice."""
     in_call = asyncio.Event()
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from services.common.config import ConfigError
 from services.keyvault import migrate
 from services.keyvault.grants import GrantKeys
-from services.orchestrator import grants as orchestrator_grants
+from services.orchestrator.custody import grants as orchestrator_grants
 from tests.harness import keyvault as kv
 from tests.security.test_rewrap import until
 

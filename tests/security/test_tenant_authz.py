@@ -145,7 +145,7 @@ def test_all_but_one_method_ask_for_a_role() -> None:
 
 async def test_nobody_acts_for_a_tenant_that_did_not_allow_it(stack: Stack) -> None:
     """For every method. Shown by `if not held.intersection(access.roles)` replaced with
-    `if False` in services/orchestrator/access.py: fails at the first method."""
+    `if False` in services/orchestrator/api/access.py: fails at the first method."""
     for method in GUARDED:
         for client, tenant in (("acme", "bolt"), ("stranger", "acme"), ("acme", "nowhere")):
             assert await call(stack, client, method, tenant) == "TENANT_NOT_ALLOWED", method

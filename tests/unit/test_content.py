@@ -8,7 +8,7 @@ import pytest
 
 from services.common.errors import ByokeepError
 from services.keyvault import envelope
-from services.orchestrator.content import INPUT, ContentKey, epoch_of
+from services.orchestrator.custody.content import INPUT, ContentKey, epoch_of
 
 RAW = bytes(range(32))
 KEY = ContentKey.derive("acme", "2026-11-23", RAW)

@@ -12,7 +12,7 @@ from docs import generate, site
 from services.keyvault import config as keyvault
 from services.llm_runner import config as llm_runner
 from services.orchestrator import config as orchestrator
-from services.orchestrator import failures
+from services.orchestrator.policy import failures
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from byokeep.orchestrator.v1.review_pb2 import (
 )
 from markdown_it import MarkdownIt
 
-from services.orchestrator import exports
+from services.orchestrator.compute import exports
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EXPORTS = [exports.text, exports.sarif, exports.github]

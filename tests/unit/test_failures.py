@@ -10,12 +10,19 @@ import pytest
 from byokeep.orchestrator.v1 import review_pb2
 
 from services.common.errors import ByokeepError
-from services.orchestrator import failures
-from services.orchestrator.dispatcher import check_ending, review_ending
-from services.orchestrator.execution import Result
-from services.orchestrator.failures import MAX_TRIES, TABLE, Decision, Failure, Follows, Holds
-from services.orchestrator.store_attempts import Stale
-from services.orchestrator.sweeper import after_silence
+from services.orchestrator.policy import failures
+from services.orchestrator.policy.failures import (
+    MAX_TRIES,
+    TABLE,
+    Decision,
+    Failure,
+    Follows,
+    Holds,
+)
+from services.orchestrator.store.attempts import Stale
+from services.orchestrator.work.dispatcher import check_ending, review_ending
+from services.orchestrator.work.execution import Result
+from services.orchestrator.work.sweeper import after_silence
 
 REASONS = [failures.name_of(value) for value in list(review_pb2.FailureReason.values())[1:]]
 # Uncounted, however often: what nobody's patience costs anything.
@@ -234,19 +241,21 @@ def test_nobody_else_decides_by_a_reason() -> None:
     a failure's name, but for the one that tells a revoked lease from a revoked key, and those that
     end or begin a pause."""
     allowed = {
-        "failures.py": set(REASONS),
-        "execution.py": {"DAILY_LIMIT", "INTERNAL"},  # failures of our own making
-        "dispatcher.py": {"KEY_REVOKED", "CHILD_LOST", "KEY_REJECTED", "KEY_NEEDS_REKEY"},
-        "sweeper.py": {"CHILD_LOST", "KEY_REJECTED"},
-        "fleet.py": {"RUNNER_UNAVAILABLE", "RUNNERS_FULL", "KEYVAULT_UNAVAILABLE"},
-        "store_tenants.py": {"TENANT_SUSPENDED"},
+        "policy/failures.py": set(REASONS),
+        "work/execution.py": {"DAILY_LIMIT", "INTERNAL"},  # failures of our own making
+        "work/dispatcher.py": {"KEY_REVOKED", "CHILD_LOST", "KEY_REJECTED", "KEY_NEEDS_REKEY"},
+        "work/sweeper.py": {"CHILD_LOST", "KEY_REJECTED"},
+        "work/fleet.py": {"RUNNER_UNAVAILABLE", "RUNNERS_FULL", "KEYVAULT_UNAVAILABLE"},
+        "store/tenants.py": {"TENANT_SUSPENDED"},
     }
     # Names that ErrorReason, or a verdict, has as well.
     shared = {"KEY_NEEDS_REKEY", "LEASE_CAP", "DAILY_LIMIT", "INTERNAL", "QUOTA_EXHAUSTED"}
-    for file in Path("services/orchestrator").glob("*.py"):
+    root = Path("services/orchestrator")
+    for file in root.rglob("*.py"):
         found = {
             node.value
             for node in ast.walk(ast.parse(file.read_text()))
             if isinstance(node, ast.Constant) and node.value in REASONS
         }
-        assert found - shared <= allowed.get(file.name, set()), file.name
+        name = file.relative_to(root).as_posix()
+        assert found - shared <= allowed.get(name, set()), name

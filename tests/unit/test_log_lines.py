@@ -11,7 +11,7 @@ from byokeep.cli.reviewoutput import print_review
 from byokeep.loglines import disarmed
 from byokeep.orchestrator.v1.review_pb2 import Finding, Review
 
-from services.orchestrator import exports
+from services.orchestrator.compute import exports
 
 # As actions/runner's ActionCommand reads a line, and Azure's and TeamCity's agents.
 COMMAND = re.compile(r"^\s*::|##\w*\[", re.MULTILINE)

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from services.orchestrator.access import Rights
-from services.orchestrator.store_tenants import TenantRow
+from services.orchestrator.api.access import Rights
+from services.orchestrator.store.tenants import TenantRow
 
 TENANT = TenantRow("acme", "ACTIVE", "TEAM", "", 0, 0, 0, 0, 0, datetime.now(UTC))
 

@@ -10,9 +10,9 @@ from byokeep.orchestrator.v1.review_pb2 import DryRunReviewResponse, ReviewInput
 
 from services.common import diff, models
 from services.common.errors import ByokeepError
-from services.orchestrator.compute import Compute, Job
-from services.orchestrator.compute_child import BUDGET
-from services.orchestrator.planning import Planner
+from services.orchestrator.api.planning import Planner
+from services.orchestrator.compute.child import BUDGET
+from services.orchestrator.compute.pool import Compute, Job
 
 MODEL = models.ModelRef("openai", "gpt-6.1-terra")
 

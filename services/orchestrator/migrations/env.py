@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from services.orchestrator.schema import metadata
+from services.orchestrator.store.schema import metadata
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
 context.run_migrations()

@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.message import Message
 
 from services.common.errors import ByokeepError
-from services.orchestrator.database import Session
+from services.orchestrator.store.database import Session
 
 _SEEN = """
 SELECT digest, resource FROM request

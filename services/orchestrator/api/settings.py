@@ -1,4 +1,4 @@
-"""SettingsService: RPC ↔ domain."""
+"""SettingsService: RPC ↔ policy and store."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from byokeep import names
 from byokeep.orchestrator.v1 import settings_pb2, settings_pb2_grpc, tenant_pb2
 
 from services.common.models import MAX_LISTED, Catalog
-from services.orchestrator import access, domain, paging
+from services.orchestrator.api import access, paging
+from services.orchestrator.api.tenants import plan_name
 from services.orchestrator.config import Settings
-from services.orchestrator.domain import PLANS
-from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.store_keys import KeyStore
-from services.orchestrator.store_tenants import TenantRow, TenantStore
-from services.orchestrator.tenants import plan_name
+from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy.keys import usable
+from services.orchestrator.policy.models import read_model
+from services.orchestrator.policy.plans import PLANS, plan_lacks
+from services.orchestrator.policy.refusals import above, unexpected
+from services.orchestrator.store.keys import KeyStore
+from services.orchestrator.store.tenants import TenantRow, TenantStore
 
 _FIELDS: Final = (
     "default_model",
@@ -60,17 +63,17 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
     ) -> settings_pb2.UpdateSettingsResponse:
         """Change the fields of the mask."""
         if not _NAME.fullmatch(request.settings.name):
-            raise domain.unexpected("settings.name", "tenants/TENANT/settings")
+            raise unexpected("settings.name", "tenants/TENANT/settings")
         paths = list(request.update_mask.paths)
         if not paths or not set(paths).issubset(_FIELDS):
-            raise domain.unexpected("update_mask", f"some of {', '.join(_FIELDS)}")
+            raise unexpected("update_mask", f"some of {', '.join(_FIELDS)}")
         if "default_model" in paths and request.settings.default_model:
-            domain.read_model(request.settings.default_model, "settings.default_model")
+            read_model(request.settings.default_model, "settings.default_model")
         values: dict[str, Any] = {path: getattr(request.settings, path) for path in paths}
         tenant = access.current().tenant
         for path, (most, whose) in _most(tenant, self._settings).items():
             if values.get(path, 0) > most:
-                raise domain.above(f"settings.{path}", most, whose)
+                raise above(f"settings.{path}", most, whose)
         row = await self._store.change_settings(
             tenant.id, values, request, etag=request.settings.etag
         )
@@ -92,10 +95,10 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         rights = access.current()
         if request.model:
             if not rights.plan.model_overrides:
-                raise domain.plan_lacks(
+                raise plan_lacks(
                     "model-overrides", "the tenant's plan has no models per repository"
                 )
-            domain.read_model(request.model, "model")
+            read_model(request.model, "model")
         row = await self._store.set_override(rights.tenant.id, request)
         return settings_pb2.SetModelOverrideResponse(settings=await self._message(row))
 
@@ -134,7 +137,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         keys = [
             key
             for key in await self._keyvault.keys(tenant)
-            if domain.usable(key) and rights.may_read(key.owner)
+            if usable(key) and rights.may_read(key.owner)
         ]
         known = await self._key_store.models(
             tenant, [(names.last_of(key.name), key.active_version) for key in keys]

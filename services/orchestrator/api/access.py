@@ -15,8 +15,9 @@ from byokeep.orchestrator.v1 import tenant_pb2
 
 from services.common import authz
 from services.common.errors import ByokeepError
-from services.orchestrator.domain import PLANS, Entitlements, plan_lacks
-from services.orchestrator.store_tenants import TenantRow, TenantStore, deleted
+from services.orchestrator.policy.plans import PLANS, Entitlements, plan_lacks
+from services.orchestrator.policy.refusals import deleted, not_active
+from services.orchestrator.store.tenants import TenantRow, TenantStore
 
 _TENANT = re.compile(r"tenants/([a-z0-9][a-z0-9-]{0,62})(?:/.*)?")
 # What keyvault's audit takes.
@@ -103,17 +104,6 @@ async def again() -> Rights:
     """
     await _question.get()()
     return current()
-
-
-def not_active(tenant: str, state: str) -> ByokeepError:
-    """Return the refusal of what is new for a tenant that is SUSPENDED or DELETED."""
-    return ByokeepError(
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "TENANT_NOT_ACTIVE",
-        f"the tenant is {state.lower()}",
-        tenant=tenant,
-        state=state,
-    )
 
 
 class Authority:

@@ -10,10 +10,12 @@ from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
 from services.common import models
 from services.common.config import ConfigError, load
 from services.common.errors import ByokeepError
-from services.orchestrator import domain, paging
-from services.orchestrator.access import tenant_of
+from services.orchestrator.api import paging
+from services.orchestrator.api.access import tenant_of
 from services.orchestrator.config import Settings
-from services.orchestrator.grants import GrantSigner
+from services.orchestrator.custody.grants import GrantSigner
+from services.orchestrator.policy.keys import choose_key, validation_delay
+from services.orchestrator.policy.models import choose_model, override_for
 
 CATALOG = models.load(None)
 ACTIVE = custody_pb2.KEY_VERSION_STATE_ACTIVE
@@ -38,7 +40,7 @@ def key(number: int, provider=options_pb2.PROVIDER_OPENAI, state=ACTIVE) -> cust
     ],
 )
 def test_the_nearest_choice_wins(candidates, chosen) -> None:
-    assert str(domain.choose_model(candidates, [key(1)], CATALOG)) == chosen
+    assert str(choose_model(candidates, [key(1)], CATALOG)) == chosen
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_the_nearest_choice_wins(candidates, chosen) -> None:
 )
 def test_nothing_to_choose_from(keys, reason) -> None:
     with pytest.raises(ByokeepError) as refused:
-        domain.choose_model(("", "", ""), keys, CATALOG)
+        choose_model(("", "", ""), keys, CATALOG)
     assert refused.value.reason == reason
 
 
@@ -63,7 +65,7 @@ def test_a_key_that_is_pending_and_none_at_all_are_two_sentences() -> None:
     told = {}
     for name, keys in {"none": [], "ended": [revoked], "pending": [revoked, waiting]}.items():
         with pytest.raises(ByokeepError) as refused:
-            domain.choose_key("openai", keys)
+            choose_key("openai", keys)
         told[name] = refused.value
     assert {error.reason for error in told.values()} == {"NO_ACTIVE_KEY"}
     assert told["none"].message == told["ended"].message
@@ -76,8 +78,8 @@ def test_a_key_that_is_pending_and_none_at_all_are_two_sentences() -> None:
 def test_a_user_without_a_key_is_told_to_add_one_of_that_user() -> None:
     """Another one of the tenant's would change nothing."""
     for choose in (
-        lambda: domain.choose_model(("", "", ""), [], CATALOG, "ann"),
-        lambda: domain.choose_key("openai", [], "ann"),
+        lambda: choose_model(("", "", ""), [], CATALOG, "ann"),
+        lambda: choose_key("openai", [], "ann"),
     ):
         with pytest.raises(ByokeepError, match=r"of user ann.*key add \w+ --user ann'"):
             choose()
@@ -90,7 +92,7 @@ def test_oldest_usable_key_of_the_provider() -> None:
         key(1, state=custody_pb2.KEY_VERSION_STATE_REVOKED),
         key(0, options_pb2.PROVIDER_GEMINI),
     ]
-    assert domain.choose_key("openai", keys) == key(2)
+    assert choose_key("openai", keys) == key(2)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +101,11 @@ def test_oldest_usable_key_of_the_provider() -> None:
 )
 def test_longest_pattern_wins(repository, model) -> None:
     overrides = {"acme/*": "m1", "acme/shop": "m2"}
-    assert domain.override_for(repository, overrides) == model
+    assert override_for(repository, overrides) == model
 
 
 def test_validation_is_tried_ever_more_slowly() -> None:
-    waits = [round(domain.validation_delay(number) / 60, 1) for number in range(1, 7)]
+    waits = [round(validation_delay(number) / 60, 1) for number in range(1, 7)]
     assert waits[:5] == sorted(waits[:5])
     assert waits[0] <= 0.1
     assert waits[5] >= 54

@@ -13,19 +13,11 @@ from byokeep.keyvault.v1 import custody_pb2
 from services.common import logs
 from services.common.background import Background, each
 from services.common.errors import ByokeepError
-from services.orchestrator import domain, failures
-from services.orchestrator.dispatcher import (
-    ORPHANED_SECONDS,
-    Dispatcher,
-    check_ending,
-    review_ending,
-    unreachable,
-)
-from services.orchestrator.execution import Result
-from services.orchestrator.failures import Failure, Follows
-from services.orchestrator.fleet import SILENCE_SECONDS, Fleet
-from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.store_attempts import (
+from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy import failures
+from services.orchestrator.policy.failures import Failure, Follows
+from services.orchestrator.policy.keys import ENDED, usable
+from services.orchestrator.store.attempts import (
     AttemptStore,
     Ending,
     Fenced,
@@ -33,11 +25,20 @@ from services.orchestrator.store_attempts import (
     Successor,
     ValidationEnding,
 )
-from services.orchestrator.store_keys import KeyStore
-from services.orchestrator.store_reviews import ReviewStore
-from services.orchestrator.store_tenants import TenantRow, TenantStore
-from services.orchestrator.store_waits import PausedKey, WaitStore
-from services.orchestrator.verdicts import Verdicts
+from services.orchestrator.store.keys import KeyStore
+from services.orchestrator.store.reviews import ReviewStore
+from services.orchestrator.store.tenants import TenantRow, TenantStore
+from services.orchestrator.store.waits import PausedKey, WaitStore
+from services.orchestrator.work.dispatcher import (
+    ORPHANED_SECONDS,
+    Dispatcher,
+    check_ending,
+    review_ending,
+    unreachable,
+)
+from services.orchestrator.work.execution import Result
+from services.orchestrator.work.fleet import SILENCE_SECONDS, Fleet
+from services.orchestrator.work.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 STALE_SECONDS: Final = ORPHANED_SECONDS
@@ -139,7 +140,7 @@ class Sweeper:
             if error.reason != "NOT_FOUND":
                 raise
             key = custody_pb2.ProviderKey(state=custody_pb2.KEY_VERSION_STATE_DESTROYED)
-        if domain.usable(key) or key.state in domain.ENDED:
+        if usable(key) or key.state in ENDED:
             await self._waits.resume_key(paused.tenant, paused.key_id, key.active_version)
 
     async def unscheduled(self) -> None:

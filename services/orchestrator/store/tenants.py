@@ -11,8 +11,9 @@ import grpc
 from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
 
 from services.common.errors import ByokeepError
-from services.orchestrator import sql, store_requests, store_waits
-from services.orchestrator.database import Database, Row, Session
+from services.orchestrator.policy.refusals import deleted
+from services.orchestrator.store import requests, sql, waits
+from services.orchestrator.store.database import Database, Row, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ class TenantStore:
     ) -> TenantRow:
         """Make a tenant. Raises ByokeepError: TENANT_EXISTS."""
         async with self._database.transaction() as session:
-            first = await store_requests.first_time(session, tenant_id, message)
+            first = await requests.first_time(session, tenant_id, message)
             if first and not await session.run(_CREATE, {"tenant": tenant_id, "plan": plan}):
                 raise ByokeepError(
                     grpc.StatusCode.ALREADY_EXISTS,
@@ -185,13 +186,13 @@ class TenantStore:
         """Suspend or resume a tenant that is not deleted."""
         state = "ACTIVE" if message.resume else "SUSPENDED"
         async with self._database.transaction() as session:
-            first = await store_requests.first_time(session, tenant_id, message)
+            first = await requests.first_time(session, tenant_id, message)
             if first and not await session.run(_SET_STATE, {"tenant": tenant_id, "state": state}):
                 raise deleted()
             if message.resume:
-                await store_waits.resume(session, tenant_id, "", [_SUSPENDED])
+                await waits.resume(session, tenant_id, "", [_SUSPENDED])
             else:
-                await store_waits.pause(session, tenant_id, "", _SUSPENDED)
+                await waits.pause(session, tenant_id, "", _SUSPENDED)
             return await _read(session, tenant_id)
 
     async def mark_deleted(self, tenant_id: str) -> None:
@@ -224,13 +225,13 @@ class TenantStore:
             # Under the tenant's lock: its deletion erases the callers that it finds.
             if (await session.one(sql.LOCK_TENANT, {"tenant": tenant_id})).state == "DELETED":
                 raise deleted()
-            if await store_requests.first_time(session, tenant_id, message):
+            if await requests.first_time(session, tenant_id, message):
                 await session.run(_ALLOW, values)
 
     async def deny(self, tenant_id: str, message: tenant_pb2.DenyCallerRequest) -> None:
         """Take every role from an identity."""
         async with self._database.transaction() as session:
-            if await store_requests.first_time(session, tenant_id, message):
+            if await requests.first_time(session, tenant_id, message):
                 values = {"tenant": tenant_id, "spiffe_id": message.spiffe_id}
                 await session.run(_DENY, values)
 
@@ -259,7 +260,7 @@ class TenantStore:
     ) -> TenantRow:
         """Set columns of a tenant's settings. Raises ByokeepError: ETAG_MISMATCH."""
         async with self._database.transaction() as session:
-            if await store_requests.first_time(session, tenant_id, message):
+            if await requests.first_time(session, tenant_id, message):
                 row = _tenant(await session.one(_LOCK, {"tenant": tenant_id}))
                 check_etag(etag, row.etag)
                 await _bump(session, tenant_id, values)
@@ -271,7 +272,7 @@ class TenantStore:
         """Set the model of a repository pattern, or remove it."""
         pattern, model = message.repository_pattern, message.model
         async with self._database.transaction() as session:
-            if await store_requests.first_time(session, tenant_id, message):
+            if await requests.first_time(session, tenant_id, message):
                 values = {"tenant": tenant_id, "pattern": pattern, "model": model}
                 await session.run(_SET_OVERRIDE if model else _UNSET_OVERRIDE, values)
                 await _bump(session, tenant_id, {})
@@ -287,16 +288,6 @@ def check_etag(wanted: str, found: str) -> None:
             "it changed since it was read; read it again",
             field="etag",
         )
-
-
-def deleted() -> ByokeepError:
-    """Return the refusal of a change to a deleted tenant."""
-    return ByokeepError(
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "WRONG_STATE",
-        "the tenant is deleted, for good",
-        state="DELETED",
-    )
 
 
 async def _read(session: Session, tenant_id: str) -> TenantRow:

@@ -11,9 +11,9 @@ from services.common import chunks
 from services.common.diff import DiffError
 from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
-from services.orchestrator.compute import Compute
-from services.orchestrator.compute_child import BUDGET, Job
-from services.orchestrator.outline import outline
+from services.orchestrator.compute.child import BUDGET, Job
+from services.orchestrator.compute.outline import outline
+from services.orchestrator.compute.pool import Compute
 
 # A line takes 2.5 µs, however short it is: planned at once, this much takes 5 ms at most.
 _AT_ONCE_BYTES: Final = 4 * 1024

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Final
 
 from byokeep import ids
 
-from services.orchestrator import failures, sql_waits
-from services.orchestrator.database import Database, Session
-from services.orchestrator.failures import Decision, Holds
 from services.orchestrator.metrics import Waiting
+from services.orchestrator.policy import failures
+from services.orchestrator.policy.failures import Decision, Holds
+from services.orchestrator.store import sql_waits
+from services.orchestrator.store.database import Database, Session
 
 if TYPE_CHECKING:
-    from services.orchestrator.store_attempts import Work
+    from services.orchestrator.store.attempts import Work
 
 #: What a key's promotion, or its end, is waited for with.
 OF_KEYS: Final = tuple(

@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 
 from services.common import hardening, logs
 from services.common.diff import DiffError
-from services.orchestrator import exports, outline
+from services.orchestrator.compute import exports, outline
 
 log = logging.getLogger(__name__)
 HEADER: Final = struct.Struct(">BI")

@@ -1,4 +1,4 @@
-"""ReviewService: RPC ↔ domain."""
+"""ReviewService: RPC ↔ policy and store."""
 
 from __future__ import annotations
 
@@ -15,25 +15,22 @@ from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc, settings_pb2
 from services.common import tracing
 from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
-from services.orchestrator import (
-    access,
-    content,
-    domain,
-    failures,
-    paging,
-    planning,
-    store_requests,
-)
-from services.orchestrator.compute import Compute
-from services.orchestrator.compute_child import Job
+from services.orchestrator.api import access, paging, planning
+from services.orchestrator.api.settings import ceilings
+from services.orchestrator.api.tenants import timestamp
+from services.orchestrator.compute.child import Job
+from services.orchestrator.compute.pool import Compute
 from services.orchestrator.config import Settings
-from services.orchestrator.events import REVIEW, Events
-from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.settings import ceilings
-from services.orchestrator.store_attempts import AttemptStore
-from services.orchestrator.store_reviews import ReviewRow, ReviewStore, Submission
-from services.orchestrator.store_tenants import TenantStore
-from services.orchestrator.tenants import timestamp
+from services.orchestrator.custody import content
+from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy import failures
+from services.orchestrator.policy.keys import choose_key
+from services.orchestrator.policy.models import choose_model, override_for
+from services.orchestrator.store import requests
+from services.orchestrator.store.attempts import AttemptStore
+from services.orchestrator.store.events import REVIEW, Events
+from services.orchestrator.store.reviews import ReviewRow, ReviewStore, Submission
+from services.orchestrator.store.tenants import TenantStore
 
 TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
 _WATCH_SECONDS: Final = 5.0
@@ -89,13 +86,13 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights = access.current()
         rights.require_active()
         self._require_sender(rights, request.input)
-        scope, digest = _scope(request), store_requests.digest_of(request.input)
+        scope, digest = _scope(request), requests.digest_of(request.input)
         refused: ByokeepError | None = None
         try:
             row: ReviewRow | None = await self._submit(
                 rights, request.input, request.priority, scope, digest
             )
-        except store_requests.Repeated:
+        except requests.Repeated:
             row = None
         except ByokeepError as error:
             row, refused = None, error
@@ -103,7 +100,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             # What was taken once stays taken, whatever would be said of it today.
             row = await self._reviews.earlier(rights.tenant.id, scope, digest)
         if row is None:
-            raise refused or store_requests.conflict()
+            raise refused or requests.conflict()
         return review_pb2.SubmitReviewResponse(review=self._message(row))
 
     async def DryRunReview(
@@ -195,7 +192,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights.require_user_keys(row.owner)
         if not await self._reviews.retried(request, rights.tenant.id):
             keys = await self._keys(rights, row.owner)
-            key = domain.choose_key(row.model.partition("/")[0], keys, row.owner)
+            key = choose_key(row.model.partition("/")[0], keys, row.owner)
             await self._reviews.retry(
                 request,
                 rights.tenant.id,
@@ -273,10 +270,10 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         override = ""
         if rights.has_overrides and rights.plan.model_overrides and not wanted.model:
             overrides = await self._tenants.overrides(rights.tenant.id)
-            override = domain.override_for(wanted.repository, overrides)
+            override = override_for(wanted.repository, overrides)
         chosen = (wanted.model, override, rights.tenant.default_model)
-        model = domain.choose_model(chosen, keys, self._catalog, wanted.user)
-        key = domain.choose_key(model.provider, keys, wanted.user)
+        model = choose_model(chosen, keys, self._catalog, wanted.user)
+        key = choose_key(model.provider, keys, wanted.user)
         return _Prepared(
             model,
             key,

@@ -28,11 +28,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common import logs
 from services.common.models import listed
-from services.orchestrator import failures
-from services.orchestrator.failures import Failure
-from services.orchestrator.fleet import Fleet, Place, Runner, Stream
-from services.orchestrator.grants import Subject
-from services.orchestrator.store_attempts import DailyLimit, Fenced, Trail, Work
+from services.orchestrator.custody.grants import Subject
+from services.orchestrator.policy import failures
+from services.orchestrator.policy.failures import Failure
+from services.orchestrator.store.attempts import DailyLimit, Fenced, Trail, Work
+from services.orchestrator.work.fleet import Fleet, Place, Runner, Stream
 
 log = logging.getLogger(__name__)
 _GRACE_SECONDS: Final = 30.0

@@ -20,7 +20,7 @@ from typing import Any, Final
 from services.common.diff import DiffError
 from services.common.errors import internal
 from services.common.turns import Turns
-from services.orchestrator.compute_child import READY, Job, Status, read_frame, write_frame
+from services.orchestrator.compute.child import READY, Job, Status, read_frame, write_frame
 
 PROCESSES: Final = 2
 # A diff of 2 MiB takes a fifth of a second; what takes this long has a defect.
@@ -80,7 +80,7 @@ class _Process:
         # threads are busy. The subprocess module uses vfork, which runs none. The child gets
         # none of the orchestrator's environment.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "services.orchestrator.compute_child"],
+            [sys.executable, "-P", "-m", "services.orchestrator.compute.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={"PYTHONPATH": os.pathsep.join(sys.path), "LC_ALL": "C.UTF-8"},

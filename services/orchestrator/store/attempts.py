@@ -15,10 +15,11 @@ from byokeep import ids
 from byokeep.orchestrator.v1.review_pb2 import Finding
 
 from services.common.errors import internal
-from services.orchestrator import content, sql, sql_waits, store_waits
-from services.orchestrator.database import Database, Row, Session
-from services.orchestrator.domain import PLANS
-from services.orchestrator.failures import Decision, Follows, Holds
+from services.orchestrator.custody import content
+from services.orchestrator.policy.failures import Decision, Follows, Holds
+from services.orchestrator.policy.plans import PLANS
+from services.orchestrator.store import sql, sql_waits, waits
+from services.orchestrator.store.database import Database, Row, Session
 
 
 class Fenced(Exception):
@@ -222,13 +223,13 @@ class AttemptStore:
         else:
             async with self._database.transaction() as session:
                 await self._end_review(session, work, ending, trail)
-                await store_waits.hold(session, work, ending.successor.decision)
+                await waits.hold(session, work, ending.successor.decision)
 
     async def put_back(self, work: Work, successor: Successor) -> None:
         """Have an attempt that used no key wait, and start again as it is. Raises Fenced."""
         async with self._database.transaction() as session:
             await _one(session, sql_waits.PUT_BACK, {**_held(work), **_following(successor)})
-            await store_waits.hold(session, work, successor.decision)
+            await waits.hold(session, work, successor.decision)
 
     async def end_validation(self, work: Work, ending: ValidationEnding, trail: Trail) -> None:
         """Store the end of a validation attempt, and queue what follows. Raises Fenced."""
@@ -325,9 +326,9 @@ class AttemptStore:
         }
         await _one(session, sql.END_VALIDATION, parameters)
         if ending.pauses:
-            await store_waits.pause(session, work.tenant, work.key_id, ending.pauses)
+            await waits.pause(session, work.tenant, work.key_id, ending.pauses)
         if ending.resumes:
-            await store_waits.resume(session, work.tenant, work.key_id, [ending.resumes])
+            await waits.resume(session, work.tenant, work.key_id, [ending.resumes])
 
     async def _guarded(self, statement: LiteralString, parameters: Mapping[str, Any]) -> Row:
         async with self._database.statement() as session:

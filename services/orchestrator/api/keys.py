@@ -13,14 +13,16 @@ from byokeep.orchestrator.v1.review_pb2 import FailureReason
 
 from services.common.errors import ByokeepError
 from services.common.models import MAX_LISTED
-from services.orchestrator import access, domain, paging
-from services.orchestrator.events import KEY, Events
-from services.orchestrator.execution import PURPOSES
-from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.store_keys import KeyStore, Use, Validation
-from services.orchestrator.store_tenants import deleted
-from services.orchestrator.store_waits import WaitStore
-from services.orchestrator.tenants import timestamp
+from services.orchestrator.api import access, paging
+from services.orchestrator.api.tenants import timestamp
+from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy.keys import ENDED, action_of
+from services.orchestrator.policy.plans import plan_lacks
+from services.orchestrator.policy.refusals import deleted
+from services.orchestrator.store.events import KEY, Events
+from services.orchestrator.store.keys import KeyStore, Use, Validation
+from services.orchestrator.store.waits import WaitStore
+from services.orchestrator.work.execution import PURPOSES
 
 _WATCH_SECONDS: Final = 5.0
 
@@ -225,13 +227,13 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             key
             for key in await self._keyvault.keys(rights.tenant.id)
             if key.provider == request.provider
-            and key.state not in domain.ENDED
+            and key.state not in ENDED
             # The same name is keyvault's to refuse, the same id is a retry.
             and key.display_name != request.display_name
             and names.last_of(key.name) != request.key_id
         ]
         if len(others) >= limit:
-            raise domain.plan_lacks(
+            raise plan_lacks(
                 "keys-per-provider",
                 "the tenant's plan has one key per provider; rotate the one that is there",
             )
@@ -326,7 +328,7 @@ def _telling(
     """Return the validation that says how a key is: a version that was rolled back says nothing."""
     key_id, newest = names.last_of(key.name), _newest(key)
     validation = known.get((key_id, newest.version))
-    accepted = validation is not None and domain.action_of(validation.verdict) == "PROMOTE"
+    accepted = validation is not None and action_of(validation.verdict) == "PROMOTE"
     if newest.state == custody_pb2.KEY_VERSION_STATE_DESTROYED and key.active_version and accepted:
         return known.get((key_id, key.active_version))
     return validation

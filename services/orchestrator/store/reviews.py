@@ -12,8 +12,9 @@ from byokeep import ids
 from byokeep.orchestrator.v1 import review_pb2
 
 from services.common.errors import ByokeepError
-from services.orchestrator import access, sql, sql_waits, store_requests
-from services.orchestrator.database import Database, Row, Session
+from services.orchestrator.policy.refusals import not_active
+from services.orchestrator.store import requests, sql, sql_waits
+from services.orchestrator.store.database import Database, Row, Session
 
 SUBMIT: Final = "SubmitReview"
 
@@ -112,7 +113,7 @@ class ReviewStore:
     async def earlier(self, tenant: str, scope: str, digest: bytes) -> ReviewRow | None:
         """Return the review that the same submission made before. Raises REQUEST_ID_CONFLICT."""
         async with self._database.statement() as session:
-            review_id = await store_requests.seen(session, tenant, SUBMIT, scope, digest)
+            review_id = await requests.seen(session, tenant, SUBMIT, scope, digest)
         return None if review_id is None else await self.get(tenant, review_id)
 
     async def submit(self, new: Submission, reviews_per_day: int, calls_per_day: int) -> ReviewRow:
@@ -128,7 +129,7 @@ class ReviewStore:
             await _require_active(session, new.tenant)
             row = await session.one(sql.SUBMIT, parameters)
             if row is None:
-                raise store_requests.Repeated
+                raise requests.Repeated
             if row.earlier_today >= reviews_per_day:
                 raise _daily_limit("reviews", reviews_per_day)
             if 0 < calls_per_day < row.calls_today + new.chunks_total:
@@ -183,11 +184,9 @@ class ReviewStore:
 
     async def retried(self, message: review_pb2.RetryReviewRequest, tenant: str) -> bool:
         """Whether this request was carried out before. Raises REQUEST_ID_CONFLICT."""
-        digest = store_requests.digest_of(message)
+        digest = requests.digest_of(message)
         async with self._database.statement() as session:
-            found = await store_requests.seen(
-                session, tenant, "RetryReview", message.request_id, digest
-            )
+            found = await requests.seen(session, tenant, "RetryReview", message.request_id, digest)
         return found is not None
 
     async def retry(
@@ -211,7 +210,7 @@ class ReviewStore:
         }
         async with self._database.transaction() as session:
             await _require_active(session, tenant)
-            if not await store_requests.first_time(session, tenant, message):
+            if not await requests.first_time(session, tenant, message):
                 return
             row = await session.one(sql.RETRY, parameters)
             if row is None:
@@ -234,7 +233,7 @@ async def _require_active(session: Session, tenant: str) -> None:
     """Lock a tenant: its deletion waits for what is stored now, or is seen."""
     row = await session.one(sql.LOCK_TENANT, {"tenant": tenant})
     if row.state != "ACTIVE":
-        raise access.not_active(tenant, row.state)
+        raise not_active(tenant, row.state)
 
 
 def _daily_limit(what: str, limit: int) -> ByokeepError:

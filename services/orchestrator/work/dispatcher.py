@@ -16,14 +16,14 @@ from byokeep.keyvault.v1 import custody_pb2
 from services.common import deadline, logs, tracing
 from services.common.background import start
 from services.common.errors import ByokeepError
-from services.orchestrator import content, domain, failures, metrics
-from services.orchestrator.events import CANCEL, DUE, REVIEW, Events, Subscription
-from services.orchestrator.execution import Execution, Result
-from services.orchestrator.failures import Decision, Failure, Follows
-from services.orchestrator.fleet import Fleet, Place
-from services.orchestrator.grants import Subject
-from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.store_attempts import (
+from services.orchestrator import metrics
+from services.orchestrator.custody import content
+from services.orchestrator.custody.grants import Subject
+from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy import failures
+from services.orchestrator.policy.failures import Decision, Failure, Follows
+from services.orchestrator.policy.keys import VALIDATION_HOURS, action_of, usable, validation_delay
+from services.orchestrator.store.attempts import (
     AttemptStore,
     Ending,
     Fenced,
@@ -32,7 +32,10 @@ from services.orchestrator.store_attempts import (
     ValidationEnding,
     Work,
 )
-from services.orchestrator.verdicts import Verdicts
+from services.orchestrator.store.events import CANCEL, DUE, REVIEW, Events, Subscription
+from services.orchestrator.work.execution import Execution, Result
+from services.orchestrator.work.fleet import Fleet, Place
+from services.orchestrator.work.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS: Final = 2.5
@@ -255,7 +258,7 @@ class Dispatcher:
         newer = 0
         if failures.newer_version_helps(failure.reason):
             key = await self._key(work)
-            active = key.active_version if key is not None and domain.usable(key) else 0
+            active = key.active_version if key is not None and usable(key) else 0
             newer = active if active > work.key_version else 0
             failure = replace(failure, reason=_in_truth(failure.reason, key, work.key_version))
         decision = failures.decide(
@@ -324,7 +327,7 @@ class Dispatcher:
         state, reason, verdict, cause = _told(result)
         if verdict != "UNREACHABLE":
             return ValidationEnding(
-                state, verdict, domain.action_of(verdict), reason, models=result.models
+                state, verdict, action_of(verdict), reason, models=result.models
             )
         if reason and failures.newer_version_helps(reason) and not await self._pending(work):
             # Revoked or destroyed meanwhile: nobody waits for a verdict.
@@ -383,9 +386,9 @@ def unreachable(
     state: str = "FAILED",
 ) -> ValidationEnding:
     """Return the end of a validation whose provider could not be asked: later, or too late."""
-    if hours >= domain.VALIDATION_HOURS:
+    if hours >= VALIDATION_HOURS:
         return ValidationEnding(state, "UNREACHABLE", "DESTROY", reason, cause)
-    delay = domain.validation_delay(validations + 1)
+    delay = validation_delay(validations + 1)
     return ValidationEnding(
         state, "UNREACHABLE", "", reason, cause, successor=Successor(delay, key_version)
     )
@@ -406,7 +409,7 @@ def check_ending(work: Work | Stale, result: Result, state: str = "") -> Validat
         return ValidationEnding(
             state, kept, "", reason, models=result.models, resumes="KEY_REJECTED"
         )
-    successor = Successor(domain.validation_delay(work.tries), work.key_version)
+    successor = Successor(validation_delay(work.tries), work.key_version)
     return ValidationEnding(state, "", "", reason, cause, successor=successor)
 
 

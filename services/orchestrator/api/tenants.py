@@ -11,10 +11,11 @@ from byokeep.orchestrator.v1 import tenant_pb2, tenant_pb2_grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common import authz
-from services.orchestrator import access, domain, paging
-from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.store_attempts import AttemptStore
-from services.orchestrator.store_tenants import CallerRow, TenantRow, TenantStore
+from services.orchestrator.api import access, paging
+from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy.refusals import unexpected
+from services.orchestrator.store.attempts import AttemptStore
+from services.orchestrator.store.tenants import CallerRow, TenantRow, TenantStore
 
 
 def timestamp(value: datetime | None) -> Timestamp | None:
@@ -109,13 +110,11 @@ class CallerServicer(tenant_pb2_grpc.CallerServiceServicer):
         """Give an identity roles."""
         given = request.caller
         if len(given.spiffe_id) > 512 or not self._spiffe_id.fullmatch(given.spiffe_id):
-            raise domain.unexpected(
-                "caller.spiffe_id", "a SPIFFE ID of this deployment's trust domain"
-            )
+            raise unexpected("caller.spiffe_id", "a SPIFFE ID of this deployment's trust domain")
         known = set(options_pb2.TenantRole.values()) - {options_pb2.TENANT_ROLE_UNSPECIFIED}
         roles = tuple(sorted(set(given.roles)))
         if not roles or not known.issuperset(roles):
-            raise domain.unexpected("caller.roles", "one role or more, each a known one")
+            raise unexpected("caller.roles", "one role or more, each a known one")
         row = CallerRow(given.spiffe_id, roles, given.may_assert_users)
         await self._store.allow(names.tenant_of(request.parent), row, request)
         return tenant_pb2.AllowCallerResponse(caller=_caller(row))

@@ -8,9 +8,9 @@ from byokeep import names
 
 from services.common import logs
 from services.common.errors import ByokeepError
-from services.orchestrator.keyvault_client import Keyvault
-from services.orchestrator.store_keys import KeyStore
-from services.orchestrator.store_waits import WaitStore
+from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.store.keys import KeyStore
+from services.orchestrator.store.waits import WaitStore
 
 log = logging.getLogger(__name__)
 # Repeating these can't help: the version is gone, was promoted by other means, or keyvault

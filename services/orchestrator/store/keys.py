@@ -10,8 +10,8 @@ from byokeep import ids
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import last_of, provider_id
 
-from services.orchestrator import sql
-from services.orchestrator.database import Database, Row
+from services.orchestrator.store import sql
+from services.orchestrator.store.database import Database, Row
 
 
 @dataclass(frozen=True, slots=True)

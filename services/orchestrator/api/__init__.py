@@ -1,0 +1,1 @@
+"""What callers ask for: each RPC, and who may call it."""

@@ -1,0 +1,1 @@
+"""What grows with its input, computed in processes beside the event loop."""

@@ -1,0 +1,1 @@
+"""What keyvault is asked for, and what is sealed or signed for it."""

@@ -1,0 +1,1 @@
+"""PostgreSQL: each table with what is done to it."""

@@ -1,0 +1,1 @@
+"""Attempts: who runs next, on which runner, and what follows."""
