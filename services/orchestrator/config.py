@@ -33,6 +33,7 @@ class Settings(config.ServiceSettings):
         "runner class that may redeem our grants", default="default", form=config.NAME
     )
     models_file: Path | None = config.setting("file laid over the built-in models", default=None)
+    plans_file: Path | None = config.setting("file laid over the built-in plans", default=None)
     max_diff_bytes: int = config.setting("largest diff taken, in bytes", default=2 * 1024 * 1024)
     max_calls_per_review: int = config.setting("most provider calls of one review", default=20)
     intake_per_hour: int = config.setting("keys that one tenant may try in an hour", default=20)

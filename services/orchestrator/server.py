@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -32,6 +33,7 @@ from services.orchestrator.config import Settings
 from services.orchestrator.custody.content import ContentKeys
 from services.orchestrator.custody.grants import LOOK_SECONDS, GrantSigner
 from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy import plans
 from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.database import Database
 from services.orchestrator.store.events import Events
@@ -46,6 +48,7 @@ from services.orchestrator.work.verdicts import Verdicts
 
 # One of the first migration's and one of the newest's.
 _TABLES: Final = ("tenant", "pause")
+BUILT_IN_PLANS: Final = Path(__file__).with_name("data") / "plans.toml"
 _MIGRATE: Final = "python -m services.orchestrator migrate"
 
 
@@ -59,6 +62,7 @@ class App:
             catalog = models.load(settings.models_file)
         except (ValueError, OSError) as error:
             raise ConfigError(f"BYOKEEP_MODELS_FILE: {error}") from None
+        self._plans = _plans(settings.plans_file)
         self._settings = settings
         self._signer = GrantSigner(
             settings.grant_signing_key, settings.deployment, settings.runner_class
@@ -70,10 +74,10 @@ class App:
         self._compute = Compute()
         self.tenants = TenantStore(self._database)
         self.keys = KeyStore(self._database)
-        self.attempts = AttemptStore(self._database)
+        self.attempts = AttemptStore(self._database, self._plans)
         self.reviews = ReviewStore(self._database)
         self.waits = WaitStore(self._database, settings.wait_seconds)
-        self._authority = Authority(self.tenants)
+        self._authority = Authority(self.tenants, self._plans)
         self._channels: list[grpc.aio.Channel] = []
         self.background = Background()
         self.fleet = Fleet(
@@ -112,6 +116,7 @@ class App:
             self.waits,
             self.dispatcher,
             self.fleet,
+            self._plans,
             content_hours=settings.failed_content_hours,
             findings_days=settings.findings_days,
         )
@@ -130,7 +135,7 @@ class App:
         """Add the servicers."""
         settings = self._settings
         tenant_pb2_grpc.add_TenantServiceServicer_to_server(
-            TenantServicer(self.tenants, self.attempts, self.keyvault), server
+            TenantServicer(self.tenants, self.attempts, self.keyvault, self._plans), server
         )
         tenant_pb2_grpc.add_CallerServiceServicer_to_server(
             CallerServicer(self.tenants, settings.trust_domain), server
@@ -147,7 +152,14 @@ class App:
             server,
         )
         settings_pb2_grpc.add_SettingsServiceServicer_to_server(
-            SettingsServicer(self.tenants, self.keys, self.keyvault, self._catalog, self._settings),
+            SettingsServicer(
+                self.tenants,
+                self.keys,
+                self.keyvault,
+                self._catalog,
+                self._plans,
+                self._settings,
+            ),
             server,
         )
         review_pb2_grpc.add_ReviewServiceServicer_to_server(
@@ -193,3 +205,11 @@ class App:
         for channel in self._channels:
             await channel.close()
         await self._database.close()
+
+
+def _plans(own: Path | None) -> plans.Plans:
+    files = [BUILT_IN_PLANS] if own is None else [BUILT_IN_PLANS, own]
+    try:
+        return plans.parse((str(file), file.read_text(encoding="utf-8")) for file in files)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"BYOKEEP_PLANS_FILE: {error}") from None

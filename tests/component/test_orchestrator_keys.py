@@ -410,12 +410,12 @@ async def test_intake_is_capped(stack: Stack) -> None:
 
 
 async def test_starter_plan_has_one_key_a_provider_and_none_of_users(stack: Stack) -> None:
-    await stack.tenant("small", plan=tenant_pb2.PLAN_STARTER)
+    await stack.tenant("small", plan="starter")
     await stack.validated(await stack.add_key("small"))
     for values in ({"display_name": "second"}, {"user": "ann"}):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stack.add_key("small", **values)
-        assert reason_of(refused) == "PLAN_LACKS"
+        assert reason_of(refused) == "PLAN_LACKS_FEATURE"
     await stack.add_key("small", provider=options_pb2.PROVIDER_GEMINI, display_name="other")
 
 

@@ -13,7 +13,7 @@ from byokeep.common.v1 import options_pb2
 from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2, grant_pb2
 from byokeep.names import last_of
-from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
+from byokeep.orchestrator.v1 import review_pb2, settings_pb2
 from byokeep.runner.v1 import runner_pb2
 
 from services.orchestrator.policy import failures
@@ -377,7 +377,7 @@ async def test_no_call_above_the_days_ceiling(stack: Stack) -> None:
 
 
 async def test_tenant_has_so_many_places_and_the_rest_waits(stack: Stack) -> None:
-    await stack.tenant("small", plan=tenant_pb2.PLAN_STARTER)
+    await stack.tenant("small", plan="starter")
     stack.keyvault.add("small")
     go = asyncio.Event()
 
@@ -409,7 +409,7 @@ async def test_cancel_while_it_waits_and_while_it_runs(stack: Stack) -> None:
         await talk.cancelled.wait()
         await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST, ambiguous_call=True)
 
-    await stack.tenant("small", plan=tenant_pb2.PLAN_STARTER)
+    await stack.tenant("small", plan="starter")
     stack.keyvault.add("small")
     stack.runner.default = slow
     runs, also_runs, waits = [await stack.submit("small") for _ in range(3)]

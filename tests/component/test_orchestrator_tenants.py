@@ -50,9 +50,9 @@ async def test_create_is_idempotent_and_ids_are_given_once(stack: Stack) -> None
     tenants = stack.client("operator").tenants
     request = tenant_pb2.CreateTenantRequest(name="tenants/new", request_id=request_id())
     first = await tenants.CreateTenant(request)
-    assert first.tenant.plan == tenant_pb2.PLAN_TEAM
+    assert first.tenant.plan == "team"
     assert first == await tenants.CreateTenant(request)
-    request.plan = tenant_pb2.PLAN_ENTERPRISE
+    request.plan = "enterprise"
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await tenants.CreateTenant(request)
     assert reason_of(refused) == "REQUEST_ID_CONFLICT"
@@ -238,7 +238,7 @@ async def test_settings_change_by_mask_and_etag(stack: Stack) -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        update(["plan"], plan=3),
+        update(["plan"], plan="enterprise"),
         update([]),
         update(["default_model"], default_model="x"),
         update(["max_diff_bytes"], max_diff_bytes=5_000_000),
@@ -291,13 +291,40 @@ async def test_overrides_are_an_entitlement(stack: Stack) -> None:
     assert len((await override("openai/a")).model_overrides) == 1
     assert [one.model for one in (await override("openai/b")).model_overrides] == ["openai/b"]
     await stack.client("operator").settings.SetPlan(
-        settings_pb2.SetPlanRequest(
-            tenant="tenants/acme", plan=tenant_pb2.PLAN_STARTER, request_id=request_id()
-        )
+        settings_pb2.SetPlanRequest(tenant="tenants/acme", plan="starter", request_id=request_id())
     )
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await override("openai/c")
-    assert reason_of(refused) == "PLAN_LACKS"
+    info = error_info(refused.value)
+    assert (info.code, info.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PLAN_LACKS_FEATURE")
+    assert info.metadata == {"feature": "model-overrides", "plan": "starter"}
     stack.keyvault.add("acme")
     assert (await stack.submit()).model == "openai/gpt-6.1-terra"  # it has no effect any more
     assert list((await override("")).model_overrides) == []
+
+
+async def test_plans_are_the_operators_data(orchestrator_database_url, tmp_path) -> None:
+    own = tmp_path / "plans.toml"
+    own.write_text(
+        "[plans.pro]\nattempts_in_flight = 1\nreviews_per_day = 7\nkeys_per_provider = 0\n"
+        "features = []\n"
+    )
+    async with running(orchestrator_database_url, tmp_path, plans_file=own) as stack:
+        await stack.tenant(plan="pro")
+        settings = stack.client("acme").settings
+        request = settings_pb2.GetSettingsRequest(name="tenants/acme/settings")
+        found = (await settings.GetSettings(request)).settings
+        assert (found.plan, found.in_force.max_reviews_per_day) == ("pro", 7)
+        with pytest.raises(grpc.aio.AioRpcError, match="starter, team, enterprise, pro") as refused:
+            await stack.client("operator").settings.SetPlan(
+                settings_pb2.SetPlanRequest(
+                    tenant="tenants/acme", plan="gold", request_id=request_id()
+                )
+            )
+        assert reason_of(refused) == "INVALID_FIELD"
+    # The operator took it out of the file: reviews go on, as the default plan has it.
+    async with running(orchestrator_database_url, tmp_path) as stack:
+        stack.keyvault.add("acme")
+        assert (await stack.ended(await stack.submit())).state == review_pb2.REVIEW_STATE_COMPLETED
+        found = (await stack.client("acme").settings.GetSettings(request)).settings
+        assert (found.plan, found.in_force.max_reviews_per_day) == ("pro", 10_000)

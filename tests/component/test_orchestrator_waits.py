@@ -231,7 +231,7 @@ async def test_a_pick_reads_the_first_of_each_lane_alone(stack: Stack) -> None:
         " SELECT 'att_' || i, 'REVIEW', 'acme', 'rev_' || i, 'key_' || i %% 3, 1"
         " FROM generate_series(1, 5000) i"
     )
-    plans = {"plans": ["TEAM"], "places": [16]}
+    plans = {"plans": ["team"], "places": [16], "otherwise": 16}
     connection = await psycopg.AsyncConnection.connect(stack.database_url)
     async with connection:
         explained = await connection.execute(
@@ -278,8 +278,8 @@ async def test_interactive_goes_before_batch(stack: Stack) -> None:
 
 
 async def test_places_of_a_tenant_hold_for_all_replicas(stack: Stack) -> None:
-    """STARTER has two. Shown to fail where PICK_LOCK is left out."""
-    await stack.tenant("small", plan=tenant_pb2.PLAN_STARTER)
+    """starter has two. Shown to fail where PICK_LOCK is left out."""
+    await stack.tenant("small", plan="starter")
     stack.keyvault.add("small")
     go, _ = await one_at_a_time(stack)
     await stack.runner.tell(places=0)

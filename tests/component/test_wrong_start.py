@@ -97,6 +97,8 @@ OWN = {
         ("BYOKEEP_GRANT_SIGNING_KEY", "{no}", f"{MISSING}: No such file"),
         ("BYOKEEP_GRANT_SIGNING_KEY", "{text}", "Ed25519"),
         ("BYOKEEP_MODELS_FILE", "{no}", "No such file"),
+        ("BYOKEEP_PLANS_FILE", "{no}", "No such file"),
+        ("BYOKEEP_PLANS_FILE", "{text}", "text"),
         ("BYOKEEP_KEYVAULT_ADDRESS", "56002", "host:port"),
         ("BYOKEEP_RUNNER_NAME", "not a name", "DNS name"),
         ("BYOKEEP_CONCURRENCY", "many", "whole number"),

@@ -234,9 +234,7 @@ def _raw(key: SigningKey) -> str:
 
 
 def _tenant(name: str) -> tenant_pb2.Tenant:
-    tenant = tenant_pb2.Tenant(
-        name=name, state=tenant_pb2.TENANT_STATE_ACTIVE, plan=tenant_pb2.PLAN_TEAM
-    )
+    tenant = tenant_pb2.Tenant(name=name, state=tenant_pb2.TENANT_STATE_ACTIVE, plan="team")
     tenant.create_time.FromDatetime(NOW)
     return tenant
 
@@ -454,7 +452,7 @@ class _Tenants(_Fake, tenant_pb2_grpc.TenantServiceServicer):
     def CreateTenant(self, request, context):
         self.edge.meet(request, context)
         self.edge.tenants[request.name] = _tenant(request.name)
-        self.edge.tenants[request.name].plan = request.plan
+        self.edge.tenants[request.name].plan = request.plan or "team"
         return tenant_pb2.CreateTenantResponse(tenant=self.edge.tenants[request.name])
 
     def ListTenants(self, request, context):

@@ -519,7 +519,7 @@ class Stack:
         self,
         name: str = "acme",
         *,
-        plan: tenant_pb2.Plan.ValueType = tenant_pb2.PLAN_TEAM,
+        plan: str = "",
         rights: Mapping[str, tuple[list[int], bool]] | None = None,
     ) -> str:
         """Create a tenant; the client `name` may do all for it, and speak for users."""

@@ -82,7 +82,7 @@ def request_for(method: str, tenant: str) -> Message:
             "update_mask": {"paths": ["default_model"]},
             "request_id": rid,
         },
-        "SetPlan": {"tenant": parent, "plan": 3, "request_id": rid},
+        "SetPlan": {"tenant": parent, "plan": "enterprise", "request_id": rid},
         "SetModelOverride": {
             "parent": parent,
             "repository_pattern": "*",

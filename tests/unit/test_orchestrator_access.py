@@ -7,13 +7,16 @@ from datetime import UTC, datetime
 import pytest
 
 from services.orchestrator.api.access import Rights
+from services.orchestrator.policy.plans import parse
+from services.orchestrator.server import BUILT_IN_PLANS
 from services.orchestrator.store.tenants import TenantRow
 
-TENANT = TenantRow("acme", "ACTIVE", "TEAM", "", 0, 0, 0, 0, 0, datetime.now(UTC))
+PLANS = parse([("", BUILT_IN_PLANS.read_text())])
+TENANT = TenantRow("acme", "ACTIVE", "team", "", 0, 0, 0, 0, 0, datetime.now(UTC))
 
 
 def actor(spiffe_id: str, user: str = "") -> str:
-    return Rights(spiffe_id, TENANT, frozenset(), True, False).actor(user)
+    return Rights(spiffe_id, TENANT, frozenset(), True, False, PLANS.of("team")).actor(user)
 
 
 def test_actor_is_the_service_and_the_user_that_it_names() -> None:

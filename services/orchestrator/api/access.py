@@ -15,7 +15,7 @@ from byokeep.orchestrator.v1 import tenant_pb2
 
 from services.common import authz
 from services.common.errors import ByokeepError
-from services.orchestrator.policy.plans import PLANS, Entitlements, plan_lacks
+from services.orchestrator.policy.plans import Plan, Plans
 from services.orchestrator.policy.refusals import deleted, not_active
 from services.orchestrator.store.tenants import TenantRow, TenantStore
 
@@ -33,11 +33,7 @@ class Rights:
     roles: frozenset[int]
     may_assert_users: bool
     has_overrides: bool
-
-    @property
-    def plan(self) -> Entitlements:
-        """What the tenant's plan includes."""
-        return PLANS[self.tenant.plan]
+    plan: Plan
 
     def actor(self, user: str = "") -> str:
         """Return who acts, for audit: the caller, and the user that it says it acts for.
@@ -67,9 +63,9 @@ class Rights:
             )
 
     def require_user_keys(self, user: str) -> None:
-        """Refuse keys of users where the plan lacks them. Raises PLAN_LACKS."""
-        if user and not self.plan.user_keys:
-            raise plan_lacks("user-keys", "the tenant's plan has no keys of single users")
+        """Refuse keys of users where the plan lacks them. Raises PLAN_LACKS_FEATURE."""
+        if user:
+            self.plan.require("user-keys")
 
     @property
     def may_read_users(self) -> bool:
@@ -109,9 +105,10 @@ async def again() -> Rights:
 class Authority:
     """Decides from the caller table and the caller's class."""
 
-    def __init__(self, store: TenantStore) -> None:
-        """Use the tenants' store."""
+    def __init__(self, store: TenantStore, plans: Plans) -> None:
+        """Use the tenants' store, and the plans that there are."""
         self._store = store
+        self._plans = plans
 
     async def authorize(
         self, caller: authz.Caller, access: options_pb2.Access, request: Any
@@ -149,6 +146,7 @@ class Authority:
                     frozenset(held),
                     found.may_assert_users,
                     found.has_overrides,
+                    self._plans.of(found.tenant.plan),
                 )
             )
 

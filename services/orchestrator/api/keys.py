@@ -17,7 +17,6 @@ from services.orchestrator.api import access, paging
 from services.orchestrator.api.tenants import timestamp
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy.keys import ENDED, action_of
-from services.orchestrator.policy.plans import plan_lacks
 from services.orchestrator.policy.refusals import deleted
 from services.orchestrator.store.events import KEY, Events
 from services.orchestrator.store.keys import KeyStore, Use, Validation
@@ -220,8 +219,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         )
 
     async def _require_room(self, rights: access.Rights, request: key_pb2.AddKeyRequest) -> None:
-        limit = rights.plan.keys_per_provider
-        if not limit:
+        if not rights.plan.keys_per_provider:
             return
         others = [
             key
@@ -232,11 +230,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             and key.display_name != request.display_name
             and names.last_of(key.name) != request.key_id
         ]
-        if len(others) >= limit:
-            raise plan_lacks(
-                "keys-per-provider",
-                "the tenant's plan has one key per provider; rotate the one that is there",
-            )
+        rights.plan.require_room(len(others))
 
     async def _count_intake(self, rights: access.Rights) -> None:
         # One caller feeding many keys would make a checker of stolen keys of us.

@@ -268,7 +268,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     async def _prepare(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> _Prepared:
         keys = await self._keys(rights, wanted.user)
         override = ""
-        if rights.has_overrides and rights.plan.model_overrides and not wanted.model:
+        if rights.has_overrides and rights.plan.has("model-overrides") and not wanted.model:
             overrides = await self._tenants.overrides(rights.tenant.id)
             override = override_for(wanted.repository, overrides)
         chosen = (wanted.model, override, rights.tenant.default_model)
@@ -290,7 +290,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         return _message(row, self._settings.wait_seconds)
 
     def _ceilings(self, rights: access.Rights) -> settings_pb2.Ceilings:
-        return ceilings(rights.tenant, self._settings)
+        return ceilings(rights.tenant, rights.plan, self._settings)
 
     async def _whole(self, name: str) -> review_pb2.Review:
         row = await self._readable(access.current(), names.last_of(name))

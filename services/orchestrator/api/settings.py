@@ -6,16 +6,15 @@ import re
 from typing import Any, Final
 
 from byokeep import names
-from byokeep.orchestrator.v1 import settings_pb2, settings_pb2_grpc, tenant_pb2
+from byokeep.orchestrator.v1 import settings_pb2, settings_pb2_grpc
 
 from services.common.models import MAX_LISTED, Catalog
 from services.orchestrator.api import access, paging
-from services.orchestrator.api.tenants import plan_name
 from services.orchestrator.config import Settings
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy.keys import usable
 from services.orchestrator.policy.models import read_model
-from services.orchestrator.policy.plans import PLANS, plan_lacks
+from services.orchestrator.policy.plans import Plan, Plans
 from services.orchestrator.policy.refusals import above, unexpected
 from services.orchestrator.store.keys import KeyStore
 from services.orchestrator.store.tenants import TenantRow, TenantStore
@@ -40,14 +39,16 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         key_store: KeyStore,
         keyvault: Keyvault,
         catalog: Catalog,
+        plans: Plans,
         settings: Settings,
     ) -> None:
-        """Use the stores, keyvault's list of keys, the models that are known, and the
+        """Use the stores, keyvault's list of keys, the models and plans that are known, and the
         deployment's own ceilings."""
         self._store = store
         self._key_store = key_store
         self._keyvault = keyvault
         self._catalog = catalog
+        self._plans = plans
         self._settings = settings
 
     async def GetSettings(
@@ -70,12 +71,12 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         if "default_model" in paths and request.settings.default_model:
             read_model(request.settings.default_model, "settings.default_model")
         values: dict[str, Any] = {path: getattr(request.settings, path) for path in paths}
-        tenant = access.current().tenant
-        for path, (most, whose) in _most(tenant, self._settings).items():
+        rights = access.current()
+        for path, (most, whose) in _most(rights.plan, self._settings).items():
             if values.get(path, 0) > most:
                 raise above(f"settings.{path}", most, whose)
         row = await self._store.change_settings(
-            tenant.id, values, request, etag=request.settings.etag
+            rights.tenant.id, values, request, etag=request.settings.etag
         )
         return settings_pb2.UpdateSettingsResponse(settings=await self._message(row))
 
@@ -84,7 +85,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
     ) -> settings_pb2.SetPlanResponse:
         """Set a tenant's plan."""
         row = await self._store.change_settings(
-            access.current().tenant.id, {"plan": plan_name(request.plan)}, request
+            access.current().tenant.id, {"plan": self._plans.chosen(request.plan)}, request
         )
         return settings_pb2.SetPlanResponse(settings=await self._message(row))
 
@@ -94,10 +95,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         """Set the model of some repositories; removing one takes no entitlement."""
         rights = access.current()
         if request.model:
-            if not rights.plan.model_overrides:
-                raise plan_lacks(
-                    "model-overrides", "the tenant's plan has no models per repository"
-                )
+            rights.plan.require("model-overrides")
             read_model(request.model, "model")
         row = await self._store.set_override(rights.tenant.id, request)
         return settings_pb2.SetModelOverrideResponse(settings=await self._message(row))
@@ -157,7 +155,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         overrides = await self._store.overrides(row.id)
         return settings_pb2.Settings(
             name=f"{names.tenant_name(row.id)}/settings",
-            plan=tenant_pb2.Plan.Value(f"PLAN_{row.plan}"),
+            plan=row.plan,
             default_model=row.default_model,
             model_overrides=[
                 settings_pb2.ModelOverride(repository_pattern=pattern, model=overrides[pattern])
@@ -168,25 +166,25 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             max_calls_per_day=row.max_calls_per_day,
             max_reviews_per_day=row.max_reviews_per_day,
             etag=row.etag,
-            in_force=ceilings(row, self._settings),
+            in_force=ceilings(row, self._plans.of(row.plan), self._settings),
         )
 
 
-def ceilings(row: TenantRow, deployment: Settings) -> settings_pb2.Ceilings:
+def ceilings(row: TenantRow, plan: Plan, deployment: Settings) -> settings_pb2.Ceilings:
     """Return what holds for a tenant now: its own, but no more than its plan or the deployment."""
     return settings_pb2.Ceilings(
         max_calls_per_day=row.max_calls_per_day,
         **{
             name: min(getattr(row, name) or most, most)
-            for name, (most, _) in _most(row, deployment).items()
+            for name, (most, _) in _most(plan, deployment).items()
         },
     )
 
 
-def _most(row: TenantRow, deployment: Settings) -> dict[str, tuple[int, str]]:
+def _most(plan: Plan, deployment: Settings) -> dict[str, tuple[int, str]]:
     """Return what a tenant's own ceilings may be at most, and who allows no more."""
     return {
         "max_diff_bytes": (deployment.max_diff_bytes, "the deployment"),
         "max_calls_per_review": (deployment.max_calls_per_review, "the deployment"),
-        "max_reviews_per_day": (PLANS[row.plan].reviews_per_day, "the plan"),
+        "max_reviews_per_day": (plan.reviews_per_day, "the plan"),
     }

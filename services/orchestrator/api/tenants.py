@@ -13,6 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.common import authz
 from services.orchestrator.api import access, paging
 from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy.plans import Plans
 from services.orchestrator.policy.refusals import unexpected
 from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.tenants import CallerRow, TenantRow, TenantStore
@@ -32,31 +33,29 @@ def tenant_message(row: TenantRow) -> tenant_pb2.Tenant:
     return tenant_pb2.Tenant(
         name=names.tenant_name(row.id),
         state=tenant_pb2.TenantState.Value(f"TENANT_STATE_{row.state}"),
-        plan=tenant_pb2.Plan.Value(f"PLAN_{row.plan}"),
+        plan=row.plan,
         create_time=timestamp(row.create_time),
     )
-
-
-def plan_name(plan: tenant_pb2.Plan.ValueType) -> str:
-    """Return a plan's short name; TEAM where none is given."""
-    return tenant_pb2.Plan.Name(plan or tenant_pb2.PLAN_TEAM).removeprefix("PLAN_")
 
 
 class TenantServicer(tenant_pb2_grpc.TenantServiceServicer):
     """Tenants, for operators."""
 
-    def __init__(self, store: TenantStore, attempts: AttemptStore, keyvault: Keyvault) -> None:
-        """Use the stores, and keyvault for the keys of deleted tenants."""
+    def __init__(
+        self, store: TenantStore, attempts: AttemptStore, keyvault: Keyvault, plans: Plans
+    ) -> None:
+        """Use the stores, keyvault for the keys of deleted tenants, and the plans there are."""
         self._store = store
         self._attempts = attempts
         self._keyvault = keyvault
+        self._plans = plans
 
     async def CreateTenant(
         self, request: tenant_pb2.CreateTenantRequest, context: object
     ) -> tenant_pb2.CreateTenantResponse:
         """Make a tenant."""
         row = await self._store.create(
-            names.tenant_of(request.name), plan_name(request.plan), request
+            names.tenant_of(request.name), self._plans.chosen(request.plan), request
         )
         return tenant_pb2.CreateTenantResponse(tenant=tenant_message(row))
 

@@ -17,7 +17,7 @@ from byokeep.orchestrator.v1.review_pb2 import Finding
 from services.common.errors import internal
 from services.orchestrator.custody import content
 from services.orchestrator.policy.failures import Decision, Follows, Holds
-from services.orchestrator.policy.plans import PLANS
+from services.orchestrator.policy.plans import Plans
 from services.orchestrator.store import sql, sql_waits, waits
 from services.orchestrator.store.database import Database, Row, Session
 
@@ -143,15 +143,20 @@ class Stale:
 class AttemptStore:
     """Attempts and what they write."""
 
-    def __init__(self, database: Database) -> None:
-        """Use a database."""
+    def __init__(self, database: Database, plans: Plans) -> None:
+        """Use a database, and the places that plans have."""
         self._database = database
+        places, otherwise = plans.places()
+        self._places = {
+            "plans": list(places),
+            "places": list(places.values()),
+            "otherwise": otherwise,
+        }
 
     async def pick(self, room: int) -> list[Work]:
         """Make up to `room` attempts RUNNING whose turn it is, and return them."""
-        plans = {"plans": list(PLANS), "places": [one.attempts_in_flight for one in PLANS.values()]}
         picked = await self._database.batch(
-            (sql_waits.PICK_LOCK, {}), (sql_waits.PICK, {"room": room, **plans})
+            (sql_waits.PICK_LOCK, {}), (sql_waits.PICK, {"room": room, **self._places})
         )
         return await self._load([row.id for row in picked])
 

@@ -31,8 +31,11 @@ PICK: Final = """
     open_lane AS (
         SELECT lane.*, plan.places - coalesce(busy.attempts, 0) AS places, turn.served
         FROM lane JOIN tenant ON tenant.id = lane.tenant AND tenant.state = 'ACTIVE'
-            JOIN unnest(CAST(%(plans)s AS text[]), CAST(%(places)s AS int[])) AS plan (name, places)
-                ON plan.name = tenant.plan
+            CROSS JOIN LATERAL (SELECT coalesce((
+                SELECT known.places
+                FROM unnest(CAST(%(plans)s AS text[]), CAST(%(places)s AS int[]))
+                    AS known (name, places)
+                WHERE known.name = tenant.plan), %(otherwise)s) AS places) plan
             LEFT JOIN busy ON busy.tenant = lane.tenant
             LEFT JOIN turn ON turn.tenant = lane.tenant
         WHERE plan.places > coalesce(busy.attempts, 0) AND NOT EXISTS (

@@ -17,6 +17,7 @@ from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import failures
 from services.orchestrator.policy.failures import Failure, Follows
 from services.orchestrator.policy.keys import ENDED, usable
+from services.orchestrator.policy.plans import Plans
 from services.orchestrator.store.attempts import (
     AttemptStore,
     Ending,
@@ -67,6 +68,7 @@ class Sweeper:
         waits: WaitStore,
         dispatcher: Dispatcher,
         fleet: Fleet,
+        plans: Plans,
         *,
         content_hours: int,
         findings_days: int,
@@ -81,6 +83,7 @@ class Sweeper:
         self._waits = waits
         self._dispatcher = dispatcher
         self._fleet = fleet
+        self._plans = plans
         self._lacking = False
         self._content_hours = content_hours
         self._findings_days = findings_days
@@ -170,6 +173,8 @@ class Sweeper:
 
     async def _resume(self, row: TenantRow) -> None:
         if row.state == "ACTIVE":
+            if row.plan not in self._plans:
+                logs.event(log, "plan_unknown", level=logging.WARNING, tenant=row.id, plan=row.plan)
             await self._schedule_pending(row.id)
         elif row.state == "DELETED":
             await self._keyvault.destroy_all(row.id, _ACTOR)

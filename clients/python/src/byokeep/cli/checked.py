@@ -7,6 +7,7 @@ import re
 from byokeep.cli.errors import CliError
 
 _TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_PLAN = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _MODEL = re.compile(r"(openai|anthropic|gemini)/[A-Za-z0-9._:-]{1,100}")
 _SPIFFE = re.compile(r"spiffe://[a-z0-9.-]{1,255}(?=.{2,513}$)(/[A-Za-z0-9._-]+)+")
 _REPOSITORY = re.compile(r"[A-Za-z0-9._/-]{1,200}")
@@ -27,6 +28,11 @@ _SPIFFE_FORM = (
 def tenant(text: str) -> str:
     """Return the name of a tenant. Raises CliError."""
     return _check(_TENANT, text, "a tenant's name is lower-case letters, digits and hyphens")
+
+
+def plan(text: str) -> str:
+    """Return the name of a plan. Raises CliError."""
+    return _check(_PLAN, text, "a plan's name is lower-case letters, digits and hyphens")
 
 
 def model(text: str) -> str:

@@ -60,7 +60,6 @@ BY_REASON: Mapping[str, Exit] = {
     "NO_ACTIVE_KEY": Exit.KEY,
     "UNDECRYPTABLE": Exit.KEY,
     "TENANT_NOT_ACTIVE": Exit.PERMISSION,
-    "PLAN_LACKS": Exit.PERMISSION,
     "DATABASE_ROLLED_BACK": Exit.INTEGRITY,
     "INTAKE_UNTRUSTED": Exit.INTEGRITY,
 }
@@ -101,7 +100,7 @@ HINTS: Mapping[str, str] = {
     " byokeep tenant create TENANT",
     "TENANT_EXISTS": "byokeep tenant list",
     "TENANT_NOT_ACTIVE": "byokeep status says what an operator does about it",
-    "PLAN_LACKS": "an operator changes the plan: byokeep tenant set-plan TENANT PLAN",
+    "PLAN_LACKS_FEATURE": "an operator changes the plan: byokeep tenant set-plan TENANT PLAN",
     "REQUEST_ID_CONFLICT": "leave --request-id out, or use a new one",
     "ETAG_MISMATCH": "somebody else changed it meanwhile: look again, then repeat",
     "RECONCILE_MISMATCH": "a frozen key: byokeep key rotate {key}; a tenant: an operator revokes"

@@ -35,14 +35,6 @@ app = typer.Typer(no_args_is_help=True)
 callers = typer.Typer(no_args_is_help=True)
 
 
-class PlanName(StrEnum):
-    """Plans."""
-
-    STARTER = "starter"
-    TEAM = "team"
-    ENTERPRISE = "enterprise"
-
-
 class RoleName(StrEnum):
     """Roles that a caller may have for a tenant."""
 
@@ -56,8 +48,10 @@ Name = Annotated[
     str, typer.Argument(metavar="TENANT", show_default=False, help="The tenant's name.")
 ]
 PlanArgument = Annotated[
-    PlanName,
-    typer.Argument(metavar="PLAN", show_default=False, help="starter, team or enterprise."),
+    str,
+    typer.Argument(
+        metavar="PLAN", show_default=False, help="Such as team; a wrong one names those there are."
+    ),
 ]
 SpiffeId = Annotated[
     str,
@@ -78,10 +72,12 @@ def tenant() -> None:
 def create(
     session: Session,
     name: Name,
-    plan: Annotated[PlanName, typer.Option(help="The plan.")] = PlanName.TEAM,
+    plan: Annotated[str, typer.Option(help="The plan; default: the deployment's.")] = "",
 ) -> None:
     """Create a tenant, and its key-encryption key in keyvault."""
     connection, resource = session.connection, names.tenant_name(checked.tenant(name))
+    if plan:
+        checked.plan(plan)
     # An endpoint that is missing must not leave half of it done.
     admin = connection.admin
     # No KEK before the orchestrator, which knows who may create a tenant, has agreed.
@@ -95,7 +91,9 @@ def create(
         session.out.json(message_dict(created))
         return
     if refused is None:
-        session.out.print(f"tenant {name} is created, plan {plan}, with its own key-encryption key")
+        session.out.print(
+            f"tenant {name} is created, plan {clean(created.plan)}, with its own key-encryption key"
+        )
     else:
         session.out.print(f"tenant {name} was there before; its key-encryption key is created")
     session.out.note(f"allow a service: byokeep caller allow SPIFFE_ID --role ROLE --tenant {name}")
@@ -115,7 +113,7 @@ def list_(session: Session) -> None:
             (
                 clean(names.last_of(entry.name)),
                 state_text(short(tenant_pb2.TenantState, entry.state)),
-                short(tenant_pb2.Plan, entry.plan).lower(),
+                clean(entry.plan),
                 when(entry.create_time),
             )
             for entry in found
@@ -178,17 +176,19 @@ def delete(
 @app.command("set-plan", epilog=examples("byokeep tenant set-plan acme enterprise"))
 @command()
 def set_plan(session: Session, name: Name, plan: PlanArgument) -> None:
-    """Set a tenant's plan."""
+    """Set a tenant's plan: what it may have, and how much of it."""
     from byokeep.orchestrator.v1 import settings_pb2
 
     request = settings_pb2.SetPlanRequest(
-        tenant=names.tenant_name(checked.tenant(name)), plan=_plan(plan), request_id=request_id()
+        tenant=names.tenant_name(checked.tenant(name)),
+        plan=checked.plan(plan),
+        request_id=request_id(),
     )
     settings = session.connection.settings.SetPlan(request).settings
     if session.out.as_json:
         session.out.json(message_dict(settings))
     else:
-        session.out.print(f"tenant {name} has plan {plan}")
+        session.out.print(f"tenant {name} has plan {clean(settings.plan)}")
 
 
 @callers.callback()
@@ -334,7 +334,7 @@ def shredded(worth: str) -> str:
 
 
 def _create(
-    connection: Connection, resource: str, plan: PlanName
+    connection: Connection, resource: str, plan: str
 ) -> tuple[tenant_pb2.Tenant, grpc.RpcError | None]:
     """Return the tenant, and how the call was refused where it was there before: one that
     broke off before the KEK may have left it. Raises the refusal where it is deleted."""
@@ -342,9 +342,7 @@ def _create(
 
     from byokeep.errors import error_info
 
-    request = tenant_pb2.CreateTenantRequest(
-        name=resource, plan=_plan(plan), request_id=request_id()
-    )
+    request = tenant_pb2.CreateTenantRequest(name=resource, plan=plan, request_id=request_id())
     try:
         return connection.tenants.CreateTenant(request).tenant, None
     except grpc.RpcError as error:
@@ -357,10 +355,6 @@ def _create(
         if found is None or found.state == tenant_pb2.TENANT_STATE_DELETED:
             raise
         return found, error
-
-
-def _plan(plan: PlanName) -> tenant_pb2.Plan.ValueType:
-    return tenant_pb2.Plan.Value(f"PLAN_{plan.name}")
 
 
 def _role(role: RoleName) -> options_pb2.TenantRole.ValueType:
