@@ -206,28 +206,43 @@ class Pool(AsyncConnectionPool[Connection]):
         return False
 
 
-async def probe(url: str, tables: tuple[str, ...] = (), migrate: str = "") -> None:
-    """Connect once, and look for tables; `migrate` is the command that makes them.
+def newest(migrations: Path) -> str:
+    """Return the newest revision of a zone's migrations: each file's name begins with its own."""
+    files = (migrations / "versions").glob("[0-9]*_*.py")
+    return max(file.name for file in files).partition("_")[0]
+
+
+async def probe(url: str, revision: str = "", migrate: str = "") -> None:
+    """Connect once. With a revision, look whether the schema is there, and at it or past it;
+    `migrate` is the command that brings it there.
 
     Raises:
         NotYetError: "database" with the cause, or "schema".
     """
     failed: psycopg.Error | None = None
-    missing: list[str] = []
+    found = ""
     try:
         async with await Connection.connect(url) as connection:
             with deadline.within(_CONNECT_SECONDS):
-                found = await connection.execute(
-                    "SELECT name FROM unnest(%s::text[]) AS name WHERE to_regclass(name) IS NULL",
-                    (list(tables),),
-                )
-                missing = [row[0] for row in await found.fetchall()]
+                if revision:
+                    found = await _revision(connection)
     except psycopg.Error as error:
         failed = error
     if failed is not None:
         raise NotYetError("database", cause(failed))
-    if missing:
-        raise NotYetError("schema", f"it is not there; it comes with '{migrate}'")
+    if found < revision:
+        there = f"it is at revision {found}, not {revision}" if found else "it is not there"
+        raise NotYetError("schema", f"{there}; it comes with '{migrate}'")
+
+
+async def _revision(connection: Connection) -> str:
+    """Return the revision that Alembic noted, or an empty text."""
+    there = await connection.execute("SELECT to_regclass('alembic_version') IS NOT NULL")
+    if await there.fetchone() != (True,):
+        return ""
+    noted = await connection.execute("SELECT coalesce(max(version_num), '') FROM alembic_version")
+    row = await noted.fetchone()
+    return str(row[0]) if row else ""
 
 
 async def notices(connection: Connection) -> AsyncIterator[psycopg.Notify]:

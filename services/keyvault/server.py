@@ -7,6 +7,7 @@ import contextlib
 import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final, Literal
 
 import grpc
@@ -78,7 +79,7 @@ _SWEEP_SECONDS = 10.0
 _KEYS_SECONDS = 2.0
 _FORGET_SECONDS = 3600.0
 _LAST_SECONDS = 5.0
-_TABLES: Final = ("system_key", "chain")
+_REVISION: Final = postgres.newest(Path(__file__).with_name("migrations"))
 _MIGRATE: Final = "python -m services.keyvault migrate"
 
 
@@ -131,7 +132,7 @@ class App:
 
     async def start(self) -> None:
         """Connect, open keyvault's own keys, look at the anchor, start what runs beside."""
-        await until_there(lambda: postgres.probe(self._url, _TABLES, _MIGRATE))
+        await until_there(lambda: postgres.probe(self._url, _REVISION, _MIGRATE))
         await self._database.open()
         await self._reading.open()
         await until_there(self._open_keys)

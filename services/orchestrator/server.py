@@ -46,9 +46,8 @@ from services.orchestrator.work.fleet import Fleet
 from services.orchestrator.work.sweeper import Sweeper
 from services.orchestrator.work.verdicts import Verdicts
 
-# One of the first migration's and one of the newest's.
-_TABLES: Final = ("tenant", "pause")
 BUILT_IN_PLANS: Final = Path(__file__).with_name("data") / "plans.toml"
+_REVISION: Final = postgres.newest(Path(__file__).with_name("migrations"))
 _MIGRATE: Final = "python -m services.orchestrator migrate"
 
 
@@ -120,7 +119,7 @@ class App:
             content_hours=settings.failed_content_hours,
             findings_days=settings.findings_days,
         )
-        await until_there(lambda: postgres.probe(self._url, _TABLES, _MIGRATE))
+        await until_there(lambda: postgres.probe(self._url, _REVISION, _MIGRATE))
         await self._database.open()
         background = self.background
         background.run("events", self._events.listen)

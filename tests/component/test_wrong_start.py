@@ -7,6 +7,7 @@ import re
 import time
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from deploy.local.pki import CertificateAuthority
@@ -222,6 +223,25 @@ def test_a_schema_that_is_not_there_is_waited_for(zone, tmp_path, empty_database
         started.until(ready.exists)
         assert started.serving()
         assert started.terminate() == 0
+
+
+@pytest.mark.parametrize("zone", ["keyvault", "orchestrator"])
+def test_an_older_schema_is_waited_for_and_a_newer_one_served(zone, tmp_path, empty_database_url):
+    """An upgrade in the wrong order; and services that are put back after one."""
+    url = empty_database_url(zone)
+    with service(zone, tmp_path, url) as started:
+        migrated(zone, tmp_path, started.environ)
+        for revision, serves in (("0000", False), ("9999", True)):
+            with psycopg.connect(url) as connection:
+                connection.execute("UPDATE alembic_version SET version_num = %s", (revision,))
+            started.start()
+            if serves:
+                started.until(started.serving)
+            else:
+                started.until(lambda: started.events("waiting"))
+                assert "it is at revision 0000" in started.events("waiting")[0]["why"]
+                assert started.serving() is False
+            assert started.terminate() == 0
 
 
 def migrated(zone: str, folder: Path, environ: dict[str, str]) -> None:

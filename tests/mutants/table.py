@@ -43,6 +43,15 @@ _UNTURNED = _GUARD.replace("turn = %(turn)s", "%(turn)s >= 0")
 
 MUTANTS = (
     Mutant(
+        "a service takes a schema that is older than its code",
+        "services/common/postgres.py",
+        "    if found < revision:\n",
+        "    if not found:\n",
+        (
+            "tests/component/test_wrong_start.py::test_an_older_schema_is_waited_for_and_a_newer_one_served",
+        ),
+    ),
+    Mutant(
         "the envelope is not bound to its provider",
         _KV + "envelope.py",
         "            self.provider,\n",

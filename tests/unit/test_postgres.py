@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from pathlib import Path
 
 import psycopg
 import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from psycopg import errors
 
 from services.common import deadline, logs, postgres
@@ -80,3 +83,15 @@ async def test_a_call_that_took_most_of_its_time_is_not_to_be_tried_again(monkey
     now = deadline.time.monotonic()
     monkeypatch.setattr(deadline.time, "monotonic", lambda: now + 6)
     assert deadline.spent()
+
+
+@pytest.mark.parametrize("zone", ["keyvault", "orchestrator"])
+def test_a_zones_newest_migration_is_the_one_that_alembic_ends_at(zone):
+    """Services compare revisions as texts: files are named after them, in their order."""
+    folder = Path(__file__).resolve().parents[2] / "services" / zone / "migrations"
+    config = Config()
+    config.set_main_option("script_location", str(folder))
+    scripts = ScriptDirectory.from_config(config)
+    assert scripts.get_current_head() == postgres.newest(folder)
+    in_order = [script.revision for script in scripts.walk_revisions()]
+    assert in_order == sorted(in_order, reverse=True)
