@@ -17,7 +17,7 @@ from deploy.docker.images import Tree
 from tests.harness import engine
 from tests.images.conftest import TAG
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)  # builds everything, where it is the first
 _ROOT = Path(__file__).resolve().parents[2]
 
 

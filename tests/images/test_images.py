@@ -19,7 +19,7 @@ from deploy.docker.images import Tree
 from deploy.docker.layout import TARGET, ZONES
 from tests.images.conftest import TAG
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 _ROOT = Path(__file__).resolve().parents[2]
 _SERVICES = tuple(zone for zone in ZONES if zone != "tools")
 _SQL = {"psycopg", "psycopg-binary", "sqlalchemy", "alembic"}
