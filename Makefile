@@ -20,8 +20,8 @@ STUBS := $(PACKAGE)/common/v1/options_pb2.py
 PROTOS := $(shell find protos -name '*.proto') protos/generate.py
 LINTED := services deploy docs tests clients/python/src/byokeep protos
 LOCKED := keyvault aws_kms orchestrator llm_runner
-# What no service runs on: image tools, and what builds images.
-LOCKED_TOO := tools images
+# What no service runs on: images tools and all-in-one, and what builds images.
+LOCKED_TOO := tools local images
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from deploy.docker import images, signing
-from deploy.docker.layout import ZONES
+from deploy.docker.layout import IMAGES
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -16,7 +16,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="build images")
-    build.add_argument("zones", nargs="*", metavar="ZONE", help=f"of {', '.join(ZONES)}; none: all")
+    known = f"of {', '.join(IMAGES)}; none: all"
+    build.add_argument("zones", nargs="*", metavar="ZONE", help=known)
     build.add_argument("--tag", default="dev", help="version (default: dev)")
     build.add_argument("--no-cache", action="store_true", help="build every step anew")
     digest = commands.add_parser("digest", help="print the digest of what is in an image")
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     match arguments.command:
         case "build":
-            for zone in arguments.zones or ZONES:
+            for zone in arguments.zones or IMAGES:
                 name = images.build(zone, arguments.tag, cache=not arguments.no_cache)
                 _say(f"{name} {images.tree(name).digest}")
         case "digest":

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from deploy.docker.layout import SBOM, ZONES
+from deploy.docker.layout import IMAGES, SBOM
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # What the engine puts into a container that is exported, whatever the image has.
@@ -27,19 +27,22 @@ class ImageError(Exception):
 
 
 def reference(zone: str, tag: str) -> str:
-    """Return an image's name. Raises ImageError for an unknown zone."""
-    if zone not in ZONES:
-        raise ImageError(f"no image {zone}: there are {', '.join(ZONES)}")
+    """Return an image's name. Raises ImageError for an unknown one."""
+    if zone not in IMAGES:
+        raise ImageError(f"no image {zone}: there are {', '.join(IMAGES)}")
     return f"byokeep/{zone}:{tag}"
 
 
 def build(zone: str, tag: str, *, context: Path = CHECKOUT, cache: bool = True) -> str:
-    """Build a zone's image and return its name. Raises ImageError with the end of the output."""
+    """Build an image and return its name. Raises ImageError with the end of the output."""
     name = reference(zone, tag)
     arguments = [f"--build-arg=ZONE={zone}", f"--build-arg=VERSION={tag}", f"--tag={name}"]
     arguments += [f"--build-arg=REVISION={_revision(context)}"]
     arguments += [] if cache else ["--no-cache"]
-    docker("build", *arguments, "--file", str(context / "deploy/docker/Dockerfile"), str(context))
+    folder = context / "deploy/docker"
+    own = folder / zone / "Dockerfile"
+    file = own if own.exists() else folder / "Dockerfile"
+    docker("build", *arguments, "--file", str(file), str(context))
     return name
 
 

@@ -59,6 +59,15 @@ ZONES: Mapping[str, Zone] = {
     ),
 }
 
+# Beside them, for tests alone: all zones in one, with PostgreSQL and the emulator. It is made by a
+# Dockerfile of its own, since initdb wants a shell.
+IMAGES: Mapping[str, Zone] = {
+    **ZONES,
+    "all-in-one": Zone(
+        "local", ("services", "deploy/local"), without=(), module="deploy.local.control"
+    ),
+}
+
 
 def _packages(zone: Zone) -> None:
     lock = f"requirements/{zone.requirements}.txt"
@@ -104,13 +113,14 @@ def _settle() -> None:
         os.chmod(folder, 0o755)  # noqa: S103 nothing in an image is secret
         for path in (Path(folder, name) for name in names):
             if not path.is_symlink():
-                path.chmod(0o755 if path.name == "service" or ".so" in path.suffixes else 0o644)
+                runs = path.parent.name == "bin" or ".so" in path.suffixes
+                path.chmod(0o755 if runs else 0o644)
 
 
 def main() -> None:
     """Run one step of the build."""
     step, name = sys.argv[1:]
-    zone = ZONES[name]
+    zone = IMAGES[name]
     if step == "packages":
         _packages(zone)
         return

@@ -131,7 +131,7 @@ def status(root: Path) -> int:
     print(f"up in {root}, supervisor {description['pid']}")
     healthy = True
     for name, pid in description["processes"].items():
-        what = _health(name, pid, description["ports"])
+        what = health(name, pid, description["ports"])
         healthy &= what in ("SERVING", "running")
         print(f"  {name:<14}{what:<14} process {pid}")
     return 0 if healthy else 1
@@ -161,7 +161,8 @@ def _description(state: State) -> dict[str, Any] | None:
     return description
 
 
-def _health(name: str, pid: int, ports: dict[str, int]) -> str:
+def health(name: str, pid: int, ports: Mapping[str, int]) -> str:
+    """What a process of the stack says of itself: `ended`, `running`, or gRPC health."""
     if not alive(pid):
         return "ended"
     if name not in SERVICES:

@@ -2,9 +2,9 @@
 
 The package's own server class is not used: it leaves trust authentication on and,
 as root, opens every parent of the data directory. Its binaries are run directly,
-as a child that ends with us. Only a unix socket is opened, so there is no port to
-collide on; the superuser is whoever started the server (peer), each zone's role
-reaches its own databases alone, by SCRAM-SHA-256.
+as a child that ends with us. Only a unix socket is opened unless a host is given, so
+there is no port to collide on; the superuser is whoever started the server (peer), each
+zone's role reaches its own databases alone, by SCRAM-SHA-256.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ _START_SECONDS = 30.0
 # sockaddr_un holds 108 bytes on Linux and 104 on macOS.
 _MAX_SOCKET_PATH = 103
 _SETTINGS = {
-    "listen_addresses": "",
     "max_connections": "60",
     "shared_buffers": "32MB",
     "huge_pages": "off",
@@ -60,8 +59,9 @@ class EmbeddedPostgres:
     it, and no permission above it is ever changed.
     """
 
-    def __init__(self, directory: Path, *, log: Path | None = None) -> None:
-        """``directory`` is made if missing. Raises StackError if it can't serve."""
+    def __init__(self, directory: Path, *, log: Path | None = None, host: str = "") -> None:
+        """``directory`` is made if missing; ``host`` is an address to listen on, at port 5432,
+        beside the socket. Raises StackError if it can't serve."""
         self.directory = directory.absolute()
         self.socket_directory = self.directory / "socket"
         self._data = self.directory / "data"
@@ -69,6 +69,7 @@ class EmbeddedPostgres:
             raise StackError(f"{directory} is too long a path for a unix socket; use a shorter one")
         self._user = binaries.system_user() if os.geteuid() == 0 else ""
         self._log = log or self.directory / "postgres.log"
+        self._host = host
         self._process: Process | None = None
 
     @property
@@ -233,15 +234,21 @@ class EmbeddedPostgres:
             "# Written by deploy/local/postgres.py at each start.",
             "local all postgres peer map=owner",
         ]
+        kinds = [("local", ""), ("host", "all ")] if self._host else [("local", "")]
         rules += [
-            f'local "/^{stem}(_[a-z0-9_]+)?$" {role} scram-sha-256' for role, stem in ROLES.items()
+            f'{kind} "/^{stem}(_[a-z0-9_]+)?$" {role} {peers}scram-sha-256'
+            for kind, peers in kinds
+            for role, stem in ROLES.items()
         ]
         owner = getpass.getuser() if os.geteuid() else "root"
         _replace(self._data / "pg_hba.conf", "\n".join([*rules, ""]), self._user)
         _replace(self._data / "pg_ident.conf", f'owner "{owner}" postgres\n', self._user)
 
     def _new_process(self, install: Path) -> Process:
-        settings = _SETTINGS | {"unix_socket_directories": str(self.socket_directory)}
+        settings = _SETTINGS | {
+            "listen_addresses": self._host,
+            "unix_socket_directories": str(self.socket_directory),
+        }
         return Process(
             "postgres",
             [

@@ -58,17 +58,24 @@ class LocalStack:
         report: Report = _silent,
         extra: Mapping[str, Mapping[str, str]] | None = None,
         ports: Mapping[str, int] | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         """``live``: real provider hosts instead of the emulator. ``extra``: variables by
         process name that are added to its environment. ``ports``: numbers by a name of PORTS;
-        the others are free ones. Raises StackError for a port that can't be had.
+        the others are free ones. ``host``: the address that all listen on; PostgreSQL too, on
+        its usual port, where it is not this machine's own. Raises StackError for a port that
+        can't be had.
         """
         fixed = dict(ports or {})
         if unknown := fixed.keys() - set(PORTS):
             raise StackError(f"no port {min(unknown)}; there are: {', '.join(PORTS)}")
         self.state = state
         self.live = live
-        self.postgres = EmbeddedPostgres(state.postgres, log=state.logs / "postgres.log")
+        self.postgres = EmbeddedPostgres(
+            state.postgres,
+            log=state.logs / "postgres.log",
+            host="" if host == "127.0.0.1" else host,
+        )
         self._report = report
         self._ports = Ports()
         try:
@@ -81,7 +88,7 @@ class LocalStack:
             self._ports.close()
             raise
         numbers |= {name: fixed.get(name, 0) for name in _EMULATED}
-        self.topology = Topology(state, numbers, live, extra or {})
+        self.topology = Topology(state, numbers, live, extra or {}, host)
         self._processes: dict[str, Process] = {}
         self._migration: subprocess.Popen[bytes] | None = None
         self._started = 0.0

@@ -48,17 +48,21 @@ class Topology:
     ``ports`` is by service name, `<service>-health` and `<service>-metrics`; those of
     `emulator` and `emulator-control` are free ones where they are not given. ``extra`` adds to
     or replaces variables by process name, as a test needs. With ``live`` the runner dials the
-    real providers.
+    real providers. ``host`` is the address that all of them listen on.
     """
 
     state: State
     ports: Mapping[str, int]
     live: bool = False
     extra: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    host: str = "127.0.0.1"
 
     def address(self, service: str) -> str:
-        """Return `host:port` of a service."""
+        """Return `host:port` of a service, as this machine reaches it."""
         return f"127.0.0.1:{self.ports[service]}"
+
+    def _listen(self, name: str) -> str:
+        return f"{self.host}:{self.ports[name]}"
 
     def keyvault_migration(self) -> list[str]:
         """Return the command that brings keyvault's database up to date and prints its
@@ -87,6 +91,8 @@ class Topology:
             f"--ready-file={self.ready_file('emulator')}",
             f"--https-port={self.ports.get('emulator', 0)}",
             f"--control-port={self.ports.get('emulator-control', 0)}",
+            f"--host={self.host}",
+            f"--control-host={self.host}",
         ]
         return self._process("emulator", command, self._base("emulator"))
 
@@ -102,9 +108,9 @@ class Topology:
             "BYOKEEP_MODE": "development",
             "BYOKEEP_DEPLOYMENT": material.DEPLOYMENT,
             "BYOKEEP_TRUST_DOMAIN": TRUST_DOMAIN,
-            "BYOKEEP_LISTEN": self.address(name),
-            "BYOKEEP_HEALTH_LISTEN": self.address(f"{name}-health"),
-            "BYOKEEP_METRICS_LISTEN": self.address(f"{name}-metrics"),
+            "BYOKEEP_LISTEN": self._listen(name),
+            "BYOKEEP_HEALTH_LISTEN": self._listen(f"{name}-health"),
+            "BYOKEEP_METRICS_LISTEN": self._listen(f"{name}-metrics"),
             "BYOKEEP_READY_FILE": str(self.ready_file(name)),
             "BYOKEEP_TLS_CERT": str(files.certificate),
             "BYOKEEP_TLS_KEY": str(files.key),

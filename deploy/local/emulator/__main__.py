@@ -49,7 +49,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--key", type=Path, required=True, help="its private key (PEM)")
     parser.add_argument("--host", default="127.0.0.1", help="address of the HTTPS listener")
     parser.add_argument("--https-port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--control-port", type=int, default=0, help="on 127.0.0.1; 0: a free one")
+    parser.add_argument("--control-port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument(
+        "--control-host", default="127.0.0.1", help="address of the control listener"
+    )
     parser.add_argument(
         "--ready-file", type=Path, help="written when ready: pid, https_port, control_port (JSON)"
     )
@@ -82,7 +85,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stop.set)
     state = State(accept_any=arguments.accept_any, latency_seconds=arguments.latency)
     control_api, app = ControlApi(state), App(state)
-    control = await serve(control_api.handle, "127.0.0.1", arguments.control_port)
+    control = await serve(control_api.handle, arguments.control_host, arguments.control_port)
     https = await serve(
         app.handle, arguments.host, arguments.https_port, _tls(arguments), state.hangs
     )

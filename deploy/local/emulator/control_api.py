@@ -1,4 +1,4 @@
-"""The control listener: JSON over plain HTTP, on the loopback interface only."""
+"""The control listener: JSON over plain HTTP."""
 
 from __future__ import annotations
 

@@ -7,42 +7,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
+
+from byokeep.testing.api import Authority, ProcessHandle, StackApi
 
 if TYPE_CHECKING:
-    from byokeep.client import Connection
     from byokeep.testing.emulator import Emulator
 
 
-class ProcessHandle(Protocol):
-    """One process of the stack."""
-
-    @property
-    def pid(self) -> int:
-        """Id of the process that runs now."""
-
-    @property
-    def running(self) -> bool:
-        """Whether it lives."""
-
-    @property
-    def exit_status(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs."""
-
-    def signal(self, number: int) -> None:
-        """Send a signal."""
-
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
-
-    def stop(self, seconds: float = ...) -> None:
-        """SIGTERM, and SIGKILL after so many seconds."""
-
-    def start(self) -> None:
-        """Start it again; returns before it serves (see `Stack.wait_ready`)."""
-
-
-class Stack:
+class Stack(StackApi):
     """A throwaway stack with tenant `demo`; a context manager.
 
     Start it from the main thread, or another that outlives it: the kernel ends the
@@ -98,13 +71,13 @@ class Stack:
 
     @property
     def config(self) -> Path:
-        """The config.toml with a profile for each role, for `BYOKEEP_CONFIG`."""
+        """See StackApi."""
         path: Path = self._running.state.config
         return path
 
     @property
     def trust(self) -> Path:
-        """The trust.json of the stack."""
+        """See StackApi."""
         path: Path = self._running.state.trust
         return path
 
@@ -116,54 +89,38 @@ class Stack:
 
     @property
     def emulator(self) -> Emulator:
-        """What plays the providers: makes them fail, and tells which calls came.
-
-        Raises RuntimeError with ``live``.
-        """
+        """See StackApi."""
         if self._emulator is None:
             raise RuntimeError("this stack has no emulator")
         return self._emulator
 
     @property
-    def authority(self) -> Any:
-        """The stack's CA; `issue(path_prefix, spiffe_id=..., dns=[...], uris=[...])` makes
-        certificates that its services trust, or should refuse."""
-        return self._running.authority
+    def authority(self) -> Authority:
+        """See StackApi."""
+        authority: Authority = self._running.authority
+        return authority
 
     def address(self, service: str) -> str:
-        """`host:port` of `keyvault`, `orchestrator` or `runner`."""
+        """See StackApi."""
         address: str = self._running.topology.address(service)
         return address
 
-    def connect(self, role: str = "developer", *, tenant: str | None = None) -> Connection:
-        """Connect as `developer`, `submitter`, `key-admin`, `auditor` or `operator`."""
-        from byokeep.client import connect
-
-        profile = "demo" if role == "developer" else role
-        return connect(profile, config=self.config, tenant=tenant)
-
     def process(self, name: str) -> ProcessHandle:
-        """`keyvault`, `orchestrator`, `runner`, `emulator` or `postgres`."""
+        """See StackApi."""
         handle: ProcessHandle = self._running.process(name)
         return handle
 
     def wait_ready(self, name: str) -> None:
-        """Wait until a process that was started again serves. Raises RuntimeError."""
+        """See StackApi."""
         self._running.wait_ready(name)
 
-    def restart(self, name: str) -> None:
-        """Stop a process if it runs, start it again, and wait until it serves."""
-        self.process(name).stop()
-        self.process(name).start()
-        self.wait_ready(name)
-
     def database_url(self, zone: str) -> str:
-        """URL of the database of `keyvault` or `orchestrator`, with its role's password."""
+        """See StackApi."""
         url: str = self._running.database_url(zone)
         return url
 
     def log(self, name: str) -> str:
-        """All that a process has written so far."""
+        """See StackApi."""
         text: str = self._running.process(name).log.read_text(errors="replace")
         return text
 
