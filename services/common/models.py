@@ -17,12 +17,20 @@ _MODEL: Final = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 #: Most models that are kept of one key: a provider's list may have any length.
 MAX_LISTED: Final = 1_000
 _SNAPSHOT: Final = re.compile(r"-(?:[0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2})$")
+# claude-sonnet-4-0, claude-3-7-sonnet-latest: the newest snapshot, by names that no list has.
+_ALIAS: Final = re.compile(r"-(?:0|latest)$")
 
 
 def listed(ids: Iterable[str]) -> list[str]:
     """Return those of a provider's ids that can be models' names: at most one more than
     `MAX_LISTED`, which says that there were more."""
     return list(itertools.islice(filter(_MODEL.fullmatch, ids), MAX_LISTED + 1))
+
+
+def is_listed(model: str, ids: Iterable[str]) -> bool:
+    """Whether a provider's list has a model: by its name, or as a dated snapshot of it."""
+    names = {model, _ALIAS.sub("", model)}
+    return any(one == model or _SNAPSHOT.sub("", one) in names for one in ids)
 
 
 @dataclass(frozen=True, slots=True)

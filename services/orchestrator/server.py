@@ -167,6 +167,7 @@ class App:
                 self.reviews,
                 self.attempts,
                 self.tenants,
+                self.keys,
                 self.keyvault,
                 self._contents,
                 self._catalog,

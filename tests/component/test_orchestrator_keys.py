@@ -15,6 +15,7 @@ from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb
 from services.common.errors import ByokeepError
 from tests.harness.orchestrator import (
     ACTIVE,
+    DIFF,
     PENDING,
     Conversation,
     RunnerGone,
@@ -523,3 +524,84 @@ async def test_reviews_run_on_the_new_version_at_once(stack: Stack) -> None:
     await stack.ended(await stack.submit())
     versions = await stack.sql("SELECT key_version FROM attempt WHERE kind = 'REVIEW'")
     assert versions == [(2,)]
+
+
+async def set_default(stack: Stack, model: str) -> settings_pb2.Settings:
+    response = await stack.client("acme").settings.UpdateSettings(
+        settings_pb2.UpdateSettingsRequest(
+            settings=settings_pb2.Settings(name="tenants/acme/settings", default_model=model),
+            update_mask={"paths": ["default_model"]},
+            request_id=request_id(),
+        )
+    )
+    return response.settings
+
+
+async def override(stack: Stack, model: str) -> settings_pb2.Settings:
+    response = await stack.client("acme").settings.SetModelOverride(
+        settings_pb2.SetModelOverrideRequest(
+            parent="tenants/acme",
+            repository_pattern="acme/*",
+            model=model,
+            request_id=request_id(),
+        )
+    )
+    return response.settings
+
+
+async def dry_run(stack: Stack, model: str) -> review_pb2.DryRunReviewResponse:
+    wanted = review_pb2.ReviewInput(repository="acme/shop", diff=DIFF, model=model)
+    request = review_pb2.DryRunReviewRequest(parent="tenants/acme", input=wanted)
+    return await stack.client("acme").reviews.DryRunReview(request)
+
+
+async def test_a_model_that_the_key_can_not_use_is_refused_where_it_is_chosen(
+    stack: Stack,
+) -> None:
+    """Shown to fail without each of the two checks."""
+    await stack.validated(await stack.add_key())
+    asked = len(stack.runner.talks)
+    wrong = "openai/gpt-6.1-tera"
+    for field, choose in (
+        ("input.model", lambda: stack.submit(model=wrong)),
+        ("input.model", lambda: dry_run(stack, wrong)),
+        ("settings.default_model", lambda: set_default(stack, wrong)),
+        ("model", lambda: override(stack, wrong)),
+    ):
+        with pytest.raises(
+            grpc.aio.AioRpcError, match=r"nearest: openai/gpt-6\.1-terra"
+        ) as refused:
+            await choose()
+        info = error_info(refused.value)
+        assert info.reason == "MODEL_NOT_USABLE"
+        assert info.metadata["nearest"].split(",")[0] == "openai/gpt-6.1-terra"
+        assert (info.metadata["model"], info.metadata["field"]) == (wrong, field)
+    right = "openai/gpt-6-luna"
+    assert (await set_default(stack, right)).default_model_use == settings_pb2.MODEL_USE_USABLE
+    (entry,) = (await override(stack, right)).model_overrides
+    assert entry.use == settings_pb2.MODEL_USE_USABLE
+    assert len(stack.runner.talks) == asked  # no provider was asked
+
+
+async def test_a_model_is_taken_where_it_is_not_known_who_can_use_it(stack: Stack) -> None:
+    first = await set_default(stack, "openai/gpt-4711")
+    assert first.default_model_use == settings_pb2.MODEL_USE_NO_KEY
+    stack.keyvault.add("acme")  # of which no list is known
+    assert (await dry_run(stack, "")).model == "openai/gpt-4711"
+    unknown = await set_default(stack, "openai/gpt-4712")
+    assert unknown.default_model_use == settings_pb2.MODEL_USE_UNSPECIFIED
+    stack.keyvault.away = True
+    request = settings_pb2.GetSettingsRequest(name="tenants/acme/settings")
+    shown = (await stack.client("acme").settings.GetSettings(request)).settings
+    assert shown.default_model == "openai/gpt-4712"
+
+
+async def test_a_default_that_its_key_has_lost_is_said_and_refused(stack: Stack) -> None:
+    await set_default(stack, "openai/gpt-4711")
+    await stack.validated(await stack.add_key())
+    request = settings_pb2.GetSettingsRequest(name="tenants/acme/settings")
+    shown = (await stack.client("acme").settings.GetSettings(request)).settings
+    assert shown.default_model_use == settings_pb2.MODEL_USE_LACKING
+    with pytest.raises(grpc.aio.AioRpcError, match="the tenant's default: key key_") as refused:
+        await stack.submit()
+    assert error_info(refused.value).metadata.get("field") is None

@@ -232,10 +232,16 @@ def test_what_is_not_built_yet_says_so(edge, byokeep):
     assert "RotateTenantKey comes later" in ran.err
 
 
-def test_a_model_that_no_key_can_use_is_warned_of(edge, byokeep):
-    edge.models.append(settings_pb2.Model(model="openai/gpt-5", key_ids=["key_1"]))
-    assert "warning" in byokeep("model", "set", "openai/gpt-4711").err
-    assert "warning" not in byokeep("model", "set", "openai/gpt-5").err
+def test_whether_a_key_can_use_a_model_is_said(edge, byokeep):
+    assert "is not known" in byokeep("model", "set", "openai/gpt-5").err
+    edge.settings.default_model_use = settings_pb2.MODEL_USE_USABLE
+    assert byokeep("model", "set", "openai/gpt-5").err == ""
+    edge.settings.default_model_use = settings_pb2.MODEL_USE_NO_KEY
+    ran = byokeep("model", "set", "gemini/flash")
+    assert ran.code == 0
+    assert "no active gemini key yet: byokeep key add gemini" in ran.err
+    edge.settings.default_model_use = settings_pb2.MODEL_USE_LACKING
+    assert "no key can use it" in byokeep("model", "list").out
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from services.common.models import PROVIDERS, Catalog, ModelLimits, ModelRef, load, parse_model
+from services.common.models import (
+    PROVIDERS,
+    Catalog,
+    ModelLimits,
+    ModelRef,
+    is_listed,
+    load,
+    parse_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +43,23 @@ def test_a_snapshot_has_its_models_limits(
 ) -> None:
     assert catalog.window(provider, snapshot) == catalog.window(provider, model)
     assert catalog.window(provider, model) != catalog.window(provider, "unheard-of")
+
+
+@pytest.mark.parametrize(
+    ("model", "listed"),
+    [
+        ("gpt-6.1-terra", True),
+        ("gpt-6.1-tera", False),
+        ("claude-haiku-4-5", True),
+        ("claude-sonnet-4-0", True),
+        ("claude-haiku-4-5-latest", True),
+        ("claude-haiku-4-5-20260101", False),
+        ("claude-haiku-4", False),
+    ],
+)
+def test_a_list_has_a_model_by_its_name_or_as_its_snapshot(model: str, listed: bool) -> None:
+    ids = ["gpt-6.1-terra", "claude-haiku-4-5-20251001", "claude-sonnet-4-20250514"]
+    assert is_listed(model, ids) is listed
 
 
 def test_unknown_provider(catalog: Catalog) -> None:

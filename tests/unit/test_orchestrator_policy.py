@@ -10,12 +10,22 @@ from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
 from services.common import models
 from services.common.config import ConfigError, load
 from services.common.errors import ByokeepError
+from services.common.models import MAX_LISTED, ModelRef
 from services.orchestrator.api import paging
 from services.orchestrator.api.access import tenant_of
 from services.orchestrator.config import Settings
 from services.orchestrator.custody.grants import GrantSigner
 from services.orchestrator.policy.keys import choose_key, validation_delay
-from services.orchestrator.policy.models import choose_model, override_for
+from services.orchestrator.policy.models import (
+    Choice,
+    KeyModels,
+    Source,
+    Use,
+    choose_model,
+    not_usable,
+    override_for,
+    use_of,
+)
 
 CATALOG = models.load(None)
 ACTIVE = custody_pb2.KEY_VERSION_STATE_ACTIVE
@@ -33,14 +43,15 @@ def key(number: int, provider=options_pb2.PROVIDER_OPENAI, state=ACTIVE) -> cust
 @pytest.mark.parametrize(
     ("candidates", "chosen"),
     [
-        (("openai/a", "openai/b", "openai/c"), "openai/a"),
-        (("", "openai/b", "openai/c"), "openai/b"),
-        (("", "", "openai/c"), "openai/c"),
-        (("", "", ""), "openai/gpt-6.1-terra"),
+        (("openai/a", "openai/b", "openai/c"), Choice(ModelRef("openai", "a"), Source.REVIEW)),
+        (("", "openai/b", "openai/c"), Choice(ModelRef("openai", "b"), Source.OVERRIDE)),
+        (("", "", "openai/c"), Choice(ModelRef("openai", "c"), Source.DEFAULT)),
+        (("", "", ""), Choice(ModelRef("openai", "gpt-6.1-terra"), Source.PROVIDER)),
     ],
 )
 def test_the_nearest_choice_wins(candidates, chosen) -> None:
-    assert str(choose_model(candidates, [key(1)], CATALOG)) == chosen
+    named = dict(zip(Source, candidates, strict=False))
+    assert choose_model(named, [key(1)], CATALOG) == chosen
 
 
 @pytest.mark.parametrize(
@@ -54,7 +65,7 @@ def test_the_nearest_choice_wins(candidates, chosen) -> None:
 )
 def test_nothing_to_choose_from(keys, reason) -> None:
     with pytest.raises(ByokeepError) as refused:
-        choose_model(("", "", ""), keys, CATALOG)
+        choose_model({}, keys, CATALOG)
     assert refused.value.reason == reason
 
 
@@ -78,7 +89,7 @@ def test_a_key_that_is_pending_and_none_at_all_are_two_sentences() -> None:
 def test_a_user_without_a_key_is_told_to_add_one_of_that_user() -> None:
     """Another one of the tenant's would change nothing."""
     for choose in (
-        lambda: choose_model(("", "", ""), [], CATALOG, "ann"),
+        lambda: choose_model({}, [], CATALOG, "ann"),
         lambda: choose_key("openai", [], "ann"),
     ):
         with pytest.raises(ByokeepError, match=r"of user ann.*key add \w+ --user ann'"):
@@ -102,6 +113,39 @@ def test_oldest_usable_key_of_the_provider() -> None:
 def test_longest_pattern_wins(repository, model) -> None:
     overrides = {"acme/*": "m1", "acme/shop": "m2"}
     assert override_for(repository, overrides) == model
+
+
+TERRA = ModelRef("openai", "gpt-6.1-terra")
+
+
+@pytest.mark.parametrize(
+    ("keys", "use"),
+    [
+        ([], Use.NO_KEY),
+        ([KeyModels("k", "gemini", ["gpt-6.1-terra"])], Use.NO_KEY),
+        ([KeyModels("k", "openai")], Use.NOT_KNOWN),
+        ([KeyModels("k", "openai", ["gpt-6-luna"])], Use.LACKING),
+        ([KeyModels("k", "openai", ["m"] * (MAX_LISTED + 1))], Use.NOT_KNOWN),
+        ([KeyModels("k", "openai", ["gpt-6.1-terra"])], Use.USABLE),
+        ([KeyModels("k", "openai", ["gpt-6.1-terra-2026-10-26"])], Use.USABLE),
+        ([KeyModels("k", "openai", ["x"]), KeyModels("l", "openai")], Use.NOT_KNOWN),
+        ([KeyModels("k", "openai", ["x"]), KeyModels("l", "openai", ["y"])], Use.LACKING),
+    ],
+)
+def test_a_model_is_lacking_only_where_every_list_is_whole(keys, use) -> None:
+    assert use_of(TERRA, keys) is use
+
+
+def test_what_no_key_can_use_is_refused_with_the_nearest_names() -> None:
+    names = ["gpt-6.1-terra", "gpt-6-luna", "whisper-1"]
+    error = not_usable(ModelRef("openai", "gpt-6.1-tera"), [KeyModels("k", "openai", names)])
+    assert error.metadata["nearest"].split(",")[0] == "openai/gpt-6.1-terra"
+    assert "whisper" not in error.metadata["nearest"]
+    assert "key k can't use a model of that name" in error.message
+    assert "openai/gpt-6.1-terra" in error.message
+    far = not_usable(ModelRef("openai", "zzz"), [KeyModels("k", "openai", names)])
+    assert far.metadata["nearest"] == ""
+    assert "nearest" not in far.message
 
 
 def test_validation_is_tried_ever_more_slowly() -> None:

@@ -25,10 +25,11 @@ from services.orchestrator.custody import content
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import failures
 from services.orchestrator.policy.keys import choose_key
-from services.orchestrator.policy.models import choose_model, override_for
+from services.orchestrator.policy.models import Source, choose_model, not_usable, override_for
 from services.orchestrator.store import requests
 from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.events import REVIEW, Events
+from services.orchestrator.store.keys import KeyStore
 from services.orchestrator.store.reviews import ReviewRow, ReviewStore, Submission
 from services.orchestrator.store.tenants import TenantStore
 
@@ -58,6 +59,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         reviews: ReviewStore,
         attempts: AttemptStore,
         tenants: TenantStore,
+        keys: KeyStore,
         keyvault: Keyvault,
         contents: content.ContentKeys,
         catalog: Catalog,
@@ -72,6 +74,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self._reviews = reviews
         self._attempts = attempts
         self._tenants = tenants
+        self._key_store = keys
         self._keyvault = keyvault
         self._contents = contents
         self._catalog = catalog
@@ -271,9 +274,17 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         if rights.has_overrides and rights.plan.has("model-overrides") and not wanted.model:
             overrides = await self._tenants.overrides(rights.tenant.id)
             override = override_for(wanted.repository, overrides)
-        chosen = (wanted.model, override, rights.tenant.default_model)
-        model = choose_model(chosen, keys, self._catalog, wanted.user)
+        candidates = {
+            Source.REVIEW: wanted.model,
+            Source.OVERRIDE: override,
+            Source.DEFAULT: rights.tenant.default_model,
+        }
+        choice = choose_model(candidates, keys, self._catalog, wanted.user)
+        model = choice.model
         key = choose_key(model.provider, keys, wanted.user)
+        lacking = await self._key_store.list_without(rights.tenant.id, key, model.model)
+        if lacking is not None:
+            raise not_usable(model, [lacking], **_chosen_by(choice.source))
         return _Prepared(
             model,
             key,
@@ -315,6 +326,10 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             review.findings.extend(content.open_findings(key, row.id, sealed))
             review.unread.extend(content.open_unread(key, row.id, unread) if unread else ())
         return review
+
+
+def _chosen_by(source: Source) -> dict[str, str]:
+    return {"field": "input.model"} if source is Source.REVIEW else {"whose": source.value}
 
 
 def _scope(request: review_pb2.SubmitReviewRequest) -> str:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from byokeep import names
 from byokeep.orchestrator.v1 import settings_pb2, settings_pb2_grpc
 
-from services.common.models import MAX_LISTED, Catalog
+from services.common.errors import ByokeepError
+from services.common.models import MAX_LISTED, Catalog, parse_model
 from services.orchestrator.api import access, paging
 from services.orchestrator.config import Settings
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy.keys import usable
-from services.orchestrator.policy.models import read_model
+from services.orchestrator.policy.models import (
+    KeyModels,
+    Use,
+    not_usable,
+    read_model,
+    use_of,
+)
 from services.orchestrator.policy.plans import Plan, Plans
 from services.orchestrator.policy.refusals import above, unexpected
 from services.orchestrator.store.keys import KeyStore
@@ -69,7 +79,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         if not paths or not set(paths).issubset(_FIELDS):
             raise unexpected("update_mask", f"some of {', '.join(_FIELDS)}")
         if "default_model" in paths and request.settings.default_model:
-            read_model(request.settings.default_model, "settings.default_model")
+            await self._require_usable(request.settings.default_model, "settings.default_model")
         values: dict[str, Any] = {path: getattr(request.settings, path) for path in paths}
         rights = access.current()
         for path, (most, whose) in _most(rights.plan, self._settings).items():
@@ -96,7 +106,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         rights = access.current()
         if request.model:
             rights.plan.require("model-overrides")
-            read_model(request.model, "model")
+            await self._require_usable(request.model, "model")
         row = await self._store.set_override(rights.tenant.id, request)
         return settings_pb2.SetModelOverrideResponse(settings=await self._message(row))
 
@@ -107,10 +117,11 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         tenant = access.current().tenant
         usable: dict[str, list[str]] = {}
         cut = False
-        for key_id, models in (await self._usable(tenant.id)).items():
-            cut = cut or len(models) > MAX_LISTED
-            for model in models[:MAX_LISTED]:
-                usable.setdefault(model, []).append(key_id)
+        for key in await self._known(tenant.id):
+            cut = cut or len(key.models) > MAX_LISTED
+            # Of a key that can't list them, the provider's default alone.
+            for model in key.models[:MAX_LISTED] or [self._catalog.default(key.provider)]:
+                usable.setdefault(f"{key.provider}/{model}", []).append(key.key_id)
         limit = paging.size(request.page_size, _MODELS_A_PAGE)
         after = request.page_token
         rows = sorted(model for model in usable if model > after)
@@ -129,22 +140,43 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             cut=cut,
         )
 
-    async def _usable(self, tenant: str) -> dict[str, list[str]]:
-        """Models by key; of a key that can't list them, the provider's default alone."""
+    async def _known(self, tenant: str) -> list[KeyModels]:
+        """Return what is known of the models of the active keys that the caller may see."""
         rights = access.current()
-        keys = [
-            key
-            for key in await self._keyvault.keys(tenant)
-            if usable(key) and rights.may_read(key.owner)
-        ]
-        known = await self._key_store.models(
-            tenant, [(names.last_of(key.name), key.active_version) for key in keys]
+        return await self._key_store.models(
+            tenant,
+            [
+                key
+                for key in await self._keyvault.keys(tenant)
+                if usable(key) and rights.may_read(key.owner)
+            ],
         )
-        found = {}
-        for key in keys:
-            key_id, provider = names.last_of(key.name), names.provider_id(key.provider)
-            models = known.get(key_id) or [self._catalog.default(provider)]
-            found[key_id] = [f"{provider}/{model}" for model in models]
+
+    async def _require_usable(self, text: str, field: str) -> None:
+        """Refuse a model that each of the keys is known not to be able to use.
+
+        Raises ByokeepError: MODEL_INVALID, MODEL_NOT_USABLE, DEPENDENCY_UNAVAILABLE.
+        """
+        model = read_model(text, field)
+        keys = await self._known(access.current().tenant.id)
+        if use_of(model, keys) is Use.LACKING:
+            raise not_usable(model, keys, field=field)
+
+    async def _uses(
+        self, tenant: str, models: Collection[str]
+    ) -> Mapping[str, settings_pb2.ModelUse.ValueType]:
+        """Return whether some key can use each of the models; not known where keyvault is away:
+        settings are shown all the same."""
+        found: dict[str, settings_pb2.ModelUse.ValueType] = defaultdict(
+            lambda: settings_pb2.MODEL_USE_UNSPECIFIED
+        )
+        keys: list[KeyModels] | None = None
+        if models:
+            with contextlib.suppress(ByokeepError):
+                keys = await self._known(tenant)
+        for model in models if keys is not None else ():
+            use = use_of(parse_model(model), keys or [])
+            found[model] = settings_pb2.ModelUse.Value(f"MODEL_USE_{use.value}")
         return found
 
     def _is_default(self, model: str) -> bool:
@@ -153,13 +185,15 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
 
     async def _message(self, row: TenantRow) -> settings_pb2.Settings:
         overrides = await self._store.overrides(row.id)
+        use = await self._uses(row.id, {row.default_model, *overrides.values()} - {""})
         return settings_pb2.Settings(
             name=f"{names.tenant_name(row.id)}/settings",
             plan=row.plan,
             default_model=row.default_model,
+            default_model_use=use[row.default_model],
             model_overrides=[
-                settings_pb2.ModelOverride(repository_pattern=pattern, model=overrides[pattern])
-                for pattern in sorted(overrides)
+                settings_pb2.ModelOverride(repository_pattern=pattern, model=model, use=use[model])
+                for pattern, model in sorted(overrides.items())
             ],
             max_diff_bytes=row.max_diff_bytes,
             max_calls_per_review=row.max_calls_per_review,

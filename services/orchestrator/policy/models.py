@@ -1,17 +1,108 @@
-"""Which model a review takes."""
+"""Which model a review takes, and whether its key can use it."""
 
 from __future__ import annotations
 
+import difflib
+import enum
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
 
 import grpc
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import provider_id
 
 from services.common.errors import ByokeepError
-from services.common.models import Catalog, ModelRef, parse_model
+from services.common.models import MAX_LISTED, Catalog, ModelRef, is_listed, parse_model
 from services.orchestrator.policy.keys import no_key, usable
+
+_NEAREST: Final = 3
+
+
+class Source(enum.Enum):
+    """Who chose a review's model; the value says it in a sentence."""
+
+    REVIEW = "the review's own"
+    OVERRIDE = "the repository's"
+    DEFAULT = "the tenant's default"
+    PROVIDER = "byokeep's default of the provider"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A review's model, and who chose it."""
+
+    model: ModelRef
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class KeyModels:
+    """What is known of the models that a key can use: its provider's list, and since when it is
+    known. An empty list, or one that was cut, says of no model that the key can't use it."""
+
+    key_id: str
+    provider: str
+    models: Sequence[str] = ()
+    check_time: datetime | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the list is known, and was not cut."""
+        return 0 < len(self.models) <= MAX_LISTED
+
+
+class Use(enum.Enum):
+    """Whether some key can use a model, by what is known; the values are names of ModelUse."""
+
+    NOT_KNOWN = "UNSPECIFIED"
+    USABLE = "USABLE"
+    NO_KEY = "NO_KEY"
+    LACKING = "LACKING"
+
+
+def use_of(model: ModelRef, keys: Sequence[KeyModels]) -> Use:
+    """Return whether one of a tenant's active keys can use a model."""
+    ours = [key for key in keys if key.provider == model.provider]
+    if not ours:
+        return Use.NO_KEY
+    if any(is_listed(model.model, key.models) for key in ours):
+        return Use.USABLE
+    return Use.LACKING if all(key.whole for key in ours) else Use.NOT_KNOWN
+
+
+def not_usable(
+    model: ModelRef, keys: Sequence[KeyModels], *, whose: str = "", field: str = ""
+) -> ByokeepError:
+    """Return the refusal of a model that none of the keys can use, with the nearest names.
+
+    `whose` says in the sentence who chose it, where the request did not: else `field` has it.
+    """
+    ours = [key for key in keys if key.provider == model.provider]
+    known = sorted({name for key in ours for name in key.models})
+    nearest = [
+        f"{model.provider}/{name}"
+        for name in difflib.get_close_matches(model.model, known, _NEAREST, 0.5)
+    ]
+    key_id = ours[0].key_id
+    which = f"key {key_id} can't" if len(ours) == 1 else f"none of {len(ours)} keys can"
+    times = [key.check_time for key in ours if key.check_time is not None]
+    since = f" of {min(times):%Y-%m-%d %H:%M} UTC" if times else ""
+    error = ByokeepError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "MODEL_NOT_USABLE",
+        f"{model}{f', {whose}' if whose else ''}: {which} use a model of that name,"
+        f" by its provider's list{since}"
+        + (f"; the nearest: {', '.join(nearest)}" if nearest else ""),
+        model=str(model),
+        nearest=",".join(nearest),
+        key=key_id,
+    )
+    if field:
+        error.metadata["field"] = field
+    return error
 
 
 def override_for(repository: str, overrides: Mapping[str, str]) -> str:
@@ -30,23 +121,22 @@ def read_model(model: str, field: str) -> ModelRef:
 
 
 def choose_model(
-    candidates: Sequence[str],
+    candidates: Mapping[Source, str],
     keys: Sequence[custody_pb2.ProviderKey],
     catalog: Catalog,
     user: str = "",
-) -> ModelRef:
+) -> Choice:
     """Return the first model that somebody chose, else the default of the only usable provider.
 
-    `candidates` stand in order of precedence: the review's own, the repository's override, the
-    tenant's default; empty texts are skipped. `keys` are those that the review may run on: a user's
-    own, where it is a user's review.
+    `candidates` stand in order of precedence; empty texts are skipped. `keys` are those that the
+    review may run on: a user's own, where it is a user's review.
     """
-    for model in candidates:
+    for source, model in candidates.items():
         if model:
-            return read_model(model, "input.model")
+            return Choice(read_model(model, "input.model"), source)
     providers = sorted({provider_id(key.provider) for key in keys if usable(key)})
     if len(providers) == 1:
-        return ModelRef(providers[0], catalog.default(providers[0]))
+        return Choice(ModelRef(providers[0], catalog.default(providers[0])), Source.PROVIDER)
     if not providers:
         raise no_key("", keys, user)
     *most, last = providers

@@ -10,6 +10,8 @@ from byokeep import ids
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import last_of, provider_id
 
+from services.common.models import MAX_LISTED, is_listed
+from services.orchestrator.policy.models import KeyModels
 from services.orchestrator.store import sql
 from services.orchestrator.store.database import Database, Row
 
@@ -63,6 +65,12 @@ _OF_VERSIONS = f"""
 {_COLUMNS} WHERE tenant = %(tenant)s AND (key_id, version) IN (
     SELECT * FROM unnest(%(keys)s::text[], %(versions)s::int[]))
 """  # noqa: S608 - constants
+# A list that has the model, was cut or is not known stays where it is: most submissions read none.
+_LIST_WITHOUT = """
+SELECT models, check_time FROM key_validation
+WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND version = %(version)s
+    AND cardinality(models) BETWEEN 1 AND %(most)s AND %(model)s <> ALL (models)
+"""
 _UNAPPLIED = _COLUMNS + "WHERE action <> '' LIMIT 100"
 _SCHEDULE = """
 INSERT INTO key_validation (key_id, version, tenant, provider, owner, actor, destroy_previous)
@@ -142,12 +150,33 @@ class KeyStore:
             rows = [Validation(*row) for row in await session.all(_OF_VERSIONS, parameters)]
         return {(row.key_id, row.version): row for row in rows}
 
-    async def models(
-        self, tenant: str, versions: Sequence[tuple[str, int]]
-    ) -> dict[str, list[str]]:
-        """Return the models that a tenant's versions can use, by key id, where they are known."""
+    async def models(self, tenant: str, keys: Sequence[custody_pb2.ProviderKey]) -> list[KeyModels]:
+        """Return what is known of the models that the active versions of keys can use."""
+        versions = [(last_of(key.name), key.active_version) for key in keys]
         found = await self.validations(tenant, versions)
-        return {key_id: list(row.models) for (key_id, _), row in found.items()}
+        known = []
+        for key, version in zip(keys, versions, strict=True):
+            row = found.get(version)
+            models = () if row is None else (row.models, row.check_time)
+            known.append(KeyModels(version[0], provider_id(key.provider), *models))
+        return known
+
+    async def list_without(
+        self, tenant: str, key: custody_pb2.ProviderKey, model: str
+    ) -> KeyModels | None:
+        """Return the list of models of a key's active version, where it is whole and lacks one."""
+        parameters = {
+            "tenant": tenant,
+            "key_id": last_of(key.name),
+            "version": key.active_version,
+            "model": model,
+            "most": MAX_LISTED,
+        }
+        async with self._database.statement() as session:
+            row = await session.one(_LIST_WITHOUT, parameters)
+        if row is None or is_listed(model, row.models):
+            return None
+        return KeyModels(last_of(key.name), provider_id(key.provider), row.models, row.check_time)
 
     async def unapplied(self) -> list[Validation]:
         """Return verdicts that keyvault was not told of yet."""

@@ -91,6 +91,7 @@ HINTS: Mapping[str, str] = {
     "NO_ACTIVE_KEY": "byokeep key add {provider}",
     "NO_MODEL": "byokeep model list, then byokeep model set PROVIDER/MODEL",
     "MODEL_INVALID": "byokeep model list",
+    "MODEL_NOT_USABLE": "byokeep model list",
     "CALLER_NOT_ALLOWED": "byokeep doctor shows which roles this identity has",
     "TENANT_NOT_ALLOWED": "an operator allows it: byokeep caller allow SPIFFE_ID --role ROLE"
     " --tenant TENANT; byokeep doctor shows your SPIFFE ID and roles",

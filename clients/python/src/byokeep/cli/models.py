@@ -16,6 +16,11 @@ from byokeep.orchestrator.v1 import settings_pb2
 
 app = typer.Typer(no_args_is_help=True)
 
+_USES = {
+    settings_pb2.MODEL_USE_NO_KEY: " (no active key of its provider)",
+    settings_pb2.MODEL_USE_LACKING: " (no key can use it: reviews that would take it are refused)",
+}
+
 Pattern = Annotated[
     str | None,
     typer.Option("--repo", metavar="PATTERN", help="For these repositories, such as 'acme/*'."),
@@ -78,10 +83,15 @@ def set_(
     repo: Pattern = None,
 ) -> None:
     """Choose the model of the tenant, or of some of its repositories."""
-    _change(session, checked.model(chosen), repo)
-    known = {entry.model for entry in _models(session)}
-    if known and chosen not in known:
-        session.out.warn("none of the tenant's keys is known to be able to use that model")
+    settings = _change(session, checked.model(chosen), repo)
+    uses = {settings.default_model: settings.default_model_use} | {
+        entry.model: entry.use for entry in settings.model_overrides
+    }
+    provider = chosen.partition("/")[0]
+    if uses.get(chosen) == settings_pb2.MODEL_USE_NO_KEY:
+        session.out.warn(f"there is no active {provider} key yet: byokeep key add {provider}")
+    elif uses.get(chosen) == settings_pb2.MODEL_USE_UNSPECIFIED:
+        session.out.note("whether a key can use it is not known: no provider's list says so")
 
 
 @app.command(epilog=examples("byokeep model unset --repo 'acme/*'"))
@@ -111,7 +121,7 @@ def _models(session: Session) -> list[settings_pb2.Model]:
     return list(pages(connection.settings.ListModels, request, "models"))
 
 
-def _change(session: Session, chosen: str, repo: str | None) -> None:
+def _change(session: Session, chosen: str, repo: str | None) -> settings_pb2.Settings:
     connection = session.connection
     if repo is not None:
         checked.pattern(repo)
@@ -135,6 +145,7 @@ def _change(session: Session, chosen: str, repo: str | None) -> None:
         session.out.json(message_dict(settings))
     else:
         _print_choice(session, settings, [] if settings.default_model else _models(session))
+    return settings
 
 
 def _print_choice(
@@ -144,9 +155,11 @@ def _print_choice(
     none = "none: reviews use that of the only provider with an active key"
     if len(providers) > 1:
         none = "none: choose one with byokeep model set"
-    session.out.print(f"default: {clean(settings.default_model) or none}")
+    use = _USES.get(settings.default_model_use, "")
+    session.out.print(f"default: {clean(settings.default_model) or none}{use}")
     for entry in settings.model_overrides:
-        session.out.print(f"{clean(entry.repository_pattern)}: {clean(entry.model)}")
+        use = _USES.get(entry.use, "")
+        session.out.print(f"{clean(entry.repository_pattern)}: {clean(entry.model)}{use}")
 
 
 def _chosen(entry: settings_pb2.Model) -> str:
