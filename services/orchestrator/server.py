@@ -173,7 +173,6 @@ class App:
                 self._catalog,
                 self._compute,
                 self._events,
-                self.dispatcher.answer_bytes,
             ),
             server,
         )

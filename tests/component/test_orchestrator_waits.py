@@ -663,7 +663,7 @@ async def test_a_part_that_is_done_is_not_paid_for_again(stack: Stack) -> None:
     assert ended.calls_started == 4
 
 
-async def test_how_far_a_call_is_is_shown_and_not_stored(stack: Stack) -> None:
+async def test_how_far_a_call_is_is_shown_and_no_change_of_the_review(stack: Stack) -> None:
     go = asyncio.Event()
 
     async def slowly(talk: Conversation) -> None:
@@ -685,8 +685,8 @@ async def test_how_far_a_call_is_is_shown_and_not_stored(stack: Stack) -> None:
         async for response in stack.client("acme").reviews.WatchReview(
             review_pb2.WatchReviewRequest(name=review.name)
         ):
-            told.append(response.answer_bytes)
-            if response.answer_bytes:
+            told.append(response.review.answer_bytes)
+            if response.review.answer_bytes:
                 go.set()
     assert told[-1] == 0
     assert 4096 in told

@@ -91,9 +91,11 @@ async def test_exports_full_of_marks(stack: harness.Stack) -> None:
     )
 
     async def script(talk: harness.Conversation) -> None:
-        await talk.accept("c1")
-        await talk.call("c1")
-        await talk.result("c1", *[hostile] * 100)
+        chunks = ["c1", "c2", "c3", "c4"]
+        await talk.accept(*chunks)
+        for number, chunk in enumerate(chunks, 1):
+            await talk.call(chunk, number)
+            await talk.result(chunk, *[hostile] * 25)
         await talk.end()
 
     stack.runner.default = script

@@ -375,6 +375,7 @@ class _Reviews(_Fake, review_pb2_grpc.ReviewServiceServicer):
         answer.chunks.add(files=["a.py", "b.py"], estimated_tokens=1200)
         answer.chunks.add(files=["c.py"], estimated_tokens=300)
         answer.skipped_files.append("moved.py")
+        answer.skipped_count = 1
         answer.unread.extend(self.edge.unread)
         answer.unread_count = len(self.edge.unread)
         return answer
@@ -396,11 +397,23 @@ class _Reviews(_Fake, review_pb2_grpc.ReviewServiceServicer):
                 gone.wait(30)
                 return
             review.MergeFrom(review_pb2.Review(**change))
-            yield review_pb2.WatchReviewResponse(review=review)
+            shown = review_pb2.Review()
+            shown.CopyFrom(review)
+            del shown.findings[1:]
+            more = "1" if len(review.findings) > 1 else ""
+            yield review_pb2.WatchReviewResponse(review=shown, next_page_token=more)
 
     def GetReview(self, request, context):
         self.edge.meet(request, context)
-        return review_pb2.GetReviewResponse(review=self.edge.reviews[request.name])
+        # One finding a page: whoever forgets the next page is found out.
+        whole = self.edge.reviews[request.name]
+        at = int(request.page_token or 0)
+        more = str(at + 1) if at + 1 < len(whole.findings) else ""
+        page = review_pb2.Review()
+        page.CopyFrom(whole)
+        del page.findings[:]
+        page.findings.extend(whole.findings[at : at + 1])
+        return review_pb2.GetReviewResponse(review=page, next_page_token=more)
 
     def ListReviews(self, request, context):
         self.edge.meet(request, context)

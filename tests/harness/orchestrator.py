@@ -227,14 +227,17 @@ class FakeKeyvault(
     async def ListKeys(self, request, context):
         await self._heard(request, context)
         gone = custody_pb2.KEY_VERSION_STATE_DESTROYED
-        return custody_pb2.ListKeysResponse(
-            keys=[
-                key
-                for name, key in sorted(self.keys.items())
-                if name.startswith(f"{request.parent}/")
-                and (request.show_destroyed or key.state != gone)
-            ]
-        )
+        after = f"{request.parent}/providerKeys/{request.page_token}"
+        found = [
+            key
+            for name, key in sorted(self.keys.items())
+            if name.startswith(f"{request.parent}/")
+            and name > after
+            and (request.show_destroyed or key.state != gone)
+        ]
+        size = request.page_size or 50
+        token = names.last_of(found[size - 1].name) if len(found) > size else ""
+        return custody_pb2.ListKeysResponse(keys=found[:size], next_page_token=token)
 
     async def GetContentKey(self, request, context):
         await self._heard(request, context)

@@ -147,6 +147,15 @@ def test_a_watched_review_goes_on_past_lost_connections(edge: Edge, run: Run) ->
     assert len(edge.sent(review_pb2.WatchReviewRequest)) >= 4
 
 
+def test_all_pages_of_findings_are_read(edge: Edge, run: Run) -> None:
+    found = [review_pb2.Finding(path="a.py", start_line=line) for line in range(1, 5)]
+    edge.states = [{**COMPLETED, "findings": found}]
+    review = run(lambda connection: connection.review(DIFF, "acme/shop"))
+    assert list(review.findings) == found
+    again = run(lambda connection: connection.get_review(review.name))
+    assert list(again.findings) == found
+
+
 def test_a_watched_key_goes_on_past_lost_connections(edge: Edge, run: Run) -> None:
     name = f"tenants/demo/providerKeys/{edge.add_key()}"
     edge.verdicts = ["LOST", "VALID"]

@@ -186,7 +186,8 @@ def test_request_without_a_tenant_is_nobodys() -> None:
     [([], [], ""), (["a", "b"], ["a", "b"], ""), (["a", "b", "c"], ["a", "b"], "b")],
 )
 def test_pages(rows, page, token) -> None:
-    assert paging.cut(rows, 2, str) == (page, token)
+    made, following = paging.cut(rows, 2, str, lambda row: tenant_pb2.Tenant(name=row))
+    assert ([one.name for one in made], following) == (page, token)
 
 
 @pytest.mark.parametrize(("content", "mode"), [("no key", 0o600), ("", 0o644)])

@@ -16,13 +16,17 @@ GIVEN = {
     "ListTenantKeys": "acme-2",
     "ListTenants": "acme",
     "ListCallers": "spiffe://byokeep.local/client/ci",
+    "GetReview": "17",
     "ListReviews": "rev_" + "0" * 26,
     "ListKeyUses": "att_" + "0" * 26,
     "ListKeys": "key_" + "0" * 26,
     "ListModels": "openai/ft:gpt-6:acme::x1",
 }
 FORGED = ["forged!", "../x", "a\0", "a b", "é", "-" * 5000, "' OR 1=1 --", "eyJpZCI6MX0="]
-PARENTS = {"ListKeyUses": {"name": "tenants/acme/providerKeys/key_" + "0" * 26}}
+PARENTS = {
+    "ListKeyUses": {"name": "tenants/acme/providerKeys/key_" + "0" * 26},
+    "GetReview": {"name": "tenants/acme/reviews/rev_" + "0" * 26},
+}
 
 
 def lists():

@@ -65,8 +65,15 @@ async function watch(transport: Transport, name: string): Promise<Review> {
   const terminal = [ReviewState.COMPLETED, ReviewState.FAILED, ReviewState.CANCELLED];
   for (;;) {
     try {
-      for await (const { review } of reviews.watchReview({ name })) {
-        if (review && terminal.includes(review.state)) return review;
+      for await (const { review, nextPageToken } of reviews.watchReview({ name })) {
+        if (!review || !terminal.includes(review.state)) continue;
+        // The pages of findings that follow the first.
+        for (let pageToken = nextPageToken; pageToken; ) {
+          const page = await reviews.getReview({ name, pageToken });
+          review.findings.push(...(page.review?.findings ?? []));
+          pageToken = page.nextPageToken;
+        }
+        return review;
       }
     } catch (error) {
       if (ConnectError.from(error).code !== Code.Unavailable) throw error;

@@ -16,6 +16,7 @@ from services.common.models import MAX_LISTED
 from services.orchestrator.api import access, paging
 from services.orchestrator.api.tenants import timestamp
 from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy import bounds
 from services.orchestrator.policy.keys import ENDED, action_of
 from services.orchestrator.policy.refusals import deleted
 from services.orchestrator.store.events import KEY, Events
@@ -145,10 +146,10 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             )
         )
         keys = await self._messages([key for key in page.keys if rights.may_read(key.owner)])
-        for key in keys:
-            if key.HasField("validation"):
-                key.validation.ClearField("models")
-        return key_pb2.ListKeysResponse(keys=keys, next_page_token=page.next_page_token)
+        shown, token = paging.cut(
+            keys, len(keys), lambda key: names.last_of(key.provider_key.name), _without_models
+        )
+        return key_pb2.ListKeysResponse(keys=shown, next_page_token=token or page.next_page_token)
 
     async def RevokeKey(
         self, request: key_pb2.RevokeKeyRequest, context: object
@@ -213,10 +214,8 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             request.page_token,
             limit + 1,
         )
-        page, token = paging.cut(rows, limit, lambda row: row.attempt_id)
-        return key_pb2.ListKeyUsesResponse(
-            uses=[_use_message(row) for row in page], next_page_token=token
-        )
+        page, token = paging.cut(rows, limit, lambda row: row.attempt_id, _use_message)
+        return key_pb2.ListKeyUsesResponse(uses=page, next_page_token=token)
 
     async def _require_room(self, rights: access.Rights, request: key_pb2.AddKeyRequest) -> None:
         if not rights.plan.keys_per_provider:
@@ -307,13 +306,38 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         ]
         known = await self._store.validations(access.current().tenant.id, versions)
         return [
-            key_pb2.Key(provider_key=key, validation=_validation_message(key, _telling(key, known)))
+            key_pb2.Key(
+                provider_key=_shown(key),
+                validation=_validation_message(key, _telling(key, known)),
+                version_count=len(key.versions),
+            )
             for key in keys
         ]
 
 
 def _newest(key: custody_pb2.ProviderKey) -> custody_pb2.KeyVersion:
     return max(key.versions, key=lambda one: one.version, default=custody_pb2.KeyVersion())
+
+
+def _shown(key: custody_pb2.ProviderKey) -> custody_pb2.ProviderKey:
+    """Return a key with as many of its versions as an answer has."""
+    if len(key.versions) <= bounds.VERSIONS:
+        return key
+    oldest = sorted(one.version for one in key.versions)[-bounds.VERSIONS]
+    kept = [
+        one for one in key.versions if one.version >= oldest or one.version == key.active_version
+    ]
+    shown = custody_pb2.ProviderKey()
+    shown.CopyFrom(key)
+    del shown.versions[:]
+    shown.versions.extend(kept)
+    return shown
+
+
+def _without_models(key: key_pb2.Key) -> key_pb2.Key:
+    if key.HasField("validation"):
+        key.validation.ClearField("models")
+    return key
 
 
 def _telling(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -23,18 +23,24 @@ from services.orchestrator.compute.pool import Compute
 from services.orchestrator.config import Settings
 from services.orchestrator.custody import content
 from services.orchestrator.custody.keyvault import Keyvault
-from services.orchestrator.policy import failures
+from services.orchestrator.policy import bounds, failures
 from services.orchestrator.policy.keys import choose_key
 from services.orchestrator.policy.models import Source, choose_model, not_usable, override_for
 from services.orchestrator.store import requests
 from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.events import REVIEW, Events
 from services.orchestrator.store.keys import KeyStore
-from services.orchestrator.store.reviews import ReviewRow, ReviewStore, Submission
+from services.orchestrator.store.reviews import (
+    ReviewRow,
+    ReviewStore,
+    SealedFindings,
+    Submission,
+)
 from services.orchestrator.store.tenants import TenantStore
 
 TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
-_WATCH_SECONDS: Final = 5.0
+# Nothing tells of how far an answer is: that is stored with each beat.
+_RUNNING_SECONDS: Final = 2.5
 # Nothing tells of the start of an attempt, see CLAIM.
 _QUEUED_SECONDS: Final = 1.0
 
@@ -65,11 +71,8 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         catalog: Catalog,
         compute: Compute,
         events: Events,
-        answer_bytes: Mapping[str, int],
     ) -> None:
-        """Use the stores, keyvault's list of keys, and the models that are known; `answer_bytes`
-        are those of open calls' answers here, by review."""
-        self._answer_bytes = answer_bytes
+        """Use the stores, keyvault's list of keys, and the models that are known."""
         self._settings = settings
         self._reviews = reviews
         self._attempts = attempts
@@ -123,8 +126,10 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     async def GetReview(
         self, request: review_pb2.GetReviewRequest, context: object
     ) -> review_pb2.GetReviewResponse:
-        """Return a review with its findings."""
-        return review_pb2.GetReviewResponse(review=await self._whole(request.name))
+        """Return a review with a page of its findings."""
+        row = await self._readable(access.current(), names.last_of(request.name))
+        review, token = await self._with_findings(row, int(request.page_token or 0))
+        return review_pb2.GetReviewResponse(review=review, next_page_token=token)
 
     async def ListReviews(
         self, request: review_pb2.ListReviewsRequest, context: object
@@ -139,29 +144,27 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             request.repository,
             of_users=rights.may_read_users,
         )
-        page, token = paging.cut(rows, limit, lambda row: row.id)
-        return review_pb2.ListReviewsResponse(
-            reviews=[self._message(row) for row in page], next_page_token=token
-        )
+        page, token = paging.cut(rows, limit, lambda row: row.id, self._message)
+        return review_pb2.ListReviewsResponse(reviews=page, next_page_token=token)
 
     async def WatchReview(
         self, request: review_pb2.WatchReviewRequest, context: object
     ) -> AsyncIterator[review_pb2.WatchReviewResponse]:
         """Stream a review as it changes, until it has ended."""
         rights, review_id = access.current(), names.last_of(request.name)
-        seen: tuple[ReviewRow, int] | None = None
+        seen: ReviewRow | None = None
         with self._events.subscribe(REVIEW, review_id) as changes:
             while True:
                 row = await self._readable(rights, review_id)
-                received = self._answer_bytes.get(review_id, 0)
-                if (row, received) != seen:
-                    review = await self._with_findings(row)
-                    yield review_pb2.WatchReviewResponse(review=review, answer_bytes=received)
                 if row.state in TERMINAL:
+                    review, token = await self._with_findings(row)
+                    yield review_pb2.WatchReviewResponse(review=review, next_page_token=token)
                     return
-                seen = row, received
+                if row != seen:
+                    yield review_pb2.WatchReviewResponse(review=self._message(row))
+                seen = row
                 waiting = row.state == "QUEUED"
-                await changes.wait(_QUEUED_SECONDS if waiting else _WATCH_SECONDS)
+                await changes.wait(_QUEUED_SECONDS if waiting else _RUNNING_SECONDS)
                 rights = await access.again()
 
     async def CancelReview(
@@ -211,18 +214,17 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self, request: review_pb2.ExportReviewRequest, context: object
     ) -> review_pb2.ExportReviewResponse:
         """Return a review that has ended in another form."""
-        review = await self._whole(request.name)
-        state = review_pb2.ReviewState.Name(review.state).removeprefix("REVIEW_STATE_")
-        if state not in TERMINAL:
+        row = await self._readable(access.current(), names.last_of(request.name))
+        if row.state not in TERMINAL:
             raise ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "WRONG_STATE",
                 "only a review that has ended can be exported",
-                state=state,
+                state=row.state,
             )
-        answer = await self._compute.run(
-            access.current().tenant.id, Job(request.format), review.SerializeToString()
-        )
+        parts, _ = await self._opened(row, 0, bounds.ALL_BYTES)
+        review = b"".join((self._message(row).SerializeToString(), *parts))
+        answer = await self._compute.run(row.tenant, Job(request.format), review)
         return review_pb2.ExportReviewResponse.FromString(answer)
 
     async def _submit(
@@ -256,8 +258,11 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 max_calls=prepared.max_calls,
                 chunks_total=prepared.plan.calls,
                 input=content_key.seal(review_id, content.INPUT, wanted.SerializeToString()),
-                unread=content.seal_unread(content_key, review_id, prepared.plan.unread),
+                unread=content.seal_unread(
+                    content_key, review_id, prepared.plan.unread, prepared.plan.skipped_files
+                ),
                 unread_count=prepared.plan.unread_count,
+                skipped_count=prepared.plan.skipped_count,
             ),
             self._ceilings(rights).max_reviews_per_day,
             self._ceilings(rights).max_calls_per_day,
@@ -303,29 +308,41 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     def _ceilings(self, rights: access.Rights) -> settings_pb2.Ceilings:
         return ceilings(rights.tenant, rights.plan, self._settings)
 
-    async def _whole(self, name: str) -> review_pb2.Review:
-        row = await self._readable(access.current(), names.last_of(name))
-        return await self._with_findings(row)
-
     async def _readable(self, rights: access.Rights, review_id: str) -> ReviewRow:
         row = await self._reviews.get(rights.tenant.id, review_id)
         rights.require_reader(row.owner, "name")
         return row
 
-    async def _with_findings(self, row: ReviewRow) -> review_pb2.Review:
+    async def _with_findings(self, row: ReviewRow, after: int = 0) -> tuple[review_pb2.Review, str]:
+        """Return a review with the findings after a place, and the next page's token."""
+        parts, last = await self._opened(row, after, bounds.PAGE_BYTES)
         review = self._message(row)
-        sealed = await self._reviews.findings(row.id) if row.finding_count else {}
+        for part in parts:
+            found = review_pb2.Review.FromString(part)
+            found.findings.sort(key=lambda finding: (finding.path, finding.start_line))
+            review.MergeFrom(found)
+        return review, str(last or "")
+
+    async def _opened(self, row: ReviewRow, after: int, most_bytes: int) -> tuple[list[bytes], int]:
+        """Return what a review has beside its row: serialized Reviews that are parts of one; and
+        where there are more findings, the place after which they are."""
+        sealed = SealedFindings([])
+        if row.finding_count:
+            sealed = await self._reviews.findings(row.id, after, most_bytes)
         # Until it has ended, their number is enough: keyvault may be what the review waits for.
-        says_unread = row.unread_count > 0 and row.state in TERMINAL
+        has_unread = row.unread_count > 0 or row.skipped_count > 0
+        says_unread = has_unread and row.state in TERMINAL and not after
         unread = await self._reviews.unread(row.id) if says_unread else None
-        if (row.finding_count and not sealed) or (says_unread and unread is None):
+        if (row.finding_count and not sealed.chunks) or (says_unread and unread is None):
             raise content.expired()
-        if sealed or unread:
-            # All of one review, so of one epoch.
-            key = await self._contents.of(row.tenant, unread or next(iter(sealed.values())))
-            review.findings.extend(content.open_findings(key, row.id, sealed))
-            review.unread.extend(content.open_unread(key, row.id, unread) if unread else ())
-        return review
+        if not sealed.chunks and unread is None:
+            return [], 0
+        # All of one review, so of one epoch.
+        key = await self._contents.of(row.tenant, unread or sealed.chunks[0][1])
+        parts = content.open_findings(key, row.id, sealed.chunks)
+        if unread is not None:
+            parts.append(content.open_unread(key, row.id, unread))
+        return parts, sealed.after
 
 
 def _chosen_by(source: Source) -> dict[str, str]:
@@ -349,6 +366,7 @@ def _message(row: ReviewRow, wait_seconds: int) -> review_pb2.Review:
         finding_count=row.finding_count,
         dropped_findings=row.dropped_findings,
         unread_count=row.unread_count,
+        skipped_count=row.skipped_count,
         failure=review_pb2.FailureReason.Value(f"FAILURE_REASON_{row.failure or 'UNSPECIFIED'}"),
         failure_message=row.failure_message,
         chunks_done=row.chunks_done,
@@ -360,6 +378,7 @@ def _message(row: ReviewRow, wait_seconds: int) -> review_pb2.Review:
         end_time=timestamp(row.end_time),
         ambiguous_calls=row.ambiguous_calls,
         etag=str(row.version),
+        answer_bytes=row.answer_bytes,
         wait=_wait(row, wait_seconds),
     )
 

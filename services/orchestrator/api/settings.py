@@ -9,10 +9,11 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from byokeep import names
+from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import settings_pb2, settings_pb2_grpc
 
 from services.common.errors import ByokeepError
-from services.common.models import MAX_LISTED, Catalog, parse_model
+from services.common.models import Catalog, parse_model
 from services.orchestrator.api import access, paging
 from services.orchestrator.config import Settings
 from services.orchestrator.custody.keyvault import Keyvault
@@ -26,7 +27,7 @@ from services.orchestrator.policy.models import (
 )
 from services.orchestrator.policy.plans import Plan, Plans
 from services.orchestrator.policy.refusals import above, unexpected
-from services.orchestrator.store.keys import KeyStore
+from services.orchestrator.store.keys import KeyStore, ModelsOf, UsableModel
 from services.orchestrator.store.tenants import TenantRow, TenantStore
 
 _FIELDS: Final = (
@@ -113,31 +114,36 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
     async def ListModels(
         self, request: settings_pb2.ListModelsRequest, context: object
     ) -> settings_pb2.ListModelsResponse:
-        """List what the tenant's active keys can use."""
-        tenant = access.current().tenant
-        usable: dict[str, list[str]] = {}
-        cut = False
-        for key in await self._known(tenant.id):
-            cut = cut or len(key.models) > MAX_LISTED
-            # Of a key that can't list them, the provider's default alone.
-            for model in key.models[:MAX_LISTED] or [self._catalog.default(key.provider)]:
-                usable.setdefault(f"{key.provider}/{model}", []).append(key.key_id)
+        """List what the tenant's active keys can use; of a key that can't list its models, the
+        provider's default alone."""
+        rights = access.current()
+        tenant = rights.tenant
+        keys = [
+            self._models_of(key)
+            for key in await self._keyvault.keys(tenant.id)
+            if usable(key) and rights.may_read(key.owner)
+        ]
         limit = paging.size(request.page_size, _MODELS_A_PAGE)
-        after = request.page_token
-        rows = sorted(model for model in usable if model > after)
-        page, token = paging.cut(rows, limit, str)
-        return settings_pb2.ListModelsResponse(
-            models=[
-                settings_pb2.Model(
-                    model=model,
-                    key_ids=sorted(usable[model]),
-                    provider_default=self._is_default(model),
-                    tenant_default=model == tenant.default_model,
-                )
-                for model in page
-            ],
-            next_page_token=token,
-            cut=cut,
+        rows, cut = await self._key_store.models_page(
+            tenant.id, keys, request.page_token, limit + 1
+        )
+
+        def message(row: UsableModel) -> settings_pb2.Model:
+            return settings_pb2.Model(
+                model=row.model,
+                key_ids=row.key_ids,
+                key_count=row.key_count,
+                provider_default=self._is_default(row.model),
+                tenant_default=row.model == tenant.default_model,
+            )
+
+        page, token = paging.cut(rows, limit, lambda row: row.model, message)
+        return settings_pb2.ListModelsResponse(models=page, next_page_token=token, cut=cut)
+
+    def _models_of(self, key: custody_pb2.ProviderKey) -> ModelsOf:
+        provider = names.provider_id(key.provider)
+        return ModelsOf(
+            names.last_of(key.name), key.active_version, provider, self._catalog.default(provider)
         )
 
     async def _known(self, tenant: str) -> list[KeyModels]:

@@ -69,10 +69,8 @@ class TenantServicer(tenant_pb2_grpc.TenantServiceServicer):
         rows = await self._store.page(
             None if operator else caller.spiffe_id, request.page_token, limit + 1
         )
-        page, token = paging.cut(rows, limit, lambda row: row.id)
-        return tenant_pb2.ListTenantsResponse(
-            tenants=[tenant_message(row) for row in page], next_page_token=token
-        )
+        page, token = paging.cut(rows, limit, lambda row: row.id, tenant_message)
+        return tenant_pb2.ListTenantsResponse(tenants=page, next_page_token=token)
 
     async def SuspendTenant(
         self, request: tenant_pb2.SuspendTenantRequest, context: object
@@ -133,10 +131,8 @@ class CallerServicer(tenant_pb2_grpc.CallerServiceServicer):
         rows = await self._store.callers(
             names.tenant_of(request.parent), request.page_token, limit + 1
         )
-        page, token = paging.cut(rows, limit, lambda row: row.spiffe_id)
-        return tenant_pb2.ListCallersResponse(
-            callers=[_caller(row) for row in page], next_page_token=token
-        )
+        page, token = paging.cut(rows, limit, lambda row: row.spiffe_id, _caller)
+        return tenant_pb2.ListCallersResponse(callers=page, next_page_token=token)
 
 
 def _caller(row: CallerRow) -> tenant_pb2.Caller:

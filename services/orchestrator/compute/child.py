@@ -60,7 +60,9 @@ def do(job: Job, payload: bytes) -> Message:
     if job is Job.OUTLINE:
         (budget,) = BUDGET.unpack_from(payload)
         return outline.outline(payload[BUDGET.size :], budget)
-    content, media_type = _EXPORTS[job](review_pb2.Review.FromString(payload))
+    review = review_pb2.Review.FromString(payload)
+    review.findings.sort(key=lambda finding: (finding.path, finding.start_line))
+    content, media_type = _EXPORTS[job](review)
     return review_pb2.ExportReviewResponse(content=content, media_type=media_type)
 
 

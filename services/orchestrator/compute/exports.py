@@ -208,13 +208,18 @@ def _notes(review: Review) -> list[str]:
         )
     if review.dropped_findings:
         notes.append(f"Dropped, for they named no line of the diff: {review.dropped_findings}")
-    if review.unread_count:
-        notes.append(f"Read by no model: {review.unread_count}")
-        shown = review.unread[:_MAX_NAMED]
-        notes += [f"- {_line(part.path)} ({_why(part.reason)})" for part in shown]
-        if review.unread_count > len(shown):
-            notes.append(f"- and {review.unread_count - len(shown)} more")
+    unread = [f"{_line(part.path)} ({_why(part.reason)})" for part in review.unread[:_MAX_NAMED]]
+    notes += _named("Read by no model", unread, review.unread_count)
+    skipped = [_line(path) for path in review.skipped_files[:_MAX_NAMED]]
+    notes += _named("Without a changed line, so not read", skipped, review.skipped_count)
     return notes
+
+
+def _named(what: str, shown: list[str], number: int) -> list[str]:
+    if not number:
+        return []
+    more = [f"- and {number - len(shown)} more"] if number > len(shown) else []
+    return [f"{what}: {number}", *(f"- {one}" for one in shown), *more]
 
 
 def _why(reason: UnreadReason.ValueType) -> str:
@@ -229,6 +234,14 @@ def _notifications(review: Review) -> list[dict[str, object]]:
             "locations": [{"physicalLocation": {"artifactLocation": _artifact(part.path)}}],
         }
         for part in review.unread
+    ]
+    found += [
+        {
+            "level": "note",
+            "message": {"text": "No line is changed, so nothing was read"},
+            "locations": [{"physicalLocation": {"artifactLocation": _artifact(path)}}],
+        }
+        for path in review.skipped_files
     ]
     if review.unread_count > len(review.unread):
         more = review.unread_count - len(review.unread)

@@ -22,7 +22,7 @@ import hmac
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -159,23 +159,28 @@ def seal_findings(
     return key.seal(review_id, _field(chunk_id), Review(findings=findings).SerializeToString())
 
 
-def open_findings(key: ContentKey, review_id: str, sealed: Mapping[str, bytes]) -> list[Finding]:
-    """Return a review's findings by path and line, from those of its chunks."""
-    findings: list[Finding] = []
-    for chunk_id, one in sealed.items():
-        findings += Review.FromString(key.open(review_id, _field(chunk_id), one)).findings
-    return sorted(findings, key=lambda finding: (finding.path, finding.start_line))
+def open_findings(
+    key: ContentKey, review_id: str, chunks: Sequence[tuple[str, bytes]]
+) -> list[bytes]:
+    """Return the findings of chunks, each a serialized Review that has nothing else: one behind
+    the other, they are one that has them all."""
+    return [key.open(review_id, _field(chunk_id), sealed) for chunk_id, sealed in chunks]
 
 
-def seal_unread(key: ContentKey, review_id: str, parts: Sequence[UnreadPart]) -> bytes | None:
-    """Encrypt a review's unread parts, if there are any."""
-    message = Review(unread=parts)
-    return key.seal(review_id, _UNREAD, message.SerializeToString()) if parts else None
+def seal_unread(
+    key: ContentKey, review_id: str, parts: Sequence[UnreadPart], skipped: Sequence[str]
+) -> bytes | None:
+    """Encrypt a review's unread parts and skipped files, if there are any."""
+    if not parts and not skipped:
+        return None
+    message = Review(unread=parts, skipped_files=skipped)
+    return key.seal(review_id, _UNREAD, message.SerializeToString())
 
 
-def open_unread(key: ContentKey, review_id: str, sealed: bytes) -> Sequence[UnreadPart]:
-    """Return a review's unread parts."""
-    return Review.FromString(key.open(review_id, _UNREAD, sealed)).unread
+def open_unread(key: ContentKey, review_id: str, sealed: bytes) -> bytes:
+    """Return a review's unread parts and skipped files: a serialized Review that has nothing
+    else."""
+    return key.open(review_id, _UNREAD, sealed)
 
 
 def _field(chunk_id: str) -> str:

@@ -30,6 +30,18 @@ def above(field: str, most: int, whose: str) -> ByokeepError:
     )
 
 
+def full(field: str, what: str, most: int) -> ByokeepError:
+    """Return the refusal of one more of what there are as many of as may be."""
+    return ByokeepError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        f"{field}: there are {most:,} {what} already, and no more are taken; take one away first",
+        field=field,
+        rule="ceiling",
+        limit=str(most),
+    )
+
+
 def not_active(tenant: str, state: str) -> ByokeepError:
     """Return the refusal of what is new for a tenant that is SUSPENDED or DELETED."""
     return ByokeepError(

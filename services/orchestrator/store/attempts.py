@@ -247,10 +247,12 @@ class AttemptStore:
         async with self._database.statement() as session:
             await session.run(sql.TRAIL_OF_CANCELLED, parameters)
 
-    async def heartbeat(self, attempt_ids: Sequence[str]) -> set[str]:
-        """Say that attempts' workers live; return those that still are ours."""
+    async def heartbeat(self, answer_bytes: Mapping[str, int]) -> set[str]:
+        """Say that attempts' workers live, and how many bytes of an open call's answer each has;
+        return those that still are ours."""
+        parameters = {"ids": list(answer_bytes), "answer_bytes": list(answer_bytes.values())}
         async with self._database.statement() as session:
-            found = await session.all(sql.HEARTBEAT, {"ids": list(attempt_ids)})
+            found = await session.all(sql.HEARTBEAT, parameters)
         return {row.id for row in found}
 
     async def cancel_review(self, tenant: str, review_id: str) -> bool:

@@ -11,6 +11,7 @@ from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import last_of, provider_id
 
 from services.common.models import MAX_LISTED, is_listed
+from services.orchestrator.policy import bounds
 from services.orchestrator.policy.models import KeyModels
 from services.orchestrator.store import sql
 from services.orchestrator.store.database import Database, Row
@@ -56,6 +57,25 @@ class Use:
     cause: str
 
 
+@dataclass(frozen=True, slots=True)
+class ModelsOf:
+    """A key whose models are asked for; `default` stands for them where they are not known."""
+
+    key_id: str
+    version: int
+    provider: str
+    default: str
+
+
+@dataclass(frozen=True, slots=True)
+class UsableModel:
+    """A model, how many keys can use it, and some of those."""
+
+    model: str
+    key_count: int
+    key_ids: Sequence[str]
+
+
 _COLUMNS = """
 SELECT key_id, version, tenant, actor, destroy_previous, verdict, cause, models, attempts, action,
     check_time, retry_time, create_time
@@ -71,6 +91,21 @@ SELECT models, check_time FROM key_validation
 WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND version = %(version)s
     AND cardinality(models) BETWEEN 1 AND %(most)s AND %(model)s <> ALL (models)
 """
+_ASKED = """
+unnest(%(keys)s::text[], %(versions)s::int[], %(providers)s::text[], %(defaults)s::text[])
+        AS key (id, version, provider, model)
+    LEFT JOIN key_validation known ON known.tenant = %(tenant)s AND known.key_id = key.id
+        AND known.version = key.version
+"""
+_MODELS = f"""
+SELECT model, count(*), (array_agg(id ORDER BY id))[:%(named)s] FROM (
+    SELECT (key.provider || '/' || coalesce(listed.model, key.model)) COLLATE "C" AS model, key.id
+    FROM {_ASKED} LEFT JOIN LATERAL unnest(known.models[:%(most)s]) AS listed (model) ON true) one
+WHERE model > %(after)s GROUP BY model ORDER BY model LIMIT %(limit)s
+"""  # noqa: S608 - constants
+_MODELS_CUT = f"""
+SELECT coalesce(bool_or(cardinality(known.models) > %(most)s), false) AS cut FROM {_ASKED}
+"""  # noqa: S608
 _UNAPPLIED = _COLUMNS + "WHERE action <> '' LIMIT 100"
 _SCHEDULE = """
 INSERT INTO key_validation (key_id, version, tenant, provider, owner, actor, destroy_previous)
@@ -149,6 +184,27 @@ class KeyStore:
         async with self._database.statement() as session:
             rows = [Validation(*row) for row in await session.all(_OF_VERSIONS, parameters)]
         return {(row.key_id, row.version): row for row in rows}
+
+    async def models_page(
+        self, tenant: str, keys: Sequence[ModelsOf], after: str, limit: int
+    ) -> tuple[list[UsableModel], bool]:
+        """Return the models that keys can use, by name from after one on, and whether some key's
+        provider lists more than are kept."""
+        parameters = {
+            "tenant": tenant,
+            "keys": [key.key_id for key in keys],
+            "versions": [key.version for key in keys],
+            "providers": [key.provider for key in keys],
+            "defaults": [key.default for key in keys],
+            "most": MAX_LISTED,
+            "named": bounds.KEYS_OF_MODEL,
+            "after": after,
+            "limit": limit,
+        }
+        async with self._database.statement() as session:
+            found = await session.all(_MODELS, parameters)
+            cut = (await session.one(_MODELS_CUT, parameters)).cut
+        return [UsableModel(*row) for row in found], bool(cut)
 
     async def models(self, tenant: str, keys: Sequence[custody_pb2.ProviderKey]) -> list[KeyModels]:
         """Return what is known of the models that the active versions of keys can use."""

@@ -45,11 +45,13 @@ class ReviewRow:
     finding_count: int
     dropped_findings: int
     unread_count: int
+    skipped_count: int
     attempts: int
     version: int
     create_time: datetime
     start_time: datetime | None
     end_time: datetime | None
+    answer_bytes: int = 0
     wait_reason: str = ""
     wait_cause: str = ""
     wait_since: datetime | None = None
@@ -57,9 +59,12 @@ class ReviewRow:
 
 
 _NAMES: Final = tuple(ReviewRow.__dataclass_fields__)
-_OWN: Final = tuple(name for name in _NAMES if not name.startswith("wait_"))
+_OWN: Final = tuple(name for name in _NAMES if not name.startswith(("wait_", "answer_")))
 _COLUMNS: Final = f"""
-SELECT {", ".join(_OWN)}, coalesce(wait.reason, '') AS wait_reason,
+SELECT {", ".join(_OWN)},
+    coalesce((SELECT sum(attempt.answer_bytes)::bigint FROM attempt
+        WHERE attempt.review_id = review.id AND attempt.state = 'RUNNING'), 0) AS answer_bytes,
+    coalesce(wait.reason, '') AS wait_reason,
     coalesce(wait.cause, '') AS wait_cause, wait.since AS wait_since,
     nullif(wait.until, 'infinity') AS wait_until
 FROM review {sql_waits.WAIT}
@@ -72,9 +77,14 @@ _PAGE: Final = f"""
 ORDER BY id DESC LIMIT %(limit)s
 """
 _UNREAD: Final = "SELECT unread FROM review WHERE id = %(id)s"
+# Chunk after chunk until they are so many bytes: one at least.
 _FINDINGS: Final = """
-SELECT chunk_id, findings FROM chunk_done
-WHERE review_id = %(review_id)s AND findings IS NOT NULL
+SELECT chunk_id, position, findings, chunks FROM (
+    SELECT chunk_id, position, findings, count(*) OVER () AS chunks,
+        sum(length(findings)) OVER (ORDER BY position) - length(findings) AS before
+    FROM chunk_done
+    WHERE review_id = %(review_id)s AND findings IS NOT NULL AND position > %(after)s) one
+WHERE before < %(bytes)s ORDER BY position
 """
 
 
@@ -101,6 +111,16 @@ class Submission:
     input: bytes
     unread: bytes | None
     unread_count: int
+    skipped_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class SealedFindings:
+    """Findings of chunks, sealed, as they follow one another; `after` is the place of the last
+    chunk where there are more, else 0."""
+
+    chunks: Sequence[tuple[str, bytes]]
+    after: int = 0
 
 
 class ReviewStore:
@@ -134,11 +154,11 @@ class ReviewStore:
                 raise _daily_limit("reviews", reviews_per_day)
             if 0 < calls_per_day < row.calls_today + new.chunks_total:
                 raise _daily_limit("provider calls", calls_per_day)
-            if new.unread_count:
+            if new.unread is not None:
                 await session.run(sql.KEEP_UNREAD, parameters)
             if not new.chunks_total:
                 await session.run(sql.NOTHING_TO_READ, parameters)
-            if not new.chunks_total or new.unread_count:
+            if not new.chunks_total or new.unread is not None:
                 return _review(await session.one(_GET, parameters))
         return _review(row)
 
@@ -154,16 +174,22 @@ class ReviewStore:
         return _review(row)
 
     async def unread(self, review_id: str) -> bytes | None:
-        """Return a review's unread parts, sealed; None where there are none, or no more."""
+        """Return a review's unread parts and skipped files, sealed; None where there are none, or
+        no more."""
         async with self._database.statement() as session:
             sealed: bytes | None = (await session.one(_UNREAD, {"id": review_id})).unread
         return sealed
 
-    async def findings(self, review_id: str) -> dict[str, bytes]:
-        """Return a review's findings by chunk, sealed."""
+    async def findings(self, review_id: str, after: int, most_bytes: int) -> SealedFindings:
+        """Return a review's findings of the chunks after a place, of as many as begin within so
+        many bytes."""
+        parameters = {"review_id": review_id, "after": after, "bytes": most_bytes}
         async with self._database.statement() as session:
-            found = await session.all(_FINDINGS, {"review_id": review_id})
-        return {row.chunk_id: row.findings for row in found}
+            found = await session.all(_FINDINGS, parameters)
+        more = bool(found) and found[-1].chunks > len(found)
+        return SealedFindings(
+            [(row.chunk_id, row.findings) for row in found], found[-1].position if more else 0
+        )
 
     async def page(
         self, tenant: str, before: str, limit: int, repository: str, *, of_users: bool

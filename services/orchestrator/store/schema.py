@@ -173,7 +173,9 @@ review = Table(
     _count("finding_count"),
     _count("dropped_findings"),
     _count("unread_count"),
-    # A serialized Review with its unread parts alone, sealed; NULL where there are none.
+    _count("skipped_count"),
+    # A serialized Review with its unread parts and skipped files alone, sealed; NULL where there
+    # are none.
     Column("unread", LargeBinary),
     # The newest start's fence: an attempt that is put back and started again gets another.
     Column("fence", BigInteger, nullable=False, server_default=text("1")),
@@ -229,6 +231,8 @@ attempt = Table(
     _text("lease_id"),
     _count("process_id"),
     _count("calls_started"),
+    # Bytes so far of the answer to its open call, some seconds old.
+    Column("answer_bytes", BigInteger, nullable=False, server_default=text("0")),
     # How often it was taken over from a worker that had fallen silent: only the last one writes.
     _count("turn"),
     _time("open_time"),
@@ -290,6 +294,8 @@ chunk_done = Table(
     _review_key(),
     Column("chunk_id", Text, primary_key=True),
     _text("attempt_id", default=None),
+    # Its place among the chunks that are done, from 1: that of the diff, whose order they go in.
+    _count("position"),
     # A serialized Review with the chunk's findings alone, sealed; NULL where there are none.
     Column("findings", LargeBinary),
 )

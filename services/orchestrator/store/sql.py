@@ -45,7 +45,9 @@ SUBMIT: Final = """
     FROM rev, att"""
 
 KEEP_UNREAD: Final = """
-    UPDATE review SET unread = %(unread)s, unread_count = %(unread_count)s WHERE id = %(id)s"""
+    UPDATE review SET unread = %(unread)s, unread_count = %(unread_count)s,
+        skipped_count = %(skipped_count)s
+    WHERE id = %(id)s"""
 
 # No line of text is changed: what was submitted is complete without an attempt.
 NOTHING_TO_READ: Final = """
@@ -154,15 +156,16 @@ CALL_STARTED: Final = """
 # The beat makes a TAKE_OVER that waited for this row look at it again.
 CHUNK_DONE: Final = """
     WITH a AS (
-        UPDATE attempt SET heartbeat_time = now()
+        UPDATE attempt SET heartbeat_time = now(), answer_bytes = 0
         WHERE id = %(id)s AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'
         RETURNING review_id),
     f AS (
         UPDATE provider_call SET finish_time = now()
         WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
     d AS (
-        INSERT INTO chunk_done (review_id, chunk_id, attempt_id, findings)
-        SELECT review_id, %(chunk_id)s, %(id)s, CAST(%(findings)s AS bytea) FROM a
+        INSERT INTO chunk_done (review_id, chunk_id, attempt_id, findings, position)
+        SELECT review_id, %(chunk_id)s, %(id)s, CAST(%(findings)s AS bytea), chunks_done + 1
+        FROM a JOIN review ON review.id = a.review_id
         ON CONFLICT DO NOTHING RETURNING review_id),
     r AS (
         UPDATE review SET chunks_done = chunks_done + 1, version = version + 1,
@@ -267,8 +270,9 @@ TAKEN_OVER: Final = """
     WHERE id = %(id)s AND fence = %(fence)s AND turn > %(turn)s AND state = 'RUNNING'"""
 
 HEARTBEAT: Final = """
-    UPDATE attempt SET heartbeat_time = now()
-    WHERE id = ANY(CAST(%(ids)s AS text[])) AND state = 'RUNNING' RETURNING id"""
+    UPDATE attempt SET heartbeat_time = now(), answer_bytes = told.bytes
+    FROM unnest(CAST(%(ids)s AS text[]), CAST(%(answer_bytes)s AS bigint[])) AS told (id, bytes)
+    WHERE attempt.id = told.id AND state = 'RUNNING' RETURNING attempt.id"""
 
 # --- cancelling
 

@@ -11,7 +11,8 @@ import grpc
 from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
 
 from services.common.errors import ByokeepError
-from services.orchestrator.policy.refusals import deleted
+from services.orchestrator.policy import bounds
+from services.orchestrator.policy.refusals import deleted, full
 from services.orchestrator.store import requests, sql, waits
 from services.orchestrator.store.database import Database, Row, Session
 
@@ -100,6 +101,9 @@ _SET_OVERRIDE = """
 INSERT INTO model_override (tenant, pattern, model)
 VALUES (%(tenant)s, %(pattern)s, %(model)s)
 ON CONFLICT ON CONSTRAINT model_override_pkey DO UPDATE SET model = excluded.model
+"""
+_COUNT_OVERRIDES = """
+SELECT count(*) AS overrides FROM model_override WHERE tenant = %(tenant)s
 """
 _UNSET_OVERRIDE = """
 DELETE FROM model_override WHERE tenant = %(tenant)s AND pattern = %(pattern)s
@@ -269,13 +273,16 @@ class TenantStore:
     async def set_override(
         self, tenant_id: str, message: settings_pb2.SetModelOverrideRequest
     ) -> TenantRow:
-        """Set the model of a repository pattern, or remove it."""
+        """Set the model of a repository pattern, or remove it. Raises ByokeepError: INVALID_FIELD,
+        where there are too many."""
         pattern, model = message.repository_pattern, message.model
         async with self._database.transaction() as session:
             if await requests.first_time(session, tenant_id, message):
                 values = {"tenant": tenant_id, "pattern": pattern, "model": model}
                 await session.run(_SET_OVERRIDE if model else _UNSET_OVERRIDE, values)
                 await _bump(session, tenant_id, {})
+                if (await session.one(_COUNT_OVERRIDES, values)).overrides > bounds.OVERRIDES:
+                    raise full("repository_pattern", "patterns that have a model", bounds.OVERRIDES)
             return await _read(session, tenant_id)
 
 

@@ -32,7 +32,7 @@ from services.orchestrator.store.attempts import (
     ValidationEnding,
     Work,
 )
-from services.orchestrator.store.events import CANCEL, DUE, REVIEW, Events, Subscription
+from services.orchestrator.store.events import CANCEL, DUE, Events, Subscription
 from services.orchestrator.work.execution import Execution, Result
 from services.orchestrator.work.fleet import Fleet, Place
 from services.orchestrator.work.verdicts import Verdicts
@@ -86,8 +86,6 @@ class Dispatcher:
         self._stopping = False
         # Whether more may wait than there was room for.
         self._wants_room = True
-        #: Bytes of open calls' answers, by review.
-        self.answer_bytes: dict[str, int] = {}
 
     async def run(self) -> None:
         """Pick and run attempts, for ever."""
@@ -146,7 +144,9 @@ class Dispatcher:
         if not ours:
             return
         with deadline.within(_BEAT_SECONDS):
-            alive = await self._store.heartbeat(list(ours))
+            alive = await self._store.heartbeat(
+                {attempt_id: execution.answer_bytes for attempt_id, execution in ours.items()}
+            )
         # At once: no runner that takes no word may keep the next beat from coming.
         await asyncio.gather(*(ours[attempt_id].stop() for attempt_id in ours.keys() - alive))
 
@@ -178,12 +178,7 @@ class Dispatcher:
             return
         work = opened
         seconds = self._seconds if work.review_id else min(self._seconds, _VALIDATION_SECONDS)
-
-        def progress(received: int) -> None:
-            self.answer_bytes[work.review_id] = received
-            self._events.wake(REVIEW, work.review_id)
-
-        execution = Execution(work, self._store, self._fleet, place, self._sign, seconds, progress)
+        execution = Execution(work, self._store, self._fleet, place, self._sign, seconds)
         one = _Running(work, execution)
         self._running.add(one)
         with self._events.subscribe(CANCEL, work.attempt_id) as cancelled:
@@ -193,7 +188,6 @@ class Dispatcher:
             finally:
                 watcher.cancel()
                 self._running.discard(one)
-                self.answer_bytes.pop(work.review_id, None)
 
     async def _opened(self, work: Work) -> Work | None:
         """Open what is to be reviewed; where it can't be, the attempt has ended with that."""
@@ -229,7 +223,7 @@ class Dispatcher:
             # Woken also where notifications may have been lost: the table knows.
             await cancelled.wait()
             with contextlib.suppress(ByokeepError):
-                if not await self._store.heartbeat([attempt_id]):
+                if not await self._store.heartbeat({attempt_id: execution.answer_bytes}):
                     await execution.stop()
                     return
 

@@ -29,7 +29,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.common import logs
 from services.common.models import listed
 from services.orchestrator.custody.grants import Subject
-from services.orchestrator.policy import failures
+from services.orchestrator.policy import bounds, failures
 from services.orchestrator.policy.failures import Failure
 from services.orchestrator.store.attempts import DailyLimit, Fenced, Trail, Work
 from services.orchestrator.work.fleet import Fleet, Place, Runner, Stream
@@ -102,16 +102,16 @@ class Execution:
         place: Place | None,
         sign: Callable[[Subject, bytes], SignedEnvelope],
         seconds: int,
-        progress: Callable[[int], None],
     ) -> None:
         """`place` is where it runs, None where it runs already, or nowhere; `seconds` is the most
-        that it may take; `progress` is told how many bytes of an open call's answer there are."""
+        that it may take."""
         self._work = work
         self._journal = journal
         self._fleet = fleet
         self._sign = sign
         self._seconds = seconds
-        self._progress = progress
+        #: Bytes so far of the answer to the open call.
+        self.answer_bytes = 0
         self._place = place
         self._stream: Stream | None = None
         self._deadline: asyncio.Timeout | None = None
@@ -238,7 +238,7 @@ class Execution:
             case "validation_result":
                 self._validation(response.validation_result)
             case "call_progress":
-                self._progress(response.call_progress.answer_bytes)
+                self.answer_bytes = response.call_progress.answer_bytes
             case "call_started" | "chunk_result" | "chunk_split" if not self._lost:
                 try:
                     await self._store(response)
@@ -300,9 +300,11 @@ class Execution:
         self._work = replace(self._work, chunks_total=total)
 
     async def _chunk_result(self, result: runner_pb2.ChunkResult) -> None:
-        await self._journal.chunk_done(self._work, result.chunk_id, result.findings, result.dropped)
+        kept = bounds.worst(result.findings, len(self._planned) or self._work.chunks_total)
+        dropped = result.dropped + len(result.findings) - len(kept)
+        await self._journal.chunk_done(self._work, result.chunk_id, kept, dropped)
         self._call_open = False
-        self._progress(0)
+        self.answer_bytes = 0
         self._done.add(result.chunk_id)
 
     def _validation(self, result: runner_pb2.ValidationResult) -> None:

@@ -126,7 +126,7 @@ func watch(
 		for err == nil {
 			var answer *orchestratorv1.WatchReviewResponse
 			if answer, err = stream.Recv(); err == nil && ended(answer.Review.State) {
-				return answer.Review, nil
+				return whole(ctx, reviews, answer)
 			}
 		}
 		if err != io.EOF && status.Code(err) != codes.Unavailable {
@@ -138,6 +138,25 @@ func watch(
 		case <-time.After(time.Second):
 		}
 	}
+}
+
+// whole reads the pages of findings that follow the first.
+func whole(
+	ctx context.Context, reviews orchestratorv1.ReviewServiceClient,
+	answer *orchestratorv1.WatchReviewResponse,
+) (*orchestratorv1.Review, error) {
+	review, token := answer.Review, answer.NextPageToken
+	for token != "" {
+		page, err := reviews.GetReview(
+			ctx, &orchestratorv1.GetReviewRequest{Name: review.Name, PageToken: token},
+		)
+		if err != nil {
+			return nil, err
+		}
+		review.Findings = append(review.Findings, page.Review.Findings...)
+		token = page.NextPageToken
+	}
+	return review, nil
 }
 
 func ended(state orchestratorv1.ReviewState) bool {

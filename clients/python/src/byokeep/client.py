@@ -224,21 +224,32 @@ class Connection(Edge):
             review = answer.review
         return edge.completed(review)
 
+    def get_review(self, name: str) -> review_pb2.Review:
+        """Return a review with all of its findings.
+
+        Raises:
+            CallError: there is none, or its findings are kept no more.
+        """
+        answer = self.reviews.GetReview(review_pb2.GetReviewRequest(name=name))
+        return self._with_rest(answer).review
+
     def watch_review(
         self, name: str, seconds: float = REVIEW_SECONDS
     ) -> Iterator[review_pb2.WatchReviewResponse]:
-        """Yield a review as it changes, until it has ended; past lost connections.
+        """Yield a review as it changes, until it has ended, with all of its findings then; past
+        lost connections.
 
         Raises:
             WatchTimeoutError: so many seconds were over before.
             CallError: the service stays away, or refuses.
         """
         request = review_pb2.WatchReviewRequest(name=name)
-        return watch(
+        answers = watch(
             lambda left: self.reviews.WatchReview(request, timeout=left),
             edge.review_is_over,
             seconds,
         )
+        return (self._with_rest(answer) for answer in answers)
 
     def close(self) -> None:
         """Close the channels that were opened."""
@@ -257,6 +268,11 @@ class Connection(Edge):
     ) -> None:
         """Close."""
         self.close()
+
+    def _with_rest(self, answer: edge.Answer) -> edge.Answer:
+        while answer.next_page_token:
+            edge.append_page(answer, self.reviews.GetReview(edge.next_page(answer)))
+        return answer
 
     def _seal(self, context: sealing.SealContext, key_text: str) -> custody_pb2.SealedKey:
         check_key(context.provider, key_text)

@@ -9,7 +9,7 @@ import datetime
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Final, TypedDict, TypeVar
 
 from byokeep import Error, names, sealing
 from byokeep.common.v1 import options_pb2
@@ -38,6 +38,10 @@ _USABLE: Final = frozenset(
         key_pb2.VALIDATION_VERDICT_QUOTA_EXHAUSTED,
     }
 )
+
+
+Answer = TypeVar("Answer", review_pb2.GetReviewResponse, review_pb2.WatchReviewResponse)
+"""An answer that has a review with a page of its findings."""
 
 
 class UnknownProviderError(Error, ValueError):
@@ -267,6 +271,17 @@ def review_request(
 def review_is_over(answer: review_pb2.WatchReviewResponse) -> bool:
     """Whether a review has ended."""
     return answer.review.state in TERMINAL
+
+
+def next_page(answer: Answer) -> review_pb2.GetReviewRequest:
+    """Return the request for the page of findings that follows those of an answer."""
+    return review_pb2.GetReviewRequest(name=answer.review.name, page_token=answer.next_page_token)
+
+
+def append_page(answer: Answer, page: review_pb2.GetReviewResponse) -> None:
+    """Add a page of findings to those of an answer."""
+    answer.review.findings.extend(page.review.findings)
+    answer.next_page_token = page.next_page_token
 
 
 def completed(review: review_pb2.Review) -> review_pb2.Review:

@@ -225,21 +225,33 @@ class Connection(Edge):
             review = answer.review
         return edge.completed(review)
 
-    def watch_review(
+    async def get_review(self, name: str) -> review_pb2.Review:
+        """Return a review with all of its findings.
+
+        Raises:
+            CallError: there is none, or its findings are kept no more.
+        """
+        answer = await self.reviews.GetReview(review_pb2.GetReviewRequest(name=name))
+        return (await self._with_rest(answer)).review
+
+    async def watch_review(
         self, name: str, seconds: float = REVIEW_SECONDS
     ) -> AsyncIterator[review_pb2.WatchReviewResponse]:
-        """Yield a review as it changes, until it has ended; past lost connections.
+        """Yield a review as it changes, until it has ended, with all of its findings then; past
+        lost connections.
 
         Raises:
             WatchTimeoutError: so many seconds were over before.
             CallError: the service stays away, or refuses.
         """
         request = review_pb2.WatchReviewRequest(name=name)
-        return watch_aio(
+        answers = watch_aio(
             lambda left: self.reviews.WatchReview(request, timeout=left),
             edge.review_is_over,
             seconds,
         )
+        async for answer in answers:
+            yield await self._with_rest(answer)
 
     async def close(self) -> None:
         """Close the channels that were opened."""
@@ -258,6 +270,11 @@ class Connection(Edge):
     ) -> None:
         """Close."""
         await self.close()
+
+    async def _with_rest(self, answer: edge.Answer) -> edge.Answer:
+        while answer.next_page_token:
+            edge.append_page(answer, await self.reviews.GetReview(edge.next_page(answer)))
+        return answer
 
     async def _seal(self, context: sealing.SealContext, key_text: str) -> custody_pb2.SealedKey:
         check_key(context.provider, key_text)

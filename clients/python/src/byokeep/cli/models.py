@@ -54,7 +54,7 @@ def list_(session: Session) -> None:
         return
     if models:
         columns = ("MODEL", "KEYS", "CHOSEN")
-        rows = [(clean(entry.model), str(len(entry.key_ids)), _chosen(entry)) for entry in models]
+        rows = [(clean(entry.model), str(entry.key_count), _chosen(entry)) for entry in models]
         session.out.table(columns, rows)
     else:
         session.out.print("no model is known: none of the tenant's keys has been validated")

@@ -22,7 +22,7 @@ _WHY_UNREAD = {
     "POINTER": "pointer of Git LFS: its content is kept elsewhere",
     "NOT_SHOWN": "named in the diff without its text",
 }
-_MOST_UNREAD = 20
+_MOST_NAMED = 20
 _STYLES = {
     "critical": "bold white on red",
     "high": "bold red",
@@ -58,6 +58,8 @@ def progress_line(review: review_pb2.Review) -> str:
         parts.append(clean(review.model))
     if review.finding_count or review.findings:
         parts.append(count(review.finding_count or len(review.findings), "finding"))
+    if review.answer_bytes:
+        parts.append(f"{-(-review.answer_bytes // 1024)} KiB of an answer")
     if review.attempts > 1:
         parts.append(f"attempt {review.attempts}")
     if review.HasField("wait"):
@@ -87,6 +89,7 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
         out.print(clean(path), style="bold")
         for finding in findings:
             _print_finding(out, finding)
+    _print_skipped(out, review.skipped_files, review.skipped_count)
     _print_unread(out, review.unread, review.unread_count)
     out.print(_closing(review))
     if review.HasField("wait"):
@@ -135,8 +138,7 @@ def print_dry_run(out: Output, answer: review_pb2.DryRunReviewResponse) -> None:
             for number, chunk in enumerate(answer.chunks, 1)
         ],
     )
-    for path in answer.skipped_files:
-        out.print(f"skipped: {clean(path)} (no line is changed)", style="dim")
+    _print_skipped(out, answer.skipped_files, answer.skipped_count)
     _print_unread(out, answer.unread, answer.unread_count)
     out.print(
         f"{count(answer.calls, 'call')} to {clean(answer.model)} on key {clean(answer.key_id)};"
@@ -144,8 +146,16 @@ def print_dry_run(out: Output, answer: review_pb2.DryRunReviewResponse) -> None:
     )
 
 
+def _print_skipped(out: Output, paths: Sequence[str], number: int) -> None:
+    shown = paths[:_MOST_NAMED]
+    for path in shown:
+        out.print(f"skipped: {clean(path)} (no line is changed)", style="dim")
+    if number > len(shown) and paths:
+        out.print(f"skipped: {number - len(shown)} more", style="dim")
+
+
 def _print_unread(out: Output, parts: Sequence[review_pb2.UnreadPart], number: int) -> None:
-    shown = parts[:_MOST_UNREAD]
+    shown = parts[:_MOST_NAMED]
     for part in shown:
         reason = short(review_pb2.UnreadReason, part.reason)
         why = _WHY_UNREAD.get(reason, reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ from byokeep.cli.reviewoutput import (
     review_id,
 )
 from byokeep.cli.reviewrun import Gate, check_unread, find, finish, follow
-from byokeep.cli.session import Format, Session, command, examples, request_id
+from byokeep.cli.session import Format, Session, command, examples, pages, request_id
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:
@@ -180,8 +181,7 @@ def show(
 
     gate = Gate.of(fail_on, fail_on_unread)
     name = find(session, reference)
-    request = review_pb2.GetReviewRequest(name=name)
-    found = session.connection.reviews.GetReview(request).review
+    found = session.connection.get_review(name)
     if watch and found.state not in TERMINAL:
         finish(session, follow(session, found), gate)
         return
@@ -199,9 +199,10 @@ def list_(
 ) -> None:
     """List reviews, newest first."""
     connection = session.connection
-    reviews = connection.reviews.ListReviews(
-        review_pb2.ListReviewsRequest(parent=connection.parent, page_size=limit, repository=repo)
-    ).reviews
+    request = review_pb2.ListReviewsRequest(
+        parent=connection.parent, page_size=limit, repository=repo
+    )
+    reviews = list(islice(pages(connection.reviews.ListReviews, request, "reviews"), limit))
     if session.out.as_json:
         session.out.json({"reviews": [message_dict(entry) for entry in reviews]})
     elif reviews:
