@@ -24,7 +24,7 @@ from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
 from services.common import logs, models
-from services.llm_runner import failures, plan, providers, review, validation, wire
+from services.llm_runner import failures, plan, prompt, providers, review, validation, wire
 from services.llm_runner.calls import Calls
 from services.llm_runner.channel import ChildEnd, Kind
 
@@ -126,6 +126,7 @@ def _lease(channel: ChildEnd, assign: runner_pb2.Assign, work: plan.Plan | None)
 
 def _accepted(public_key: bytes, work: plan.Plan | None) -> runner_pb2.Accepted:
     return runner_pb2.Accepted(
+        prompt_version=prompt.VERSION,
         public_key=public_key,
         suite=SUITE,
         chunks=[review.planned(chunk) for chunk in (work.chunks if work else ())],

@@ -61,3 +61,6 @@ class Settings(config.ServiceSettings):
         "hours that a failed review's diff is kept for a retry", default=24, most=24 * 36_500
     )
     findings_days: int = config.setting("days that findings are kept", default=90, most=36_500)
+    review_days: int = config.setting(
+        "days that reviews which have ended are kept at all", default=730, most=36_500
+    )

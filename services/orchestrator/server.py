@@ -118,6 +118,7 @@ class App:
             self._plans,
             content_hours=settings.failed_content_hours,
             findings_days=settings.findings_days,
+            review_days=settings.review_days,
         )
         await until_there(lambda: postgres.probe(self._url, _REVISION, _MIGRATE))
         await self._database.open()

@@ -572,7 +572,9 @@ async def test_list_is_newest_first_in_pages(stack: Stack) -> None:
     assert set(seen) == set(names)
     assert seen == sorted(seen, reverse=True)
     only = await client.ListReviews(
-        review_pb2.ListReviewsRequest(parent="tenants/acme", repository="acme/r1")
+        review_pb2.ListReviewsRequest(
+            parent="tenants/acme", filter=review_pb2.ReviewFilter(repository="acme/r1")
+        )
     )
     assert {one.repository for one in only.reviews} == {"acme/r1"}
 

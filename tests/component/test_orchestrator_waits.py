@@ -539,7 +539,9 @@ async def test_room_of_several_runners_is_used(orchestrator_database_url, tmp_pa
         await stack.until_room(6)
         reviews = [await stack.submit() for _ in range(9)]
         await stack.until("SELECT 1 FROM attempt WHERE state = 'RUNNING' HAVING count(*) = 6")
-        assert [one.busy for one in everyone] == [2, 2, 2]
+        async with asyncio.timeout(20):
+            while [one.busy for one in everyone] != [2, 2, 2]:
+                await asyncio.sleep(0.02)
         go.set()
         for review in reviews:
             assert (await stack.ended(review)).state == COMPLETED

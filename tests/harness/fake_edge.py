@@ -429,6 +429,27 @@ class _Reviews(_Fake, review_pb2_grpc.ReviewServiceServicer):
         self.edge.meet(request, context)
         return review_pb2.RetryReviewResponse(review=self.edge.reviews[request.name])
 
+    def CancelReviews(self, request, context):
+        self.edge.meet(request, context)
+        return review_pb2.CancelReviewsResponse(names=list(self.edge.reviews))
+
+    def RetryReviews(self, request, context):
+        self.edge.meet(request, context)
+        first, *others = self.edge.reviews
+        return review_pb2.RetryReviewsResponse(
+            names=others,
+            refused=[
+                review_pb2.RetryReviewsResponse.Refused(
+                    name=first, reason="WRONG_STATE", message="its diff is not kept any more"
+                )
+            ],
+        )
+
+    def DeleteReview(self, request, context):
+        self.edge.meet(request, context)
+        del self.edge.reviews[request.name]
+        return review_pb2.DeleteReviewResponse()
+
     def ExportReview(self, request, context):
         self.edge.meet(request, context)
         return review_pb2.ExportReviewResponse(content=self.edge.export)

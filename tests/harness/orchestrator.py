@@ -306,6 +306,7 @@ class Conversation:
                 suite=options_pb2.HPKE_SUITE_X25519_V1,
                 chunks=[runner_pb2.PlannedChunk(chunk_id=chunk) for chunk in chunks],
                 process_id=4711,
+                prompt_version="9",
             )
         )
         async with asyncio.timeout(20), self._news:

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 from byokeep.cli import files
-from byokeep.orchestrator.v1 import review_pb2
+from byokeep.orchestrator.v1 import review_pb2, settings_pb2
 
 pytest_plugins = ["tests.harness.cli_fixtures"]
 
@@ -614,3 +614,103 @@ def test_a_model_cannot_write_to_the_terminal(edge, byokeep):
     assert not set(ran.out) & set("\x1b\x07\x9b\u202e")
     edge.states = [COMPLETED | {"findings": [finding]}]
     assert not set(submit(byokeep, "--json").out) & set("\x1b\x07\x9b\u202e")
+
+
+# --- several at once
+
+
+def test_list_takes_filters_and_says_that_there_are_more(edge, byokeep):
+    for _ in range(3):
+        edge.add_review()
+    flags = ("--state", "failed", "--failure", "rate-limited", "--repo", "a/b", "--pr", "7")
+    ran = byokeep("review", "list", *flags, "--since", "2026-11-01", "--limit", "2")
+    assert ran.code == 0, ran.err
+    (request,) = edge.sent(review_pb2.ListReviewsRequest)
+    wanted = request.filter
+    assert list(wanted.states) == [review_pb2.REVIEW_STATE_FAILED]
+    assert list(wanted.failures) == [review_pb2.FAILURE_REASON_RATE_LIMITED]
+    assert (wanted.repository, wanted.pull_request) == ("a/b", 7)
+    assert wanted.submitted_after.ToJsonString().startswith("2026-1")
+    assert "there are more: --limit 20" in ran.err
+    assert len(ran.out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [("--since", "soon", "--since takes"), ("--failure", "luck", "--failure takes one of")],
+)
+def test_a_filter_that_is_none_is_refused_here(edge, byokeep, flag, value, said):
+    ran = byokeep("review", "list", flag, value)
+    assert (ran.code, said in ran.err) == (2, True)
+    assert edge.sent(review_pb2.ListReviewsRequest) == []
+
+
+def test_many_are_cancelled_or_retried_by_the_same_options(edge, byokeep):
+    first, second = edge.add_review(), edge.add_review()
+    ran = byokeep("review", "cancel", "--pr", "7")
+    assert (ran.code, ran.out.split()) == (0, [first, second])
+    assert "2 reviews cancelled" in ran.err
+    ran = byokeep("review", "retry", "--since", "1d")
+    assert (ran.code, ran.out.split()) == (7, [second])
+    assert f"{first} is not: its diff is not kept any more" in ran.err
+
+
+@pytest.mark.parametrize("what", ["cancel", "retry"])
+@pytest.mark.parametrize("flags", [(), ("rev_1", "--pr", "7")])
+def test_one_or_some_and_never_all_by_accident(edge, byokeep, what, flags):
+    ran = byokeep("review", what, *flags)
+    assert (ran.code, "give the id of a review, or options" in ran.err) == (2, True)
+
+
+def test_delete_asks_first(edge, byokeep):
+    review_id = edge.add_review()
+    assert byokeep("review", "delete", review_id).code == 2
+    assert edge.sent(review_pb2.DeleteReviewRequest) == []
+    ran = byokeep("review", "delete", review_id, "--yes")
+    assert (ran.code, ran.out.strip()) == (0, f"deleted {review_id}")
+
+
+def test_a_superseded_review_names_the_newer(edge, byokeep):
+    newer = "rev_" + "7" * 26
+    edge.states = [
+        {
+            "state": review_pb2.REVIEW_STATE_CANCELLED,
+            "superseded_by": f"tenants/demo/reviews/{newer}",
+            "pull_request": 7,
+        }
+    ]
+    ran = submit(byokeep, "--pr", "7")
+    assert ran.code == 7
+    assert f"a newer commit of pull request 7 is reviewed instead, as {newer}" in ran.err
+
+
+def test_keep_goes_with_the_submission(edge, byokeep):
+    edge.states = [COMPLETED]
+    assert submit(byokeep, "--keep").code == 0
+    assert sent(edge).keep_older
+
+
+def test_how_far_it_is_is_told(edge, byokeep):
+    queued = review_pb2.ReviewProgress(stage=review_pb2.REVIEW_STAGE_QUEUED, place=4)
+    leasing = review_pb2.ReviewProgress(stage=review_pb2.REVIEW_STAGE_LEASING)
+    calling = review_pb2.ReviewProgress(stage=review_pb2.REVIEW_STAGE_CALLING, chunk=2)
+    edge.states = [
+        {"state": review_pb2.REVIEW_STATE_QUEUED, "progress": queued},
+        {"state": review_pb2.REVIEW_STATE_RUNNING, "progress": leasing},
+        {"state": review_pb2.REVIEW_STATE_RUNNING, "progress": calling},
+        COMPLETED,
+    ]
+    said = submit(byokeep).err
+    for part in ("number 4 in the queue", "a runner gets the key", "the provider reads chunk 2"):
+        assert part in said
+
+
+def test_policies_are_shown_and_set(edge, byokeep):
+    assert "ends its older reviews" in byokeep("policy", "show").out
+    ran = byokeep("policy", "set", "--keep-superseded", "--retry-ambiguous")
+    assert ran.code == 0, ran.err
+    (request,) = edge.sent(settings_pb2.UpdateSettingsRequest)
+    assert list(request.update_mask.paths) == ["keep_superseded", "retry_ambiguous"]
+    assert request.settings.keep_superseded
+    assert request.settings.retry_ambiguous
+    assert byokeep("policy", "set").code == 2

@@ -67,7 +67,8 @@ def test_every_reason_says_what_to_do_in_whole_sentences(reason: str) -> None:
     assert told.endswith(".")
     assert "{" not in told
     waits = failures.waiting_sentence(reason, key="key_1", cause="TLS")
-    assert bool(waits) is (TABLE[reason].follows is not Follows.END)
+    # A lost answer is only asked for again where the tenant wants that.
+    assert bool(waits) is (TABLE[reason].follows is not Follows.END or reason == "AMBIGUOUS")
     assert waits == "" or (waits.endswith(".") and "{" not in waits)
 
 
@@ -77,6 +78,20 @@ def test_what_follows(reason: str) -> None:
     first = failures.decide(Failure(reason), tries=1, spare_calls=3)
     assert (many.follows is Follows.WAIT) is (reason in WAITS)
     assert (first.follows is Follows.END) is (reason in ENDS)
+
+
+@pytest.mark.parametrize("reason", ["AMBIGUOUS", "CHILD_LOST", "TIMEOUT", "KEY_REVOKED"])
+def test_a_lost_answer_is_asked_for_again_where_the_tenant_wants_it(reason: str) -> None:
+    def decided(tries: int, spare: int = 0) -> tuple[Follows, str]:
+        lost = Failure(reason, ambiguous=True)
+        found = failures.decide(lost, tries=tries, spare_calls=spare, retry_ambiguous=True)
+        return found.follows, found.reason
+
+    if reason == "KEY_REVOKED":
+        assert decided(1) == (Follows.END, "KEY_REVOKED")
+        return
+    assert decided(1) == decided(MAX_TRIES - 1) == (Follows.RETRY, "AMBIGUOUS")
+    assert decided(MAX_TRIES) == decided(1, spare=-1) == (Follows.END, "AMBIGUOUS")
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -203,6 +218,7 @@ def stale(**values) -> Stale:
         "model": "m",
         "unfinished_call": False,
         "calls_left": 5,
+        "retry_ambiguous": False,
     }
     return Stale(**(chosen | values))
 

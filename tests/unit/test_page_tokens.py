@@ -17,15 +17,20 @@ GIVEN = {
     "ListTenants": "acme",
     "ListCallers": "spiffe://byokeep.local/client/ci",
     "GetReview": "17",
-    "ListReviews": "rev_" + "0" * 26,
+    "ListReviews": "rev_" + "0" * 26 + "." + "a" * 16,
+    "CancelReviews": "rev_" + "0" * 26 + "." + "a" * 16,
+    "RetryReviews": "rev_" + "0" * 26 + "." + "a" * 16,
     "ListKeyUses": "att_" + "0" * 26,
     "ListKeys": "key_" + "0" * 26,
     "ListModels": "openai/ft:gpt-6:acme::x1",
 }
 FORGED = ["forged!", "../x", "a\0", "a b", "é", "-" * 5000, "' OR 1=1 --", "eyJpZCI6MX0="]
-PARENTS = {
+_MANY = {"filter": review_pb2.ReviewFilter(), "request_id": "req-12345678"}
+OTHERS = {
     "ListKeyUses": {"name": "tenants/acme/providerKeys/key_" + "0" * 26},
     "GetReview": {"name": "tenants/acme/reviews/rev_" + "0" * 26},
+    "CancelReviews": _MANY,
+    "RetryReviews": _MANY,
 }
 
 
@@ -43,7 +48,7 @@ def test_forged_page_tokens_are_refused(method):
     """Shown to fail with a `max_len` in place of a list's pattern: the token becomes a parameter
     of SQL, where a NUL is INTERNAL."""
     request = message_factory.GetMessageClass(method.input_type)
-    fields = dict(PARENTS.get(method.name, {}))
+    fields = dict(OTHERS.get(method.name, {}))
     if "parent" in method.input_type.fields_by_name:
         fields["parent"] = "tenants/acme"
     validate(request(**fields))

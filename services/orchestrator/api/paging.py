@@ -1,16 +1,19 @@
 """Pages: a token is the last id of the page before; the protos have its form.
 
 A page ends where it has as many rows as were asked for, or as many bytes as an answer may have.
+Where a list has a filter, its token ends in a digest of it: a token of another list is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
 from services.orchestrator.policy.bounds import PAGE_BYTES
+from services.orchestrator.policy.refusals import unexpected
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -35,3 +38,21 @@ def cut(
         if room < 0:
             break
     return page, key(rows[len(page) - 1]) if len(page) < len(rows) else ""
+
+
+def after(request: Any) -> str:
+    """Return the last id of the page before, of a request with a filter; empty: the first page.
+
+    Raises ByokeepError: INVALID_FIELD.
+    """
+    last, _, _ = request.page_token.partition(".")
+    if request.page_token and request.page_token != following(request, last):
+        raise unexpected("page_token", "next_page_token of a page with the same filter")
+    return str(last)
+
+
+def following(request: Any, last: str) -> str:
+    """Return the token of the page after an id, for a request with a filter; empty after none."""
+    named = request.DESCRIPTOR.full_name + request.parent
+    asked = named.encode() + request.filter.SerializeToString(deterministic=True)
+    return f"{last}.{hashlib.sha256(asked).hexdigest()[:16]}" if last else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import hashlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -15,7 +16,7 @@ from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc, settings_pb2
 from services.common import tracing
 from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
-from services.orchestrator.api import access, paging, planning
+from services.orchestrator.api import access, filters, paging, planning
 from services.orchestrator.api.settings import ceilings
 from services.orchestrator.api.tenants import timestamp
 from services.orchestrator.compute.child import Job
@@ -39,10 +40,14 @@ from services.orchestrator.store.reviews import (
 from services.orchestrator.store.tenants import TenantStore
 
 TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
+OPEN: Final = frozenset({"QUEUED", "RUNNING"})
 # Nothing tells of how far an answer is: that is stored with each beat.
 _RUNNING_SECONDS: Final = 2.5
-# Nothing tells of the start of an attempt, see CLAIM.
-_QUEUED_SECONDS: Final = 1.0
+# Nothing tells of the start of an attempt and of its first call, see PICK.
+_STARTING_SECONDS: Final = 1.0
+_BULK: Final = 500
+# What says of one review that it can't be retried, and nothing of the next.
+_OF_ONE: Final = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +100,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         scope, digest = _scope(request), requests.digest_of(request.input)
         refused: ByokeepError | None = None
         try:
-            row: ReviewRow | None = await self._submit(
-                rights, request.input, request.priority, scope, digest
-            )
+            row: ReviewRow | None = await self._submit(rights, request, scope, digest)
         except requests.Repeated:
             row = None
         except ByokeepError as error:
@@ -137,15 +140,12 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         """List the reviews that the caller may see, newest first."""
         rights = access.current()
         limit = paging.size(request.page_size)
-        rows = await self._reviews.page(
-            rights.tenant.id,
-            request.page_token,
-            limit + 1,
-            request.repository,
-            of_users=rights.may_read_users,
+        wanted = filters.read(request.filter, rights.tenant.id, of_users=rights.may_read_users)
+        rows = await self._reviews.page(wanted, paging.after(request), limit + 1)
+        page, last = paging.cut(rows, limit, lambda row: row.id, self._message)
+        return review_pb2.ListReviewsResponse(
+            reviews=page, next_page_token=paging.following(request, last)
         )
-        page, token = paging.cut(rows, limit, lambda row: row.id, self._message)
-        return review_pb2.ListReviewsResponse(reviews=page, next_page_token=token)
 
     async def WatchReview(
         self, request: review_pb2.WatchReviewRequest, context: object
@@ -163,8 +163,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 if row != seen:
                     yield review_pb2.WatchReviewResponse(review=self._message(row))
                 seen = row
-                waiting = row.state == "QUEUED"
-                await changes.wait(_QUEUED_SECONDS if waiting else _RUNNING_SECONDS)
+                await changes.wait(_RUNNING_SECONDS if row.progress_calls else _STARTING_SECONDS)
                 rights = await access.again()
 
     async def CancelReview(
@@ -176,7 +175,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         row = await self._reviews.get(tenant, review_id)
         rights.require_user(row.owner, "name")
         if row.state not in TERMINAL:
-            await self._attempts.cancel_review(tenant, review_id)
+            await self._attempts.cancel_review(review_id)
             row = await self._reviews.get(tenant, review_id)
         if row.state != "CANCELLED":
             raise ByokeepError(
@@ -195,20 +194,51 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights.require_active()
         row = await self._reviews.get(rights.tenant.id, review_id)
         rights.require_user(row.owner, "name")
-        rights.require_user_keys(row.owner)
         if not await self._reviews.retried(request, rights.tenant.id):
-            keys = await self._keys(rights, row.owner)
-            key = choose_key(row.model.partition("/")[0], keys, row.owner)
-            await self._reviews.retry(
-                request,
-                rights.tenant.id,
-                review_id,
-                key_id=names.last_of(key.name),
-                key_version=key.active_version,
-                max_calls=self._ceilings(rights).max_calls_per_review,
-            )
+            await self._retry(rights, row, request)
             row = await self._reviews.get(rights.tenant.id, review_id)
         return review_pb2.RetryReviewResponse(review=self._message(row))
+
+    async def CancelReviews(
+        self, request: review_pb2.CancelReviewsRequest, context: object
+    ) -> review_pb2.CancelReviewsResponse:
+        """Cancel reviews, each for itself."""
+        rows, token = await self._bulk(request, OPEN)
+        done = [row for row in rows if await self._attempts.cancel_review(row.id)]
+        return review_pb2.CancelReviewsResponse(names=map(_name, done), next_page_token=token)
+
+    async def RetryReviews(
+        self, request: review_pb2.RetryReviewsRequest, context: object
+    ) -> review_pb2.RetryReviewsResponse:
+        """Start a further attempt of failed reviews, each for itself."""
+        rights = access.current()
+        rights.require_active()
+        rows, token = await self._bulk(request, frozenset({"FAILED"}))
+        answer = review_pb2.RetryReviewsResponse(next_page_token=token)
+        for row in rows:
+            one = review_pb2.RetryReviewRequest(
+                name=_name(row), request_id=_request_id_of(request.request_id, row.id)
+            )
+            try:
+                await self._retry(rights, row, one)
+                answer.names.append(one.name)
+            except ByokeepError as error:
+                if error.code not in _OF_ONE:
+                    raise
+                answer.refused.add(name=one.name, reason=error.reason, message=str(error))
+        return answer
+
+    async def DeleteReview(
+        self, request: review_pb2.DeleteReviewRequest, context: object
+    ) -> review_pb2.DeleteReviewResponse:
+        """Delete a review with all that belongs to it."""
+        rights = access.current()
+        tenant = rights.tenant.id
+        if not await self._reviews.deleted(request, tenant):
+            row = await self._reviews.get(tenant, names.last_of(request.name))
+            rights.require_user(row.owner, "name")
+            await self._reviews.delete(request, tenant)
+        return review_pb2.DeleteReviewResponse()
 
     async def ExportReview(
         self, request: review_pb2.ExportReviewRequest, context: object
@@ -227,14 +257,45 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         answer = await self._compute.run(row.tenant, Job(request.format), review)
         return review_pb2.ExportReviewResponse.FromString(answer)
 
+    async def _bulk(
+        self,
+        request: review_pb2.CancelReviewsRequest | review_pb2.RetryReviewsRequest,
+        states: frozenset[str],
+    ) -> tuple[Sequence[ReviewRow], str]:
+        """Return reviews that a filter names and the caller may change, and the next token."""
+        rights = access.current()
+        wanted = filters.read(
+            request.filter, rights.tenant.id, of_users=rights.may_assert_users, states=states
+        )
+        rows = await self._reviews.page(
+            wanted, paging.after(request), _BULK + 1, newest_first=False
+        )
+        last = rows[_BULK - 1].id if len(rows) > _BULK else ""
+        return rows[:_BULK], paging.following(request, last)
+
+    async def _retry(
+        self, rights: access.Rights, row: ReviewRow, request: review_pb2.RetryReviewRequest
+    ) -> None:
+        rights.require_user_keys(row.owner)
+        keys = await self._keys(rights, row.owner)
+        key = choose_key(row.model.partition("/")[0], keys, row.owner)
+        await self._reviews.retry(
+            request,
+            rights.tenant.id,
+            row.id,
+            key_id=names.last_of(key.name),
+            key_version=key.active_version,
+            max_calls=self._ceilings(rights).max_calls_per_review,
+        )
+
     async def _submit(
         self,
         rights: access.Rights,
-        wanted: review_pb2.ReviewInput,
-        priority: review_pb2.Priority.ValueType,
+        request: review_pb2.SubmitReviewRequest,
         scope: str,
         digest: bytes,
     ) -> ReviewRow:
+        wanted = request.input
         prepared = await self._prepare(rights, wanted)
         planning.require_calls(prepared.plan.calls, prepared.max_calls)
         content_key = await self._contents.current(rights.tenant.id)
@@ -251,7 +312,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 model=str(prepared.model),
                 key_id=names.last_of(prepared.key.name),
                 key_version=prepared.key.active_version,
-                priority=int(priority == review_pb2.PRIORITY_BATCH),
+                priority=int(request.priority == review_pb2.PRIORITY_BATCH),
                 trace_parent=tracing.traceparent(),
                 owner=wanted.user,
                 actor=rights.actor(wanted.user),
@@ -266,6 +327,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             ),
             self._ceilings(rights).max_reviews_per_day,
             self._ceilings(rights).max_calls_per_day,
+            supersede=not (request.keep_older or rights.tenant.keep_superseded),
         )
 
     def _require_sender(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> None:
@@ -349,6 +411,15 @@ def _chosen_by(source: Source) -> dict[str, str]:
     return {"field": "input.model"} if source is Source.REVIEW else {"whose": source.value}
 
 
+def _name(row: ReviewRow) -> str:
+    return names.review_name(row.tenant, row.id)
+
+
+def _request_id_of(request_id: str, review_id: str) -> str:
+    """The id of one retry of many: the same each time that the many are asked for."""
+    return hashlib.sha256(f"{request_id} {review_id}".encode()).hexdigest()
+
+
 def _scope(request: review_pb2.SubmitReviewRequest) -> str:
     wanted = request.input
     return f"{wanted.repository}#{wanted.pull_request}@{wanted.head_commit}:{request.request_id}"
@@ -356,7 +427,7 @@ def _scope(request: review_pb2.SubmitReviewRequest) -> str:
 
 def _message(row: ReviewRow, wait_seconds: int) -> review_pb2.Review:
     return review_pb2.Review(
-        name=names.review_name(row.tenant, row.id),
+        name=_name(row),
         state=review_pb2.ReviewState.Value(f"REVIEW_STATE_{row.state}"),
         repository=row.repository,
         pull_request=row.pull_request,
@@ -380,7 +451,25 @@ def _message(row: ReviewRow, wait_seconds: int) -> review_pb2.Review:
         etag=str(row.version),
         answer_bytes=row.answer_bytes,
         wait=_wait(row, wait_seconds),
+        superseded_by=names.review_name(row.tenant, row.superseded_by) if row.superseded_by else "",
+        progress=_progress(row),
+        prompt_version=row.prompt_version,
     )
+
+
+def _progress(row: ReviewRow) -> review_pb2.ReviewProgress | None:
+    if row.progress_calls is None or row.state in TERMINAL:
+        return None
+    if row.wait_reason:
+        return review_pb2.ReviewProgress(stage=review_pb2.REVIEW_STAGE_WAITING)
+    if row.state == "QUEUED":
+        return review_pb2.ReviewProgress(
+            stage=review_pb2.REVIEW_STAGE_QUEUED, place=row.progress_place or 0
+        )
+    if not row.progress_calls:
+        return review_pb2.ReviewProgress(stage=review_pb2.REVIEW_STAGE_LEASING)
+    chunk = min(row.chunks_done + 1, row.chunks_total)
+    return review_pb2.ReviewProgress(stage=review_pb2.REVIEW_STAGE_CALLING, chunk=chunk)
 
 
 def _wait(row: ReviewRow, wait_seconds: int) -> review_pb2.ReviewWait | None:

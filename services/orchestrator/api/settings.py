@@ -36,6 +36,8 @@ _FIELDS: Final = (
     "max_calls_per_review",
     "max_calls_per_day",
     "max_reviews_per_day",
+    "keep_superseded",
+    "retry_ambiguous",
 )
 _NAME: Final = re.compile(r"tenants/[^/]+/settings")
 _MODELS_A_PAGE: Final = 200
@@ -205,6 +207,8 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             max_calls_per_review=row.max_calls_per_review,
             max_calls_per_day=row.max_calls_per_day,
             max_reviews_per_day=row.max_reviews_per_day,
+            keep_superseded=row.keep_superseded,
+            retry_ambiguous=row.retry_ambiguous,
             etag=row.etag,
             in_force=ceilings(row, self._plans.of(row.plan), self._settings),
         )

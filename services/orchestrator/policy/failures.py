@@ -203,6 +203,7 @@ TABLE: Final[Mapping[str, Row]] = {
         Follows.END,
         "A call was sent and its answer lost; it may have been billed, so it was not repeated. Run"
         " 'byokeep review retry {review}' to make it again.",
+        "A call's answer was lost; it is made again, as the tenant's settings say.",
     ),
     "LEASE_REFUSED": Row(
         Follows.END,
@@ -258,6 +259,7 @@ def decide(
     spare_calls: int = 0,
     refused_call: bool = False,
     newer_version: bool = False,
+    retry_ambiguous: bool = False,
 ) -> Decision:
     """Return what follows.
 
@@ -268,10 +270,15 @@ def decide(
         spare_calls: calls that the review may still make, beyond what it needs; below 0: too few.
         refused_call: whether the provider answered the attempt's last call with this failure.
         newer_version: whether a newer version of the key is active, where that would help.
+        retry_ambiguous: whether the tenant has calls made again whose answer was lost.
     """
     row = TABLE[failure.reason]
+    if failure.ambiguous and not row.says_itself:
+        if not retry_ambiguous or tries >= MAX_TRIES or spare_calls < 0:
+            return Decision(Follows.END, "AMBIGUOUS")
+        return Decision(Follows.RETRY, "AMBIGUOUS", _delay(failure, Follows.RETRY, tries, 0.0))
     if failure.ambiguous:
-        return Decision(Follows.END, failure.reason if row.says_itself else "AMBIGUOUS")
+        return Decision(Follows.END, failure.reason)
     follows = row.follows
     if newer_version or (follows is Follows.RETRY and failure.retry_after_seconds):
         follows = Follows.WAIT  # what ends it is known: nothing is tried in vain

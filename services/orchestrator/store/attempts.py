@@ -63,6 +63,7 @@ class Work:
     validation_hours: float
     destroy_previous: bool
     trace_parent: str
+    retry_ambiguous: bool
     content_key: content.ContentKey | None = None
 
 
@@ -73,6 +74,7 @@ class Trail:
     runner_id: str = ""
     lease_id: str = ""
     process_id: int = 0
+    prompt_version: str = ""
     open_time: datetime | None = None
     close_time: datetime | None = None
 
@@ -138,6 +140,7 @@ class Stale:
     model: str
     unfinished_call: bool
     calls_left: int
+    retry_ambiguous: bool
 
 
 class AttemptStore:
@@ -193,6 +196,7 @@ class AttemptStore:
                 "runner_id": trail.runner_id,
                 "lease_id": trail.lease_id,
                 "process_id": trail.process_id,
+                "prompt_version": trail.prompt_version,
                 "call_number": number,
                 "chunk_id": chunk_id,
                 "chunks_total": chunks_total,
@@ -255,14 +259,10 @@ class AttemptStore:
             found = await session.all(sql.HEARTBEAT, parameters)
         return {row.id for row in found}
 
-    async def cancel_review(self, tenant: str, review_id: str) -> bool:
-        """Cancel a review of the tenant with its attempts; False if it had ended."""
+    async def cancel_review(self, review_id: str) -> bool:
+        """Cancel a review with its attempts; False if it had ended."""
         async with self._database.transaction() as session:
-            # The first waits for an end that is being stored, the second sees what follows it.
-            for _ in range(2):
-                await session.all(sql.CANCEL_ATTEMPTS, {"review_id": review_id})
-            done = await session.one(sql.CANCEL_REVIEW, {"review_id": review_id})
-        return done is not None
+            return await cancel(session, review_id)
 
     async def cancel_all(self, tenant: str) -> None:
         """Cancel all that is queued or runs for a tenant."""
@@ -270,7 +270,7 @@ class AttemptStore:
             reviews = await session.all(sql.OPEN_REVIEWS, {"tenant": tenant})
             await session.all(sql.CANCEL_VALIDATIONS, {"tenant": tenant})
         for row in reviews:
-            await self.cancel_review(tenant, row.id)
+            await self.cancel_review(row.id)
 
     async def stale(self, seconds: float, held: float) -> list[str]:
         """Return attempts whose worker gave no sign of life for so long; for
@@ -340,6 +340,15 @@ class AttemptStore:
     async def _guarded(self, statement: LiteralString, parameters: Mapping[str, Any]) -> Row:
         async with self._database.statement() as session:
             return await _one(session, statement, parameters)
+
+
+async def cancel(session: Session, review_id: str, superseded_by: str = "") -> bool:
+    """Cancel a review with its attempts; False if it had ended."""
+    # The first waits for an end that is being stored, the second sees what follows it.
+    for _ in range(2):
+        await session.all(sql.CANCEL_ATTEMPTS, {"review_id": review_id})
+    parameters = {"review_id": review_id, "superseded_by": superseded_by}
+    return await session.one(sql.CANCEL_REVIEW, parameters) is not None
 
 
 async def _one(session: Session, statement: LiteralString, parameters: Mapping[str, Any]) -> Any:

@@ -57,17 +57,29 @@ async def first_time(
 
     Raises ByokeepError: REQUEST_ID_CONFLICT.
     """
-    method = message.DESCRIPTOR.name.removesuffix("Request")
-    request_id: str = getattr(message, "request_id")  # noqa: B009 - of any mutation's message
-    digest = digest_of(message)
     values = {
         "tenant": tenant,
-        "method": method,
-        "scope": request_id,
-        "digest": digest,
+        "method": _method(message),
+        "scope": _request_id(message),
+        "digest": digest_of(message),
         "resource": resource,
     }
     if await session.one(_FIRST, values) is not None:
         return True
-    await seen(session, tenant, method, request_id, digest)
+    await again(session, tenant, message)
     return False
+
+
+async def again(session: Session, tenant: str, message: Message) -> bool:
+    """Whether a request was carried out before. Raises ByokeepError: REQUEST_ID_CONFLICT."""
+    scope, digest = _request_id(message), digest_of(message)
+    return await seen(session, tenant, _method(message), scope, digest) is not None
+
+
+def _method(message: Message) -> str:
+    return message.DESCRIPTOR.name.removesuffix("Request")
+
+
+def _request_id(message: Message) -> str:
+    request_id: str = getattr(message, "request_id")  # noqa: B009 - of any mutation's message
+    return request_id

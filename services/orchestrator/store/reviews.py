@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Final, LiteralString
 
 import grpc
 from byokeep import ids
+from byokeep.names import last_of
 from byokeep.orchestrator.v1 import review_pb2
 
 from services.common.errors import ByokeepError
 from services.orchestrator.policy.refusals import not_active
 from services.orchestrator.store import requests, sql, sql_waits
+from services.orchestrator.store.attempts import cancel
 from services.orchestrator.store.database import Database, Row, Session
 
 SUBMIT: Final = "SubmitReview"
@@ -38,6 +40,7 @@ class ReviewRow:
     owner: str
     failure: str
     failure_message: str
+    superseded_by: str
     calls_started: int
     ambiguous_calls: int
     chunks_done: int
@@ -56,26 +59,74 @@ class ReviewRow:
     wait_cause: str = ""
     wait_since: datetime | None = None
     wait_until: datetime | None = None
+    progress_calls: int | None = None
+    progress_place: int | None = None
+    prompt_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewFilter:
+    """Some of a tenant's reviews: empty fields say nothing, and without `of_users` those that run
+    on keys of users are left out."""
+
+    tenant: str
+    of_users: bool
+    states: Sequence[str] = ()
+    failures: Sequence[str] = ()
+    repository: str = ""
+    pull_request: int = 0
+    owner: str = ""
+    submitted_after: datetime | None = None
+    submitted_before: datetime | None = None
 
 
 _NAMES: Final = tuple(ReviewRow.__dataclass_fields__)
-_OWN: Final = tuple(name for name in _NAMES if not name.startswith(("wait_", "answer_")))
+_JOINED: Final = ("wait_", "answer_", "progress_", "prompt_")
+_OWN: Final = tuple(name for name in _NAMES if not name.startswith(_JOINED))
 _COLUMNS: Final = f"""
 SELECT {", ".join(_OWN)},
-    coalesce((SELECT sum(attempt.answer_bytes)::bigint FROM attempt
-        WHERE attempt.review_id = review.id AND attempt.state = 'RUNNING'), 0) AS answer_bytes,
     coalesce(wait.reason, '') AS wait_reason,
     coalesce(wait.cause, '') AS wait_cause, wait.since AS wait_since,
     nullif(wait.until, 'infinity') AS wait_until
 FROM review {sql_waits.WAIT}
 """  # noqa: S608 - constants
-_GET: Final = _COLUMNS + "WHERE id = %(id)s AND tenant = %(tenant)s"
-_PAGE: Final = f"""
-{_COLUMNS} WHERE tenant = %(tenant)s AND (%(of_users)s OR owner = '')
-    AND (%(before)s = '' OR id < %(before)s)
-    AND (%(repository)s = '' OR repository = %(repository)s)
-ORDER BY id DESC LIMIT %(limit)s
-"""
+_BESIDE: Final = """state = 'QUEUED' AND kind = 'REVIEW' AND attempt.tenant = review.tenant
+                AND attempt.key_id = last.key_id"""
+# How many calls the attempt that runs has started; how many go before the one that waits, of those
+# of its key: of its lane and of those before it, never more than a thousand rows each.
+_WHOLE: Final = f"""
+SELECT {", ".join(f"review.{name}" for name in _OWN)}, coalesce(wait.reason, '') AS wait_reason,
+    coalesce(wait.cause, '') AS wait_cause, wait.since AS wait_since,
+    nullif(wait.until, 'infinity') AS wait_until,
+    coalesce(last.answer_bytes, 0) AS answer_bytes, last.calls_started AS progress_calls,
+    CASE WHEN last.state = 'QUEUED' THEN (
+        SELECT least(count(*), 1000) + 1 FROM (
+            (SELECT FROM attempt WHERE {_BESIDE} AND priority = last.priority
+                AND (due_time, id) < (last.due_time, last.id) LIMIT 1000)
+            UNION ALL
+            (SELECT FROM attempt WHERE {_BESIDE} AND priority < last.priority LIMIT 1000)) earlier)
+        END AS progress_place,
+    coalesce((
+        SELECT prompt_version FROM attempt
+        WHERE attempt.review_id = review.id AND prompt_version <> ''
+        ORDER BY number DESC LIMIT 1), '') AS prompt_version
+FROM review {sql_waits.WAIT}
+    LEFT JOIN LATERAL (
+        SELECT id, key_id, state, calls_started, answer_bytes, priority, due_time FROM attempt
+        WHERE attempt.review_id = review.id AND attempt.state IN ('QUEUED', 'RUNNING')
+        ORDER BY number DESC LIMIT 1) last ON true
+"""  # noqa: S608 - constants
+_GET: Final = _WHOLE + "WHERE review.id = %(id)s AND review.tenant = %(tenant)s"
+_FILTER: Final[Mapping[str, LiteralString]] = {
+    "states": "state = ANY(%(states)s)",
+    "failures": "failure = ANY(%(failures)s)",
+    "repository": "repository = %(repository)s",
+    "pull_request": "pull_request = %(pull_request)s",
+    "owner": "owner = %(owner)s",
+    "submitted_after": "create_time >= %(submitted_after)s",
+    "submitted_before": "create_time < %(submitted_before)s",
+}
+_DELETE: Final = "DELETE FROM review WHERE id = %(id)s AND tenant = %(tenant)s"
 _UNREAD: Final = "SELECT unread FROM review WHERE id = %(id)s"
 # Chunk after chunk until they are so many bytes: one at least.
 _FINDINGS: Final = """
@@ -136,8 +187,11 @@ class ReviewStore:
             review_id = await requests.seen(session, tenant, SUBMIT, scope, digest)
         return None if review_id is None else await self.get(tenant, review_id)
 
-    async def submit(self, new: Submission, reviews_per_day: int, calls_per_day: int) -> ReviewRow:
-        """Store a review with its content and first attempt: all or nothing.
+    async def submit(
+        self, new: Submission, reviews_per_day: int, calls_per_day: int, *, supersede: bool
+    ) -> ReviewRow:
+        """Store a review with its content and first attempt: all or nothing; `supersede`: older
+        reviews of its pull request, of another head commit, are cancelled.
 
         Raises:
             Repeated: its request id came before.
@@ -158,6 +212,9 @@ class ReviewStore:
                 await session.run(sql.KEEP_UNREAD, parameters)
             if not new.chunks_total:
                 await session.run(sql.NOTHING_TO_READ, parameters)
+            if supersede and new.pull_request and new.head_commit:
+                for older in await session.all(sql.OLDER, parameters):
+                    await cancel(session, older.id, new.id)
             if not new.chunks_total or new.unread is not None:
                 return _review(await session.one(_GET, parameters))
         return _review(row)
@@ -192,28 +249,51 @@ class ReviewStore:
         )
 
     async def page(
-        self, tenant: str, before: str, limit: int, repository: str, *, of_users: bool
+        self, wanted: ReviewFilter, last: str, limit: int, *, newest_first: bool = True
     ) -> Sequence[ReviewRow]:
-        """Return reviews, newest first; `before` and `repository` may be empty.
-
-        Without `of_users`, only those that run on keys of the tenant itself.
-        """
+        """Return reviews of a filter by id, so by age, after `last`, which may be empty."""
+        given = {name: getattr(wanted, name) for name in _FILTER}
+        conditions: list[LiteralString] = [
+            condition for name, condition in _FILTER.items() if given[name]
+        ]
+        if not wanted.of_users:
+            conditions.append("owner = ''")
+        if last:
+            conditions.append("id < %(last)s" if newest_first else "id > %(last)s")
+        statement = _COLUMNS + " AND ".join(["WHERE tenant = %(tenant)s", *conditions])
+        statement += f" ORDER BY id {'DESC' if newest_first else 'ASC'} LIMIT %(limit)s"
         parameters = {
-            "tenant": tenant,
-            "of_users": of_users,
-            "before": before,
-            "repository": repository,
+            **given,
+            "states": list(wanted.states),
+            "failures": list(wanted.failures),
+            "tenant": wanted.tenant,
+            "last": last,
             "limit": limit,
         }
         async with self._database.statement() as session:
-            return [_review(row) for row in await session.all(_PAGE, parameters)]
+            return [_review(row) for row in await session.all(statement, parameters)]
+
+    async def delete(self, message: review_pb2.DeleteReviewRequest, tenant: str) -> None:
+        """Delete a review of the tenant with all that belongs to it."""
+        review_id = last_of(message.name)
+        async with self._database.transaction() as session:
+            if await requests.first_time(session, tenant, message):
+                await cancel(session, review_id)
+                await session.run(_DELETE, {"id": review_id, "tenant": tenant})
+
+    async def deleted(self, message: review_pb2.DeleteReviewRequest, tenant: str) -> bool:
+        """Whether this request was carried out before. Raises REQUEST_ID_CONFLICT."""
+        return await self._carried_out(message, tenant)
 
     async def retried(self, message: review_pb2.RetryReviewRequest, tenant: str) -> bool:
         """Whether this request was carried out before. Raises REQUEST_ID_CONFLICT."""
-        digest = requests.digest_of(message)
+        return await self._carried_out(message, tenant)
+
+    async def _carried_out(
+        self, message: review_pb2.RetryReviewRequest | review_pb2.DeleteReviewRequest, tenant: str
+    ) -> bool:
         async with self._database.statement() as session:
-            found = await requests.seen(session, tenant, "RetryReview", message.request_id, digest)
-        return found is not None
+            return await requests.again(session, tenant, message)
 
     async def retry(
         self,
@@ -246,11 +326,14 @@ class ReviewStore:
                     "only a failed review whose diff is still kept can be retried; submit it again",
                 )
 
-    async def sweep(self, *, content_hours: int, findings_days: int) -> None:
+    async def sweep(self, *, content_hours: int, findings_days: int, review_days: int) -> None:
         """Delete what was kept long enough."""
         async with self._database.statement() as session:
             await session.run(sql.DROP_CONTENT, {"hours": content_hours})
             await session.run(sql.DROP_FINDINGS, {"days": findings_days})
+            while await session.run(sql.DROP_REVIEWS, {"days": review_days}):
+                pass
+            await session.run(sql.DROP_KEY_CHECKS, {"days": review_days})
             await session.run(sql.DROP_REQUESTS)
             await session.run(sql.DROP_BUCKETS)
 

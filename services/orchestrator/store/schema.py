@@ -78,6 +78,8 @@ tenant = Table(
     _count("max_calls_per_review"),
     _count("max_calls_per_day"),
     Column("max_reviews_per_day", BigInteger, nullable=False, server_default=text("0")),
+    _flag("keep_superseded"),
+    _flag("retry_ambiguous"),
     _count("settings_version"),
     _created(),
 )
@@ -165,6 +167,8 @@ review = Table(
     _text("actor", default=None),
     _text("failure"),
     _text("failure_message"),
+    # The review of a newer head commit that took its place.
+    _text("superseded_by"),
     _count("max_calls"),
     _count("calls_started"),
     _count("ambiguous_calls"),
@@ -190,6 +194,7 @@ review = Table(
     _time("end_time"),
 )
 Index(None, review.c.tenant, review.c.id)
+Index(None, review.c.tenant, review.c.repository, review.c.pull_request, review.c.id)
 Index(None, review.c.end_time)
 
 review_content = Table(
@@ -230,6 +235,8 @@ attempt = Table(
     _text("runner_id"),
     _text("lease_id"),
     _count("process_id"),
+    # Of the prompt that its calls send.
+    _text("prompt_version"),
     _count("calls_started"),
     # Bytes so far of the answer to its open call, some seconds old.
     Column("answer_bytes", BigInteger, nullable=False, server_default=text("0")),
@@ -245,6 +252,12 @@ attempt = Table(
 )
 Index(None, attempt.c.review_id)
 Index(None, attempt.c.tenant, attempt.c.key_id, attempt.c.id)
+# Retention; those of reviews go with them.
+Index(
+    "attempt_key_end_idx",
+    attempt.c.end_time,
+    postgresql_where=text("kind <> 'REVIEW'"),
+)
 # Who is next: lane by lane (tenant, key, priority), and in each by time.
 Index(
     "attempt_lane_idx",

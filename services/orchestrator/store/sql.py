@@ -86,8 +86,9 @@ _WORK: Final = """SELECT
         CAST(coalesce(extract(epoch FROM now() - v.create_time) / 3600, 0) AS float)
             AS validation_hours,
         coalesce(v.destroy_previous, false) AS destroy_previous,
-        coalesce(r.trace_parent, '') AS trace_parent
-    FROM a LEFT JOIN review r ON r.id = a.review_id
+        coalesce(r.trace_parent, '') AS trace_parent, t.retry_ambiguous
+    FROM a JOIN tenant t ON t.id = a.tenant
+        LEFT JOIN review r ON r.id = a.review_id
         LEFT JOIN review_content c ON c.review_id = r.id
         LEFT JOIN key_validation v
             ON a.kind <> 'REVIEW' AND v.tenant = a.tenant AND v.key_id = a.key_id
@@ -137,7 +138,8 @@ CALL_STARTED: Final = """
         UPDATE attempt SET calls_started = calls_started + 1,
             runner_id = coalesce(nullif(%(runner_id)s, ''), runner_id),
             lease_id = coalesce(nullif(%(lease_id)s, ''), lease_id),
-            process_id = greatest(%(process_id)s, process_id)
+            process_id = greatest(%(process_id)s, process_id),
+            prompt_version = %(prompt_version)s
         FROM due
         WHERE attempt.id = %(id)s AND (due.kind <> 'REVIEW' OR EXISTS (SELECT FROM day))
         RETURNING review_id),
@@ -293,9 +295,18 @@ CANCEL_REVIEW: Final = """
         RETURNING 1),
     x AS (DELETE FROM review_content WHERE review_id = %(review_id)s)
     UPDATE review SET state = 'CANCELLED', end_time = now(), version = version + 1,
+        superseded_by = %(superseded_by)s,
         ambiguous_calls = ambiguous_calls + (SELECT count(*) FROM c)
     WHERE id = %(review_id)s AND state IN ('QUEUED', 'RUNNING')
     RETURNING pg_notify('byokeep_review', id)"""
+
+# Of the same user: nobody ends what runs on another's key.
+OLDER: Final = """
+    SELECT id FROM review
+    WHERE tenant = %(tenant)s AND repository = %(repository)s AND pull_request = %(pull_request)s
+        AND owner = %(owner)s AND state IN ('QUEUED', 'RUNNING') AND id <> %(id)s
+        AND head_commit NOT IN ('', %(head_commit)s)
+    ORDER BY id"""
 
 OPEN_REVIEWS: Final = (
     "SELECT id FROM review WHERE tenant = %(tenant)s AND state IN ('QUEUED', 'RUNNING')"
@@ -322,8 +333,8 @@ STALE: Final = """
         EXISTS (
             SELECT FROM provider_call c WHERE c.attempt_id = a.id AND c.finish_time IS NULL
         ) AS unfinished_call,
-        coalesce(r.max_calls - r.calls_started, 0) AS calls_left
-    FROM attempt a LEFT JOIN review r ON r.id = a.review_id
+        coalesce(r.max_calls - r.calls_started, 0) AS calls_left, t.retry_ambiguous
+    FROM attempt a JOIN tenant t ON t.id = a.tenant LEFT JOIN review r ON r.id = a.review_id
     WHERE a.id = %(id)s AND a.state = 'RUNNING'
         AND a.heartbeat_time < now() - make_interval(secs => %(seconds)s)
     FOR UPDATE OF a SKIP LOCKED"""
@@ -342,6 +353,15 @@ DROP_FINDINGS: Final = f"""
         UPDATE review SET unread = NULL WHERE unread IS NOT NULL AND {_KEPT_LONG_ENOUGH})
     DELETE FROM chunk_done USING review
     WHERE review.id = chunk_done.review_id AND {_KEPT_LONG_ENOUGH}"""  # noqa: S608 - constants
+
+DROP_REVIEWS: Final = """
+    DELETE FROM review WHERE id IN (
+        SELECT id FROM review WHERE end_time < now() - make_interval(days => %(days)s)
+        ORDER BY end_time LIMIT 1000)"""
+
+DROP_KEY_CHECKS: Final = """
+    DELETE FROM attempt
+    WHERE kind <> 'REVIEW' AND end_time < now() - make_interval(days => %(days)s)"""
 
 DROP_REQUESTS: Final = "DELETE FROM request WHERE create_time < now() - interval '7 days'"
 

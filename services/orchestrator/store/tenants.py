@@ -29,6 +29,8 @@ class TenantRow:
     max_calls_per_review: int
     max_calls_per_day: int
     max_reviews_per_day: int
+    keep_superseded: bool
+    retry_ambiguous: bool
     settings_version: int
     create_time: datetime
 
@@ -60,7 +62,7 @@ class RightsRow:
 _COLUMNS = """
 tenant.id, tenant.state, tenant.plan, tenant.default_model, tenant.max_diff_bytes,
 tenant.max_calls_per_review, tenant.max_calls_per_day, tenant.max_reviews_per_day,
-tenant.settings_version, tenant.create_time
+tenant.keep_superseded, tenant.retry_ambiguous, tenant.settings_version, tenant.create_time
 """
 _WIDTH = len(TenantRow.__dataclass_fields__)
 
@@ -127,7 +129,9 @@ UPDATE tenant SET settings_version = settings_version + 1,
     max_diff_bytes = coalesce(%(max_diff_bytes)s, max_diff_bytes),
     max_calls_per_review = coalesce(%(max_calls_per_review)s, max_calls_per_review),
     max_calls_per_day = coalesce(%(max_calls_per_day)s, max_calls_per_day),
-    max_reviews_per_day = coalesce(%(max_reviews_per_day)s, max_reviews_per_day)
+    max_reviews_per_day = coalesce(%(max_reviews_per_day)s, max_reviews_per_day),
+    keep_superseded = coalesce(%(keep_superseded)s, keep_superseded),
+    retry_ambiguous = coalesce(%(retry_ambiguous)s, retry_ambiguous)
 WHERE id = %(tenant)s
 """
 _SETTABLE = (
@@ -137,6 +141,8 @@ _SETTABLE = (
     "max_calls_per_review",
     "max_calls_per_day",
     "max_reviews_per_day",
+    "keep_superseded",
+    "retry_ambiguous",
 )
 
 

@@ -262,6 +262,7 @@ class Dispatcher:
             spare_calls=result.spare_calls,
             refused_call=result.refused_call,
             newer_version=newer > 0,
+            retry_ambiguous=work.retry_ambiguous,
         )
         successor = None
         if decision.follows is not Follows.END:

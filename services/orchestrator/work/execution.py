@@ -265,7 +265,7 @@ class Execution:
     async def _accepted(self, accepted: runner_pb2.Accepted) -> None:
         if self._place is not None:
             self._place.accepted()
-        self._trail(process_id=accepted.process_id)
+        self._trail(process_id=accepted.process_id, prompt_version=accepted.prompt_version)
         self._planned = [chunk.chunk_id for chunk in accepted.chunks]
         if self._work.turn:
             return  # there is a call, so the worker before this one has said "proceed"

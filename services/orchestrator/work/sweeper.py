@@ -72,8 +72,10 @@ class Sweeper:
         *,
         content_hours: int,
         findings_days: int,
+        review_days: int,
     ) -> None:
-        """`content_hours` a failed review's diff is kept, `findings_days` findings are."""
+        """`content_hours` a failed review's diff is kept, `findings_days` findings, and
+        `review_days` reviews that have ended."""
         self._attempts = attempts
         self._reviews = reviews
         self._keys = keys
@@ -87,6 +89,7 @@ class Sweeper:
         self._lacking = False
         self._content_hours = content_hours
         self._findings_days = findings_days
+        self._review_days = review_days
 
     def start(self, background: Background) -> None:
         """Sweep from now on; a chore that has to wait for keyvault holds up no other."""
@@ -168,7 +171,9 @@ class Sweeper:
     async def retention(self) -> None:
         """Delete what was kept long enough."""
         await self._reviews.sweep(
-            content_hours=self._content_hours, findings_days=self._findings_days
+            content_hours=self._content_hours,
+            findings_days=self._findings_days,
+            review_days=self._review_days,
         )
 
     async def _resume(self, row: TenantRow) -> None:
@@ -203,7 +208,12 @@ def after_silence(stale: Stale) -> Ending | ValidationEnding:
         return unreachable(stale.tries, 0.0, stale.key_version, failure.reason, state="FENCED")
     if stale.kind == "CHECK":
         return check_ending(stale, Result(failure), "FENCED")
-    decision = failures.decide(failure, tries=stale.tries, spare_calls=stale.calls_left - 1)
+    decision = failures.decide(
+        failure,
+        tries=stale.tries,
+        spare_calls=stale.calls_left - 1,
+        retry_ambiguous=stale.retry_ambiguous,
+    )
     successor = None
     if decision.follows is not Follows.END:
         successor = Successor(decision.delay_seconds, stale.key_version, decision)

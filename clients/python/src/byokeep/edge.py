@@ -241,6 +241,7 @@ class ReviewOptions(TypedDict, total=False):
     model: str
     user: str
     request_id: str
+    keep_older: bool
 
 
 def review_request(
@@ -265,6 +266,7 @@ def review_request(
             user=options.get("user", ""),
         ),
         request_id=options.get("request_id") or new_request_id(),
+        keep_older=options.get("keep_older", False),
     )
 
 

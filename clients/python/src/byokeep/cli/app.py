@@ -17,6 +17,7 @@ from byokeep.cli import (
     keys,
     limits,
     models,
+    policies,
     reviews,
     rotation,
     status,
@@ -47,6 +48,7 @@ app.add_typer(keys.app, name="key")
 app.add_typer(reviews.app, name="review")
 app.add_typer(models.app, name="model")
 app.add_typer(limits.app, name="limit")
+app.add_typer(policies.app, name="policy")
 app.add_typer(tenants.app, name="tenant")
 app.add_typer(tenants.callers, name="caller")
 app.add_typer(audit.app, name="audit")

@@ -62,10 +62,23 @@ def progress_line(review: review_pb2.Review) -> str:
         parts.append(f"{-(-review.answer_bytes // 1024)} KiB of an answer")
     if review.attempts > 1:
         parts.append(f"attempt {review.attempts}")
+    if review.superseded_by:
+        parts.append(f"superseded by {names.last_of(review.superseded_by)}")
+    parts += _now(review.progress)
     if review.HasField("wait"):
         parts[0] = f"review {review_id(review)} waits since {when(review.wait.since)}"
         parts.append(f"{wait_reason(review)}: {wait_text(review)}")
     return ", ".join(parts)
+
+
+def _now(progress: review_pb2.ReviewProgress) -> list[str]:
+    if progress.stage == review_pb2.REVIEW_STAGE_QUEUED and progress.place:
+        return [f"number {progress.place} in the queue"]
+    if progress.stage == review_pb2.REVIEW_STAGE_LEASING:
+        return ["a runner gets the key"]
+    if progress.stage == review_pb2.REVIEW_STAGE_CALLING:
+        return [f"the provider reads chunk {progress.chunk}"]
+    return []
 
 
 def wait_reason(review: review_pb2.Review) -> str:

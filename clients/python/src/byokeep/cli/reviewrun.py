@@ -111,7 +111,7 @@ def finish(session: Session, review: Review, gate: Gate) -> None:
     if review.state == review_pb2.REVIEW_STATE_FAILED:
         raise _failed(review)
     if review.state == review_pb2.REVIEW_STATE_CANCELLED:
-        raise CliError("the review was cancelled", "", Exit.REVIEW_FAILED, "CANCELLED")
+        raise _cancelled(review)
     if gate.closed and not ended:
         follow_it = f"byokeep review show {review_id(review)} --watch"
         raise CliError("the review has not ended yet", follow_it, Exit.REVIEW_FAILED, "NOT_ENDED")
@@ -129,6 +129,18 @@ def check_unread(session: Session, number: int, gate: Gate) -> None:
             f"{count(number, 'part')} of the diff not read by any model; --no-fail-on-unread passes"
         )
         raise typer.Exit(Exit.UNREAD)
+
+
+def _cancelled(review: Review) -> CliError:
+    if not review.superseded_by:
+        return CliError("the review was cancelled", "", Exit.REVIEW_FAILED, "CANCELLED")
+    newer = names.last_of(review.superseded_by)
+    return CliError(
+        f"a newer commit of pull request {review.pull_request} is reviewed instead, as {newer}",
+        f"byokeep review show {newer} --watch",
+        Exit.REVIEW_FAILED,
+        "SUPERSEDED",
+    )
 
 
 def _failed(review: Review) -> CliError:

@@ -1,8 +1,9 @@
-"""`byokeep review`: submit and follow a review; show, list, cancel, retry."""
+"""`byokeep review`: submit and follow a review; show, list, cancel, retry, delete."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from byokeep.cli import reviewinput
-from byokeep.cli.errors import CliError
+from byokeep.cli.confirm import confirm
+from byokeep.cli.errors import CliError, Exit
 from byokeep.cli.output import message_dict
+from byokeep.cli.reviewfilter import (
+    BeforeOption,
+    FailureOption,
+    Given,
+    PrOption,
+    RepoOption,
+    SinceOption,
+    StateOption,
+    UserOption,
+)
 from byokeep.cli.reviewoutput import (
     print_dry_run,
     print_reviews,
@@ -21,6 +33,8 @@ from byokeep.cli.reviewoutput import (
 )
 from byokeep.cli.reviewrun import Gate, check_unread, find, finish, follow
 from byokeep.cli.session import Format, Session, command, examples, pages, request_id
+from byokeep.cli.text import clean, count
+from byokeep.names import last_of
 from byokeep.orchestrator.v1 import review_pb2
 
 if TYPE_CHECKING:
@@ -64,6 +78,11 @@ Reference = Annotated[
     str,
     typer.Argument(metavar="ID", show_default=False, help="Id of a review, or its beginning."),
 ]
+SomeReference = Annotated[
+    str | None,
+    typer.Argument(metavar="[ID]", show_default=False, help="Id of a review, or its beginning."),
+]
+_PAGE = 500
 
 
 @app.callback(
@@ -116,6 +135,12 @@ def review(
     priority: Annotated[
         Priority, typer.Option(help="Batch goes after the tenant's interactive reviews.")
     ] = Priority.INTERACTIVE,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", help="Older reviews of the pull request go on; else this one ends them."
+        ),
+    ] = False,
     detach: Annotated[
         bool, typer.Option("--detach", help="Submit, print the id, do not wait.")
     ] = False,
@@ -128,7 +153,7 @@ def review(
 ) -> None:
     """Review a diff on the tenant's own key: --diff, --base, or what is not committed.
 
-    With a subcommand: show, list, cancel or retry reviews. With --json: a line of JSON
+    With a subcommand: show, list, cancel, retry or delete reviews. With --json: a line of JSON
     for every change of the review; the last one has its findings.
     """
     if ctx.invoked_subcommand is not None:
@@ -159,6 +184,7 @@ def review(
             input=content,
             request_id=request or request_id(),
             priority=review_pb2.Priority.Value(f"PRIORITY_{priority.upper()}"),
+            keep_older=keep,
         )
     ).review
     if detach:
@@ -190,51 +216,176 @@ def show(
     finish(session, found, gate)
 
 
-@app.command("list", epilog=examples("byokeep review list --repo acme/shop"))
+@app.command(
+    "list",
+    epilog=examples(
+        "byokeep review list --repo acme/shop --pr 7",
+        "byokeep review list --state failed --since 1d --limit 500",
+    ),
+)
 @command()
 def list_(
     session: Session,
-    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Only of this repository.")] = "",
-    limit: Annotated[int, typer.Option(min=1, max=500, help="At most this many.")] = 20,
+    state: StateOption = None,
+    failure: FailureOption = None,
+    repo: RepoOption = "",
+    pr: PrOption = 0,
+    user: UserOption = "",
+    since: SinceOption = "",
+    before: BeforeOption = "",
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most this many.")] = 20,
 ) -> None:
     """List reviews, newest first."""
     connection = session.connection
+    wanted = Given(state or [], failure or [], repo, pr, user, since, before).message()
     request = review_pb2.ListReviewsRequest(
-        parent=connection.parent, page_size=limit, repository=repo
+        parent=connection.parent, page_size=min(limit + 1, _PAGE), filter=wanted
     )
-    reviews = list(islice(pages(connection.reviews.ListReviews, request, "reviews"), limit))
+    found = list(islice(pages(connection.reviews.ListReviews, request, "reviews"), limit + 1))
+    reviews = found[:limit]
     if session.out.as_json:
         session.out.json({"reviews": [message_dict(entry) for entry in reviews]})
     elif reviews:
         print_reviews(session.out, reviews)
+    elif wanted.ListFields():
+        session.out.print("there is no such review")
     else:
         session.out.print("there is no review yet; byokeep review submits one")
+    if len(found) > limit:
+        session.out.note(f"there are more: --limit {10 * limit}")
 
 
-@app.command(epilog=examples("byokeep review cancel rev_01k"))
+@app.command(
+    epilog=examples(
+        "byokeep review cancel rev_01k",
+        "byokeep review cancel --repo acme/shop --pr 7",
+    )
+)
 @command()
-def cancel(session: Session, reference: Reference) -> None:
-    """Cancel a review. A call that was already sent to the provider still bills."""
-    request = review_pb2.CancelReviewRequest(name=find(session, reference), request_id=request_id())
-    cancelled = session.connection.reviews.CancelReview(request).review
-    if session.out.as_json:
-        session.out.json(message_dict(cancelled))
-    else:
-        session.out.print(progress_line(cancelled))
+def cancel(
+    session: Session,
+    reference: SomeReference = None,
+    state: StateOption = None,
+    repo: RepoOption = "",
+    pr: PrOption = 0,
+    user: UserOption = "",
+    since: SinceOption = "",
+    before: BeforeOption = "",
+) -> None:
+    """Cancel a review, or all that the options name. A call that was already sent to the provider
+    still bills."""
+    wanted = Given(state or [], [], repo, pr, user, since, before).message()
+    reviews = session.connection.reviews
+    if _is_one(reference, wanted, "cancel"):
+        request = review_pb2.CancelReviewRequest(
+            name=find(session, reference or ""), request_id=request_id()
+        )
+        cancelled = reviews.CancelReview(request).review
+        if session.out.as_json:
+            session.out.json(message_dict(cancelled))
+        else:
+            session.out.print(progress_line(cancelled))
+        return
+    many = review_pb2.CancelReviewsRequest(
+        parent=session.connection.parent, filter=wanted, request_id=request_id()
+    )
+    names = list(pages(reviews.CancelReviews, many, "names"))
+    _tell(session, names, "cancelled")
 
 
-@app.command(epilog=examples("byokeep review retry rev_01k"))
+@app.command(
+    epilog=examples(
+        "byokeep review retry rev_01k",
+        "byokeep review retry --failure quota-exhausted --since 1d",
+    )
+)
 @command()
 def retry(
     session: Session,
-    reference: Reference,
+    reference: SomeReference = None,
+    failure: FailureOption = None,
+    repo: RepoOption = "",
+    pr: PrOption = 0,
+    user: UserOption = "",
+    since: SinceOption = "",
+    before: BeforeOption = "",
     fail_on: FailOnOption = None,
     fail_on_unread: FailOnUnreadOption = None,
 ) -> None:
-    """Start a new attempt of a failed review, and follow it."""
-    request = review_pb2.RetryReviewRequest(name=find(session, reference), request_id=request_id())
-    again = session.connection.reviews.RetryReview(request).review
-    finish(session, follow(session, again), Gate.of(fail_on, fail_on_unread))
+    """Start a new attempt of a failed review, and follow it; or of all failed ones that the options
+    name, which go on by themselves. Chunks that are done are not sent again."""
+    wanted = Given([], failure or [], repo, pr, user, since, before).message()
+    gate = Gate.of(fail_on, fail_on_unread)
+    reviews = session.connection.reviews
+    if _is_one(reference, wanted, "retry"):
+        request = review_pb2.RetryReviewRequest(
+            name=find(session, reference or ""), request_id=request_id()
+        )
+        finish(session, follow(session, reviews.RetryReview(request).review), gate)
+        return
+    if gate.closed:
+        raise CliError("--fail-on and --fail-on-unread look at one review: give its id")
+    many = review_pb2.RetryReviewsRequest(
+        parent=session.connection.parent, filter=wanted, request_id=request_id()
+    )
+    refused: list[review_pb2.RetryReviewsResponse.Refused] = []
+
+    def page(asked: review_pb2.RetryReviewsRequest) -> review_pb2.RetryReviewsResponse:
+        answer: review_pb2.RetryReviewsResponse = reviews.RetryReviews(asked)
+        refused.extend(answer.refused)
+        return answer
+
+    names = list(pages(page, many, "names"))
+    _tell(session, names, "queued again", refused)
+
+
+@app.command(epilog=examples("byokeep review delete rev_01k"))
+@command()
+def delete(
+    session: Session,
+    reference: Reference,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+) -> None:
+    """Delete a review with its findings and what is kept of its diff. Can't be undone; the audit
+    log keeps every lease of its key."""
+    name = find(session, reference)
+    confirm(f"Delete {last_of(name)} and its findings?", yes=yes)
+    request = review_pb2.DeleteReviewRequest(name=name, request_id=request_id())
+    session.connection.reviews.DeleteReview(request)
+    if session.out.as_json:
+        session.out.json({"name": name, "deleted": True})
+    else:
+        session.out.print(f"deleted {last_of(name)}")
+
+
+def _is_one(reference: str | None, wanted: review_pb2.ReviewFilter, what: str) -> bool:
+    """Whether one review is meant. Raises CliError: neither one nor some, or both."""
+    if (reference is None) is not bool(wanted.ListFields()):
+        raise CliError(
+            "give the id of a review, or options that say which, and not both",
+            f"byokeep review {what} --help",
+        )
+    return reference is not None
+
+
+def _tell(
+    session: Session,
+    names: Sequence[str],
+    what: str,
+    refused: Sequence[review_pb2.RetryReviewsResponse.Refused] = (),
+) -> None:
+    """Say which reviews something was done to. Raises CliError: to some it could not be."""
+    if session.out.as_json:
+        others = [message_dict(one) for one in refused]
+        session.out.json({"names": list(names), "refused": others})
+    else:
+        for name in names:
+            session.out.print(last_of(name))
+        session.out.note(f"{count(len(names), 'review')} {what}")
+        for one in refused:
+            session.out.warn(f"{last_of(one.name)} is not: {clean(one.message)}")
+    if refused:
+        raise typer.Exit(Exit.REVIEW_FAILED)
 
 
 def _dry_run(session: Session, content: review_pb2.ReviewInput, gate: Gate) -> None:

@@ -1,0 +1,93 @@
+"""`byokeep policy`: what is done with a tenant's reviews by themselves."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from google.protobuf import field_mask_pb2
+
+from byokeep.cli.errors import CliError
+from byokeep.cli.output import message_dict
+from byokeep.cli.session import Session, command, examples, group, request_id
+from byokeep.orchestrator.v1 import settings_pb2
+
+app = typer.Typer(no_args_is_help=True)
+
+_MEANING = {
+    "keep_superseded": (
+        "--keep-superseded",
+        "reviews go on though a newer commit of their pull request is submitted",
+        "a newer commit of a pull request ends its older reviews",
+    ),
+    "retry_ambiguous": (
+        "--retry-ambiguous",
+        "a call whose answer was lost is made again, and may be billed twice",
+        "a call whose answer was lost is not made again by itself",
+    ),
+}
+
+
+@app.callback()
+@group
+def policy() -> None:
+    """Policies: what is done with the tenant's reviews by themselves."""
+
+
+@app.command(epilog=examples("byokeep policy show"))
+@command()
+def show(session: Session) -> None:
+    """Show the tenant's policies."""
+    connection = session.connection
+    request = settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
+    _print(session, connection.settings.GetSettings(request).settings)
+
+
+@app.command("set", epilog=examples("byokeep policy set --keep-superseded"))
+@command()
+def set_(
+    session: Session,
+    keep_superseded: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-superseded/--no-keep-superseded",
+            help="Reviews go on though a newer commit of their pull request is submitted.",
+            show_default=False,
+        ),
+    ] = None,
+    retry_ambiguous: Annotated[
+        bool | None,
+        typer.Option(
+            "--retry-ambiguous/--no-retry-ambiguous",
+            help="A call whose answer was lost is made again; it may be billed twice.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Set some of the tenant's policies; the others stay."""
+    given = {"keep_superseded": keep_superseded, "retry_ambiguous": retry_ambiguous}
+    values = {name: value for name, value in given.items() if value is not None}
+    if not values:
+        raise CliError("say which policy", "byokeep policy set --help lists them")
+    connection = session.connection
+    wanted = settings_pb2.Settings(name=f"{connection.parent}/settings")
+    for name, value in values.items():
+        setattr(wanted, name, value)
+    request = settings_pb2.UpdateSettingsRequest(
+        settings=wanted,
+        update_mask=field_mask_pb2.FieldMask(paths=list(values)),
+        request_id=request_id(),
+    )
+    _print(session, connection.settings.UpdateSettings(request).settings)
+
+
+def _print(session: Session, settings: settings_pb2.Settings) -> None:
+    if session.out.as_json:
+        session.out.json(message_dict(settings))
+        return
+    rows = []
+    for name, (option, on, off) in _MEANING.items():
+        is_on = bool(getattr(settings, name))
+        other = option.replace("--", "--no-", 1) if is_on else option
+        rows.append((on if is_on else off, other))
+    session.out.table(("POLICY", "CHANGE WITH"), rows)
