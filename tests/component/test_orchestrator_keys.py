@@ -605,3 +605,59 @@ async def test_a_default_that_its_key_has_lost_is_said_and_refused(stack: Stack)
     with pytest.raises(grpc.aio.AioRpcError, match="the tenant's default: key key_") as refused:
         await stack.submit()
     assert error_info(refused.value).metadata.get("field") is None
+
+
+async def check(stack: Stack, name: str, **values) -> key_pb2.Key:
+    chosen = {"name": name, "request_id": request_id()} | values
+    return (await stack.client("acme").keys.CheckKey(key_pb2.CheckKeyRequest(**chosen))).key
+
+
+async def test_a_key_is_checked_now_and_its_models_are_as_new(stack: Stack) -> None:
+    """Shown to fail where WatchKey looks at the newest version's state alone."""
+    key = await stack.validated(await stack.add_key())
+    stack.runner.default = verdict(key_pb2.VALIDATION_VERDICT_VALID, "gpt-7")
+    name, same = key.provider_key.name, request_id()
+    checked = await check(stack, name, request_id=same)
+    assert checked.check.open
+    checked = await stack.validated(checked)
+    assert (checked.check.open, checked.check.failure) == (False, 0)
+    assert list(checked.validation.models) == ["gpt-7"]
+    asked = [one.assign.purpose for one in stack.runner.talks]
+    assert asked == [grant_pb2.LEASE_PURPOSE_VALIDATION] * 2
+    await check(stack, name, request_id=same)  # a retry asks nobody
+    assert await stack.sql("SELECT count(*) FROM attempt WHERE kind = 'CHECK'") == [(1,)]
+    assert (await stack.submit(model="openai/gpt-7")).model == "openai/gpt-7"
+
+
+async def test_a_check_that_can_not_ask_ends_and_changes_nothing(stack: Stack) -> None:
+    """One that was asked for by hand; what reviews wait for goes on (test_orchestrator_waits)."""
+    key = await stack.validated(await stack.add_key())
+    stack.runner.default = fails(review_pb2.FAILURE_REASON_RATE_LIMITED)
+    checked = await stack.validated(await check(stack, key.provider_key.name))
+    assert checked.check.failure == review_pb2.FAILURE_REASON_RATE_LIMITED
+    assert checked.validation.verdict == key_pb2.VALIDATION_VERDICT_VALID
+    assert checked.validation.check_time == key.validation.check_time
+    assert checked.provider_key.state == ACTIVE
+    assert await stack.sql("SELECT 1 FROM attempt WHERE state = 'QUEUED'") == []
+
+
+async def test_a_key_that_a_check_finds_rejected_waits_for_a_new_one(stack: Stack) -> None:
+    key = await stack.validated(await stack.add_key())
+    stack.runner.default = verdict(key_pb2.VALIDATION_VERDICT_INVALID)
+    checked = await stack.validated(await check(stack, key.provider_key.name))
+    assert checked.validation.verdict == key_pb2.VALIDATION_VERDICT_INVALID
+    assert await stack.sql("SELECT reason FROM pause") == [("KEY_NEEDS_REKEY",)]
+
+
+async def test_checks_are_capped_and_take_an_active_version(stack: Stack) -> None:
+    """Shown to fail without the count. Keys can be added all the same."""
+    pending = stack.keyvault.add("acme", state=PENDING, display_name="new")
+    with pytest.raises(grpc.aio.AioRpcError, match="is PENDING until"):
+        await check(stack, names.key_name("acme", pending))
+    key = await stack.validated(await stack.add_key())
+    for _ in range(5):
+        await stack.validated(await check(stack, key.provider_key.name))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await check(stack, key.provider_key.name)
+    assert reason_of(refused) == "INTAKE_LIMIT"
+    await stack.add_key(display_name="another")

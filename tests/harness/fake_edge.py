@@ -288,6 +288,12 @@ class _Keys(_Fake, key_pb2_grpc.KeyServiceServicer):
         key.validation.CopyFrom(key_pb2.KeyValidation())
         return key_pb2.RotateKeyResponse(key=key)
 
+    def CheckKey(self, request, context):
+        self.edge.meet(request, context)
+        key = self.edge.keys[request.name]
+        key.check.open = True
+        return key_pb2.CheckKeyResponse(key=key)
+
     def WatchKey(self, request, context) -> Iterator[key_pb2.WatchKeyResponse]:
         self.edge.meet(request, context)
         key = self.edge.keys[request.name]
@@ -297,6 +303,12 @@ class _Keys(_Fake, key_pb2_grpc.KeyServiceServicer):
             if verdict == "LOST":
                 self.edge.verdicts = self.edge.verdicts[number:]
                 context.abort(grpc.StatusCode.UNAVAILABLE, "connection lost")
+            checked, key.check.open = key.check.open, False
+            if checked and verdict == "UNREACHABLE":
+                key.check.failure = review_pb2.FAILURE_REASON_NETWORK
+                key.check.unreachable_cause = key_pb2.UNREACHABLE_CAUSE_TLS
+                yield key_pb2.WatchKeyResponse(key=key, done=True)
+                return
             value = key_pb2.ValidationVerdict.Value(f"VALIDATION_VERDICT_{verdict}")
             key.validation.CopyFrom(
                 key_pb2.KeyValidation(version=version.version, verdict=value, attempts=number)

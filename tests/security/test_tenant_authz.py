@@ -69,6 +69,7 @@ def request_for(method: str, tenant: str) -> Message:
         "ListCallers": {"parent": parent},
         "GetIntakeKey": {"parent": parent, "suite": 1},
         "RotateKey": {"name": key, "sealed_key": sealed, "request_id": rid},
+        "CheckKey": {"name": key, "request_id": rid},
         "WatchKey": {"name": key},
         "GetKey": {"name": key},
         "ListKeys": {"parent": parent},

@@ -340,3 +340,25 @@ def test_what_was_said_of_an_ended_key_does_not_count(edge, byokeep):
     shown = byokeep("key", "show", "openai").out
     assert "the key has ended" in shown
     assert "models" not in shown
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "said"),
+    [
+        ("VALID", 0, "VALID: the provider accepts it; key_"),
+        ("RESTRICTED", 0, "which it can use is unknown"),
+        ("INVALID", 4, "the provider rejects this key"),
+        ("UNREACHABLE", 5, "the TLS handshake with the provider failed; key_"),
+    ],
+)
+def test_check_ends_as_the_provider_says(edge, byokeep, verdict, code, said):
+    add(byokeep)
+    edge.verdicts = [verdict]
+    ran = byokeep("key", "check", "openai")
+    assert ran.code == code
+    assert said in ran.out + ran.err
+    (request,) = edge.sent(key_pb2.CheckKeyRequest)
+    assert request.request_id
+    if verdict == "INVALID":
+        assert "byokeep key rotate key_" in ran.err
+        assert "destroyed" not in ran.err  # it is an ACTIVE version: nothing was

@@ -217,6 +217,7 @@ def stale(**values) -> Stale:
         "provider": "openai",
         "model": "m",
         "unfinished_call": False,
+        "reviews_wait": True,
         "calls_left": 5,
         "retry_ambiguous": False,
     }
@@ -248,6 +249,8 @@ def test_silent_worker_is_followed_unless_a_call_may_have_been_paid() -> None:
 def test_the_look_at_a_rejected_key(result: Result, pauses, resumes, again) -> None:
     ending = check_ending(stale(kind="CHECK"), result)
     assert (ending.pauses, ending.resumes) == (pauses, resumes)
+    # Where no review waits for it, it was somebody's wish, and is over.
+    assert check_ending(stale(kind="CHECK", reviews_wait=False), result).successor is None
     assert (ending.successor is not None) is again
     assert ending.action == ""
 

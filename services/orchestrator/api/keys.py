@@ -17,7 +17,7 @@ from services.orchestrator.api import access, paging
 from services.orchestrator.api.tenants import timestamp
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import bounds
-from services.orchestrator.policy.keys import ENDED, action_of
+from services.orchestrator.policy.keys import ENDED, action_of, no_key, usable
 from services.orchestrator.policy.refusals import deleted
 from services.orchestrator.store.events import KEY, Events
 from services.orchestrator.store.keys import KeyStore, Use, Validation
@@ -66,7 +66,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         rights.require_user(request.user, "user")
         rights.require_user_keys(request.user)
         await self._require_room(rights, request)
-        await self._count_intake(rights)
+        await self._count(rights, "intake", "tried")
         staged = await self._keyvault.stage(
             custody_pb2.StageKeyRequest(
                 name=names.key_name(rights.tenant.id, request.key_id),
@@ -89,7 +89,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         rights.require_active()
         key = await self._changeable(rights, request.name)
         rights.require_user_keys(key.owner)
-        await self._count_intake(rights)
+        await self._count(rights, "intake", "tried")
         staged = await self._keyvault.stage(
             custody_pb2.StageKeyRequest(
                 name=request.name,
@@ -107,6 +107,20 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             key=await self._validated(rights, staged, destroy_previous=request.destroy_previous)
         )
 
+    async def CheckKey(
+        self, request: key_pb2.CheckKeyRequest, context: object
+    ) -> key_pb2.CheckKeyResponse:
+        """Have the provider asked about the version that serves."""
+        rights = access.current()
+        rights.require_active()
+        key = await self._changeable(rights, request.name)
+        rights.require_user_keys(key.owner)
+        if not usable(key):
+            raise no_key(names.provider_id(key.provider), [key], key.owner)
+        await self._count(rights, "check", "checked")
+        await self._store.check(request, rights.tenant.id, key, rights.actor())
+        return key_pb2.CheckKeyResponse(key=await self._with_check(rights, key))
+
     async def WatchKey(
         self, request: key_pb2.WatchKeyRequest, context: object
     ) -> AsyncIterator[key_pb2.WatchKeyResponse]:
@@ -115,8 +129,9 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         last: key_pb2.Key | None = None
         with self._events.subscribe(KEY, names.last_of(request.name)) as changes:
             while True:
-                key = (await self._messages([await self._readable(rights, request.name)]))[0]
-                done = _newest(key.provider_key).state != custody_pb2.KEY_VERSION_STATE_PENDING
+                key = await self._with_check(rights, await self._readable(rights, request.name))
+                pending = custody_pb2.KEY_VERSION_STATE_PENDING
+                done = _newest(key.provider_key).state != pending and not key.check.open
                 if done or key != last:
                     yield key_pb2.WatchKeyResponse(key=key, done=done)
                 if done:
@@ -129,8 +144,9 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         self, request: key_pb2.GetKeyRequest, context: object
     ) -> key_pb2.GetKeyResponse:
         """Return a key's metadata."""
-        key = await self._readable(access.current(), request.name)
-        return key_pb2.GetKeyResponse(key=(await self._messages([key]))[0])
+        rights = access.current()
+        key = await self._readable(rights, request.name)
+        return key_pb2.GetKeyResponse(key=await self._with_check(rights, key))
 
     async def ListKeys(
         self, request: key_pb2.ListKeysRequest, context: object
@@ -231,17 +247,17 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         ]
         rights.plan.require_room(len(others))
 
-    async def _count_intake(self, rights: access.Rights) -> None:
+    async def _count(self, rights: access.Rights, kind: str, done: str) -> None:
         # One caller feeding many keys would make a checker of stolen keys of us.
         for scope, cap in (
-            (f"intake:{rights.tenant.id}", self._tenant_cap),
-            (f"intake-caller:{rights.spiffe_id}", self._caller_cap),
+            (f"{kind}:{rights.tenant.id}", self._tenant_cap),
+            (f"{kind}-caller:{rights.spiffe_id}", self._caller_cap),
         ):
             if await self._store.count_intake(scope) > cap:
                 raise ByokeepError(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     "INTAKE_LIMIT",
-                    f"more than {cap} keys were tried within an hour; try again later",
+                    f"more than {cap} keys were {done} within an hour; try again later",
                     retry_after_seconds=600,
                     limit=str(cap),
                     window="1h",
@@ -297,6 +313,20 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             names.tenant_of(key.name), names.last_of(key.name), key.active_version
         )
         return (await self._messages([key]))[0]
+
+    async def _with_check(self, rights: access.Rights, key: custody_pb2.ProviderKey) -> key_pb2.Key:
+        (message,) = await self._messages([key])
+        check = await self._store.newest_check(rights.tenant.id, key)
+        if check is not None:
+            reason = FailureReason.Value(f"FAILURE_REASON_{check.failure or 'UNSPECIFIED'}")
+            told = key_pb2.KeyCheck(
+                open=check.open,
+                end_time=timestamp(check.end_time),
+                failure=reason,
+                unreachable_cause=_cause(check.cause),
+            )
+            message.check.CopyFrom(told)
+        return message
 
     async def _messages(self, keys: Sequence[custody_pb2.ProviderKey]) -> list[key_pb2.Key]:
         versions = [

@@ -321,6 +321,11 @@ def verdict_of(failure: Failure) -> str:
     return TABLE[failure.reason].verdict
 
 
+def of_unreachable(cause: str) -> str:
+    """Return why a provider could not be asked, by what was unreachable, if anything was."""
+    return "NETWORK" if cause else "PROVIDER_UNAVAILABLE"
+
+
 def failed_sentence(
     reason: str, *, key: str, model: str, review: str, lost_call: bool = False
 ) -> str:

@@ -95,7 +95,8 @@ def not_usable(
         "MODEL_NOT_USABLE",
         f"{model}{f', {whose}' if whose else ''}: {which} use a model of that name,"
         f" by its provider's list{since}"
-        + (f"; the nearest: {', '.join(nearest)}" if nearest else ""),
+        + (f"; the nearest: {', '.join(nearest)}" if nearest else "")
+        + f"; 'byokeep key check {key_id}' asks for the list anew",
         model=str(model),
         nearest=",".join(nearest),
         key=key_id,

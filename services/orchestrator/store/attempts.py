@@ -35,6 +35,7 @@ class Work:
     """A claimed attempt, with all that it takes to run it.
 
     `turn` above 0: it was taken over in the middle of a call, after `calls_made` calls of its own.
+    `reviews_wait`: of a look at a key, whether reviews wait for what it says.
     `input` is sealed as it comes from the table; `content_key` is there once it is opened.
     """
 
@@ -62,6 +63,7 @@ class Work:
     validations: int
     validation_hours: float
     destroy_previous: bool
+    reviews_wait: bool
     trace_parent: str
     retry_ambiguous: bool
     content_key: content.ContentKey | None = None
@@ -141,6 +143,7 @@ class Stale:
     unfinished_call: bool
     calls_left: int
     retry_ambiguous: bool
+    reviews_wait: bool
 
 
 class AttemptStore:

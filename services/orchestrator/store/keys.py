@@ -9,11 +9,13 @@ from datetime import datetime
 from byokeep import ids
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import last_of, provider_id
+from byokeep.orchestrator.v1 import key_pb2
 
 from services.common.models import MAX_LISTED, is_listed
 from services.orchestrator.policy import bounds
 from services.orchestrator.policy.models import KeyModels
-from services.orchestrator.store import sql
+from services.orchestrator.policy.refusals import deleted
+from services.orchestrator.store import requests, sql, sql_waits
 from services.orchestrator.store.database import Database, Row
 
 
@@ -34,6 +36,16 @@ class Validation:
     check_time: datetime | None
     retry_time: datetime | None
     create_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The newest look at a version that serves; `failure` is empty where the provider was asked."""
+
+    open: bool
+    end_time: datetime | None
+    failure: str
+    cause: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +130,11 @@ INSERT INTO attempt (id, kind, tenant, key_id, key_version)
 VALUES (%(id)s, 'VALIDATION', %(tenant)s, %(key_id)s, %(version)s)
 RETURNING pg_notify('byokeep_due', '')
 """
+_CHECK = """
+SELECT state IN ('QUEUED', 'RUNNING') AS open, end_time, failure, cause FROM attempt
+WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND kind = 'CHECK' AND key_version = %(version)s
+ORDER BY id DESC LIMIT 1
+"""
 _APPLIED = """
 UPDATE key_validation SET action = ''
 WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND version = %(version)s
@@ -169,6 +186,42 @@ class KeyStore:
             if await session.one(_SCHEDULE, values) is not None:
                 await session.run(_ATTEMPT, values | {"id": attempt_id})
         return True
+
+    async def check(
+        self,
+        message: key_pb2.CheckKeyRequest,
+        tenant: str,
+        key: custody_pb2.ProviderKey,
+        actor: str,
+    ) -> None:
+        """Have the provider asked about the version that serves, unless it is being asked.
+
+        Raises ByokeepError: REQUEST_ID_CONFLICT, and WRONG_STATE of a deleted tenant.
+        """
+        values = {
+            "tenant": tenant,
+            "key_id": last_of(key.name),
+            "version": key.active_version,
+            "provider": provider_id(key.provider),
+            "owner": key.owner,
+            "actor": actor,
+            "check_id": ids.new_id("att"),
+        }
+        async with self._database.transaction() as session:
+            # Orders who asks; and the tenant's deletion erases what it finds.
+            if (await session.one(sql.LOCK_TENANT, values)).state == "DELETED":
+                raise deleted()
+            if not await requests.first_time(session, tenant, message):
+                return
+            if await session.one(sql_waits.CHECK_OPEN, values) is None:
+                await session.run(sql_waits.CHECK_KEY, values)
+
+    async def newest_check(self, tenant: str, key: custody_pb2.ProviderKey) -> Check | None:
+        """Return the newest look at the version of a key that serves."""
+        values = {"tenant": tenant, "key_id": last_of(key.name), "version": key.active_version}
+        async with self._database.statement() as session:
+            row = await session.one(_CHECK, values)
+        return None if row is None else Check(*row)
 
     async def validations(
         self, tenant: str, versions: Sequence[tuple[str, int]]

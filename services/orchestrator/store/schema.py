@@ -273,6 +273,13 @@ Index(
     postgresql_where=text("state = 'QUEUED' AND kind <> 'REVIEW'"),
 )
 Index(
+    "attempt_check_idx",
+    attempt.c.tenant,
+    attempt.c.key_id,
+    attempt.c.id,
+    postgresql_where=text("kind = 'CHECK'"),
+)
+Index(
     "attempt_running_idx",
     attempt.c.tenant,
     attempt.c.heartbeat_time,

@@ -70,7 +70,12 @@ RETRY: Final = """
 
 # --- running; each names attempt, fence and turn, and a RUNNING row must match
 
-_WORK: Final = """SELECT
+# Whether reviews wait for what a look at their key says.
+_REVIEWS_WAIT: Final = """a.kind = 'CHECK' AND EXISTS (
+            SELECT FROM pause p
+            WHERE p.tenant = a.tenant AND p.key_id = a.key_id AND p.reason = 'KEY_REJECTED')"""
+
+_WORK: Final = f"""SELECT
         a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
         a.key_id, a.key_version, a.fence, a.tries, a.turn, a.runner_id,
         a.wait_reason, CAST(coalesce(extract(epoch FROM now() - a.wait_since), 0) AS float)
@@ -86,13 +91,14 @@ _WORK: Final = """SELECT
         CAST(coalesce(extract(epoch FROM now() - v.create_time) / 3600, 0) AS float)
             AS validation_hours,
         coalesce(v.destroy_previous, false) AS destroy_previous,
+        {_REVIEWS_WAIT} AS reviews_wait,
         coalesce(r.trace_parent, '') AS trace_parent, t.retry_ambiguous
     FROM a JOIN tenant t ON t.id = a.tenant
         LEFT JOIN review r ON r.id = a.review_id
         LEFT JOIN review_content c ON c.review_id = r.id
         LEFT JOIN key_validation v
             ON a.kind <> 'REVIEW' AND v.tenant = a.tenant AND v.key_id = a.key_id
-                AND v.version = a.key_version"""
+                AND v.version = a.key_version"""  # noqa: S608 - constants
 
 LOAD: Final = f"""
     WITH a AS (SELECT * FROM attempt WHERE id = ANY(CAST(%(ids)s AS text[])))
@@ -245,7 +251,9 @@ END_VALIDATION: Final = (
             verdict = coalesce(nullif(%(verdict)s, ''), verdict), cause = %(cause)s,
             models = CASE WHEN cardinality(CAST(%(models)s AS text[])) > 0
                 THEN CAST(%(models)s AS text[]) ELSE models END,
-            attempts = attempts + 1, check_time = now(), action = %(action)s,
+            attempts = attempts + 1,
+            check_time = CASE WHEN %(verdict)s <> '' THEN now() ELSE check_time END,
+            action = %(action)s,
             retry_time = CASE WHEN %(successors)s = 1
                 THEN now() + make_interval(secs => %(delay)s) END,
             fence = key_validation.fence + %(successors)s
@@ -325,7 +333,7 @@ STALE_IDS: Final = f"""
         AND (heartbeat_time < now() - make_interval(secs => %(held)s) OR NOT ({_IN_CALL}))
     ORDER BY heartbeat_time LIMIT 100"""  # noqa: S608 - constants
 
-STALE: Final = """
+STALE: Final = f"""
     SELECT a.id AS attempt_id, a.kind, a.tenant, coalesce(a.review_id, '') AS review_id,
         a.key_id, a.key_version, a.fence, a.tries, a.turn, a.runner_id,
         split_part(coalesce(r.model, ''), '/', 1) AS provider,
@@ -333,11 +341,12 @@ STALE: Final = """
         EXISTS (
             SELECT FROM provider_call c WHERE c.attempt_id = a.id AND c.finish_time IS NULL
         ) AS unfinished_call,
-        coalesce(r.max_calls - r.calls_started, 0) AS calls_left, t.retry_ambiguous
+        coalesce(r.max_calls - r.calls_started, 0) AS calls_left, t.retry_ambiguous,
+        {_REVIEWS_WAIT} AS reviews_wait
     FROM attempt a JOIN tenant t ON t.id = a.tenant LEFT JOIN review r ON r.id = a.review_id
     WHERE a.id = %(id)s AND a.state = 'RUNNING'
         AND a.heartbeat_time < now() - make_interval(secs => %(seconds)s)
-    FOR UPDATE OF a SKIP LOCKED"""
+    FOR UPDATE OF a SKIP LOCKED"""  # noqa: S608 - constants
 
 DROP_CONTENT: Final = """
     DELETE FROM review_content USING review

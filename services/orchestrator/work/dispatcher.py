@@ -390,8 +390,8 @@ def unreachable(
 
 
 def check_ending(work: Work | Stale, result: Result, state: str = "") -> ValidationEnding:
-    """Return the end of the look at a version that was rejected once: reviews go on, or wait for a
-    new version, or for the provider to be asked again."""
+    """Return the end of the look at a version that serves: reviews go on, or wait for a new
+    version, or for the provider to be asked again. Where none waits, it is asked once."""
     told, reason, verdict, cause = _told(result)
     state = state or told
     if verdict == "INVALID":
@@ -404,8 +404,10 @@ def check_ending(work: Work | Stale, result: Result, state: str = "") -> Validat
         return ValidationEnding(
             state, kept, "", reason, models=result.models, resumes="KEY_REJECTED"
         )
-    successor = Successor(validation_delay(work.tries), work.key_version)
-    return ValidationEnding(state, "", "", reason, cause, successor=successor)
+    reason = reason or failures.of_unreachable(cause)
+    again = Successor(validation_delay(work.tries), work.key_version)
+    successor = again if work.reviews_wait else None
+    return ValidationEnding("FAILED", "", "", reason, cause, successor=successor)
 
 
 def _told(result: Result) -> tuple[str, str, str, str]:

@@ -1,4 +1,4 @@
-"""`byokeep key`: add, list, show, rotate, revoke, destroy, roll back, trail."""
+"""`byokeep key`: add, list, show, check, rotate, revoke, destroy, roll back, trail."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from byokeep.cli.keyref import (
 from byokeep.cli.keyview import key_row, print_change, print_key
 from byokeep.cli.output import message_dict
 from byokeep.cli.session import Session, command, examples, group, request_id
-from byokeep.cli.verdict import follow
+from byokeep.cli.verdict import follow, follow_check
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2
 
@@ -176,6 +176,18 @@ def show(session: Session, reference: Reference) -> None:
         session.out.json(message_dict(found))
         return
     print_key(session, found)
+
+
+@app.command(epilog=examples("byokeep key check openai"))
+@command()
+def check(session: Session, reference: Reference, wait: Wait = 60) -> None:
+    """Ask a key's provider now whether it still takes it, and which models it can use.
+
+    A key that the provider rejects is NEEDS_REKEY then. With --json: a line for each change.
+    """
+    name = find_key(session, reference).provider_key.name
+    request = key_pb2.CheckKeyRequest(name=name, request_id=request_id())
+    follow_check(session, session.connection.keys.CheckKey(request).key, wait)
 
 
 @app.command(epilog=examples("byokeep key revoke openai"))

@@ -9,7 +9,7 @@ from byokeep.cli.errors import CliError, Exit
 from byokeep.cli.keyref import key_id, key_state, provider_of
 from byokeep.cli.output import message_dict, short, when
 from byokeep.cli.session import Session
-from byokeep.cli.text import clean
+from byokeep.cli.text import clean, count
 from byokeep.orchestrator.v1 import key_pb2
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ def follow(session: Session, key: Key, wait: float) -> None:
     Raises:
         CliError: the provider rejected it, could not be asked, or was not asked in time.
     """
-    from byokeep.errors import WatchTimeoutError
-
     out = session.out
     hint = clean(key.provider_key.versions[-1].hint) if key.provider_key.versions else ""
     what = f"{provider_of(key)} {clean(key.provider_key.display_name)} {hint}".rstrip()
@@ -64,7 +62,50 @@ def follow(session: Session, key: Key, wait: float) -> None:
             out.json_line(message_dict(key))
         out.note(f"its provider will be asked; what it says: byokeep key show {key_id(key)}")
         return
-    done = False
+    _conclude(session, *_watch(session, key, wait))
+
+
+def follow_check(session: Session, key: Key, wait: float) -> None:
+    """Show a check of a key as it goes on, and end as the provider says.
+
+    Raises:
+        CliError: the provider rejects it, could not be asked, or was not asked in time.
+    """
+    out, reference = session.out, key_id(key)
+    if not wait:
+        if out.as_json:
+            out.json_line(message_dict(key))
+        out.note(f"its provider is being asked; what it says: byokeep key show {reference}")
+        return
+    key, done = _watch(session, key, wait)
+    verdict = verdict_of(key)
+    if verdict == "INVALID":
+        raise CliError(
+            f"the provider rejects this key; {reference} is {key_state(key)}",
+            f"byokeep key rotate {reference}",
+            Exit.KEY,
+            "KEY_REJECTED",
+        )
+    if not done or key.check.failure:
+        cause = short(key_pb2.UnreachableCause, key.check.unreachable_cause)
+        raise CliError(
+            f"{_UNREACHABLE.get(cause, 'the provider could not be asked now')};"
+            f" {reference} is {key_state(key)} as before",
+            f"byokeep key check {reference}",
+            Exit.UNAVAILABLE,
+            "KEY_UNCHECKED",
+        )
+    if not out.as_json:
+        known = len(key.validation.models)
+        models = f"; it can use {count(known, 'model')}: byokeep model list" if known else ""
+        out.print(f"{verdict}: {_GOOD.get(verdict, '')}; {reference} is {key_state(key)}{models}")
+
+
+def _watch(session: Session, key: Key, wait: float) -> tuple[Key, bool]:
+    """Return a key as it is once its provider was asked, and whether it was in time."""
+    from byokeep.errors import WatchTimeoutError
+
+    out, done = session.out, False
     with (
         out.progress(f"asking {provider_of(key)} whether it works …"),
         contextlib.suppress(WatchTimeoutError),
@@ -73,7 +114,7 @@ def follow(session: Session, key: Key, wait: float) -> None:
             key, done = answer.key, answer.done
             if out.as_json:
                 out.json_line(message_dict(key))
-    _conclude(session, key, done)
+    return key, done
 
 
 def _conclude(session: Session, key: Key, done: bool) -> None:
