@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 from byokeep.common.v1 import options_pb2
-from byokeep.errors import ErrorInfo, error_info
+from byokeep.errors import UNANSWERED, ErrorInfo, error_info
 from byokeep.keyvault.v1 import lease_pb2
 from byokeep.keyvault.v1.lease_pb2_grpc import LeaseServiceStub
 from byokeep.orchestrator.v1 import review_pb2
@@ -25,7 +25,6 @@ _LEASE_SECONDS: Final = 5.0
 _RELEASE_SECONDS: Final = 2.0
 _RELEASE_TRIES: Final = 10
 _MAX_BACKOFF_SECONDS: Final = 5.0
-_UNANSWERED: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _DEAD_STATES: Final = ("REVOKED", "DESTROYED")
 
 
@@ -93,7 +92,7 @@ class Leases:
                 return
             except grpc.aio.AioRpcError as error:
                 code = error.code()
-            if code not in _UNANSWERED:
+            if code not in UNANSWERED:
                 break
             await asyncio.sleep(min(0.1 * 2**attempt, _MAX_BACKOFF_SECONDS))
         logs.event(
@@ -136,7 +135,7 @@ _OTHER: Final = (review_pb2.FAILURE_REASON_LEASE_REFUSED, "keyvault refused the 
 def _refusal(info: ErrorInfo) -> runner_pb2.Outcome:
     if info.reason in _REFUSED:
         failure, message = _REFUSED[info.reason]
-    elif info.code in (*_UNANSWERED, grpc.StatusCode.RESOURCE_EXHAUSTED):
+    elif info.code in (*UNANSWERED, grpc.StatusCode.RESOURCE_EXHAUSTED):
         failure, message = _AWAY
     else:
         failure, message = _DEAD if info.metadata.get("state") in _DEAD_STATES else _OTHER

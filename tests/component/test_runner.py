@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -330,6 +331,14 @@ def test_a_refused_lease_ends_the_attempt(bench, code, name, metadata, expected)
     assert (reason(outcome), outcome.retry_after_ms) == (expected, 41_500)
     assert bench.keyvault.releases == []
     assert bench.emulator.control.calls() == []
+
+
+def test_a_keyvault_that_ends_refuses_nothing(bench):
+    """It cuts what came in its last moment with a bare CANCELLED."""
+    bench.keyvault.refusal = SimpleNamespace(
+        code=grpc.StatusCode.CANCELLED, message="", trailing_metadata=tuple
+    )
+    assert reason(bench.review().finish()) == "KEYVAULT_UNAVAILABLE"
 
 
 @pytest.mark.parametrize("in_flight", [True, False])

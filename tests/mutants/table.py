@@ -2676,7 +2676,7 @@ MUTANTS = (
     Mutant(
         "a stream that was lost is not opened again",
         _CLIENT + "watching.py",
-        "            elif failed.code() != grpc.StatusCode.UNAVAILABLE and failed.reason not in _BROKEN:",
+        "            elif failed.code() not in UNANSWERED and failed.reason != _UNEXPLAINED:",
         "            else:",
         (_CALLS + "test_a_watched_review_goes_on_past_lost_connections",),
     ),

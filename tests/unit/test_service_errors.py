@@ -28,7 +28,15 @@ class _Failed(grpc.RpcError):
         return self._metadata
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        # A server that ends cuts what came in its last moment.
+        grpc.StatusCode.CANCELLED,
+    ],
+)
 def test_who_did_not_answer_is_named(code):
     error = from_rpc(_Failed(code), "keyvault")
     assert (error.reason, error.metadata) == ("DEPENDENCY_UNAVAILABLE", {"dependency": "keyvault"})

@@ -48,7 +48,8 @@ ON CONFLICT DO NOTHING
 # Version 1 alone: of a KEK that was rotated and trimmed, it must not come back.
 _CREATE = """
 INSERT INTO local_kek (name, version, root_id, wrapped)
-SELECT new.* FROM (VALUES (%s, %s, %s, %s::bytea)) AS new (name, version, root_id, wrapped)
+SELECT new.name, new.version, new.root_id, new.wrapped
+FROM (VALUES (%s, %s, %s, %s::bytea)) AS new (name, version, root_id, wrapped)
 WHERE NOT EXISTS (SELECT FROM local_kek old WHERE old.name = new.name)
 ON CONFLICT DO NOTHING
 """

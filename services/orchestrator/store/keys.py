@@ -140,7 +140,10 @@ UPDATE key_validation SET action = ''
 WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND version = %(version)s
 """
 _USES = """
-SELECT attempt.*, review.repository, review.pull_request
+SELECT attempt.id, attempt.kind, attempt.number, attempt.fence, attempt.review_id,
+    attempt.key_version, attempt.lease_id, attempt.process_id, attempt.open_time,
+    attempt.close_time, attempt.state, attempt.calls_started, attempt.failure, attempt.cause,
+    review.repository, review.pull_request
 FROM attempt LEFT JOIN review ON review.id = attempt.review_id
 WHERE attempt.tenant = %(tenant)s AND attempt.key_id = %(key_id)s AND attempt.id > %(after)s
 ORDER BY attempt.id LIMIT %(limit)s

@@ -90,6 +90,7 @@ SELECT {", ".join(_OWN)},
     nullif(wait.until, 'infinity') AS wait_until
 FROM review {sql_waits.WAIT}
 """  # noqa: S608 - constants
+_SUBMIT: Final = sql.SUBMIT.format(columns=", ".join(f"rev.{name}" for name in _OWN))
 _BESIDE: Final = """state = 'QUEUED' AND kind = 'REVIEW' AND attempt.tenant = review.tenant
                 AND attempt.key_id = last.key_id"""
 # How many calls the attempt that runs has started; how many go before the one that waits, of those
@@ -201,7 +202,7 @@ class ReviewStore:
         parameters["attempt_id"] = ids.new_id("att")
         async with self._database.transaction() as session:
             await _require_active(session, new.tenant)
-            row = await session.one(sql.SUBMIT, parameters)
+            row = await session.one(_SUBMIT, parameters)
             if row is None:
                 raise requests.Repeated
             if row.earlier_today >= reviews_per_day:

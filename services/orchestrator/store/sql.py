@@ -13,6 +13,7 @@ from typing import Final
 
 LOCK_TENANT: Final = "SELECT plan, state FROM tenant WHERE id = %(tenant)s FOR NO KEY UPDATE"
 
+#: `{columns}`: those of the review, which is `rev` here.
 SUBMIT: Final = """
     WITH req AS (
         INSERT INTO request (tenant, method, scope, digest, resource)
@@ -35,7 +36,7 @@ SUBMIT: Final = """
         INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, priority)
         SELECT %(attempt_id)s, 'REVIEW', %(tenant)s, id, %(key_id)s, %(key_version)s, %(priority)s
         FROM rev RETURNING pg_notify('byokeep_due', ''))
-    SELECT rev.*, coalesce((
+    SELECT {columns}, coalesce((
             SELECT sum(events) FROM rate_bucket
             WHERE scope = 'reviews:' || %(tenant)s AND hour > now() - interval '24 hours'
         ), 0) AS earlier_today, coalesce((

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 DOMAIN = "byokeep.dev"
 DETAILS_KEY = "grpc-status-details-bin"
 
+#: Codes of a call that no service answered, where no reason came with them: none was there, time
+#: was over, or one that ended cut what came in its last moment.
+UNANSWERED: Final = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+)
+
 # Reason and sentence of a status that bears none of byokeep's.
 _BARE: Final[Mapping[grpc.StatusCode, tuple[str, str]]] = {
     grpc.StatusCode.UNAVAILABLE: ("SERVICE_UNREACHABLE", "the service could not be reached"),

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import grpc
 
-from byokeep.errors import CallError, WatchTimeoutError
+from byokeep.errors import UNANSWERED, CallError, WatchTimeoutError
 
 FAILURES_IN_A_ROW: Final = 8
 """Streams that may be lost before one gives a message; then the last one's error is raised.
@@ -22,7 +22,7 @@ With the channel's own repetitions this outlasts a service's restart."""
 _LONGEST_PAUSE_SECONDS: Final = 2.0
 _LAST_WORDS_SECONDS: Final = 1.0
 # A connection that broke off, said in the ways in which proxies and gRPC say it.
-_BROKEN = ("SERVICE_UNREACHABLE", "UNEXPLAINED")
+_UNEXPLAINED = "UNEXPLAINED"
 
 
 def watch(
@@ -124,7 +124,7 @@ class _Course:
         if failed is not None:
             if failed.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 self.left()
-            elif failed.code() != grpc.StatusCode.UNAVAILABLE and failed.reason not in _BROKEN:
+            elif failed.code() not in UNANSWERED and failed.reason != _UNEXPLAINED:
                 raise failed
             if self._failures >= FAILURES_IN_A_ROW:
                 raise failed

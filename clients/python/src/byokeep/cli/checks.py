@@ -15,13 +15,12 @@ from byokeep.cli.session import Session
 from byokeep.cli.tenants import out_of_service, tenant_state, way_out
 from byokeep.cli.text import clean, count
 from byokeep.common.v1 import options_pb2
-from byokeep.errors import error_info
+from byokeep.errors import UNANSWERED, error_info
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2, tenant_pb2
 from byokeep.profile import Endpoint, Profile, ProfileError
 
 _SECONDS = 5.0
-_UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _SOON = datetime.timedelta(hours=1)
 # Never reviewed: a dry run is refused before it is looked at, where the role is lacking.
 _TINY_DIFF = b"--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n"
@@ -131,7 +130,7 @@ def _endpoint(session: Session, name: str, endpoint: Endpoint, call: Callable[[]
         call()
     except grpc.RpcError as error:
         info = error_info(error)
-        if not info.reason and info.code in _UNREACHED:
+        if not info.reason and info.code in UNANSWERED:
             return Check(what, False, *unreachable(info, session.profile))
     return Check(what, True, f"answers{way}, with a certificate of {endpoint.server_name}")
 
@@ -258,7 +257,7 @@ def _role(what: str, probe: Callable[[], object]) -> Check:
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.PERMISSION_DENIED:
             return Check(what, None, "no")
-        if error.code() in _UNREACHED:
+        if error.code() in UNANSWERED:
             return Check(what, False, _said(error))
     # Any other refusal comes after the question who is calling.
     return Check(what, True, "yes")
