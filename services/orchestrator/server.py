@@ -41,6 +41,7 @@ from services.orchestrator.store.keys import KeyStore
 from services.orchestrator.store.reviews import ReviewStore
 from services.orchestrator.store.tenants import TenantStore
 from services.orchestrator.store.waits import WaitStore
+from services.orchestrator.work.deletion import Deletion
 from services.orchestrator.work.dispatcher import HEARTBEAT_SECONDS, Dispatcher
 from services.orchestrator.work.fleet import Fleet
 from services.orchestrator.work.sweeper import Sweeper
@@ -105,12 +106,14 @@ class App:
             attempt_seconds=settings.attempt_seconds,
             concurrency=settings.concurrency,
         )
+        self._deletion = Deletion(self.tenants, self.attempts, self.keyvault)
         self.sweeper = Sweeper(
             self.attempts,
             self.reviews,
             self.keys,
             self.tenants,
             self.keyvault,
+            self._deletion,
             verdicts,
             self.waits,
             self.dispatcher,
@@ -135,7 +138,7 @@ class App:
         """Add the servicers."""
         settings = self._settings
         tenant_pb2_grpc.add_TenantServiceServicer_to_server(
-            TenantServicer(self.tenants, self.attempts, self.keyvault, self._plans), server
+            TenantServicer(self.tenants, self._deletion, self._plans), server
         )
         tenant_pb2_grpc.add_CallerServiceServicer_to_server(
             CallerServicer(self.tenants, settings.trust_domain), server

@@ -302,7 +302,7 @@ async def test_key_that_outlived_its_tenant_is_destroyed(stack: Stack) -> None:
     deletion = tenant_pb2.DeleteTenantRequest(name="tenants/acme", request_id=request_id())
     await stack.client("operator").tenants.DeleteTenant(deletion)
     key_id = stack.keyvault.add("acme", state=PENDING)
-    await stack.app.sweeper.unscheduled()
+    await stack.app.sweeper.deletions()
     assert stack.keyvault.keys[names.key_name("acme", key_id)].state == DESTROYED
 
 
@@ -327,6 +327,7 @@ async def test_key_that_can_not_be_destroyed_stops_no_other(stack: Stack, monkey
         return await heard(request, context)
 
     monkeypatch.setattr(stack.keyvault, "_heard", refuse)
+    await stack.app.sweeper.deletions()
     await stack.app.sweeper.unscheduled()
     assert stack.keyvault.keys[names.key_name("aaa", after)].state == DESTROYED
     assert await stack.sql("SELECT key_id FROM key_validation") == [(waiting,)]

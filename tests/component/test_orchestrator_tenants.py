@@ -105,6 +105,35 @@ async def test_suspended_tenant_takes_nothing_new_and_shows_the_old(stack: Stack
     await stack.submit()
 
 
+async def test_a_deletion_that_broke_off_is_finished(stack: Stack, monkeypatch) -> None:
+    """A tenant with thousands of reviews, keyvault away in the middle. Shown to fail where the
+    sweeper looks after its keys alone: the reviews stayed."""
+    await stack.sql(
+        "INSERT INTO review (id, tenant, repository, model, key_id, actor)"
+        " SELECT 'rev_' || n, 'acme', 'acme/shop', 'openai/m', 'key_1', 'me'"
+        " FROM generate_series(1, 3000) n"
+    )
+    await stack.sql(
+        "INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, due_time)"
+        " SELECT 'att_' || n, 'REVIEW', 'acme', 'rev_' || n, 'key_1', 1, 'infinity'"
+        " FROM generate_series(1, 3000) n"
+    )
+    stack.keyvault.away = True
+    request = tenant_pb2.DeleteTenantRequest(name="tenants/acme", request_id=request_id())
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.client("operator").tenants.DeleteTenant(request)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert await stack.sql("SELECT 1 FROM review WHERE state <> 'CANCELLED'") == []
+    stack.keyvault.away = False
+    await stack.app.sweeper.deletions()
+    assert await stack.table("review") == await stack.table("attempt") == []
+    # A call that began before may still store something: it is looked at for ten minutes.
+    assert await stack.app.tenants.unerased() == ["acme"]
+    await stack.sql("UPDATE tenant SET delete_time = now() - interval '11 minutes'")
+    await stack.app.sweeper.deletions()
+    assert await stack.app.tenants.unerased() == []
+
+
 async def test_deleted_tenant_leaves_its_id_alone(stack: Stack) -> None:
     async def endless(talk: Conversation) -> None:
         await talk.accept("c1")

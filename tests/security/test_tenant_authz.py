@@ -98,6 +98,9 @@ def request_for(method: str, tenant: str) -> Message:
         "WatchReview": {"name": review},
         "CancelReview": {"name": review, "request_id": rid},
         "RetryReview": {"name": review, "request_id": rid},
+        "CancelReviews": {"parent": parent, "filter": {"pull_request": 7}, "request_id": rid},
+        "RetryReviews": {"parent": parent, "filter": {"pull_request": 7}, "request_id": rid},
+        "DeleteReview": {"name": review, "request_id": rid},
         "ExportReview": {"name": review, "format": 1},
     }
     name = method.split("/")[1]

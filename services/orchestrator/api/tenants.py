@@ -12,11 +12,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common import authz
 from services.orchestrator.api import access, paging
-from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy.plans import Plans
 from services.orchestrator.policy.refusals import unexpected
-from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.tenants import CallerRow, TenantRow, TenantStore
+from services.orchestrator.work.deletion import Deletion
 
 
 def timestamp(value: datetime | None) -> Timestamp | None:
@@ -41,13 +40,10 @@ def tenant_message(row: TenantRow) -> tenant_pb2.Tenant:
 class TenantServicer(tenant_pb2_grpc.TenantServiceServicer):
     """Tenants, for operators."""
 
-    def __init__(
-        self, store: TenantStore, attempts: AttemptStore, keyvault: Keyvault, plans: Plans
-    ) -> None:
-        """Use the stores, keyvault for the keys of deleted tenants, and the plans there are."""
+    def __init__(self, store: TenantStore, deletion: Deletion, plans: Plans) -> None:
+        """Use the store, what ends a deleted tenant's things, and the plans there are."""
         self._store = store
-        self._attempts = attempts
-        self._keyvault = keyvault
+        self._deletion = deletion
         self._plans = plans
 
     async def CreateTenant(
@@ -82,12 +78,10 @@ class TenantServicer(tenant_pb2_grpc.TenantServiceServicer):
     async def DeleteTenant(
         self, request: tenant_pb2.DeleteTenantRequest, context: object
     ) -> tenant_pb2.DeleteTenantResponse:
-        """Delete a tenant. Each step can be repeated: a retry completes what broke off."""
+        """Delete a tenant. What breaks off is completed by a retry, or by the sweeper."""
         tenant = names.tenant_of(request.name)
         await self._store.mark_deleted(tenant)
-        await self._attempts.cancel_all(tenant)
-        destroyed = await self._keyvault.destroy_all(tenant, access.current().actor())
-        await self._store.erase(tenant)
+        destroyed = await self._deletion.carry_out(tenant, access.current().actor())
         return tenant_pb2.DeleteTenantResponse(destroyed_keys=destroyed)
 
 

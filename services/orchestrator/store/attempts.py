@@ -268,12 +268,10 @@ class AttemptStore:
             return await cancel(session, review_id)
 
     async def cancel_all(self, tenant: str) -> None:
-        """Cancel all that is queued or runs for a tenant."""
+        """Cancel all that runs, then all that waits, for a tenant that is DELETED."""
         async with self._database.statement() as session:
-            reviews = await session.all(sql.OPEN_REVIEWS, {"tenant": tenant})
-            await session.all(sql.CANCEL_VALIDATIONS, {"tenant": tenant})
-        for row in reviews:
-            await self.cancel_review(row.id)
+            while (await session.one(sql.CANCEL_SOME, {"tenant": tenant})).attempts:
+                pass
 
     async def stale(self, seconds: float, held: float) -> list[str]:
         """Return attempts whose worker gave no sign of life for so long; for

@@ -80,8 +80,17 @@ tenant = Table(
     Column("max_reviews_per_day", BigInteger, nullable=False, server_default=text("0")),
     _flag("keep_superseded"),
     _flag("retry_ambiguous"),
+    _time("delete_time"),
+    # It is DELETED, and nothing but this row is left of it.
+    _flag("erased"),
     _count("settings_version"),
     _created(),
+)
+
+Index(
+    "tenant_unerased_idx",
+    tenant.c.delete_time,
+    postgresql_where=text("state = 'DELETED' AND NOT erased"),
 )
 
 caller = Table(

@@ -317,14 +317,27 @@ OLDER: Final = """
         AND head_commit NOT IN ('', %(head_commit)s)
     ORDER BY id"""
 
-OPEN_REVIEWS: Final = (
-    "SELECT id FROM review WHERE tenant = %(tenant)s AND state IN ('QUEUED', 'RUNNING')"
-)
-
-CANCEL_VALIDATIONS: Final = """
-    UPDATE attempt SET state = 'CANCELLED', end_time = now()
-    WHERE tenant = %(tenant)s AND kind = 'VALIDATION' AND state IN ('QUEUED', 'RUNNING')
-    RETURNING pg_notify('byokeep_cancel', id)"""
+# What runs before what waits.
+CANCEL_SOME: Final = """
+    WITH batch AS (
+        SELECT id, review_id FROM attempt
+        WHERE tenant = %(tenant)s AND state IN ('QUEUED', 'RUNNING')
+        ORDER BY state DESC, id LIMIT 1000 FOR UPDATE),
+    a AS (
+        UPDATE attempt SET state = 'CANCELLED', end_time = now() FROM batch
+        WHERE attempt.id = batch.id
+        RETURNING pg_notify('byokeep_cancel', attempt.id)),
+    c AS (
+        UPDATE provider_call SET finish_time = now(), ambiguous = true FROM batch
+        WHERE attempt_id = batch.id AND finish_time IS NULL
+        RETURNING review_id),
+    r AS (
+        UPDATE review SET state = 'CANCELLED', end_time = now(), version = version + 1,
+            ambiguous_calls = ambiguous_calls
+                + (SELECT count(*) FROM c WHERE c.review_id = review.id)
+        FROM batch WHERE review.id = batch.review_id AND review.state IN ('QUEUED', 'RUNNING')
+        RETURNING pg_notify('byokeep_review', review.id))
+    SELECT (SELECT count(*) FROM a) AS attempts, (SELECT count(*) FROM r) AS reviews"""
 
 # --- sweeping
 

@@ -86,6 +86,18 @@ WHERE id > %(after)s AND (%(spiffe_id)s::text IS NULL OR EXISTS (
 ORDER BY id LIMIT %(limit)s
 """  # noqa: S608
 _SET_STATE = "UPDATE tenant SET state = %(state)s WHERE id = %(tenant)s AND state <> 'DELETED'"
+_MARK_DELETED = """
+UPDATE tenant SET state = 'DELETED', delete_time = coalesce(delete_time, now())
+WHERE id = %(tenant)s
+"""
+_UNERASED = """
+SELECT id FROM tenant WHERE state = 'DELETED' AND NOT erased ORDER BY delete_time LIMIT 100
+"""
+# Longer than any call takes.
+_NOTE_ERASED = """
+UPDATE tenant SET erased = true
+WHERE id = %(tenant)s AND state = 'DELETED' AND delete_time < now() - interval '10 minutes'
+"""
 _ALLOW = """
 INSERT INTO caller (tenant, spiffe_id, roles, may_assert_users)
 VALUES (%(tenant)s, %(spiffe_id)s, %(roles)s::smallint[], %(may_assert_users)s)
@@ -110,12 +122,15 @@ SELECT count(*) AS overrides FROM model_override WHERE tenant = %(tenant)s
 _UNSET_OVERRIDE = """
 DELETE FROM model_override WHERE tenant = %(tenant)s AND pattern = %(pattern)s
 """
-#: All of a tenant but its own row, and what counts its requests.
+# With their attempts, calls, content and findings.
+_ERASE_REVIEWS = """
+DELETE FROM review WHERE id IN (SELECT id FROM review WHERE tenant = %(tenant)s LIMIT 2000)
+"""
+#: All of a tenant but its own row and its reviews.
 _ERASE = (
     "DELETE FROM attempt WHERE tenant = %(tenant)s",
     "DELETE FROM pause WHERE tenant = %(tenant)s",
     "DELETE FROM turn WHERE tenant = %(tenant)s",
-    "DELETE FROM review WHERE tenant = %(tenant)s",
     "DELETE FROM key_validation WHERE tenant = %(tenant)s",
     "DELETE FROM model_override WHERE tenant = %(tenant)s",
     "DELETE FROM request WHERE tenant = %(tenant)s",
@@ -208,14 +223,26 @@ class TenantStore:
     async def mark_deleted(self, tenant_id: str) -> None:
         """Take a tenant out of service for good; its callers lose their rights."""
         async with self._database.transaction() as session:
-            await session.run(_SET_STATE, {"tenant": tenant_id, "state": "DELETED"})
+            await session.run(_MARK_DELETED, {"tenant": tenant_id})
             await session.run(_DENY_ALL, {"tenant": tenant_id})
 
     async def erase(self, tenant_id: str) -> None:
         """Delete all rows of a deleted tenant but the one that keeps its id from reuse."""
-        async with self._database.transaction() as session:
+        async with self._database.statement() as session:
+            while await session.run(_ERASE_REVIEWS, {"tenant": tenant_id}):
+                pass
             for statement in _ERASE:
                 await session.run(statement, {"tenant": tenant_id})
+
+    async def unerased(self) -> list[str]:
+        """Return deleted tenants of which more than their row may be left."""
+        async with self._database.statement() as session:
+            return [row.id for row in await session.all(_UNERASED)]
+
+    async def note_erased(self, tenant_id: str) -> None:
+        """Note that nothing is left of a deleted tenant, once no call that it outlasted runs."""
+        async with self._database.statement() as session:
+            await session.run(_NOTE_ERASED, {"tenant": tenant_id})
 
     async def allow(
         self, tenant_id: str, row: CallerRow, message: tenant_pb2.AllowCallerRequest

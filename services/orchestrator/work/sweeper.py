@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable
 from typing import Final
 
 from byokeep import names
@@ -30,6 +31,7 @@ from services.orchestrator.store.keys import KeyStore
 from services.orchestrator.store.reviews import ReviewStore
 from services.orchestrator.store.tenants import TenantRow, TenantStore
 from services.orchestrator.store.waits import PausedKey, WaitStore
+from services.orchestrator.work.deletion import Deletion
 from services.orchestrator.work.dispatcher import (
     ORPHANED_SECONDS,
     Dispatcher,
@@ -50,6 +52,7 @@ _TICK_SECONDS: Final = 2.0
 _LACK_SECONDS: Final = SILENCE_SECONDS + 2.0
 _PAUSED_SECONDS: Final = 10.0
 _UNSCHEDULED_SECONDS: Final = 300.0
+_DELETION_SECONDS: Final = 30.0
 _RETENTION_SECONDS: Final = 600.0
 _ACTOR: Final = "byokeep/orchestrator"
 
@@ -64,6 +67,7 @@ class Sweeper:
         keys: KeyStore,
         tenants: TenantStore,
         keyvault: Keyvault,
+        deletion: Deletion,
         verdicts: Verdicts,
         waits: WaitStore,
         dispatcher: Dispatcher,
@@ -81,6 +85,7 @@ class Sweeper:
         self._keys = keys
         self._tenants = tenants
         self._keyvault = keyvault
+        self._deletion = deletion
         self._verdicts = verdicts
         self._waits = waits
         self._dispatcher = dispatcher
@@ -97,6 +102,7 @@ class Sweeper:
         background.every("waits", _TICK_SECONDS, self.lack, self._waits.sweep)
         background.every("paused-keys", _PAUSED_SECONDS, self.paused_keys)
         background.every("verdicts", _TICK_SECONDS, self._verdicts.apply_all)
+        background.every("deletions", _DELETION_SECONDS, self.deletions)
         background.every("unscheduled", _UNSCHEDULED_SECONDS, self.unscheduled)
         background.every("retention", _RETENTION_SECONDS, self.retention)
 
@@ -150,23 +156,18 @@ class Sweeper:
             await self._waits.resume_key(paused.tenant, paused.key_id, key.active_version)
 
     async def unscheduled(self) -> None:
-        """Have versions validated that were staged just before we stopped, and destroyed where
-        their tenant is deleted."""
+        """Have versions validated that were staged just before we stopped."""
         after = ""
         while rows := await self._tenants.page(None, after, 100):
             for row in rows:
-                try:
-                    await self._resume(row)
-                except ByokeepError as error:
-                    # What is wrong with one tenant keeps no other waiting.
-                    logs.event(
-                        log,
-                        "tenant_not_swept",
-                        level=logging.WARNING,
-                        tenant=row.id,
-                        reason=error.reason,
-                    )
+                if row.state == "ACTIVE":
+                    await _swept(row.id, self._resume(row))
             after = rows[-1].id
+
+    async def deletions(self) -> None:
+        """Finish deletions of tenants that broke off."""
+        for tenant in await self._tenants.unerased():
+            await _swept(tenant, self._deletion.finish(tenant, _ACTOR))
 
     async def retention(self) -> None:
         """Delete what was kept long enough."""
@@ -177,15 +178,9 @@ class Sweeper:
         )
 
     async def _resume(self, row: TenantRow) -> None:
-        if row.state == "ACTIVE":
-            if row.plan not in self._plans:
-                logs.event(log, "plan_unknown", level=logging.WARNING, tenant=row.id, plan=row.plan)
-            await self._schedule_pending(row.id)
-        elif row.state == "DELETED":
-            await self._keyvault.destroy_all(row.id, _ACTOR)
-
-    async def _schedule_pending(self, tenant: str) -> None:
-        for key in await self._keyvault.keys(tenant):
+        if row.plan not in self._plans:
+            logs.event(log, "plan_unknown", level=logging.WARNING, tenant=row.id, plan=row.plan)
+        for key in await self._keyvault.keys(row.id):
             for version in key.versions:
                 age = time.time() - version.create_time.seconds
                 if (
@@ -194,7 +189,17 @@ class Sweeper:
                     and key.provider != options_pb2.PROVIDER_UNSPECIFIED
                     and age > _UNSCHEDULED_SECONDS / 5
                 ):
-                    await self._keys.schedule(tenant, key, version.version, _ACTOR)
+                    await self._keys.schedule(row.id, key, version.version, _ACTOR)
+
+
+async def _swept(tenant: str, sweep: Awaitable[None]) -> None:
+    """Sweep one tenant; what is wrong with it keeps no other waiting."""
+    try:
+        await sweep
+    except ByokeepError as error:
+        logs.event(
+            log, "tenant_not_swept", level=logging.WARNING, tenant=tenant, reason=error.reason
+        )
 
 
 def after_silence(stale: Stale) -> Ending | ValidationEnding:
