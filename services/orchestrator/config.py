@@ -44,7 +44,7 @@ class Settings(config.ServiceSettings):
         "an attempt is killed after this long", default=900, most=86_400
     )
     wait_seconds: int = config.setting(
-        "a review that waits for the same thing this long fails with that reason",
+        "a review that waits this long without a chunk done fails with what it waits for",
         default=86_400,
         most=30 * 86_400,
     )

@@ -131,6 +131,22 @@ async def of_reviews(stack: Stack) -> list[Message]:
     )
 
 
+async def of_retries(stack: Stack) -> list[Message]:
+    stack.keyvault.add("acme")
+    await stack.sql(
+        """INSERT INTO review (id, tenant, state, repository, model, key_id, actor)
+            SELECT 'rev_' || lpad(n::text, 26, '0'), 'acme', 'FAILED', 'acme/shop', 'openai/m',
+                'key_' || repeat('k', 26), 'a'
+            FROM generate_series(1, 700) n"""
+    )
+    request = review_pb2.RetryReviewsRequest(
+        parent=PARENT,
+        filter=review_pb2.ReviewFilter(repository="acme/shop"),
+        request_id=request_id(),
+    )
+    return [await stack.client("acme").reviews.RetryReviews(request)]
+
+
 async def of_uses(stack: Stack) -> list[Message]:
     key_id = stack.keyvault.add("acme")
     await stack.sql(
@@ -256,6 +272,7 @@ LARGEST: Final = {
     "DryRunReview": of_dry_run,
     "ExportReview": of_export,
     "ListReviews": of_reviews,
+    "RetryReviews": of_retries,
     "ListKeyUses": of_uses,
     "GetKey": of_key,
     "ListKeys": of_keys,
@@ -267,6 +284,7 @@ LARGEST: Final = {
 #: Answers that have what another one has, and not more of it.
 LIKE: Final = {
     "WatchReview": "GetReview",
+    "CancelReviews": "RetryReviews",
     "SubmitReview": "ListReviews",
     "CancelReview": "ListReviews",
     "RetryReview": "ListReviews",

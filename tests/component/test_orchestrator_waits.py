@@ -478,6 +478,34 @@ async def test_what_waits_too_long_fails_with_that_reason(
         assert (await stack.ended(again.review)).state == COMPLETED
 
 
+async def test_who_waits_now_for_this_and_now_for_that_has_one_day(
+    orchestrator_database_url, tmp_path
+) -> None:
+    """Shown to fail where each reason has a clock of its own: the review waits for ever. Of a chunk
+    that is done the clock begins anew."""
+    async with running(orchestrator_database_url, tmp_path, wait_seconds=3) as stack:
+        await stack.tenant()
+        stack.keyvault.add("acme")
+
+        async def by_turns(talk: Conversation) -> None:
+            reason = ("KEYVAULT_UNAVAILABLE", "RATE_LIMITED")[len(stack.runner.talks) % 2]
+            if len(stack.runner.talks) == 4:
+                await talk.accept("c1", "c2")
+                await talk.call("c1")
+                await talk.result("c1", finding())
+                done.append(await stack.sql("SELECT now()"))
+            value = review_pb2.FailureReason.Value(f"FAILURE_REASON_{reason}")
+            await talk.end(value, retry_after_ms=400)
+
+        done: list[Any] = []
+        stack.runner.default = by_turns
+        review = await stack.ended(await stack.submit())
+        assert (review.state, review.chunks_done) == (FAILED, 1)
+        assert len(stack.runner.talks) > 6
+        ((at,),) = done[0]
+        assert review.end_time.ToDatetime(UTC) > at + timedelta(seconds=3)
+
+
 async def test_content_of_yesterday_opens_after_a_days_wait(stack: Stack) -> None:
     """The epoch has gone on meanwhile, and no key of it is in memory any more."""
     await stack.runner.tell(draining=True)

@@ -473,12 +473,12 @@ def _progress(row: ReviewRow) -> review_pb2.ReviewProgress | None:
 
 
 def _wait(row: ReviewRow, wait_seconds: int) -> review_pb2.ReviewWait | None:
-    if not row.wait_reason or row.wait_since is None:
+    if not row.wait_reason or row.wait_stalled is None:
         return None
     return review_pb2.ReviewWait(
         reason=review_pb2.FailureReason.Value(f"FAILURE_REASON_{row.wait_reason}"),
         message=failures.waiting_sentence(row.wait_reason, key=row.key_id, cause=row.wait_cause),
         since=timestamp(row.wait_since),
         next_try_time=timestamp(row.wait_until),
-        give_up_time=timestamp(row.wait_since + timedelta(seconds=wait_seconds)),
+        give_up_time=timestamp(row.wait_stalled + timedelta(seconds=wait_seconds)),
     )

@@ -26,7 +26,7 @@ class ReviewRow:
     """A review; its content and findings stand elsewhere.
 
     `wait_reason` is empty where it does not wait, or for its turn alone; `wait_until` is None where
-    an event ends the wait.
+    an event ends the wait; `wait_stalled` is since when it waits for this reason and others.
     """
 
     id: str
@@ -58,6 +58,7 @@ class ReviewRow:
     wait_reason: str = ""
     wait_cause: str = ""
     wait_since: datetime | None = None
+    wait_stalled: datetime | None = None
     wait_until: datetime | None = None
     progress_calls: int | None = None
     progress_place: int | None = None
@@ -83,11 +84,11 @@ class ReviewFilter:
 _NAMES: Final = tuple(ReviewRow.__dataclass_fields__)
 _JOINED: Final = ("wait_", "answer_", "progress_", "prompt_")
 _OWN: Final = tuple(name for name in _NAMES if not name.startswith(_JOINED))
-_COLUMNS: Final = f"""
-SELECT {", ".join(_OWN)},
-    coalesce(wait.reason, '') AS wait_reason,
+_WAIT: Final = """coalesce(wait.reason, '') AS wait_reason,
     coalesce(wait.cause, '') AS wait_cause, wait.since AS wait_since,
-    nullif(wait.until, 'infinity') AS wait_until
+    wait.stalled AS wait_stalled, nullif(wait.until, 'infinity') AS wait_until"""
+_COLUMNS: Final = f"""
+SELECT {", ".join(_OWN)}, {_WAIT}
 FROM review {sql_waits.WAIT}
 """  # noqa: S608 - constants
 _SUBMIT: Final = sql.SUBMIT.format(columns=", ".join(f"rev.{name}" for name in _OWN))
@@ -96,9 +97,7 @@ _BESIDE: Final = """state = 'QUEUED' AND kind = 'REVIEW' AND attempt.tenant = re
 # How many calls the attempt that runs has started; how many go before the one that waits, of those
 # of its key: of its lane and of those before it, never more than a thousand rows each.
 _WHOLE: Final = f"""
-SELECT {", ".join(f"review.{name}" for name in _OWN)}, coalesce(wait.reason, '') AS wait_reason,
-    coalesce(wait.cause, '') AS wait_cause, wait.since AS wait_since,
-    nullif(wait.until, 'infinity') AS wait_until,
+SELECT {", ".join(f"review.{name}" for name in _OWN)}, {_WAIT},
     coalesce(last.answer_bytes, 0) AS answer_bytes, last.calls_started AS progress_calls,
     CASE WHEN last.state = 'QUEUED' THEN (
         SELECT least(count(*), 1000) + 1 FROM (

@@ -237,6 +237,8 @@ attempt = Table(
     _text("wait_reason"),
     _text("wait_cause"),
     _time("wait_since"),
+    # Since when it waits, for whatever reasons, without a chunk done in between; NULL: it does not.
+    _time("stalled_since"),
     _text("failure"),
     # What was unreachable, where the provider was.
     _text("cause"),
@@ -296,8 +298,8 @@ Index(
 )
 Index(
     "attempt_waiting_idx",
-    attempt.c.wait_since,
-    postgresql_where=text("state = 'QUEUED' AND wait_since IS NOT NULL"),
+    attempt.c.stalled_since,
+    postgresql_where=text("state = 'QUEUED' AND stalled_since IS NOT NULL"),
 )
 Index(
     "attempt_open_idx",

@@ -165,7 +165,7 @@ CALL_STARTED: Final = """
 # The beat makes a TAKE_OVER that waited for this row look at it again.
 CHUNK_DONE: Final = """
     WITH a AS (
-        UPDATE attempt SET heartbeat_time = now(), answer_bytes = 0
+        UPDATE attempt SET heartbeat_time = now(), answer_bytes = 0, stalled_since = NULL
         WHERE id = %(id)s AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'
         RETURNING review_id),
     f AS (
@@ -188,7 +188,7 @@ CHUNK_DONE: Final = """
 # What takes the place of a chunk that the provider found too long. The call has its answer.
 CHUNK_SPLIT: Final = """
     WITH a AS (
-        UPDATE attempt SET heartbeat_time = now()
+        UPDATE attempt SET heartbeat_time = now(), answer_bytes = 0, stalled_since = NULL
         WHERE id = %(id)s AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'
         RETURNING review_id),
     f AS (
@@ -233,11 +233,12 @@ END_REVIEW: Final = (
         WHERE review_content.review_id = r.id AND %(review_state)s = 'COMPLETED'),
     n AS (
         INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, number, fence, tries,
-            priority, due_time, wait_reason, wait_cause, wait_since)
+            priority, due_time, wait_reason, wait_cause, wait_since, stalled_since)
         SELECT %(next_id)s, a.kind, a.tenant, r.id, a.key_id, %(next_version)s, r.attempts, r.fence,
             a.tries + %(counted)s, a.priority, now() + make_interval(secs => %(delay)s),
             %(wait_reason)s, %(wait_cause)s,
-            CASE WHEN a.wait_reason = %(wait_reason)s THEN a.wait_since ELSE now() END
+            CASE WHEN a.wait_reason = %(wait_reason)s THEN a.wait_since ELSE now() END,
+            coalesce(a.stalled_since, now())
         FROM a, r WHERE %(successors)s = 1
         RETURNING pg_notify('byokeep_due', ''))
     SELECT pg_notify('byokeep_review', r.id), (SELECT count(*) FROM n) AS following FROM r"""

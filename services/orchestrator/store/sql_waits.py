@@ -96,7 +96,8 @@ PUT_BACK: Final = """
         due_time = CASE WHEN %(delay)s > 0
             THEN now() + make_interval(secs => %(delay)s) ELSE due_time END,
         wait_since = CASE WHEN wait_reason = %(wait_reason)s THEN wait_since ELSE now() END,
-        wait_reason = %(wait_reason)s, wait_cause = %(wait_cause)s
+        wait_reason = %(wait_reason)s, wait_cause = %(wait_cause)s,
+        stalled_since = coalesce(stalled_since, now())
     FROM held, r WHERE attempt.id = held.id
     RETURNING pg_notify('byokeep_due', '')"""
 
@@ -171,7 +172,8 @@ DROP_PAUSES: Final = "DELETE FROM pause WHERE until < now() - interval '2 minute
 #: Joins to a row `review` what it waits for, as `wait`: the reason that lasts longest.
 WAIT: Final = """
     LEFT JOIN LATERAL (
-        SELECT one.reason, one.cause, one.since, one.until FROM attempt a, LATERAL (
+        SELECT one.reason, one.cause, one.since, one.until,
+            least(a.stalled_since, one.since) AS stalled FROM attempt a, LATERAL (
             SELECT a.wait_reason AS reason, a.wait_cause AS cause, a.wait_since AS since,
                 a.due_time AS until
             WHERE a.wait_reason <> '' AND a.due_time > now()
@@ -182,23 +184,22 @@ WAIT: Final = """
         WHERE a.review_id = review.id AND a.state = 'QUEUED' AND review.state = 'QUEUED'
         ORDER BY one.until DESC LIMIT 1) wait ON true"""
 
-# What has waited for one reason for as long as anything may.
-WAITED_TOO_LONG: Final = """
-    WITH late AS (
-        SELECT id, wait_reason AS reason FROM attempt
-        WHERE state = 'QUEUED' AND kind = 'REVIEW' AND wait_reason <> '' AND due_time > now()
-            AND wait_since < now() - make_interval(secs => %(seconds)s)
-        UNION ALL
-        SELECT a.id, pause.reason FROM pause JOIN attempt a
-            ON (pause.tenant = '' OR pause.tenant = a.tenant)
-                AND (pause.key_id = '' OR pause.key_id = a.key_id)
-        WHERE pause.since < now() - make_interval(secs => %(seconds)s)
-            AND pause.until > now() - interval '2 minutes'
-            AND a.state = 'QUEUED' AND a.kind = 'REVIEW'
-            AND a.create_time < now() - make_interval(secs => %(seconds)s))
-    SELECT a.id AS attempt_id, late.reason, review.id AS review_id, review.key_id, review.model
-    FROM late JOIN attempt a ON a.id = late.id JOIN review ON review.id = a.review_id
-    LIMIT 100"""
+# Who is held back with others counts from when that began. A pause that is soon over is no wait.
+STALLED: Final = """
+    UPDATE attempt a SET stalled_since = greatest(pause.since, a.create_time)
+    FROM pause
+    WHERE a.state = 'QUEUED' AND a.kind = 'REVIEW' AND a.stalled_since IS NULL
+        AND (pause.tenant = '' OR pause.tenant = a.tenant)
+        AND (pause.key_id = '' OR pause.key_id = a.key_id)
+        AND pause.until > now() AND pause.since < now() - interval '1 minute'"""
+
+# What has waited for as long as anything may, for one reason after the other, and waits now.
+WAITED_TOO_LONG: Final = f"""
+    SELECT a.id AS attempt_id, wait.reason, review.id AS review_id, review.key_id, review.model
+    FROM attempt a JOIN review ON review.id = a.review_id {WAIT}
+    WHERE a.state = 'QUEUED' AND a.kind = 'REVIEW' AND wait.reason IS NOT NULL
+        AND a.stalled_since < now() - make_interval(secs => %(seconds)s)
+    LIMIT 100"""  # noqa: S608 - constants
 
 GIVE_UP: Final = """
     WITH a AS (

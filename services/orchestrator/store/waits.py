@@ -36,7 +36,7 @@ class WaitStore:
     """Pauses, seen from outside of an attempt."""
 
     def __init__(self, database: Database, limit_seconds: int) -> None:
-        """`limit_seconds` is the longest that a review may wait for one reason."""
+        """`limit_seconds` is the longest that a review may wait without a chunk done."""
         self._database = database
         self._limit = limit_seconds
 
@@ -73,6 +73,7 @@ class WaitStore:
     async def sweep(self) -> None:
         """End what has waited too long, and forget pauses that are over."""
         async with self._database.statement() as session:
+            await session.run(sql_waits.STALLED)
             for row in await session.all(sql_waits.WAITED_TOO_LONG, {"seconds": self._limit}):
                 message = failures.failed_sentence(
                     row.reason, key=row.key_id, model=row.model, review=row.review_id
