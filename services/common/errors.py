@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import grpc
 from byokeep.common.v1 import error_reason_pb2
-from byokeep.errors import DETAILS_KEY, DOMAIN, UNANSWERED, error_info
+from byokeep.errors import DETAILS_KEY, DOMAIN, error_info
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
@@ -80,7 +80,7 @@ def from_rpc(error: grpc.RpcError, dependency: str) -> ByokeepError:
         )
         known.metadata = info.metadata
         return known
-    if info.code in UNANSWERED:
+    if info.unanswered:
         return ByokeepError(
             grpc.StatusCode.UNAVAILABLE,
             "DEPENDENCY_UNAVAILABLE",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 from byokeep.common.v1 import options_pb2
-from byokeep.errors import UNANSWERED, ErrorInfo, error_info
+from byokeep.errors import ErrorInfo, error_info
 from byokeep.keyvault.v1 import lease_pb2
 from byokeep.keyvault.v1.lease_pb2_grpc import LeaseServiceStub
 from byokeep.orchestrator.v1 import review_pb2
@@ -83,7 +83,7 @@ class Leases:
                 task.cancel()
 
     async def _release(self, request: lease_pb2.ReleaseLeaseRequest) -> None:
-        code = None
+        info = None
         for attempt in range(_RELEASE_TRIES):
             try:
                 await self._stub.ReleaseLease(
@@ -91,8 +91,8 @@ class Leases:
                 )
                 return
             except grpc.aio.AioRpcError as error:
-                code = error.code()
-            if code not in UNANSWERED:
+                info = error_info(error)
+            if not _is_away(info):
                 break
             await asyncio.sleep(min(0.1 * 2**attempt, _MAX_BACKOFF_SECONDS))
         logs.event(
@@ -100,7 +100,7 @@ class Leases:
             "lease_not_released",
             level=logging.WARNING,
             lease=request.lease_id,
-            code=code.name if code else "",
+            code=info.code.name if info else "",
         )
 
 
@@ -132,10 +132,16 @@ _DEAD: Final = (review_pb2.FAILURE_REASON_KEY_REVOKED, "The key was revoked or d
 _OTHER: Final = (review_pb2.FAILURE_REASON_LEASE_REFUSED, "keyvault refused the lease.")
 
 
+def _is_away(info: ErrorInfo) -> bool:
+    """Whether keyvault may answer the same call later."""
+    busy = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    return info.unanswered or info.code in busy
+
+
 def _refusal(info: ErrorInfo) -> runner_pb2.Outcome:
     if info.reason in _REFUSED:
         failure, message = _REFUSED[info.reason]
-    elif info.code in (*UNANSWERED, grpc.StatusCode.RESOURCE_EXHAUSTED):
+    elif _is_away(info):
         failure, message = _AWAY
     else:
         failure, message = _DEAD if info.metadata.get("state") in _DEAD_STATES else _OTHER

@@ -208,6 +208,33 @@ async def test_open_call_is_taken_up_again_where_the_stream_breaks(stack: Stack)
     assert [one.acked_sequence for one in taken] == [3, 3]  # accepted, leased, call started
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN])
+async def test_a_stream_that_breaks_is_no_defect_whatever_grpc_calls_it(
+    stack: Stack, code: grpc.StatusCode
+) -> None:
+    """grpc.aio says INTERNAL to whoever was writing when the connection broke: `make chaos` killed
+    a runner, and reviews failed with it that nobody had begun. Shown to fail (INTERNAL, then
+    AMBIGUOUS) with `_converse` returning the code as it is."""
+
+    async def breaks_before_a_call(talk: Conversation) -> None:
+        await talk.accept("c1")
+        raise RunnerGone(code)
+
+    async def breaks_in_a_call(talk: Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        raise RunnerGone(code)
+
+    async def goes_on(talk: Conversation) -> None:
+        await talk.result("c1", finding())
+        await talk.end()
+
+    stack.runner.scripts = [breaks_before_a_call, breaks_in_a_call]
+    stack.runner.resumed = [goes_on]
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.calls_started, review.attempts) == (COMPLETED, 1, 2)
+
+
 async def test_lost_runner_is_replaced_if_nothing_was_sent(stack: Stack) -> None:
     stack.runner.scripts = [gone_before_a_call]
     review = await stack.ended(await stack.submit())

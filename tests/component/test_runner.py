@@ -333,11 +333,10 @@ def test_a_refused_lease_ends_the_attempt(bench, code, name, metadata, expected)
     assert bench.emulator.control.calls() == []
 
 
-def test_a_keyvault_that_ends_refuses_nothing(bench):
-    """It cuts what came in its last moment with a bare CANCELLED."""
-    bench.keyvault.refusal = SimpleNamespace(
-        code=grpc.StatusCode.CANCELLED, message="", trailing_metadata=tuple
-    )
+@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL])
+def test_a_keyvault_that_ends_refuses_nothing(bench, code):
+    """It cuts what came in its last moment with a bare CANCELLED, or its connection breaks."""
+    bench.keyvault.refusal = SimpleNamespace(code=code, message="", trailing_metadata=tuple)
     assert reason(bench.review().finish()) == "KEYVAULT_UNAVAILABLE"
 
 

@@ -459,8 +459,9 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         try:
             while (response := await talk.out.get()) is not None:
                 yield response
-            if player.done() and player.exception():
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the runner is gone")
+            if player.done() and (error := player.exception()):
+                code = getattr(error, "code", grpc.StatusCode.UNAVAILABLE)
+                await context.abort(code, "the runner is gone")
         finally:
             player.cancel()
             talk.close()
@@ -474,6 +475,10 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
 
 class RunnerGone(Exception):
     """Raised by a script: the stream breaks."""
+
+    def __init__(self, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
+        super().__init__()
+        self.code = code
 
 
 @dataclass

@@ -367,7 +367,6 @@ def of_stream(code: grpc.StatusCode, *, call_open: bool) -> Failure:
 _STREAM: Final = {
     grpc.StatusCode.OK: "RUNNER_UNAVAILABLE",
     grpc.StatusCode.UNAVAILABLE: "RUNNER_UNAVAILABLE",
-    grpc.StatusCode.CANCELLED: "RUNNER_UNAVAILABLE",
     grpc.StatusCode.NOT_FOUND: "RUNNER_UNAVAILABLE",
     grpc.StatusCode.FAILED_PRECONDITION: "RUNNER_UNAVAILABLE",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "RUNNERS_FULL",

@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol
 import grpc
 from byokeep import names
 from byokeep.common.v1.options_pb2 import SignedEnvelope
+from byokeep.errors import error_info
 from byokeep.keyvault.v1 import grant_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
 from byokeep.runner.v1 import runner_pb2
@@ -41,8 +42,8 @@ _VALIDATION_CALLS: Final = 1
 # Well below the 30 s for which a runner keeps what nobody took.
 _REATTACH_SECONDS: Final = 10.0
 _REATTACH_PAUSE_SECONDS: Final = 0.25
-# What a broken connection, or a runner that went away, looks like.
-_LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+# A broken connection, or a runner that went away.
+_LOST: Final = grpc.StatusCode.UNAVAILABLE
 
 
 #: What a lease is for, by the kind of an attempt.
@@ -156,16 +157,16 @@ class Execution:
         """Converse; return the outcome's sequence number, or None where none came."""
         try:
             async with self._limited():
-                sequence, code = None, grpc.StatusCode.UNAVAILABLE
+                sequence, code = None, _LOST
                 if self._work.turn == 0:
                     sequence, code = await self._begin()
-                if sequence is None and self._call_open and code in _LOST and not self._lost:
+                if sequence is None and self._call_open and code is _LOST and not self._lost:
                     sequence, code = await self._take_up()
                 if sequence is not None:
                     return sequence
             failure = self._cut(code)
         except TimeoutError:
-            failure = self._cut(grpc.StatusCode.UNAVAILABLE)
+            failure = self._cut(_LOST)
         self._result = replace(self._result, failure=failure)
         return None
 
@@ -186,9 +187,11 @@ class Execution:
                 if await self._hear(response):
                     return int(response.sequence), grpc.StatusCode.OK
         except grpc.RpcError as error:
-            return None, error.code()
+            info = error_info(error)
+            late = info.code is grpc.StatusCode.DEADLINE_EXCEEDED
+            return None, _LOST if info.unanswered and not late else info.code
         except asyncio.InvalidStateError:
-            return None, grpc.StatusCode.UNAVAILABLE
+            return None, _LOST
         return None, grpc.StatusCode.OK
 
     async def _take_up(self) -> tuple[int | None, grpc.StatusCode]:
@@ -199,8 +202,8 @@ class Execution:
             log, "stream_lost", level=logging.WARNING, attempt=work.attempt_id, turn=work.turn
         )
         end = asyncio.get_running_loop().time() + _REATTACH_SECONDS
-        code = grpc.StatusCode.UNAVAILABLE
-        while code in _LOST and asyncio.get_running_loop().time() < end:
+        code = _LOST
+        while code is _LOST and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(_REATTACH_PAUSE_SECONDS)
             runner = self._fleet.find(runner_id)
             if runner is None:
@@ -343,8 +346,10 @@ class Execution:
         if self._refused is not None:
             return replace(result, failure=self._refused)
         if result.failure is None and left:
-            # A runner that says "done" and is not has a defect.
-            logs.event(log, "chunks_missing", level=logging.ERROR, attempt=self._work.attempt_id)
+            if not self._lost:  # else it was told to stop, and nothing more was taken
+                # A runner that says "done" and is not has a defect.
+                attempt = self._work.attempt_id
+                logs.event(log, "chunks_missing", level=logging.ERROR, attempt=attempt)
             return replace(result, failure=Failure("INTERNAL"))
         return result
 

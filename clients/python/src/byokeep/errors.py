@@ -25,6 +25,9 @@ UNANSWERED: Final = (
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
 )
+# With a reason they are a service's own defect; without, the connection broke: grpc.aio says so to
+# whoever was writing, and so does what stands between.
+_BROKEN: Final = (*UNANSWERED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 # Reason and sentence of a status that bears none of byokeep's.
 _BARE: Final[Mapping[grpc.StatusCode, tuple[str, str]]] = {
@@ -44,6 +47,11 @@ class ErrorInfo:
     reason: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
     retry_after_seconds: float | None = None
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether no service answered, so that none refused: each refusal bears a reason."""
+        return not self.reason and self.code in _BROKEN
 
 
 class CallError(Error, grpc.RpcError):
