@@ -63,8 +63,9 @@ class Gate(Wrapping):
             make = grpc.stream_unary_rpc_method_handler
             inner = handler.stream_unary or handler.unary_unary
             wrapped = call.one(inner)
-        # Not parsed by gRPC: a caller's message is looked at first.
-        wrapped_handler: Handler = make(wrapped, None, handler.response_serializer)
+        # Neither parsed nor serialized by gRPC: a caller's message is looked at first, and an answer
+        # is counted until it is sent.
+        wrapped_handler: Handler = make(wrapped, None, None)
         return wrapped_handler
 
 
@@ -76,6 +77,7 @@ class _Call:
         self._streams_out = bool(handler.response_streaming)
         self._request = authz.descriptor_of(method).input_type
         self._parse: Any = handler.request_deserializer
+        self._serialize: Any = handler.response_serializer
 
     def one(self, inner: Any) -> Any:
         """Wrap a handler with one answer."""
@@ -84,8 +86,10 @@ class _Call:
             refusal = None
             try:
                 with contextlib.ExitStack() as held:
-                    request = await self._admitted(context, held)
-                    return await inner(request, context)
+                    request, tenant = await self._admitted(context, held)
+                    answer: bytes = self._serialize(await inner(request, context))
+                    _when_over(context, self._gate._load.hold(tenant, len(answer)))
+                    return answer
             except Exception as error:
                 refusal = self._refusal(error)
             await _abort(context, refusal)
@@ -95,13 +99,19 @@ class _Call:
     def many(self, inner: Any) -> Any:
         """Wrap a handler with a stream of answers."""
 
-        async def handle(_: object, context: Context) -> AsyncIterator[Message]:
+        async def handle(_: object, context: Context) -> AsyncIterator[bytes]:
             refusal = None
             try:
                 with contextlib.ExitStack() as held:
-                    request = await self._admitted(context, held)
+                    request, tenant = await self._admitted(context, held)
                     async for response in inner(request, context):
-                        yield response
+                        answer: bytes = self._serialize(response)
+                        del response
+                        sent = self._gate._load.hold(tenant, len(answer))
+                        try:
+                            yield answer
+                        finally:
+                            sent()
             except Exception as error:
                 refusal = self._refusal(error)
             if refusal is not None:
@@ -109,12 +119,12 @@ class _Call:
 
         return handle
 
-    async def _admitted(self, context: Context, held: contextlib.ExitStack) -> Any:
-        """Return the request, or the stream of them, of a caller that may make it; `held` gets what
-        is to be given back in the end."""
+    async def _admitted(self, context: Context, held: contextlib.ExitStack) -> tuple[Any, str]:
+        """Return the request, or the stream of them, of a caller that may make it, and the tenant
+        that it names, if any; `held` gets what is to be given back once there is an answer."""
         caller = self._identify(context)
         if self._streams_in:
-            return self._messages(context)
+            return self._messages(context), ""
         admitted = await self._gate._load.admit(caller.spiffe_id)
         try:
             raw = await self._raw(context)
@@ -127,15 +137,18 @@ class _Call:
         tenant = authz.named_tenant(request)
         if tenant:
             try:
-                held.callback(self._gate._load.enter(tenant, self._method, self._limits, size))
+                leave = self._gate._load.enter(tenant, self._method, self._limits, size)
             except ByokeepError:
                 # Whoever sends again at once would have the loop refuse and do nothing else.
                 del request
                 await asyncio.sleep(load.PAUSE_SECONDS)
                 raise
-            if not self._streams_out:
+            _when_over(context, leave)
+            if self._streams_out:
+                self._gate._load.stream(tenant)
+            else:
                 held.callback(await self._gate._load.run(tenant))
-        return request
+        return request, tenant
 
     async def _raw(self, context: Context) -> Any:
         # A caller that does not send what it began would keep others of its identity waiting.
@@ -183,6 +196,11 @@ class _Call:
         if self._gate._denied is not None and error.code in _DENIALS:
             self._gate._denied(authz.presented(), self._method, error.reason)
         return error
+
+
+def _when_over(context: Context, act: Callable[[], None]) -> None:
+    """Act once the call's last byte is sent, or given up."""
+    context.add_done_callback(lambda _: act())
 
 
 async def _abort(context: Context, error: ByokeepError) -> None:

@@ -2,13 +2,17 @@
 
 A caller's calls are read and authorised some at a time; the others wait unread, so that a flood
 takes neither memory nor more of the event loop than one caller's part. A tenant has as many calls
-of a method in flight as its proto says, and a few of them run at once.
+of a method in flight as its proto says, and a few of them run at once: of a stream, what stands in
+`turn`, for a stream that waits is no load.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,8 +28,10 @@ _REQUEST_BYTES: Final = 64 * 1024
 _ADMITTED_AT_ONCE: Final = 4
 #: Most calls of one caller that wait to be read and authorised, with those that are.
 PER_CALLER: Final = 1024
-_RUN_AT_ONCE: Final = 8
-#: Most bytes of requests of one tenant in flight, where it is more than one request.
+#: Most calls of one tenant, and looks of its streams, that run.
+RUN_AT_ONCE: Final = 8
+#: Most bytes of one tenant in flight, where it is more than one request: of requests that are being
+#: answered, and of answers that are not sent yet, for a caller may take none.
 TENANT_BYTES: Final = 64 * 1024 * 1024
 _AGAIN_SECONDS: Final = 1.0
 #: A call that is refused for its tenant's load is told so after this long.
@@ -52,7 +58,7 @@ class Load:
     def __init__(self) -> None:
         """Start with nothing."""
         self._admitted = Turns(_ADMITTED_AT_ONCE, PER_CALLER)
-        self._running = Turns(_RUN_AT_ONCE)
+        self._running = Turns(RUN_AT_ONCE)
         self._calls: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[str] = Counter()
 
@@ -71,23 +77,62 @@ class Load:
             name = method.rsplit("/", 1)[1]
             raise _overloaded(f"calls of {name} for this tenant at once", limits.per_tenant)
         if self._bytes[tenant] and self._bytes[tenant] + size > TENANT_BYTES:
-            raise _overloaded("bytes of requests for this tenant at once", TENANT_BYTES)
+            raise _overloaded("bytes in flight for this tenant", TENANT_BYTES)
         self._calls[call] += 1
-        self._bytes[tenant] += size
+        read = self.hold(tenant, size)
 
         def leave() -> None:
+            read()
             self._calls[call] -= 1
-            self._bytes[tenant] -= size
             if not self._calls[call]:
                 del self._calls[call]
+
+        return leave
+
+    def hold(self, tenant: str, size: int) -> Callable[[], None]:
+        """Count bytes that a tenant's call keeps here; return what ends that."""
+        self._bytes[tenant] += size
+
+        def let_go() -> None:
+            self._bytes[tenant] -= size
             if not self._bytes[tenant]:
                 del self._bytes[tenant]
 
-        return leave
+        return let_go
 
     async def run(self, tenant: str) -> Callable[[], None]:
         """Wait until a tenant's call may run; return what ends that."""
         return await self._running.take(tenant)
+
+    def stream(self, tenant: str) -> None:
+        """Let `turn` know whose call this is."""
+        _stream.set((self, tenant))
+
+    async def run_with_room(self, tenant: str) -> Callable[[], None]:
+        """As `run`, and not before the tenant's callers have taken what was sent to them."""
+        while True:
+            give_back = await self.run(tenant)
+            if self._bytes[tenant] <= TENANT_BYTES:
+                return give_back
+            give_back()
+            await asyncio.sleep(PAUSE_SECONDS)
+
+
+_stream: ContextVar[tuple[Load, str]] = ContextVar("byokeep_stream")
+
+
+@asynccontextmanager
+async def turn() -> AsyncIterator[None]:
+    """Run a part of a stream's handler as a call of its tenant runs, when its turn has come.
+
+    Nothing may be sent in it: a caller who takes nothing would keep the tenant's other calls.
+    """
+    load, tenant = _stream.get()
+    give_back = await load.run_with_room(tenant)
+    try:
+        yield
+    finally:
+        give_back()
 
 
 def _overloaded(what: str, limit: int) -> ByokeepError:

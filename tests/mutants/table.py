@@ -1126,6 +1126,20 @@ MUTANTS = (
         (_SEC + "test_floods.py::test_a_tenant_has_so_many_dry_runs_at_once",),
     ),
     Mutant(
+        "a stream's looks take no turn",
+        "services/common/load.py",
+        "give_back = await load.run_with_room(tenant)",
+        "give_back = lambda: None",
+        (_SEC + "test_floods.py::test_a_tenant_has_so_many_looks_of_its_watches_at_once",),
+    ),
+    Mutant(
+        "an answer counts no more once it is made",
+        "services/common/interceptor.py",
+        "context.add_done_callback(lambda _: act())",
+        "act()",
+        (_SEC + "test_floods.py::test_answers_that_nobody_takes_are_bounded",),
+    ),
+    Mutant(
         "a caller's calls wait without limit",
         "services/common/turns.py",
         "raise Full",

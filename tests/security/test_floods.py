@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import pytest
 from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2
-from byokeep.transport import TlsFiles, aio_channel
+from byokeep.transport import TlsFiles, aio_channel, channel_credentials, channel_options
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common import interceptor, load, server, wire
+from services.orchestrator.store.reviews import ReviewRow, ReviewStore
 from tests.harness import keyvault as kv
 from tests.harness import orchestrator as harness
 from tests.harness.replica import replicas
@@ -182,6 +183,166 @@ async def test_a_tenant_has_so_many_bytes_at_once(
     errors = [error for error in answers if isinstance(error, grpc.aio.AioRpcError)]
     assert errors
     assert {error_info(error).metadata["limit"] for error in errors} == {"30000"}
+
+
+async def test_a_tenant_has_so_many_looks_of_its_watches_at_once(
+    stack: harness.Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand watches of one review held up every other tenant for seven seconds. Was shown to
+    fail without `load.turn` in WatchReview: sixty."""
+    go = asyncio.Event()
+
+    async def script(talk: harness.Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        await go.wait()
+        await talk.result("c1", harness.finding())
+        await talk.end()
+
+    stack.runner.default = script
+    review = await stack.submit("flood")
+    looking: list[int] = []
+    get, now = ReviewStore.get, 0
+
+    async def counted(self: ReviewStore, tenant: str, review_id: str) -> ReviewRow:
+        nonlocal now
+        now += 1
+        looking.append(now)
+        try:
+            return await get(self, tenant, review_id)
+        finally:
+            now -= 1
+
+    request = review_pb2.WatchReviewRequest(name=review.name)
+    watches = [stack.client("flood").reviews.WatchReview(request, timeout=60) for _ in range(60)]
+    await asyncio.gather(*(watch.read() for watch in watches))
+    monkeypatch.setattr(ReviewStore, "get", counted)
+    go.set()  # all of them are told of the change at once
+
+    async def last(watch: Any) -> Any:
+        found = review
+        while found.state != review_pb2.REVIEW_STATE_COMPLETED:
+            found = (await watch.read()).review
+        return found
+
+    ended = await asyncio.gather(*(last(watch) for watch in watches))
+    assert {len(one.findings) for one in ended} == {1}
+    assert max(looking) <= load.RUN_AT_ONCE
+
+
+def many(go: asyncio.Event) -> harness.Script:
+    """A review with 400 kB of findings."""
+
+    async def script(talk: harness.Conversation) -> None:
+        await talk.accept("c1")
+        await talk.call("c1")
+        await go.wait()
+        long = harness.finding()
+        long.message = "m" * 4_000
+        await talk.result("c1", *[long] * 100)
+        await talk.end()
+
+    return script
+
+
+@contextlib.asynccontextmanager
+async def taking_nothing(stack: harness.Stack) -> AsyncIterator[grpc.aio.Channel]:
+    """A connection whose calls get no more of an answer than is read: of a stream, and where gRPC
+    does not look how fast the line is."""
+    files = stack.authority.issue(stack.folder / "stalls", spiffe_id="client/flood")
+    pem = TlsFiles(files.certificate, files.key, stack.folder / "ca.pem").load()
+    options = [*channel_options("orchestrator.test"), ("grpc.http2.bdp_probe", 0)]
+    credentials = channel_credentials(pem.certificate, pem.key, pem.ca)
+    async with grpc.aio.secure_channel(stack.address, credentials, options=options) as opened:
+        yield opened
+
+
+async def test_answers_that_nobody_takes_are_bounded(
+    stack: harness.Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two thousand answers of 200 kB that their caller did not read took 1.3 GB, and nothing bounded
+    it: a call counted until its answer was made. Was shown to fail without `hold` in `_Call.one`,
+    and with `_when_over` acting at once: nobody was refused."""
+    monkeypatch.setattr(load, "TENANT_BYTES", 2 * _MEBIBYTE)
+    go = asyncio.Event()
+    go.set()
+    stack.runner.default = many(go)
+    review = await stack.ended(await stack.submit("flood"))
+    request = review_pb2.GetReviewRequest(name=review.name)
+    get = stack.client("flood").reviews.GetReview
+    method = "/byokeep.orchestrator.v1.ReviewService/GetReview"
+    async with taking_nothing(stack) as flood:
+        unread = [
+            flood.unary_stream(method)(request.SerializeToString(), timeout=60) for _ in range(10)
+        ]
+        await until(lambda: is_refused(get(request)))
+        await victim(stack)
+        for call in unread:
+            call.cancel()
+        await until(lambda: is_answered(get(request)))
+
+
+async def test_watches_that_nobody_reads_are_bounded(
+    stack: harness.Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait, and go on once there is room. Was shown to fail with `Load.run` in place of
+    `run_with_room`: all thirty had looked."""
+    monkeypatch.setattr(load, "TENANT_BYTES", 2 * _MEBIBYTE)
+    go = asyncio.Event()
+    stack.runner.default = many(go)
+    review = await stack.submit("flood")
+    request = review_pb2.WatchReviewRequest(name=review.name).SerializeToString()
+    looks: list[str] = []
+    findings = ReviewStore.findings
+
+    async def counted(self: ReviewStore, review_id: str) -> dict[str, bytes]:
+        looks.append(review_id)
+        return await findings(self, review_id)
+
+    monkeypatch.setattr(ReviewStore, "findings", counted)
+    method = "/byokeep.orchestrator.v1.ReviewService/WatchReview"
+    async with taking_nothing(stack) as flood:
+        watches = [flood.unary_stream(method)(request, timeout=60) for _ in range(30)]
+        await asyncio.gather(*(watch.read() for watch in watches))
+        go.set()
+        await until(
+            lambda: is_refused(
+                stack.client("flood").reviews.GetReview(
+                    review_pb2.GetReviewRequest(name=review.name)
+                )
+            )
+        )
+        for _ in range(50):
+            await victim(stack)
+        # Some were at it when the room was used up.
+        assert len(looks) <= 2 * _MEBIBYTE // 400_000 + 1 + load.RUN_AT_ONCE
+        for watch in watches[1:]:
+            watch.cancel()
+        found = review
+        while found.state != review_pb2.REVIEW_STATE_COMPLETED:
+            found = review_pb2.WatchReviewResponse.FromString(await watches[0].read()).review
+        assert len(found.findings) == 100
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(40):
+        while not await condition():
+            await asyncio.sleep(0.05)
+
+
+async def is_refused(call: Awaitable[Any]) -> bool:
+    """Whether a call is refused for its tenant's load."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        assert error_info(error).reason == "OVERLOADED"
+        assert error_info(error).metadata["limit"] == str(load.TENANT_BYTES)
+        return True
+    return False
+
+
+async def is_answered(call: Awaitable[Any]) -> bool:
+    return not await is_refused(call)
 
 
 async def test_a_million_elements_are_not_looked_at(stack: harness.Stack) -> None:

@@ -11,6 +11,7 @@ from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2, key_pb2_grpc
 from byokeep.orchestrator.v1.review_pb2 import FailureReason
 
+from services.common import load
 from services.common.errors import ByokeepError
 from services.common.models import MAX_LISTED
 from services.orchestrator.api import access, paging
@@ -129,7 +130,10 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         last: key_pb2.Key | None = None
         with self._events.subscribe(KEY, names.last_of(request.name)) as changes:
             while True:
-                key = await self._with_check(rights, await self._readable(rights, request.name))
+                async with load.turn():
+                    if last is not None:
+                        rights = await access.again()
+                    key = await self._with_check(rights, await self._readable(rights, request.name))
                 pending = custody_pb2.KEY_VERSION_STATE_PENDING
                 done = _newest(key.provider_key).state != pending and not key.check.open
                 if done or key != last:
@@ -138,7 +142,6 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
                     return
                 last = key
                 await changes.wait(_WATCH_SECONDS)
-                rights = await access.again()
 
     async def GetKey(
         self, request: key_pb2.GetKeyRequest, context: object

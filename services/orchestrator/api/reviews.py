@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,7 @@ from byokeep import ids, names
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc, settings_pb2
 
-from services.common import tracing
+from services.common import load, tracing
 from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
 from services.orchestrator.api import access, filters, paging, planning
@@ -45,6 +46,7 @@ OPEN: Final = frozenset({"QUEUED", "RUNNING"})
 _RUNNING_SECONDS: Final = 2.5
 # Nothing tells of the start of an attempt and of its first call, see PICK.
 _STARTING_SECONDS: Final = 1.0
+_LONGEST_SECONDS: Final = 5.0
 _BULK: Final = 500
 # What says of one review that it can't be retried, and nothing of the next.
 _OF_ONE: Final = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED)
@@ -153,18 +155,24 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         """Stream a review as it changes, until it has ended."""
         rights, review_id = access.current(), names.last_of(request.name)
         seen: ReviewRow | None = None
+        began = time.monotonic()
         with self._events.subscribe(REVIEW, review_id) as changes:
             while True:
-                row = await self._readable(rights, review_id)
-                if row.state in TERMINAL:
-                    review, token = await self._with_findings(row)
+                async with load.turn():
+                    if seen is not None:
+                        rights = await access.again()
+                    row = await self._readable(rights, review_id)
+                    ended = row.state in TERMINAL
+                    review, token = await self._with_findings(row) if ended else (None, "")
+                if review is not None:
                     yield review_pb2.WatchReviewResponse(review=review, next_page_token=token)
                     return
                 if row != seen:
                     yield review_pb2.WatchReviewResponse(review=self._message(row))
                 seen = row
-                await changes.wait(_RUNNING_SECONDS if row.progress_calls else _STARTING_SECONDS)
-                rights = await access.again()
+                # A start that is seen late is no loss to who has waited long; of an end all are told.
+                starting = min(max(_STARTING_SECONDS, (time.monotonic() - began) / 4), _LONGEST_SECONDS)
+                await changes.wait(_RUNNING_SECONDS if row.progress_calls else starting)
 
     async def CancelReview(
         self, request: review_pb2.CancelReviewRequest, context: object
