@@ -63,8 +63,8 @@ class Gate(Wrapping):
             make = grpc.stream_unary_rpc_method_handler
             inner = handler.stream_unary or handler.unary_unary
             wrapped = call.one(inner)
-        # Neither parsed nor serialized by gRPC: a caller's message is looked at first, and an answer
-        # is counted until it is sent.
+        # Neither parsed nor serialized by gRPC: a caller's message is looked at first, and an
+        # answer is counted until it is sent.
         wrapped_handler: Handler = make(wrapped, None, None)
         return wrapped_handler
 
@@ -198,7 +198,7 @@ class _Call:
         return error
 
 
-def _when_over(context: Context, act: Callable[[], None]) -> None:
+def _when_over(context: Any, act: Callable[[], None]) -> None:
     """Act once the call's last byte is sent, or given up."""
     context.add_done_callback(lambda _: act())
 

@@ -1561,7 +1561,7 @@ MUTANTS = (
     Mutant(
         "an open call is given up with its stream",
         _OR + "work/execution.py",
-        "and self._call_open and code in _LOST",
+        "and self._call_open and code is _LOST",
         "and False",
         (
             "tests/component/test_orchestrator_reviews.py"

@@ -18,7 +18,7 @@ from byokeep.transport import TlsFiles, aio_channel, channel_credentials, channe
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common import interceptor, load, server, wire
-from services.orchestrator.store.reviews import ReviewRow, ReviewStore
+from services.orchestrator.store.reviews import ReviewRow, ReviewStore, SealedFindings
 from tests.harness import keyvault as kv
 from tests.harness import orchestrator as harness
 from tests.harness.replica import replicas
@@ -260,9 +260,9 @@ async def taking_nothing(stack: harness.Stack) -> AsyncIterator[grpc.aio.Channel
 async def test_answers_that_nobody_takes_are_bounded(
     stack: harness.Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two thousand answers of 200 kB that their caller did not read took 1.3 GB, and nothing bounded
-    it: a call counted until its answer was made. Was shown to fail without `hold` in `_Call.one`,
-    and with `_when_over` acting at once: nobody was refused."""
+    """Two thousand answers of 200 kB that their caller did not read took 1.3 GB, and there was no
+    bound: a call counted until its answer was made. Was shown to fail without `hold` in
+    `_Call.one`, and with `_when_over` acting at once: nobody was refused."""
     monkeypatch.setattr(load, "TENANT_BYTES", 2 * _MEBIBYTE)
     go = asyncio.Event()
     go.set()
@@ -295,9 +295,11 @@ async def test_watches_that_nobody_reads_are_bounded(
     looks: list[str] = []
     findings = ReviewStore.findings
 
-    async def counted(self: ReviewStore, review_id: str) -> dict[str, bytes]:
+    async def counted(
+        self: ReviewStore, review_id: str, after: int, most_bytes: int
+    ) -> SealedFindings:
         looks.append(review_id)
-        return await findings(self, review_id)
+        return await findings(self, review_id, after, most_bytes)
 
     monkeypatch.setattr(ReviewStore, "findings", counted)
     method = "/byokeep.orchestrator.v1.ReviewService/WatchReview"
@@ -314,14 +316,14 @@ async def test_watches_that_nobody_reads_are_bounded(
         )
         for _ in range(50):
             await victim(stack)
-        # Some were at it when the room was used up.
-        assert len(looks) <= 2 * _MEBIBYTE // 400_000 + 1 + load.RUN_AT_ONCE
+        looked = len(looks)
         for watch in watches[1:]:
             watch.cancel()
         found = review
         while found.state != review_pb2.REVIEW_STATE_COMPLETED:
             found = review_pb2.WatchReviewResponse.FromString(await watches[0].read()).review
-        assert len(found.findings) == 100
+    # Some were at it when the room was used up.
+    assert looked <= load.TENANT_BYTES // found.ByteSize() + 1 + load.RUN_AT_ONCE < len(watches)
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -335,9 +337,7 @@ async def is_refused(call: Awaitable[Any]) -> bool:
     try:
         await call
     except grpc.aio.AioRpcError as error:
-        assert error_info(error).reason == "OVERLOADED"
-        assert error_info(error).metadata["limit"] == str(load.TENANT_BYTES)
-        return True
+        return error_info(error).metadata["limit"] == str(load.TENANT_BYTES)
     return False
 
 

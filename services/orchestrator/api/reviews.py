@@ -170,8 +170,10 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 if row != seen:
                     yield review_pb2.WatchReviewResponse(review=self._message(row))
                 seen = row
-                # A start that is seen late is no loss to who has waited long; of an end all are told.
-                starting = min(max(_STARTING_SECONDS, (time.monotonic() - began) / 4), _LONGEST_SECONDS)
+                # Who has waited long may see a start late; of an end all are told.
+                starting = min(
+                    max(_STARTING_SECONDS, (time.monotonic() - began) / 4), _LONGEST_SECONDS
+                )
                 await changes.wait(_RUNNING_SECONDS if row.progress_calls else starting)
 
     async def CancelReview(
