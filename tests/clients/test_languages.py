@@ -10,6 +10,7 @@ import pytest
 from byokeep.testing import Stack
 
 from tests.clients.conftest import ROOT, shell
+from tests.harness.pages import block
 
 PROTOS = ROOT / "protos"
 GO = ROOT / "clients" / "go"
@@ -64,7 +65,7 @@ def test_plain_protoc_makes_what_buf_makes(go: Path, tmp_path: Path) -> None:
     shell(["go", "build", "-o", f"{tools}/", *plugins], cwd=go)
     (tools / "protoc").write_text('#!/bin/sh\nexec python -m grpc_tools.protoc "$@"\n')
     (tools / "protoc").chmod(0o755)
-    (command,) = re.findall(r"^```\n(protoc .*?)^```$", (go / "README.md").read_text(), re.M | re.S)
+    command = block("clients/go/README.md", "protoc")
     work = tmp_path / "clients" / "go"
     work.mkdir(parents=True)
     (tmp_path / "protos").symlink_to(PROTOS)
@@ -89,7 +90,8 @@ def test_go_opens_the_vectors_and_believes_what_is_pinned(go: Path) -> None:
 
 @needs_go
 def test_go_adds_a_key_and_reviews_a_diff(go: Path, stack: Stack) -> None:
-    done = shell(["go", "run", "./cmd/review", DIFF], cwd=go, env=environment(stack))
+    commands = block("clients/go/README.md", "example").replace("my.diff", str(DIFF))
+    done = shell(f"set -e\n{commands}", cwd=go, env=environment(stack))
     assert re.search(r"^key key_[0-9a-z]{26} VALID$", done.stdout, re.M)
     assert "SEVERITY_CRITICAL SQL built from strings" in done.stdout
     assert KEY not in done.stdout + done.stderr
@@ -128,8 +130,8 @@ def test_typescript_opens_the_vectors_and_believes_what_is_pinned(typescript: Pa
 
 @needs_node
 def test_typescript_adds_a_key_and_reviews_a_diff(typescript: Path, stack: Stack) -> None:
-    command = ["npm", "run", "-s", "review", "--", str(DIFF)]
-    done = shell(command, cwd=typescript, env=environment(stack))
+    commands = block("clients/typescript/README.md", "example").replace("my.diff", str(DIFF))
+    done = shell(f"set -e\n{commands}", cwd=typescript, env=environment(stack))
     assert re.search(r"^key key_[0-9a-z]{26} VALID$", done.stdout, re.M)
     assert "CRITICAL SQL built from strings" in done.stdout
     assert KEY not in done.stdout + done.stderr

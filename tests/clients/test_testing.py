@@ -10,13 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.clients.conftest import ROOT, shell
+from tests.harness.pages import block
 
-PAGE = ROOT / "docs" / "testing.md"
-
-
-def blocks(language: str) -> list[str]:
-    """The page's fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+PAGE = "docs/testing.md"
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +22,11 @@ def project(
     """A project outside the checkout, with what the page says to install and to write."""
     folder = tmp_path_factory.mktemp("project")
     shell(["uv", "venv", "--quiet", "--seed", "venv"], cwd=folder)
-    (install,) = [line for line in blocks("sh")[0].splitlines() if line.startswith("pip install")]
+    install = block(PAGE, "install").strip()
     found = f"{dist} {os.environ.get('PIP_FIND_LINKS', '')}"
     outside(folder, f"venv/bin/python -m {install} --quiet", PIP_FIND_LINKS=found)
-    conftest, tests = blocks("python")[:2]
-    (folder / "conftest.py").write_text(conftest)
-    (folder / "test_reviews.py").write_text(tests)
+    (folder / "conftest.py").write_text(block(PAGE, "conftest"))
+    (folder / "test_reviews.py").write_text(block(PAGE, "tests"))
     return folder
 
 

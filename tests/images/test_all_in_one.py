@@ -18,9 +18,11 @@ from byokeep.testing import Stack
 from byokeep.testing.api import StackApi
 from byokeep.testing.remote import PORTS, Control
 
+from tests.harness.pages import block
+
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs/testing.md").read_text()
+PAGE = "docs/testing.md"
 DIFF = (ROOT / "deploy/local/demo.diff").read_text()
 KEY = "sk-proj-" + "aB3x" * 10
 KINDS = ("processes", "container")
@@ -29,8 +31,7 @@ KINDS = ("processes", "container")
 @pytest.fixture(scope="module")
 def image(docker: None) -> str:
     """The image that the page names, built as it says."""
-    (command,) = re.findall(r"^\.venv/bin/python -m deploy\.docker build all-in-one$", PAGE, re.M)
-    subprocess.run(command.split(), cwd=ROOT, check=True)
+    subprocess.run(block(PAGE, "image"), shell=True, cwd=ROOT, check=True)
     # No registry has testcontainers' own container here; ours end with their blocks.
     os.environ["TESTCONTAINERS_RYUK_DISABLED"] = "true"
     return "byokeep/all-in-one:dev"
@@ -155,12 +156,14 @@ def test_the_pages_tests_pass_outside_the_checkout(resolution: str, image: str, 
     install = [uv, "pip", "install", "--quiet", "--python", "venv/bin/python"]
     subprocess.run([*install, "--resolution", resolution, wanted], cwd=tmp_path, check=True)
     subprocess.run([*install, "pytest"], cwd=tmp_path, check=True)
-    own, tests, container = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)[:3]
+    container = block(PAGE, "container")
     assert len([line for line in container.splitlines() if line.strip()]) <= 10
     (tmp_path / "conftest.py").write_text(
-        own.replace("from byokeep.testing.plugin import byokeep_stack\n", container)
+        block(PAGE, "conftest").replace(
+            "from byokeep.testing.plugin import byokeep_stack\n", container
+        )
     )
-    (tmp_path / "test_reviews.py").write_text(tests)
+    (tmp_path / "test_reviews.py").write_text(block(PAGE, "tests"))
     done = subprocess.run(
         ["venv/bin/python", "-m", "pytest", "-q"], cwd=tmp_path, capture_output=True, text=True
     )

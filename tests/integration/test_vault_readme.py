@@ -11,17 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.harness import keyvault as kv
+from tests.harness.pages import block
 from tests.harness.replica import ROOT, Process, Replica, environment
 from tests.harness.vault_binary import OPENBAO
 
-README = (ROOT / "deploy/vault/README.md").read_text()
-
-
-def block(containing: str) -> str:
-    """Return the one block of the README that has these words."""
-    blocks = re.findall(r"^```[a-z]*\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    (found,) = (one for one in blocks if containing in one)
-    return found
+PAGE = "deploy/vault/README.md"
+README = (ROOT / PAGE).read_text()
 
 
 def shell(vault, text: str) -> str:
@@ -58,14 +53,15 @@ async def test_the_readme_step_by_step(bare_vault, deployment, tmp_path):
     vault = bare_vault
     on_path(vault)
     command = "VAULT_CLI=bao deploy" if vault.product == OPENBAO else "deploy"
-    (line,) = re.findall(rf"^{command}/vault/setup.sh kubernetes", README, re.MULTILINE)
+    set_up = block(PAGE, "set-up")
+    (line,) = re.findall(rf"^{command}/vault/setup.sh kubernetes", set_up, re.MULTILINE)
     said = shell(vault, line.replace("kubernetes", "approle"))
     assert "audit" not in said
     given = {}
     for role in ("data", "admin"):
         folder = tmp_path / role
         folder.mkdir()
-        text = block("role/keyvault-data/role-id").replace("keyvault-data", f"keyvault-{role}")
+        text = block(PAGE, "approle").replace("keyvault-data", f"keyvault-{role}")
         shell(vault, text.replace("/run/byokeep", str(folder)))
         login = re.search(r'`BYOKEEP_VAULT_DATA_LOGIN="(approle [^"]*)"`', README).group(1)
         given[role] = {
@@ -73,7 +69,7 @@ async def test_the_readme_step_by_step(bare_vault, deployment, tmp_path):
         }
     settings = dict(
         line.partition("#")[0].strip().split("=", 1)
-        for line in block("BYOKEEP_KEK_BACKEND=vault").splitlines()
+        for line in block(PAGE, "settings").splitlines()
     )
     settings["BYOKEEP_VAULT_ADDRESS"] = vault.address
     settings["BYOKEEP_VAULT_CA"] = str(vault.ca)
