@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 from byokeep.testing import Stack
 
-from tests.bench import audit, idle, leases, reviews, rewrap, scale, stall, vault
+from tests.bench import audit, backlog, idle, leases, reviews, rewrap, scale, stall, vault
 from tests.bench.results import Row, show, write
 
 # What a lease costs is measured at more leases a minute than one key may have. Reviews are
@@ -57,6 +57,7 @@ def main() -> None:
         print("measuring idle memory, reviews …", file=sys.stderr)
         rows += idle.run(stack)
         rows += reviews.run(stack, arguments.seconds)
+        rows += backlog.run(stack, arguments.seconds)
         rows.append(stall.run(stack, arguments.seconds))
     with Stack(environment=UNCAPPED, in_memory=False) as stack:
         print("measuring leases …", file=sys.stderr)

@@ -11,7 +11,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -26,6 +26,7 @@ from tests.bench.results import Row, percentile
 from tests.harness import tenants
 
 _TENANTS = 10
+_REPOSITORY = "bench/bench"
 _RATE = 20.0
 _LATENCY = 0.2  # what the emulator waits, as a provider would think
 _CALL = 3.0  # a call that outlives the orchestrator that asked for it
@@ -44,14 +45,11 @@ _DIFF = b"""diff --git a/app.py b/app.py
 """
 
 
-class _Client:
-    """Submits reviews of ten tenants in turn, each with a key of its own.
+class Client:
+    """Submits reviews of tenants in turn, each with a key of its own."""
 
-    One key may have 600 leases a minute, and one tenant's plan so many attempts at once: a load of
-    one tenant would measure the caps.
-    """
-
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, names: Sequence[str]) -> None:
+        """Add a key to each of the tenants, which exist."""
         client = stack.config.parent
         files = transport.TlsFiles(
             client / "developer.pem", client / "developer.key", stack.root / "pki" / "ca.pem"
@@ -60,11 +58,9 @@ class _Client:
             stack.address("orchestrator"), "orchestrator.byokeep.internal", files
         )
         self.stub = review_pb2_grpc.ReviewServiceStub(self.channel)
-        self._tenants = itertools.cycle(
-            [tenants.create(stack, f"bench-{number}") for number in range(_TENANTS)]
-        )
-        for _ in range(_TENANTS):
-            tenants.add_key(stack, next(self._tenants), "openai")
+        for name in names:
+            tenants.add_key(stack, name, "openai")
+        self._tenants = itertools.cycle(names)
 
     async def review(self) -> tuple[float, review_pb2.Review]:
         """Submit and watch one review; return seconds and the review."""
@@ -77,7 +73,7 @@ class _Client:
         request = review_pb2.SubmitReviewRequest(
             parent=tenant_name(next(self._tenants)),
             input=review_pb2.ReviewInput(
-                repository="bench/bench",
+                repository=_REPOSITORY,
                 head_commit=os.urandom(20).hex(),
                 diff=_DIFF,
                 title="bench",
@@ -99,6 +95,18 @@ class _Client:
                 if error.code() != grpc.StatusCode.UNAVAILABLE:
                     raise
         return review
+
+    async def cancel_all(self) -> None:
+        """Cancel what has not ended of the next tenant."""
+        request = review_pb2.CancelReviewsRequest(
+            parent=tenant_name(next(self._tenants)),
+            filter=review_pb2.ReviewFilter(repository=_REPOSITORY),
+            request_id=new_id("req"),
+        )
+        while True:
+            request.page_token = (await self.stub.CancelReviews(request)).next_page_token
+            if not request.page_token:
+                return
 
 
 def _failures(reviews: list[review_pb2.Review]) -> dict[str, int]:
@@ -132,7 +140,10 @@ async def _closed(review: Callable[[], Awaitable[Any]], workers: int, seconds: f
 
 
 async def _measure(stack: Stack, seconds: float) -> list[Row]:
-    client = _Client(stack)
+    # One key may have 600 leases a minute, and one tenant's plan so many attempts at once: a load
+    # of one tenant would measure the caps.
+    names = [tenants.create(stack, f"bench-{number}") for number in range(_TENANTS)]
+    client = Client(stack, names)
     await _closed(client.review, 2, 1.0)
     stack.emulator.latency(_LATENCY)
     ours = Processes(stack)
@@ -161,7 +172,7 @@ async def _measure(stack: Stack, seconds: float) -> list[Row]:
     ]
 
 
-async def _recovery(stack: Stack, client: _Client) -> Row:
+async def _recovery(stack: Stack, client: Client) -> Row:
     """Kill the orchestrator under reviews that are in a call; time until the last has ended."""
     stack.emulator.latency(_CALL)
     reviews = [await client.submit() for _ in range(_TENANTS)]
