@@ -478,32 +478,36 @@ async def test_what_waits_too_long_fails_with_that_reason(
         assert (await stack.ended(again.review)).state == COMPLETED
 
 
-async def test_who_waits_now_for_this_and_now_for_that_has_one_day(
-    orchestrator_database_url, tmp_path
-) -> None:
-    """Shown to fail where each reason has a clock of its own: the review waits for ever. Of a chunk
-    that is done the clock begins anew."""
-    async with running(orchestrator_database_url, tmp_path, wait_seconds=3) as stack:
-        await stack.tenant()
-        stack.keyvault.add("acme")
+async def test_who_waits_now_for_this_and_now_for_that_has_one_day(stack: Stack) -> None:
+    """Shown to fail where each reason has a clock of its own: the review waits for ever. When a
+    chunk is done the clock begins anew."""
 
-        async def by_turns(talk: Conversation) -> None:
-            reason = ("KEYVAULT_UNAVAILABLE", "RATE_LIMITED")[len(stack.runner.talks) % 2]
-            if len(stack.runner.talks) == 4:
-                await talk.accept("c1", "c2")
-                await talk.call("c1")
-                await talk.result("c1", finding())
-                done.append(await stack.sql("SELECT now()"))
-            value = review_pb2.FailureReason.Value(f"FAILURE_REASON_{reason}")
-            await talk.end(value, retry_after_ms=400)
+    async def does_a_chunk(talk: Conversation) -> None:
+        await talk.accept("c1", "c2")
+        await talk.call("c1")
+        await talk.result("c1", finding())
+        await talk.end(review_pb2.FAILURE_REASON_RATE_LIMITED, retry_after_ms=10**6)
 
-        done: list[Any] = []
-        stack.runner.default = by_turns
-        review = await stack.ended(await stack.submit())
-        assert (review.state, review.chunks_done) == (FAILED, 1)
-        assert len(stack.runner.talks) > 6
-        ((at,),) = done[0]
-        assert review.end_time.ToDatetime(UTC) > at + timedelta(seconds=3)
+    async def next_wait(reason: str) -> datetime:
+        await stack.sql("DELETE FROM pause")
+        await stack.hurry()
+        waits = await stack.waiting(review, reason)
+        return waits.wait.give_up_time.ToDatetime(UTC)
+
+    stack.runner.scripts = [
+        refuses("KEYVAULT_UNAVAILABLE", retry_after_ms=10**6),
+        refuses("LEASE_CAP", retry_after_ms=10**6),
+        refuses("KEYVAULT_UNAVAILABLE", retry_after_ms=10**6),
+        does_a_chunk,
+    ]
+    review = await stack.submit()
+    first = (await stack.waiting(review, "KEYVAULT_UNAVAILABLE")).wait.give_up_time
+    assert await next_wait("LEASE_CAP") == first.ToDatetime(UTC)
+    assert await next_wait("KEYVAULT_UNAVAILABLE") == first.ToDatetime(UTC)
+    assert await next_wait("RATE_LIMITED") > first.ToDatetime(UTC)
+    await stack.sql("UPDATE attempt SET stalled_since = stalled_since - interval '1 day'")
+    ended = await stack.ended(review)
+    assert (ended.state, failures.name_of(ended.failure)) == (FAILED, "RATE_LIMITED")
 
 
 async def test_content_of_yesterday_opens_after_a_days_wait(stack: Stack) -> None:
