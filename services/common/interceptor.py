@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # generic only in their stubs
     Handler = grpc.RpcMethodHandler[Any, Any]
     Context = grpc.aio.ServicerContext[Any, Any]
 _DENIALS = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
-#: A unary request is read for so long.
+#: A unary request is read for so long, and the first message of a stream.
 READ_SECONDS = 30.0
 
 
@@ -123,6 +123,7 @@ class _Call:
         """Return the request, or the stream of them, of a caller that may make it, and the tenant
         that it names, if any; `held` gets what is to be given back once there is an answer."""
         caller = self._identify(context)
+        _when_over(context, self._gate._load.present(caller.spiffe_id, self._method, self._limits))
         if self._streams_in:
             return self._messages(context), ""
         admitted = await self._gate._load.admit(caller.spiffe_id)
@@ -136,14 +137,7 @@ class _Call:
             admitted()
         tenant = authz.named_tenant(request)
         if tenant:
-            try:
-                leave = self._gate._load.enter(tenant, self._method, self._limits, size)
-            except ByokeepError:
-                # Whoever sends again at once would have the loop refuse and do nothing else.
-                del request
-                await asyncio.sleep(load.PAUSE_SECONDS)
-                raise
-            _when_over(context, leave)
+            _when_over(context, self._gate._load.enter(tenant, self._method, self._limits, size))
             if self._streams_out:
                 self._gate._load.stream(tenant)
             else:
@@ -158,8 +152,10 @@ class _Call:
         raise _no_request(f"not all of it came within {READ_SECONDS:g} seconds")
 
     async def _messages(self, context: Context) -> AsyncIterator[Message]:
-        while isinstance(raw := await context.read(), bytes):
+        raw = await self._raw(context)
+        while isinstance(raw, bytes):
             yield self._read(raw)
+            raw = await context.read()
 
     def _read(self, raw: Any) -> Message:
         """Parse and check a message. Raises ByokeepError: INVALID_FIELD."""
@@ -204,6 +200,11 @@ def _when_over(context: Any, act: Callable[[], None]) -> None:
 
 
 async def _abort(context: Context, error: ByokeepError) -> None:
+    if error.reason == "OVERLOADED":
+        # Whoever sends again at once would have the loop refuse and do nothing else. What was sent
+        # hangs on the traceback.
+        error.__traceback__ = None
+        await asyncio.sleep(load.PAUSE_SECONDS)
     await context.abort(error.code, error.message, error.trailing_metadata())
 
 

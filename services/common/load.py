@@ -24,6 +24,7 @@ from services.common.errors import ByokeepError
 from services.common.turns import Full, Turns
 
 _PER_TENANT: Final = 256
+_PER_CALLER: Final = 4096
 _REQUEST_BYTES: Final = 64 * 1024
 _ADMITTED_AT_ONCE: Final = 4
 #: Most calls of one caller that wait to be read and authorised, with those that are.
@@ -34,7 +35,7 @@ RUN_AT_ONCE: Final = 8
 #: answered, and of answers that are not sent yet, for a caller may take none.
 TENANT_BYTES: Final = 64 * 1024 * 1024
 _AGAIN_SECONDS: Final = 1.0
-#: A call that is refused for its tenant's load is told so after this long.
+#: A call that is refused for the load is told so after this long.
 PAUSE_SECONDS: Final = 0.5
 
 
@@ -43,13 +44,18 @@ class Limits:
     """What a method's proto says of its load (`byokeep.common.v1.Load`)."""
 
     per_tenant: int
+    per_caller: int
     request_bytes: int
 
 
 def declared(method: str) -> Limits:
     """Return the limits of `/package.Service/Method`."""
     load = authz.descriptor_of(method).GetOptions().Extensions[options_pb2.load]
-    return Limits(load.per_tenant or _PER_TENANT, load.request_bytes or _REQUEST_BYTES)
+    return Limits(
+        load.per_tenant or _PER_TENANT,
+        load.per_caller or _PER_CALLER,
+        load.request_bytes or _REQUEST_BYTES,
+    )
 
 
 class Load:
@@ -72,22 +78,35 @@ class Load:
 
     def enter(self, tenant: str, method: str, limits: Limits, size: int) -> Callable[[], None]:
         """Count a call that was authorised; return what ends that. Raises OVERLOADED."""
-        call = (tenant, method)
-        if self._calls[call] >= limits.per_tenant:
-            name = method.rsplit("/", 1)[1]
-            raise _overloaded(f"calls of {name} for this tenant at once", limits.per_tenant)
         if self._bytes[tenant] and self._bytes[tenant] + size > TENANT_BYTES:
             raise _overloaded("bytes in flight for this tenant", TENANT_BYTES)
-        self._calls[call] += 1
+        counted = self._count(tenant, method, limits.per_tenant, "for this tenant")
         read = self.hold(tenant, size)
 
         def leave() -> None:
             read()
+            counted()
+
+        return leave
+
+    def present(self, caller: str, method: str, limits: Limits) -> Callable[[], None]:
+        """Count a call of a caller, of which nothing is read yet; return what ends that. Raises
+        OVERLOADED."""
+        return self._count(caller, method, limits.per_caller, "of this identity")
+
+    def _count(self, whose: str, method: str, most: int, words: str) -> Callable[[], None]:
+        # A tenant's id is no SPIFFE ID: both are counted in one place.
+        call = (whose, method)
+        if self._calls[call] >= most:
+            raise _overloaded(f"calls of {method.rsplit('/', 1)[1]} {words} at once", most)
+        self._calls[call] += 1
+
+        def end() -> None:
             self._calls[call] -= 1
             if not self._calls[call]:
                 del self._calls[call]
 
-        return leave
+        return end
 
     def hold(self, tenant: str, size: int) -> Callable[[], None]:
         """Count bytes that a tenant's call keeps here; return what ends that."""

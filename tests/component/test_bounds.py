@@ -291,7 +291,8 @@ LIKE: Final = {
     "AllowCaller": "ListCallers",
     **dict.fromkeys(("SetPlan", "UpdateSettings", "SetModelOverride"), "GetSettings"),
     **dict.fromkeys(
-        ("AddKey", "RotateKey", "WatchKey", "RevokeKey", "DestroyKey", "RollBackKey"), "GetKey"
+        ("AddKey", "RotateKey", "CheckKey", "WatchKey", "RevokeKey", "DestroyKey", "RollBackKey"),
+        "GetKey",
     ),
 }
 

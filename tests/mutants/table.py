@@ -1119,11 +1119,42 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a page ends by rows alone",
+        _OR + "api/paging.py",
+        "if room < 0:",
+        "if False:",
+        ("tests/component/test_bounds.py::test_largest_answer_fits",),
+    ),
+    Mutant(
+        "all findings are one answer",
+        _OR + "api/reviews.py",
+        "self._opened(row, after, bounds.PAGE_BYTES)",
+        "self._opened(row, after, bounds.ALL_BYTES)",
+        ("tests/component/test_bounds.py::test_largest_answer_fits",),
+    ),
+    Mutant(
+        "each reason to wait has a day of its own",
+        _OR + "store/sql_waits.py",
+        "stalled_since = coalesce(stalled_since, now())",
+        "stalled_since = now()",
+        (_WAITS + "test_who_waits_now_for_this_and_now_for_that_has_one_day",),
+    ),
+    Mutant(
+        "a stream that says nothing is waited for",
+        "services/common/interceptor.py",
+        "        raw = await self._raw(context)\n        while",
+        "        raw = await context.read()\n        while",
+        (_SEC + "test_floods.py::test_a_stream_that_says_nothing_is_not_waited_for",),
+    ),
+    Mutant(
         "a tenant's calls in flight have no limit",
         "services/common/load.py",
-        "if self._calls[call] >= limits.per_tenant:",
+        "if self._calls[call] >= most:",
         "if False:",
-        (_SEC + "test_floods.py::test_a_tenant_has_so_many_dry_runs_at_once",),
+        (
+            _SEC + "test_floods.py::test_a_tenant_has_so_many_dry_runs_at_once",
+            _SEC + "test_floods.py::test_an_identity_has_so_many_streams_at_once",
+        ),
     ),
     Mutant(
         "a stream's looks take no turn",
@@ -1192,8 +1223,8 @@ MUTANTS = (
     Mutant(
         "an attempt is taken over as its last chunk is stored",
         _OR + "store/sql.py",
-        "UPDATE attempt SET heartbeat_time = now()\n        WHERE id = %(id)s AND fence",
-        "UPDATE attempt SET heartbeat_time = heartbeat_time\n        WHERE id = %(id)s AND fence",
+        "SET heartbeat_time = now(), answer_bytes = 0, stalled_since = NULL",
+        "SET answer_bytes = 0, stalled_since = NULL",
         (_SEC + "test_fence.py::test_chunk_that_is_being_stored_is_no_open_call",),
     ),
     Mutant(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 from byokeep.errors import error_info
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2
+from byokeep.runner.v1 import runner_pb2, runner_pb2_grpc
 from byokeep.transport import TlsFiles, aio_channel, channel_credentials, channel_options
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common import interceptor, load, server, wire
+from services.common.background import Background
 from services.orchestrator.store.reviews import ReviewRow, ReviewStore, SealedFindings
 from tests.harness import keyvault as kv
 from tests.harness import orchestrator as harness
@@ -46,12 +49,14 @@ async def victim(stack: harness.Stack) -> None:
 
 
 @contextlib.asynccontextmanager
-async def channel(stack: harness.Stack, spiffe_id: str) -> AsyncIterator[grpc.aio.Channel]:
+async def channel(
+    stack: harness.Stack, spiffe_id: str, address: str = ""
+) -> AsyncIterator[grpc.aio.Channel]:
     """A connection of an identity, by itself."""
     name = spiffe_id.replace("/", "-")
     files = stack.authority.issue(stack.folder / name, spiffe_id=spiffe_id)
     tls = TlsFiles(files.certificate, files.key, stack.folder / "ca.pem")
-    async with aio_channel(stack.address, "orchestrator.test", tls) as opened:
+    async with aio_channel(address or stack.address, "orchestrator.test", tls) as opened:
         yield opened
 
 
@@ -145,6 +150,78 @@ async def test_a_request_that_does_not_come_is_not_waited_for(
     async with channel(stack, "client/flood") as flood:
         error = await refused(half(flood))
     assert error_info(error).reason == "INVALID_FIELD"
+
+
+class Runner:
+    """A service of one RunnerService, for a server of its own."""
+
+    def __init__(self) -> None:
+        self.background = Background()
+
+    def register(self, grpc_server: Any) -> None:
+        runner_pb2_grpc.add_RunnerServiceServicer_to_server(harness.FakeRunner(), grpc_server)
+
+
+@contextlib.asynccontextmanager
+async def runner(stack: harness.Stack) -> AsyncIterator[str]:
+    """Serve what an orchestrator talks to; give its address."""
+    callers = f"orchestrator=spiffe://{harness.DOMAIN}/orchestrator/*"
+    settings = dataclasses.replace(stack.settings, callers=callers)
+    grpc_server, port = await server.build(settings, Runner())
+    await grpc_server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await grpc_server.stop(None)
+
+
+@pytest.mark.parametrize("method", ["Execute", "WatchCapacity"])
+async def test_an_identity_has_so_many_streams_at_once(
+    stack: harness.Stack, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Over all of its connections, and also where a stream says nothing. Was shown to fail without
+    `Load.present`: none was refused."""
+    path = f"/byokeep.runner.v1.RunnerService/{method}"
+    declared = load.declared(path)
+    assert 0 < declared.per_caller < 4096
+    few = dataclasses.replace(declared, per_caller=6)
+    monkeypatch.setattr(load, "declared", lambda _: few)
+    async with runner(stack) as address, contextlib.AsyncExitStack() as opened:
+        calls = []
+        for _ in range(3):
+            flood = await opened.enter_async_context(channel(stack, "orchestrator/a", address))
+            calls += [flood.stream_stream(path)() for _ in range(4)]
+        if method == "WatchCapacity":
+            await asyncio.gather(*(call.write(b"") for call in calls))
+        errors = [call.code() for call in calls]
+        over, under_way = await asyncio.wait(
+            [asyncio.ensure_future(one) for one in errors], timeout=5
+        )
+        assert (len(over), len(under_way)) == (6, 6)
+        assert {one.result() for one in over} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        other = await opened.enter_async_context(channel(stack, "orchestrator/b", address))
+        victims = runner_pb2_grpc.RunnerServiceStub(other).WatchCapacity(
+            runner_pb2.WatchCapacityRequest()
+        )
+        assert (await victims.read()).places
+        # What has ended counts no more.
+        for call in calls:
+            call.cancel()
+        again = runner_pb2_grpc.RunnerServiceStub(flood).WatchCapacity(
+            runner_pb2.WatchCapacityRequest()
+        )
+        assert (await again.read()).places
+
+
+async def test_a_stream_that_says_nothing_is_not_waited_for(
+    stack: harness.Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Was shown to fail with the first message read like those after it: the stream stood."""
+    monkeypatch.setattr(interceptor, "READ_SECONDS", 0.05)
+    async with runner(stack) as address, channel(stack, "orchestrator/a", address) as flood:
+        silent = flood.stream_stream("/byokeep.runner.v1.RunnerService/Execute")()
+        async with asyncio.timeout(20):
+            assert await silent.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_tenant_has_so_many_dry_runs_at_once(stack: harness.Stack) -> None:
