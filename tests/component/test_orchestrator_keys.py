@@ -22,6 +22,7 @@ from tests.harness.orchestrator import (
     Stack,
     add_key_request,
     fails,
+    one_chunk,
     request_id,
     running,
     spiffe,
@@ -662,3 +663,93 @@ async def test_checks_are_capped_and_take_an_active_version(stack: Stack) -> Non
         await check(stack, key.provider_key.name)
     assert reason_of(refused) == "INTAKE_LIMIT"
     await stack.add_key(display_name="another")
+
+
+async def assign(stack: Stack, pattern: str, key_id: str) -> settings_pb2.Settings:
+    response = await stack.client("acme").settings.SetRepositoryKey(
+        settings_pb2.SetRepositoryKeyRequest(
+            parent="tenants/acme", repository_pattern=pattern, key=key_id, request_id=request_id()
+        )
+    )
+    return response.settings
+
+
+async def order(stack: Stack, *sources: str) -> settings_pb2.Settings:
+    wanted = [settings_pb2.KeySource.Value(f"KEY_SOURCE_{one}") for one in sources]
+    response = await stack.client("acme").settings.UpdateSettings(
+        settings_pb2.UpdateSettingsRequest(
+            settings=settings_pb2.Settings(name="tenants/acme/settings", key_order=wanted),
+            update_mask={"paths": ["key_order"]},
+            request_id=request_id(),
+        )
+    )
+    return response.settings
+
+
+async def test_a_review_runs_on_the_key_that_it_names_and_says_which(stack: Stack) -> None:
+    stack.keyvault.add("acme", display_name="main")
+    added = await stack.validated(await stack.add_key(display_name="ci"))
+    named = names.last_of(added.provider_key.name)
+    stack.runner.default = one_chunk
+    submitted = await stack.submit(key="ci")
+    ended = await stack.ended(submitted)
+    for review in (submitted, ended):
+        assert (review.key_id, review.key_version, review.key_hint) == (named, 1, "sk-...AbCd")
+    grant = grant_pb2.Grant.FromString(stack.runner.talks[-1].proceed.grant.payload)
+    assert grant.key_id == named
+    with pytest.raises(grpc.aio.AioRpcError, match=r"may run on ci \(openai\), main"):
+        await stack.submit(key="prod")
+
+
+async def test_a_retry_stays_on_the_key_that_was_named(stack: Stack) -> None:
+    """Shown to fail without `named_key`: the oldest key is taken."""
+    _, named = sorted(stack.keyvault.add("acme", display_name=name) for name in "ab")
+    stack.runner.scripts = [fails(review_pb2.FAILURE_REASON_REFUSED)]
+    review = await stack.ended(await stack.submit(key=named))
+    again = await stack.client("acme").reviews.RetryReview(
+        review_pb2.RetryReviewRequest(name=review.name, request_id=request_id())
+    )
+    ended = await stack.ended(again.review)
+    assert (ended.state, ended.key_id) == (review_pb2.REVIEW_STATE_COMPLETED, named)
+
+
+async def test_whose_key_it_is_follows_the_tenants_order(stack: Stack) -> None:
+    """Grants name the key's owner, who is not always the submitter. Shown to fail where the grant
+    has the review's user."""
+    # Ids of one millisecond are in no order.
+    third, repo = sorted(stack.keyvault.add("acme", display_name=name) for name in "ab")
+    own = stack.keyvault.add("acme", owner="ann", display_name="anns")
+    settings = await assign(stack, "acme/*", repo)
+    assert [one.key_id for one in settings.repository_keys] == [repo]
+
+    async def ran(**values) -> tuple[str, str, str]:
+        review = await stack.ended(await stack.submit(**values))
+        grant = grant_pb2.Grant.FromString(stack.runner.talks[-1].proceed.grant.payload)
+        assert grant.key_id == review.key_id
+        return grant.key_id, grant.owner, grant.actor.partition("#")[2]
+
+    assert await ran() == (repo, "", "")
+    assert await ran(repository="other/web") == (third, "", "")
+    assert await ran(user="ann") == (own, "ann", "ann")
+    assert len((await order(stack, "REPOSITORY", "USER")).key_order) == 2
+    assert await ran(user="ann") == (repo, "", "ann")
+    assert await ran(user="ann", repository="other/web") == (own, "ann", "ann")
+    await order(stack, "TEAM")
+    assert await ran(user="bob") == (third, "", "bob")
+    await order(stack)
+    with pytest.raises(grpc.aio.AioRpcError, match="of user bob"):
+        await stack.submit(user="bob")
+    stack.keyvault.set_state("acme", repo, REVOKED)
+    with pytest.raises(grpc.aio.AioRpcError, match="REVOKED, for good; give the repository"):
+        await stack.submit()
+    assert not (await assign(stack, "acme/*", "")).repository_keys
+    assert await ran() == (third, "", "")
+
+
+async def test_a_users_key_is_no_repositorys(stack: Stack) -> None:
+    own = stack.keyvault.add("acme", owner="ann", display_name="anns")
+    ended = stack.keyvault.add("acme", state=REVOKED, display_name="old")
+    for key_id in (own, ended):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await assign(stack, "acme/*", key_id)
+        assert error_info(refused.value).metadata["field"] == "key"

@@ -474,7 +474,9 @@ class _Settings(_Fake, settings_pb2_grpc.SettingsServiceServicer):
 
     def UpdateSettings(self, request, context):
         self.edge.meet(request, context)
-        request.update_mask.MergeMessage(request.settings, self.edge.settings)
+        request.update_mask.MergeMessage(
+            request.settings, self.edge.settings, replace_repeated_field=True
+        )
         return settings_pb2.UpdateSettingsResponse(settings=self.edge.settings_now())
 
     def SetPlan(self, request, context):
@@ -488,6 +490,13 @@ class _Settings(_Fake, settings_pb2_grpc.SettingsServiceServicer):
             repository_pattern=request.repository_pattern, model=request.model
         )
         return settings_pb2.SetModelOverrideResponse(settings=self.edge.settings)
+
+    def SetRepositoryKey(self, request, context):
+        self.edge.meet(request, context)
+        self.edge.settings.repository_keys.add(
+            repository_pattern=request.repository_pattern, key_id=request.key, provider=1
+        )
+        return settings_pb2.SetRepositoryKeyResponse(settings=self.edge.settings)
 
     def ListModels(self, request, context):
         self.edge.meet(request, context)

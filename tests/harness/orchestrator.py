@@ -95,7 +95,8 @@ class FakeKeyvault(
     def _version(
         self, key: custody_pb2.ProviderKey, state: custody_pb2.KeyVersionState.ValueType
     ) -> int:
-        version = key.versions.add(version=len(key.versions) + 1, state=state)
+        number = len(key.versions) + 1
+        version = key.versions.add(version=number, state=state, hint="sk-...AbCd")
         version.create_time.GetCurrentTime()
         self._settle(key)
         return version.version

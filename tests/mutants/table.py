@@ -1384,10 +1384,57 @@ MUTANTS = (
     ),
     Mutant(
         "a review takes anybody's key",
-        _OR + "api/reviews.py",
-        "[key for key in keys if key.owner == owner]",
-        "keys",
+        _OR + "policy/keys.py",
+        "team = [key for key in keys if not key.owner]",
+        "team = list(keys)",
         (_SEC + "test_tenant_authz.py::test_review_never_falls_back_to_the_key_of_another",),
+    ),
+    Mutant(
+        "a user's review takes anybody's key",
+        _OR + "policy/keys.py",
+        "own = [key for key in keys if user and key.owner == user]",
+        "own = list(keys)",
+        (_SEC + "test_tenant_authz.py::test_review_never_falls_back_to_the_key_of_another",),
+    ),
+    Mutant(
+        "a source of keys that is broken is passed over",
+        _OR + "policy/keys.py",
+        "raise _ended(source, ours) if exact else no_key(provider, ours, self.user)",
+        "continue",
+        (
+            "tests/unit/test_orchestrator_policy.py"
+            "::test_the_order_says_whose_key_it_is_and_no_other_stands_in",
+        ),
+    ),
+    Mutant(
+        "a grant names the submitter as the key's owner",
+        _OR + "store/sql.py",
+        "coalesce(v.owner, r.key_owner) AS owner",
+        "coalesce(v.owner, r.owner) AS owner",
+        (
+            "tests/component/test_orchestrator_keys.py"
+            "::test_whose_key_it_is_follows_the_tenants_order",
+        ),
+    ),
+    Mutant(
+        "a submission takes a model that its key is known not to have",
+        _OR + "api/reviews.py",
+        "if lacking is not None:",
+        "if False:",
+        (
+            "tests/component/test_orchestrator_keys.py"
+            "::test_a_model_that_the_key_can_not_use_is_refused_where_it_is_chosen",
+        ),
+    ),
+    Mutant(
+        "checks of keys are not counted",
+        _OR + "api/keys.py",
+        'await self._count(rights, "check", "checked")',
+        "pass",
+        (
+            "tests/component/test_orchestrator_keys.py"
+            "::test_checks_are_capped_and_take_an_active_version",
+        ),
     ),
     Mutant(
         "a column for token usage",

@@ -90,6 +90,7 @@ def request_for(method: str, tenant: str) -> Message:
             "model": "openai/m",
             "request_id": rid,
         },
+        "SetRepositoryKey": {"parent": parent, "repository_pattern": "*", "request_id": rid},
         "ListModels": {"parent": parent},
         "SubmitReview": {"parent": parent, "input": wanted, "request_id": rid},
         "DryRunReview": {"parent": parent, "input": wanted},

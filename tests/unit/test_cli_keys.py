@@ -6,7 +6,7 @@ import json
 
 import pytest
 from byokeep.keyvault.v1 import custody_pb2
-from byokeep.orchestrator.v1 import key_pb2
+from byokeep.orchestrator.v1 import key_pb2, settings_pb2
 
 pytest_plugins = ["tests.harness.cli_fixtures"]
 
@@ -362,3 +362,18 @@ def test_check_ends_as_the_provider_says(edge, byokeep, verdict, code, said):
     if verdict == "INVALID":
         assert "byokeep key rotate key_" in ran.err
         assert "destroyed" not in ran.err  # it is an ACTIVE version: nothing was
+
+
+def test_whose_key_is_shown_and_set(edge, byokeep):
+    add(byokeep, "--name", "ci")
+    assert "user's reviews: user; others: repository, else team" in byokeep("key", "order").out
+    assert "order: user, else team" in byokeep("key", "order", "user", "team").out
+    ran = byokeep("key", "assign", "ci", "--repo", "acme/*")
+    (request,) = edge.sent(settings_pb2.SetRepositoryKeyRequest)
+    assert request.key in edge.keys.popitem()[0]
+    assert f"acme/*: {request.key} (openai)" in ran.out
+    assert byokeep("key", "unassign", "--repo", "acme/*").code == 0
+    assert edge.sent(settings_pb2.SetRepositoryKeyRequest)[-1].key == ""
+    assert "order: user's reviews" in byokeep("key", "order", "--default").out
+    assert byokeep("key", "order", "team", "--default").code == 2
+    assert byokeep("key", "order", "team", "team").code == 2

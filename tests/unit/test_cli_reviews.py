@@ -714,3 +714,11 @@ def test_policies_are_shown_and_set(edge, byokeep):
     assert request.settings.keep_superseded
     assert request.settings.retry_ambiguous
     assert byokeep("policy", "set").code == 2
+
+
+def test_a_key_is_named_and_shown(edge, byokeep):
+    edge.states = [{"state": 3, "key_id": "key_1", "key_version": 2, "key_hint": "sk-...AbCd"}]
+    ran = submit(byokeep, "--key", "ci")
+    assert sent(edge).input.key == "ci"
+    assert "key    key_1 v2  sk-...AbCd" in ran.out
+    assert submit(byokeep, "--key", "a b").code == 2

@@ -12,11 +12,11 @@ from services.orchestrator.server import BUILT_IN_PLANS
 from services.orchestrator.store.tenants import TenantRow
 
 PLANS = parse([("", BUILT_IN_PLANS.read_text())])
-TENANT = TenantRow("acme", "ACTIVE", "team", "", 0, 0, 0, 0, False, False, 0, datetime.now(UTC))
+TENANT = TenantRow("acme", "ACTIVE", "team", "", 0, 0, 0, 0, False, False, [], 0, datetime.now(UTC))
 
 
 def actor(spiffe_id: str, user: str = "") -> str:
-    return Rights(spiffe_id, TENANT, frozenset(), True, False, PLANS.of("team")).actor(user)
+    return Rights(spiffe_id, TENANT, frozenset(), True, False, False, PLANS.of("team")).actor(user)
 
 
 def test_actor_is_the_service_and_the_user_that_it_names() -> None:

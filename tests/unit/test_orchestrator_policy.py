@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2
+from byokeep.names import last_of
 from byokeep.orchestrator.v1 import review_pb2, settings_pb2, tenant_pb2
 
 from services.common import models
@@ -15,7 +16,7 @@ from services.orchestrator.api import paging
 from services.orchestrator.api.access import tenant_of
 from services.orchestrator.config import Settings
 from services.orchestrator.custody.grants import GrantSigner
-from services.orchestrator.policy.keys import choose_key, validation_delay
+from services.orchestrator.policy.keys import Keys, RepositoryKey, keys_for, validation_delay
 from services.orchestrator.policy.models import (
     Choice,
     KeyModels,
@@ -31,8 +32,20 @@ CATALOG = models.load(None)
 ACTIVE = custody_pb2.KEY_VERSION_STATE_ACTIVE
 
 
-def key(number: int, provider=options_pb2.PROVIDER_OPENAI, state=ACTIVE) -> custody_pb2.ProviderKey:
+GEMINI = options_pb2.PROVIDER_GEMINI
+
+
+def team(*keys: custody_pb2.ProviderKey) -> Keys:
+    """The keys of a review that no user submits."""
+    return keys_for(keys, user="", repository="acme/shop")
+
+
+def key(
+    number: int, provider=options_pb2.PROVIDER_OPENAI, state=ACTIVE, owner="", display_name=""
+) -> custody_pb2.ProviderKey:
     return custody_pb2.ProviderKey(
+        owner=owner,
+        display_name=display_name,
         name=f"tenants/acme/providerKeys/key_{number:026}",
         provider=provider,
         state=state,
@@ -51,7 +64,7 @@ def key(number: int, provider=options_pb2.PROVIDER_OPENAI, state=ACTIVE) -> cust
 )
 def test_the_nearest_choice_wins(candidates, chosen) -> None:
     named = dict(zip(Source, candidates, strict=False))
-    assert choose_model(named, [key(1)], CATALOG) == chosen
+    assert choose_model(named, team(key(1)), CATALOG) == chosen
 
 
 @pytest.mark.parametrize(
@@ -65,7 +78,7 @@ def test_the_nearest_choice_wins(candidates, chosen) -> None:
 )
 def test_nothing_to_choose_from(keys, reason) -> None:
     with pytest.raises(ByokeepError) as refused:
-        choose_model({}, keys, CATALOG)
+        choose_model({}, team(*keys), CATALOG)
     assert refused.value.reason == reason
 
 
@@ -76,7 +89,7 @@ def test_a_key_that_is_pending_and_none_at_all_are_two_sentences() -> None:
     told = {}
     for name, keys in {"none": [], "ended": [revoked], "pending": [revoked, waiting]}.items():
         with pytest.raises(ByokeepError) as refused:
-            choose_key("openai", keys)
+            team(*keys).choose("openai")
         told[name] = refused.value
     assert {error.reason for error in told.values()} == {"NO_ACTIVE_KEY"}
     assert told["none"].message == told["ended"].message
@@ -89,8 +102,8 @@ def test_a_key_that_is_pending_and_none_at_all_are_two_sentences() -> None:
 def test_a_user_without_a_key_is_told_to_add_one_of_that_user() -> None:
     """Another one of the tenant's would change nothing."""
     for choose in (
-        lambda: choose_model({}, [], CATALOG, "ann"),
-        lambda: choose_key("openai", [], "ann"),
+        lambda: choose_model({}, keys_for([], user="ann", repository="a/b"), CATALOG),
+        lambda: keys_for([], user="ann", repository="a/b").choose("openai"),
     ):
         with pytest.raises(ByokeepError, match=r"of user ann.*key add \w+ --user ann'"):
             choose()
@@ -103,7 +116,65 @@ def test_oldest_usable_key_of_the_provider() -> None:
         key(1, state=custody_pb2.KEY_VERSION_STATE_REVOKED),
         key(0, options_pb2.PROVIDER_GEMINI),
     ]
-    assert choose_key("openai", keys) == key(2)
+    assert team(*keys).choose("openai") == key(2)
+
+
+def test_the_order_says_whose_key_it_is_and_no_other_stands_in() -> None:
+    """Shown to fail where a source whose key is not usable is passed over."""
+    own, repo, third = key(3, owner="ann"), key(2, display_name="ci"), key(1)
+    of_repositories = [
+        RepositoryKey("acme/*", "openai", "key_none"),
+        RepositoryKey("acme/shop", "openai", last_of(repo.name)),
+    ]
+
+    def chosen(user: str, *order: str, repository: str = "acme/shop", keys=(own, repo, third)):
+        found = keys_for(
+            keys, user=user, repository=repository, order=order, of_repositories=of_repositories
+        )
+        return found.choose("openai")
+
+    everything = ("USER", "REPOSITORY", "TEAM")
+    # Without an order: as it was before there was one.
+    assert chosen("ann") == own
+    assert chosen("") == repo
+    assert chosen("", repository="other/web") == third
+    with pytest.raises(ByokeepError, match="of user bob"):
+        chosen("bob")
+    # With one: the first that has any.
+    assert chosen("ann", *everything) == own
+    assert chosen("bob", *everything) == repo
+    assert chosen("bob", *everything, repository="other/web") == third
+    assert chosen("ann", "TEAM") == third
+    assert chosen("ann", "REPOSITORY", "USER") == repo
+    with pytest.raises(ByokeepError, match="no active openai key"):
+        chosen("bob", "USER")
+    # What is broken is not passed over, nor what was destroyed.
+    broken = key(3, owner="ann", state=custody_pb2.KEY_VERSION_STATE_NEEDS_REKEY)
+    with pytest.raises(ByokeepError, match=r"key rotate key_0*3'"):
+        chosen("ann", *everything, keys=(broken, repo, third))
+    with pytest.raises(ByokeepError, match=r"key_none is DESTROYED.*key assign"):
+        chosen("", repository="acme/web")
+
+
+def test_a_key_is_named_among_those_that_the_review_may_run_on() -> None:
+    main, gemini = key(1, display_name="main"), key(2, GEMINI, display_name="g")
+    revoked = key(3, display_name="old", state=custody_pb2.KEY_VERSION_STATE_REVOKED)
+    keys = team(main, gemini, revoked, key(4, owner="ann", display_name="anns"))
+    assert keys.called("main").choose("openai") == main
+    assert keys.called(last_of(gemini.name)).choose("gemini") == gemini
+    with pytest.raises(ByokeepError, match=r"may run on g \(gemini\), main \(openai\)") as refused:
+        keys.called("anns")
+    assert refused.value.metadata == {"resource": "providerKey", "field": "input.key"}
+    with pytest.raises(ByokeepError, match="a key of the model's provider, openai"):
+        keys.called("g").choose("openai")
+    with pytest.raises(ByokeepError, match="REVOKED, for good; name another with --key"):
+        keys.called("old").choose("openai")
+    # Settings' models of another provider say nothing of it.
+    settings = {Source.OVERRIDE: "openai/a", Source.DEFAULT: "gemini/b"}
+    assert choose_model(settings, keys.called("g"), CATALOG).model == ModelRef("gemini", "b")
+    assert choose_model({}, keys.called("g"), CATALOG).source is Source.PROVIDER
+    own = {Source.REVIEW: "openai/a"}
+    assert choose_model(own, keys.called("g"), CATALOG).model == ModelRef("openai", "a")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class Rights:
     roles: frozenset[int]
     may_assert_users: bool
     has_overrides: bool
+    has_repository_keys: bool
     plan: Plan
 
     def actor(self, user: str = "") -> str:
@@ -146,6 +147,7 @@ class Authority:
                     frozenset(held),
                     found.may_assert_users,
                     found.has_overrides,
+                    found.has_repository_keys,
                     self._plans.of(found.tenant.plan),
                 )
             )

@@ -26,7 +26,7 @@ from services.orchestrator.config import Settings
 from services.orchestrator.custody import content
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import bounds, failures
-from services.orchestrator.policy.keys import choose_key
+from services.orchestrator.policy.keys import Keys, RepositoryKey, hint_of, keys_for
 from services.orchestrator.policy.models import Source, choose_model, not_usable, override_for
 from services.orchestrator.store import requests
 from services.orchestrator.store.attempts import AttemptStore
@@ -287,14 +287,17 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self, rights: access.Rights, row: ReviewRow, request: review_pb2.RetryReviewRequest
     ) -> None:
         rights.require_user_keys(row.owner)
-        keys = await self._keys(rights, row.owner)
-        key = choose_key(row.model.partition("/")[0], keys, row.owner)
+        keys = await self._keys(rights, row.owner, row.repository)
+        if row.named_key:
+            keys = keys.called(row.key_id)
+        key = keys.choose(row.model.partition("/")[0])
         await self._reviews.retry(
             request,
             rights.tenant.id,
             row.id,
             key_id=names.last_of(key.name),
             key_version=key.active_version,
+            key_owner=key.owner,
             max_calls=self._ceilings(rights).max_calls_per_review,
         )
 
@@ -322,6 +325,9 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 model=str(prepared.model),
                 key_id=names.last_of(prepared.key.name),
                 key_version=prepared.key.active_version,
+                key_hint=hint_of(prepared.key, prepared.key.active_version),
+                key_owner=prepared.key.owner,
+                named_key=bool(wanted.key),
                 priority=int(request.priority == review_pb2.PRIORITY_BATCH),
                 trace_parent=tracing.traceparent(),
                 owner=wanted.user,
@@ -346,7 +352,9 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         planning.require_size(wanted, self._ceilings(rights).max_diff_bytes)
 
     async def _prepare(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> _Prepared:
-        keys = await self._keys(rights, wanted.user)
+        keys = await self._keys(rights, wanted.user, wanted.repository)
+        if wanted.key:
+            keys = keys.called(wanted.key)
         override = ""
         if rights.has_overrides and rights.plan.has("model-overrides") and not wanted.model:
             overrides = await self._tenants.overrides(rights.tenant.id)
@@ -356,9 +364,9 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             Source.OVERRIDE: override,
             Source.DEFAULT: rights.tenant.default_model,
         }
-        choice = choose_model(candidates, keys, self._catalog, wanted.user)
+        choice = choose_model(candidates, keys, self._catalog)
         model = choice.model
-        key = choose_key(model.provider, keys, wanted.user)
+        key = keys.choose(model.provider)
         lacking = await self._key_store.list_without(rights.tenant.id, key, model.model)
         if lacking is not None:
             raise not_usable(model, [lacking], **_chosen_by(choice.source))
@@ -369,10 +377,19 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             self._ceilings(rights).max_calls_per_review,
         )
 
-    async def _keys(self, rights: access.Rights, owner: str) -> list[custody_pb2.ProviderKey]:
-        keys = await self._keyvault.keys(rights.tenant.id)
-        # The owner's alone: never a silent fallback to another key.
-        return [key for key in keys if key.owner == owner]
+    async def _keys(self, rights: access.Rights, user: str, repository: str) -> Keys:
+        tenant = rights.tenant
+        found = await self._keyvault.keys(tenant.id)
+        of_repositories: Sequence[RepositoryKey] = ()
+        if rights.has_repository_keys:
+            of_repositories = await self._tenants.repository_keys(tenant.id)
+        return keys_for(
+            found,
+            user=user,
+            repository=repository,
+            order=tenant.key_order,
+            of_repositories=of_repositories,
+        )
 
     def _message(self, row: ReviewRow) -> review_pb2.Review:
         return _message(row, self._settings.wait_seconds)
@@ -444,6 +461,8 @@ def _message(row: ReviewRow, wait_seconds: int) -> review_pb2.Review:
         head_commit=row.head_commit,
         model=row.model,
         key_id=row.key_id,
+        key_version=row.used_version,
+        key_hint=row.used_hint,
         finding_count=row.finding_count,
         dropped_findings=row.dropped_findings,
         unread_count=row.unread_count,

@@ -17,7 +17,7 @@ from services.common.models import Catalog, parse_model
 from services.orchestrator.api import access, paging
 from services.orchestrator.config import Settings
 from services.orchestrator.custody.keyvault import Keyvault
-from services.orchestrator.policy.keys import usable
+from services.orchestrator.policy.keys import ENDED, usable
 from services.orchestrator.policy.models import (
     KeyModels,
     Use,
@@ -38,6 +38,7 @@ _FIELDS: Final = (
     "max_reviews_per_day",
     "keep_superseded",
     "retry_ambiguous",
+    "key_order",
 )
 _NAME: Final = re.compile(r"tenants/[^/]+/settings")
 _MODELS_A_PAGE: Final = 200
@@ -84,6 +85,11 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         if "default_model" in paths and request.settings.default_model:
             await self._require_usable(request.settings.default_model, "settings.default_model")
         values: dict[str, Any] = {path: getattr(request.settings, path) for path in paths}
+        if "key_order" in values:
+            values["key_order"] = [
+                settings_pb2.KeySource.Name(source).removeprefix("KEY_SOURCE_")
+                for source in request.settings.key_order
+            ]
         rights = access.current()
         for path, (most, whose) in _most(rights.plan, self._settings).items():
             if values.get(path, 0) > most:
@@ -112,6 +118,19 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             await self._require_usable(request.model, "model")
         row = await self._store.set_override(rights.tenant.id, request)
         return settings_pb2.SetModelOverrideResponse(settings=await self._message(row))
+
+    async def SetRepositoryKey(
+        self, request: settings_pb2.SetRepositoryKeyRequest, context: object
+    ) -> settings_pb2.SetRepositoryKeyResponse:
+        """Set the key of some repositories, or take theirs away."""
+        tenant, provider = access.current().tenant, ""
+        if request.key:
+            key = await self._keyvault.get(names.key_name(tenant.id, request.key))
+            if key.owner or key.state in ENDED:
+                raise unexpected("key", "a key of the tenant's own that has not ended")
+            provider = names.provider_id(key.provider)
+        row = await self._store.set_repository_key(tenant.id, provider, request)
+        return settings_pb2.SetRepositoryKeyResponse(settings=await self._message(row))
 
     async def ListModels(
         self, request: settings_pb2.ListModelsRequest, context: object
@@ -209,6 +228,17 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             max_reviews_per_day=row.max_reviews_per_day,
             keep_superseded=row.keep_superseded,
             retry_ambiguous=row.retry_ambiguous,
+            key_order=[
+                settings_pb2.KeySource.Value(f"KEY_SOURCE_{name}") for name in row.key_order
+            ],
+            repository_keys=[
+                settings_pb2.RepositoryKey(
+                    repository_pattern=one.pattern,
+                    key_id=one.key_id,
+                    provider=names.provider_value(one.provider),
+                )
+                for one in await self._store.repository_keys(row.id)
+            ],
             etag=row.etag,
             in_force=ceilings(row, self._plans.of(row.plan), self._settings),
         )

@@ -11,12 +11,10 @@ from datetime import datetime
 from typing import Final
 
 import grpc
-from byokeep.keyvault.v1 import custody_pb2
-from byokeep.names import provider_id
 
 from services.common.errors import ByokeepError
 from services.common.models import MAX_LISTED, Catalog, ModelRef, is_listed, parse_model
-from services.orchestrator.policy.keys import no_key, usable
+from services.orchestrator.policy.keys import Keys, no_key
 
 _NEAREST: Final = 3
 
@@ -121,25 +119,22 @@ def read_model(model: str, field: str) -> ModelRef:
     raise ByokeepError(grpc.StatusCode.INVALID_ARGUMENT, "MODEL_INVALID", sentence, field=field)
 
 
-def choose_model(
-    candidates: Mapping[Source, str],
-    keys: Sequence[custody_pb2.ProviderKey],
-    catalog: Catalog,
-    user: str = "",
-) -> Choice:
+def choose_model(candidates: Mapping[Source, str], keys: Keys, catalog: Catalog) -> Choice:
     """Return the first model that somebody chose, else the default of the only usable provider.
 
-    `candidates` stand in order of precedence; empty texts are skipped. `keys` are those that the
-    review may run on: a user's own, where it is a user's review.
+    `candidates` stand in order of precedence; empty texts are skipped, and those of settings where
+    a key was named that is of another provider.
     """
-    for source, model in candidates.items():
-        if model:
-            return Choice(read_model(model, "input.model"), source)
-    providers = sorted({provider_id(key.provider) for key in keys if usable(key)})
+    for source, text in candidates.items():
+        if text:
+            model = read_model(text, "input.model")
+            if source is Source.REVIEW or not keys.named or keys.has(model.provider):
+                return Choice(model, source)
+    providers = keys.providers()
     if len(providers) == 1:
         return Choice(ModelRef(providers[0], catalog.default(providers[0])), Source.PROVIDER)
     if not providers:
-        raise no_key("", keys, user)
+        raise no_key("", keys.all(), keys.user)
     *most, last = providers
     raise ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,

@@ -13,6 +13,7 @@ from byokeep.orchestrator.v1 import key_pb2
 
 from services.common.models import MAX_LISTED, is_listed
 from services.orchestrator.policy import bounds
+from services.orchestrator.policy.keys import hint_of
 from services.orchestrator.policy.models import KeyModels
 from services.orchestrator.policy.refusals import deleted
 from services.orchestrator.store import requests, sql, sql_waits
@@ -120,8 +121,9 @@ SELECT coalesce(bool_or(cardinality(known.models) > %(most)s), false) AS cut FRO
 """  # noqa: S608
 _UNAPPLIED = _COLUMNS + "WHERE action <> '' LIMIT 100"
 _SCHEDULE = """
-INSERT INTO key_validation (key_id, version, tenant, provider, owner, actor, destroy_previous)
-VALUES (%(key_id)s, %(version)s, %(tenant)s, %(provider)s, %(owner)s, %(actor)s,
+INSERT INTO key_validation
+    (key_id, version, tenant, provider, owner, hint, actor, destroy_previous)
+VALUES (%(key_id)s, %(version)s, %(tenant)s, %(provider)s, %(owner)s, %(hint)s, %(actor)s,
     %(destroy_previous)s)
 ON CONFLICT DO NOTHING RETURNING version
 """
@@ -180,6 +182,7 @@ class KeyStore:
             "tenant": tenant,
             "provider": provider_id(key.provider),
             "owner": key.owner,
+            "hint": hint_of(key, version),
             "actor": actor,
             "destroy_previous": destroy_previous,
         }

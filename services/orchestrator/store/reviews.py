@@ -37,6 +37,7 @@ class ReviewRow:
     head_commit: str
     model: str
     key_id: str
+    named_key: bool
     owner: str
     failure: str
     failure_message: str
@@ -54,6 +55,8 @@ class ReviewRow:
     create_time: datetime
     start_time: datetime | None
     end_time: datetime | None
+    used_version: int = 0
+    used_hint: str = ""
     answer_bytes: int = 0
     wait_reason: str = ""
     wait_cause: str = ""
@@ -82,14 +85,25 @@ class ReviewFilter:
 
 
 _NAMES: Final = tuple(ReviewRow.__dataclass_fields__)
-_JOINED: Final = ("wait_", "answer_", "progress_", "prompt_")
+_JOINED: Final = ("used_", "wait_", "answer_", "progress_", "prompt_")
 _OWN: Final = tuple(name for name in _NAMES if not name.startswith(_JOINED))
+# The version of the key that a review's newest attempt runs on, or ran.
+_USED: Final = """
+    LEFT JOIN LATERAL (
+        SELECT attempt.key_version, (
+            SELECT hint FROM key_validation known
+            WHERE known.tenant = attempt.tenant AND known.key_id = attempt.key_id
+                AND known.version = attempt.key_version) AS hint
+        FROM attempt WHERE attempt.review_id = review.id ORDER BY number DESC LIMIT 1) used ON true
+"""
+_USED_COLUMNS: Final = """
+    coalesce(used.key_version, 0) AS used_version, coalesce(used.hint, '') AS used_hint,"""
 _WAIT: Final = """coalesce(wait.reason, '') AS wait_reason,
     coalesce(wait.cause, '') AS wait_cause, wait.since AS wait_since,
     wait.stalled AS wait_stalled, nullif(wait.until, 'infinity') AS wait_until"""
 _COLUMNS: Final = f"""
-SELECT {", ".join(_OWN)}, {_WAIT}
-FROM review {sql_waits.WAIT}
+SELECT {", ".join(_OWN)}, {_USED_COLUMNS} {_WAIT}
+FROM review {sql_waits.WAIT} {_USED}
 """  # noqa: S608 - constants
 _SUBMIT: Final = sql.SUBMIT.format(columns=", ".join(f"rev.{name}" for name in _OWN))
 _BESIDE: Final = """state = 'QUEUED' AND kind = 'REVIEW' AND attempt.tenant = review.tenant
@@ -97,7 +111,8 @@ _BESIDE: Final = """state = 'QUEUED' AND kind = 'REVIEW' AND attempt.tenant = re
 # How many calls the attempt that runs has started; how many go before the one that waits, of those
 # of its key: of its lane and of those before it, never more than a thousand rows each.
 _WHOLE: Final = f"""
-SELECT {", ".join(f"review.{name}" for name in _OWN)}, {_WAIT},
+SELECT {", ".join(f"review.{name}" for name in _OWN)}, {_USED_COLUMNS}
+    {_WAIT},
     coalesce(last.answer_bytes, 0) AS answer_bytes, last.calls_started AS progress_calls,
     CASE WHEN last.state = 'QUEUED' THEN (
         SELECT least(count(*), 1000) + 1 FROM (
@@ -110,7 +125,7 @@ SELECT {", ".join(f"review.{name}" for name in _OWN)}, {_WAIT},
         SELECT prompt_version FROM attempt
         WHERE attempt.review_id = review.id AND prompt_version <> ''
         ORDER BY number DESC LIMIT 1), '') AS prompt_version
-FROM review {sql_waits.WAIT}
+FROM review {sql_waits.WAIT} {_USED}
     LEFT JOIN LATERAL (
         SELECT id, key_id, state, calls_started, answer_bytes, priority, due_time FROM attempt
         WHERE attempt.review_id = review.id AND attempt.state IN ('QUEUED', 'RUNNING')
@@ -153,6 +168,9 @@ class Submission:
     model: str
     key_id: str
     key_version: int
+    key_hint: str
+    key_owner: str
+    named_key: bool
     priority: int
     trace_parent: str
     owner: str
@@ -303,6 +321,7 @@ class ReviewStore:
         *,
         key_id: str,
         key_version: int,
+        key_owner: str,
         max_calls: int,
     ) -> None:
         """Queue a further attempt of a failed review. Raises ByokeepError: WRONG_STATE."""
@@ -312,6 +331,7 @@ class ReviewStore:
             "attempt_id": ids.new_id("att"),
             "key_id": key_id,
             "key_version": key_version,
+            "key_owner": key_owner,
             "max_calls": max_calls,
         }
         async with self._database.transaction() as session:

@@ -78,6 +78,8 @@ tenant = Table(
     _count("max_calls_per_review"),
     _count("max_calls_per_day"),
     Column("max_reviews_per_day", BigInteger, nullable=False, server_default=text("0")),
+    # Sources of keys in order, by the short names of KeySource; empty: as it always was.
+    Column("key_order", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     _flag("keep_superseded"),
     _flag("retry_ambiguous"),
     _time("delete_time"),
@@ -111,6 +113,15 @@ model_override = Table(
     _text("model", default=None),
 )
 
+repository_key = Table(
+    "repository_key",
+    metadata,
+    _tenant_key(),
+    Column("pattern", Text, primary_key=True),
+    Column("provider", Text, primary_key=True),
+    _text("key_id", default=None),
+)
+
 request = Table(
     "request",
     metadata,
@@ -141,6 +152,8 @@ key_validation = Table(
     Column("version", Integer, primary_key=True),
     _text("provider", default=None),
     _text("owner"),
+    # As keyvault redacted it.
+    _text("hint"),
     _text("actor", default=None),
     _flag("destroy_previous"),
     _text("verdict", default="UNSPECIFIED"),
@@ -172,6 +185,10 @@ review = Table(
     _text("head_commit"),
     _text("model", default=None),
     _text("key_id", default=None),
+    # Whose key that is; `owner` is the user who submitted it.
+    _text("key_owner"),
+    # Whether the submitter named the key: a retry stays on it then.
+    _flag("named_key"),
     _text("owner"),
     _text("actor", default=None),
     _text("failure"),

@@ -25,10 +25,10 @@ SUBMIT: Final = """
         ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1),
     rev AS (
         INSERT INTO review (id, tenant, repository, pull_request, head_commit, model, key_id,
-            owner, actor, max_calls, chunks_total, priority, trace_parent)
+            key_owner, named_key, owner, actor, max_calls, chunks_total, priority, trace_parent)
         SELECT %(id)s, %(tenant)s, %(repository)s, %(pull_request)s, %(head_commit)s,
-            %(model)s, %(key_id)s, %(owner)s, %(actor)s, %(max_calls)s, %(chunks_total)s,
-            %(priority)s, %(trace_parent)s FROM req
+            %(model)s, %(key_id)s, %(key_owner)s, %(named_key)s, %(owner)s, %(actor)s,
+            %(max_calls)s, %(chunks_total)s, %(priority)s, %(trace_parent)s FROM req
         RETURNING *),
     content AS (
         INSERT INTO review_content (review_id, input) SELECT id, %(input)s FROM rev),
@@ -36,7 +36,8 @@ SUBMIT: Final = """
         INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, priority)
         SELECT %(attempt_id)s, 'REVIEW', %(tenant)s, id, %(key_id)s, %(key_version)s, %(priority)s
         FROM rev RETURNING pg_notify('byokeep_due', ''))
-    SELECT {columns}, coalesce((
+    SELECT {columns}, CAST(%(key_version)s AS int) AS used_version,
+        CAST(%(key_hint)s AS text) AS used_hint, coalesce((
             SELECT sum(events) FROM rate_bucket
             WHERE scope = 'reviews:' || %(tenant)s AND hour > now() - interval '24 hours'
         ), 0) AS earlier_today, coalesce((
@@ -59,8 +60,9 @@ NOTHING_TO_READ: Final = """
 RETRY: Final = """
     WITH rev AS (
         UPDATE review SET state = 'QUEUED', failure = '', failure_message = '',
-            end_time = NULL, key_id = %(key_id)s, fence = fence + 1, version = version + 1,
-            attempts = attempts + 1, max_calls = calls_started + %(max_calls)s
+            end_time = NULL, key_id = %(key_id)s, key_owner = %(key_owner)s,
+            fence = fence + 1, version = version + 1, attempts = attempts + 1,
+            max_calls = calls_started + %(max_calls)s
         WHERE id = %(id)s AND tenant = %(tenant)s AND state = 'FAILED'
             AND EXISTS (SELECT FROM review_content WHERE review_id = %(id)s)
         RETURNING *, pg_notify('byokeep_review', id))
@@ -84,7 +86,7 @@ _WORK: Final = f"""SELECT
         a.calls_started AS calls_made, coalesce(r.chunks_total, 0) AS chunks_total,
         coalesce(v.provider, split_part(r.model, '/', 1)) AS provider,
         coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
-        coalesce(v.owner, r.owner) AS owner, coalesce(v.actor, r.actor) AS actor,
+        coalesce(v.owner, r.key_owner) AS owner, coalesce(v.actor, r.actor) AS actor,
         coalesce(c.input, '') AS input,
         ARRAY(SELECT chunk_id FROM chunk_done WHERE review_id = r.id) AS done_chunks,
         coalesce(r.max_calls - r.calls_started, 0) AS calls_left,

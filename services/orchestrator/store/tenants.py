@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -12,6 +12,7 @@ from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
 
 from services.common.errors import ByokeepError
 from services.orchestrator.policy import bounds
+from services.orchestrator.policy.keys import RepositoryKey
 from services.orchestrator.policy.refusals import deleted, full
 from services.orchestrator.store import requests, sql, waits
 from services.orchestrator.store.database import Database, Row, Session
@@ -31,6 +32,7 @@ class TenantRow:
     max_reviews_per_day: int
     keep_superseded: bool
     retry_ambiguous: bool
+    key_order: Sequence[str]
     settings_version: int
     create_time: datetime
 
@@ -57,19 +59,22 @@ class RightsRow:
     roles: tuple[int, ...]
     may_assert_users: bool
     has_overrides: bool
+    has_repository_keys: bool
 
 
 _COLUMNS = """
 tenant.id, tenant.state, tenant.plan, tenant.default_model, tenant.max_diff_bytes,
 tenant.max_calls_per_review, tenant.max_calls_per_day, tenant.max_reviews_per_day,
-tenant.keep_superseded, tenant.retry_ambiguous, tenant.settings_version, tenant.create_time
+tenant.keep_superseded, tenant.retry_ambiguous, tenant.key_order, tenant.settings_version,
+tenant.create_time
 """
 _WIDTH = len(TenantRow.__dataclass_fields__)
 
 # Before every call.
 _RIGHTS = f"""
 SELECT {_COLUMNS}, caller.roles, caller.may_assert_users,
-    EXISTS (SELECT FROM model_override WHERE tenant = tenant.id) AS has_overrides
+    EXISTS (SELECT FROM model_override WHERE tenant = tenant.id) AS has_overrides,
+    EXISTS (SELECT FROM repository_key WHERE tenant = tenant.id) AS has_repository_keys
 FROM tenant
 LEFT JOIN caller ON caller.tenant = tenant.id AND caller.spiffe_id = %(spiffe_id)s
 WHERE tenant.id = %(tenant)s
@@ -122,6 +127,21 @@ SELECT count(*) AS overrides FROM model_override WHERE tenant = %(tenant)s
 _UNSET_OVERRIDE = """
 DELETE FROM model_override WHERE tenant = %(tenant)s AND pattern = %(pattern)s
 """
+_REPOSITORY_KEYS = """
+SELECT pattern, provider, key_id FROM repository_key WHERE tenant = %(tenant)s
+ORDER BY pattern, provider
+"""
+_SET_REPOSITORY_KEY = """
+INSERT INTO repository_key (tenant, pattern, provider, key_id)
+VALUES (%(tenant)s, %(pattern)s, %(provider)s, %(key_id)s)
+ON CONFLICT ON CONSTRAINT repository_key_pkey DO UPDATE SET key_id = excluded.key_id
+"""
+_COUNT_REPOSITORY_KEYS = """
+SELECT count(*) AS patterns FROM repository_key WHERE tenant = %(tenant)s
+"""
+_UNSET_REPOSITORY_KEY = """
+DELETE FROM repository_key WHERE tenant = %(tenant)s AND pattern = %(pattern)s
+"""
 # With their attempts, calls, content and findings.
 _ERASE_REVIEWS = """
 DELETE FROM review WHERE id IN (SELECT id FROM review WHERE tenant = %(tenant)s LIMIT 2000)
@@ -133,6 +153,7 @@ _ERASE = (
     "DELETE FROM turn WHERE tenant = %(tenant)s",
     "DELETE FROM key_validation WHERE tenant = %(tenant)s",
     "DELETE FROM model_override WHERE tenant = %(tenant)s",
+    "DELETE FROM repository_key WHERE tenant = %(tenant)s",
     "DELETE FROM request WHERE tenant = %(tenant)s",
     "DELETE FROM rate_bucket WHERE scope LIKE '%%:' || %(tenant)s",
 )
@@ -146,7 +167,8 @@ UPDATE tenant SET settings_version = settings_version + 1,
     max_calls_per_day = coalesce(%(max_calls_per_day)s, max_calls_per_day),
     max_reviews_per_day = coalesce(%(max_reviews_per_day)s, max_reviews_per_day),
     keep_superseded = coalesce(%(keep_superseded)s, keep_superseded),
-    retry_ambiguous = coalesce(%(retry_ambiguous)s, retry_ambiguous)
+    retry_ambiguous = coalesce(%(retry_ambiguous)s, retry_ambiguous),
+    key_order = coalesce(CAST(%(key_order)s AS text[]), key_order)
 WHERE id = %(tenant)s
 """
 _SETTABLE = (
@@ -158,6 +180,7 @@ _SETTABLE = (
     "max_reviews_per_day",
     "keep_superseded",
     "retry_ambiguous",
+    "key_order",
 )
 
 
@@ -176,7 +199,11 @@ class TenantStore:
         if row is None:
             return None
         return RightsRow(
-            _tenant(row), tuple(row.roles or ()), bool(row.may_assert_users), row.has_overrides
+            _tenant(row),
+            tuple(row.roles or ()),
+            bool(row.may_assert_users),
+            row.has_overrides,
+            row.has_repository_keys,
         )
 
     async def tenant(self, tenant_id: str) -> TenantRow:
@@ -286,6 +313,32 @@ class TenantStore:
         async with self._database.statement() as session:
             found = await session.all(_OVERRIDES, {"tenant": tenant_id})
         return {row.pattern: row.model for row in found}
+
+    async def repository_keys(self, tenant_id: str) -> list[RepositoryKey]:
+        """Return the keys of a tenant's repositories."""
+        async with self._database.statement() as session:
+            found = await session.all(_REPOSITORY_KEYS, {"tenant": tenant_id})
+        return [RepositoryKey(*row) for row in found]
+
+    async def set_repository_key(
+        self, tenant_id: str, provider: str, message: settings_pb2.SetRepositoryKeyRequest
+    ) -> TenantRow:
+        """Set the key of a repository pattern for a provider, or take all of the pattern away."""
+        values = {
+            "tenant": tenant_id,
+            "pattern": message.repository_pattern,
+            "provider": provider,
+            "key_id": message.key,
+        }
+        async with self._database.transaction() as session:
+            if await requests.first_time(session, tenant_id, message):
+                set_or_unset = _SET_REPOSITORY_KEY if message.key else _UNSET_REPOSITORY_KEY
+                await session.run(set_or_unset, values)
+                await _bump(session, tenant_id, {})
+                found = await session.one(_COUNT_REPOSITORY_KEYS, values)
+                if found.patterns > bounds.OVERRIDES:
+                    raise full("repository_pattern", "patterns that have a key", bounds.OVERRIDES)
+            return await _read(session, tenant_id)
 
     async def change_settings(
         self,

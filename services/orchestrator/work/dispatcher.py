@@ -407,7 +407,8 @@ def check_ending(work: Work | Stale, result: Result, state: str = "") -> Validat
     reason = reason or failures.of_unreachable(cause)
     again = Successor(validation_delay(work.tries), work.key_version)
     successor = again if work.reviews_wait else None
-    return ValidationEnding("FAILED", "", "", reason, cause, successor=successor)
+    state = "FAILED" if state == "COMPLETED" else state
+    return ValidationEnding(state, "", "", reason, cause, successor=successor)
 
 
 def _told(result: Result) -> tuple[str, str, str, str]:

@@ -240,6 +240,7 @@ class ReviewOptions(TypedDict, total=False):
     """Text by path."""
     model: str
     user: str
+    key: str
     request_id: str
     keep_older: bool
 
@@ -264,6 +265,7 @@ def review_request(
             guidance=options.get("guidance", ""),
             model=options.get("model", ""),
             user=options.get("user", ""),
+            key=options.get("key", ""),
         ),
         request_id=options.get("request_id") or new_request_id(),
         keep_older=options.get("keep_older", False),

@@ -14,6 +14,7 @@ from byokeep.cli import (
     admin,
     audit,
     interrupt,
+    keychoice,
     keys,
     limits,
     models,
@@ -44,6 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=_EXITS,
 )
+keys.app.add_typer(keychoice.app)
 app.add_typer(keys.app, name="key")
 app.add_typer(reviews.app, name="review")
 app.add_typer(models.app, name="model")

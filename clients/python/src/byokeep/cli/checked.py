@@ -86,6 +86,11 @@ def key_name(text: str) -> str:
     return _check(_NAME, text, "--name takes 1 to 64 letters, digits, dots, hyphens, underscores")
 
 
+def key_reference(text: str) -> str:
+    """Return the name or id of a key. Raises CliError."""
+    return _check(_NAME, text, "--key takes the name or the id of a key", "byokeep key list")
+
+
 def last_part(text: str, tenant: str, collection: str) -> str:
     """Return the id of a full resource name of that tenant; any other text as it is.
 

@@ -36,6 +36,7 @@ class Given:
     guidance: Path | None
     model: str
     user: str
+    key: str
 
 
 def build(given: Given, note: Callable[[str], None]) -> review_pb2.ReviewInput:
@@ -53,6 +54,8 @@ def build(given: Given, note: Callable[[str], None]) -> review_pb2.ReviewInput:
     if given.model:
         checked.model(given.model)
     checked.user(given.user)
+    if given.key:
+        checked.key_reference(given.key)
     # A diff from elsewhere needs no checkout, and is not of the commit that is checked out here.
     checkout = gitinfo.checkout() if given.diff is None else None
     return review_pb2.ReviewInput(
@@ -66,6 +69,7 @@ def build(given: Given, note: Callable[[str], None]) -> review_pb2.ReviewInput:
         guidance=_text(given.guidance, _GUIDANCE_BYTES)[1] if given.guidance else "",
         model=given.model,
         user=given.user,
+        key=given.key,
     )
 
 

@@ -105,6 +105,9 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
     _print_skipped(out, review.skipped_files, review.skipped_count)
     _print_unread(out, review.unread, review.unread_count)
     out.print(_closing(review))
+    if review.key_version:
+        hint = f"  {clean(review.key_hint)}" if review.key_hint else ""
+        out.print(f"key    {clean(review.key_id)} v{review.key_version}{hint}", style="dim")
     if review.HasField("wait"):
         since = when(review.wait.since)
         out.hanging(

@@ -126,7 +126,12 @@ def review(
     model: Annotated[
         str, typer.Option(metavar="PROVIDER/MODEL", help="Default: as the settings say.")
     ] = "",
-    user: Annotated[str, typer.Option(help="User on whose own key it runs.")] = "",
+    user: Annotated[
+        str, typer.Option(help="User that submits it, and on whose own key it runs.")
+    ] = "",
+    key: Annotated[
+        str, typer.Option(help="Name or id of the key that it runs on; default: byokeep key order.")
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the calls that it would make; make none.")
     ] = False,
@@ -171,7 +176,7 @@ def review(
             "byokeep review show ID --watch --fail-on SEVERITY",
         )
     given = reviewinput.Given(
-        diff, base, repo, pr, head, title, description, context or [], guidance, model, user
+        diff, base, repo, pr, head, title, description, context or [], guidance, model, user, key
     )
     content = reviewinput.build(given, session.out.note)
     if dry_run:
