@@ -126,6 +126,31 @@ async def test_two_racing_submissions_leave_one(stack: Stack) -> None:
     assert states.count(CANCELLED) == 1
 
 
+# --- how many may wait
+
+
+async def test_a_full_queue_says_when_to_come_again(orchestrator_database_url, tmp_path) -> None:
+    own = tmp_path / "plans.toml"
+    own.write_text("[plans.team]\nreviews_waiting = 2\n")
+    async with running(orchestrator_database_url, tmp_path, plans_file=own) as stack:
+        await stack.tenant()
+        await stack.tenant("other")
+        for tenant in ("acme", "other"):
+            stack.keyvault.add(tenant)
+        await stack.runner.tell(places=0)
+        await stack.until_room(0)
+        first, _ = [await stack.submit() for _ in range(2)]
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stack.submit()
+        info = error_info(refused.value)
+        assert (info.code, info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert info.retry_after_seconds == 30
+        await stack.submit("other")
+        cancel = review_pb2.CancelReviewRequest(name=first.name, request_id=request_id())
+        await stack.client("acme").reviews.CancelReview(cancel)
+        await stack.submit()
+
+
 # --- filters
 
 

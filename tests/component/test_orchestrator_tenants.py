@@ -335,8 +335,8 @@ async def test_overrides_are_an_entitlement(stack: Stack) -> None:
 async def test_plans_are_the_operators_data(orchestrator_database_url, tmp_path) -> None:
     own = tmp_path / "plans.toml"
     own.write_text(
-        "[plans.pro]\nattempts_in_flight = 1\nreviews_per_day = 7\nkeys_per_provider = 0\n"
-        "features = []\n"
+        "[plans.pro]\nattempts_in_flight = 1\nreviews_per_day = 7\nreviews_waiting = 5\n"
+        "keys_per_provider = 0\nfeatures = []\n"
     )
     async with running(orchestrator_database_url, tmp_path, plans_file=own) as stack:
         await stack.tenant(plan="pro")

@@ -28,6 +28,7 @@ def test_an_operators_file_is_laid_over_field_by_field() -> None:
         [plans.pro]
         attempts_in_flight = 8
         reviews_per_day = 1000
+        reviews_waiting = 100
         keys_per_provider = 3
         features = ["model-overrides"]
     """

@@ -299,6 +299,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             key_version=key.active_version,
             key_owner=key.owner,
             max_calls=self._ceilings(rights).max_calls_per_review,
+            most_waiting=rights.plan.reviews_waiting,
         )
 
     async def _submit(
@@ -341,8 +342,9 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 unread_count=prepared.plan.unread_count,
                 skipped_count=prepared.plan.skipped_count,
             ),
-            self._ceilings(rights).max_reviews_per_day,
-            self._ceilings(rights).max_calls_per_day,
+            reviews_per_day=self._ceilings(rights).max_reviews_per_day,
+            calls_per_day=self._ceilings(rights).max_calls_per_day,
+            most_waiting=rights.plan.reviews_waiting,
             supersede=not (request.keep_older or rights.tenant.keep_superseded),
         )
 

@@ -23,6 +23,8 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _NUMBERS: Final = {
     "attempts_in_flight": (1, 10_000),
     "reviews_per_day": (1, 1_000_000_000),
+    # They are counted at each submission.
+    "reviews_waiting": (1, 100_000),
     "keys_per_provider": (0, 10_000),
 }
 _FIELDS: Final = frozenset({*_NUMBERS, "features"})
@@ -35,6 +37,7 @@ class Plan:
     name: str
     attempts_in_flight: int
     reviews_per_day: int
+    reviews_waiting: int
     keys_per_provider: int
     features: frozenset[str]
 

@@ -19,6 +19,7 @@ from services.orchestrator.store.attempts import cancel
 from services.orchestrator.store.database import Database, Row, Session
 
 SUBMIT: Final = "SubmitReview"
+_FULL_SECONDS: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,19 +207,25 @@ class ReviewStore:
         return None if review_id is None else await self.get(tenant, review_id)
 
     async def submit(
-        self, new: Submission, reviews_per_day: int, calls_per_day: int, *, supersede: bool
+        self,
+        new: Submission,
+        *,
+        reviews_per_day: int,
+        calls_per_day: int,
+        most_waiting: int,
+        supersede: bool,
     ) -> ReviewRow:
         """Store a review with its content and first attempt: all or nothing; `supersede`: older
         reviews of its pull request, of another head commit, are cancelled.
 
         Raises:
             Repeated: its request id came before.
-            ByokeepError: TENANT_NOT_ACTIVE, DAILY_LIMIT.
+            ByokeepError: TENANT_NOT_ACTIVE, DAILY_LIMIT, QUEUE_FULL.
         """
         parameters = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
         parameters["attempt_id"] = ids.new_id("att")
         async with self._database.transaction() as session:
-            await _require_active(session, new.tenant)
+            await _admit(session, new.tenant, most_waiting)
             row = await session.one(_SUBMIT, parameters)
             if row is None:
                 raise requests.Repeated
@@ -323,8 +330,12 @@ class ReviewStore:
         key_version: int,
         key_owner: str,
         max_calls: int,
+        most_waiting: int,
     ) -> None:
-        """Queue a further attempt of a failed review. Raises ByokeepError: WRONG_STATE."""
+        """Queue a further attempt of a failed review.
+
+        Raises ByokeepError: WRONG_STATE, TENANT_NOT_ACTIVE, QUEUE_FULL.
+        """
         parameters = {
             "id": review_id,
             "tenant": tenant,
@@ -335,7 +346,7 @@ class ReviewStore:
             "max_calls": max_calls,
         }
         async with self._database.transaction() as session:
-            await _require_active(session, tenant)
+            await _admit(session, tenant, most_waiting)
             if not await requests.first_time(session, tenant, message):
                 return
             row = await session.one(sql.RETRY, parameters)
@@ -358,11 +369,22 @@ class ReviewStore:
             await session.run(sql.DROP_BUCKETS)
 
 
-async def _require_active(session: Session, tenant: str) -> None:
-    """Lock a tenant: its deletion waits for what is stored now, or is seen."""
-    row = await session.one(sql.LOCK_TENANT, {"tenant": tenant})
+async def _admit(session: Session, tenant: str, most_waiting: int) -> None:
+    """Lock a tenant, so that its deletion waits for what is stored now, or is seen.
+
+    Raises ByokeepError: TENANT_NOT_ACTIVE, QUEUE_FULL.
+    """
+    row = await session.one(sql.ADMIT, {"tenant": tenant, "most": most_waiting})
     if row.state != "ACTIVE":
         raise not_active(tenant, row.state)
+    if row.waiting >= most_waiting:
+        raise ByokeepError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "QUEUE_FULL",
+            f"{most_waiting} reviews of the tenant wait already, as many as its plan allows",
+            retry_after_seconds=_FULL_SECONDS,
+            waiting=str(most_waiting),
+        )
 
 
 def _daily_limit(what: str, limit: int) -> ByokeepError:

@@ -14,6 +14,15 @@ from typing import Final
 LOCK_TENANT: Final = "SELECT plan, state FROM tenant WHERE id = %(tenant)s FOR NO KEY UPDATE"
 
 #: `{columns}`: those of the review, which is `rev` here.
+# It counts no more than may wait, however many do.
+ADMIT: Final = """
+    SELECT state, (
+        SELECT count(*) FROM (
+            SELECT FROM attempt
+            WHERE attempt.tenant = tenant.id AND attempt.state = 'QUEUED' AND kind = 'REVIEW'
+            LIMIT %(most)s) one) AS waiting
+    FROM tenant WHERE id = %(tenant)s FOR NO KEY UPDATE"""
+
 SUBMIT: Final = """
     WITH req AS (
         INSERT INTO request (tenant, method, scope, digest, resource)

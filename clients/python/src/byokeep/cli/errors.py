@@ -112,6 +112,7 @@ HINTS: Mapping[str, str] = {
     "TOO_MANY_CALLS": "byokeep review --dry-run shows the calls; byokeep limit show tells whose"
     " ceiling it is",
     "DAILY_LIMIT": "byokeep limit show tells the ceilings",
+    "QUEUE_FULL": "byokeep review list --state queued",
     "INTAKE_UNTRUSTED": "nothing was sealed and nothing left this machine; get trust.json again"
     " from whom you trust, and compare",
     "INTAKE_KEY_EXPIRED": "repeat the command: it asks for a new intake key",

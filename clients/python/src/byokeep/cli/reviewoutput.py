@@ -142,7 +142,8 @@ def print_reviews(out: Output, reviews: Sequence[review_pb2.Review]) -> None:
 
 def _state(review: review_pb2.Review) -> Text:
     state = state_text(short(review_pb2.ReviewState, review.state))
-    return state.append(f" {wait_reason(review)}", style="dim") if wait_reason(review) else state
+    more = "superseded" if review.superseded_by else wait_reason(review)
+    return state.append(f" {more}", style="dim") if more else state
 
 
 def print_dry_run(out: Output, answer: review_pb2.DryRunReviewResponse) -> None:
