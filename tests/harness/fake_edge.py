@@ -51,6 +51,9 @@ class Edge:
     held: list[str] = field(default_factory=list)
     errors: dict[str, ByokeepError] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
+    #: So many calls of a method are refused as too many, to be tried again after so long.
+    overloaded: dict[str, int] = field(default_factory=dict)
+    again_seconds: float = 0.02
     verdicts: list[str] = field(default_factory=lambda: ["VALID"])
     keys: dict[str, key_pb2.Key] = field(default_factory=dict)
     uses: list[key_pb2.KeyUse] = field(default_factory=list)
@@ -147,6 +150,17 @@ class Edge:
         if self.lost.get(method, 0) > 0:
             self.lost[method] -= 1
             context.abort(grpc.StatusCode.UNAVAILABLE, "connection lost")
+        if self.overloaded.get(method, 0) > 0:
+            self.overloaded[method] -= 1
+            refusal = ByokeepError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "OVERLOADED",
+                "more than 8 calls for this tenant at once are not served; try again",
+                retry_after_seconds=self.again_seconds,
+                limit="8",
+            )
+            context.set_trailing_metadata(refusal.trailing_metadata())
+            context.abort(refusal.code, refusal.message)
         if method in self.denied:
             self.errors[method] = ByokeepError(
                 grpc.StatusCode.PERMISSION_DENIED,

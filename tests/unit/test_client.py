@@ -13,7 +13,7 @@ from typing import Any
 import byokeep
 import grpc
 import pytest
-from byokeep import aio, client, sealing, watching
+from byokeep import aio, calls, client, sealing, watching
 from byokeep.edge import UnknownProviderError
 from byokeep.errors import CallError, ErrorInfo, error_info
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
@@ -169,6 +169,43 @@ def test_a_refusal_ends_a_watch_at_once(edge: Edge, run: Run) -> None:
     with pytest.raises(CallError, match="no such review"):
         run(lambda connection: connection.watch_review(name))
     assert len(edge.sent(review_pb2.WatchReviewRequest)) == 1
+
+
+@pytest.mark.parametrize("method", ["SubmitReview", "WatchReview", "GetReview"])
+def test_what_is_one_too_many_is_tried_again(edge: Edge, run: Run, method: str) -> None:
+    """Shown to fail without `Patience`, and without OVERLOADED among what passes a watch by."""
+    found = [review_pb2.Finding(path="a.py", start_line=line) for line in (1, 2)]
+    edge.states = [{**COMPLETED, "findings": found}]
+    edge.overloaded[method] = 3
+    review = run(lambda connection: connection.review(DIFF, "acme/shop"))
+    assert list(review.findings) == found
+    requests = [one for one in edge.requests if type(one).__name__ == f"{method}Request"]
+    # The same request: whatever became of the first, nothing is done twice.
+    assert len({one.SerializeToString() for one in requests}) == 1
+    assert len(requests) == 4
+
+
+def test_what_is_one_too_many_is_told_where_the_deadline_is_nearer(edge: Edge, run: Run) -> None:
+    edge.add_key()
+    edge.overloaded["ListKeys"], edge.again_seconds = 9, 5.0
+    with pytest.raises(CallError) as told:
+        run(lambda connection: listed(connection, timeout=4.0))
+    assert (told.value.reason, told.value.retry_after_seconds) == ("OVERLOADED", 5.0)
+    assert len(edge.sent(key_pb2.ListKeysRequest)) == 1
+
+
+def test_pauses_of_many_callers_differ_and_grow() -> None:
+    refusal = ByokeepError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "too many", retry_after_seconds=1
+    )
+    error = CallError(_status(refusal.code, refusal.trailing_metadata()))
+    first = {calls.Patience(60.0).pause(error) for _ in range(20)}
+    assert len(first) == 20
+    assert all(1.0 <= one <= 1.5 for one in first)
+    patience = calls.Patience(60.0)
+    assert sum(patience.pause(error) for _ in range(4)) > 8.0
+    with pytest.raises(CallError):
+        calls.Patience(0.9).pause(error)
 
 
 def test_a_watch_whose_time_is_over_says_what_it_saw(edge: Edge, run: Run) -> None:

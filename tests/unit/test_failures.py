@@ -146,6 +146,15 @@ def test_waits_grow_with_what_was_waited() -> None:
     assert delays[-1] <= 72
 
 
+@pytest.mark.parametrize("reason", ["RUNNERS_FULL", "RUNNER_UNAVAILABLE"])
+@pytest.mark.parametrize("waited", [0, 40, 4000, 80_000])
+def test_who_found_no_runner_is_started_soon_and_never_at_once(reason: str, waited: float) -> None:
+    """Its runner told of room that was gone: a pause, for the next to be told; no more, for places
+    are given only where there are some. Shown to fail with `_LONGEST_DELAY` for all."""
+    decision = failures.decide(Failure(reason), tries=1, waited_seconds=waited)
+    assert 0.5 <= decision.delay_seconds <= 1.5
+
+
 def test_a_call_that_was_not_made_is_not_given_back() -> None:
     decision = failures.decide(Failure("KEYVAULT_UNAVAILABLE"), tries=1, spare_calls=0)
     assert (decision.follows, decision.refund) == (Follows.WAIT, 0)

@@ -76,7 +76,9 @@ async function watch(transport: Transport, name: string): Promise<Review> {
         return review;
       }
     } catch (error) {
-      if (ConnectError.from(error).code !== Code.Unavailable) throw error;
+      // ResourceExhausted: more watch than are served at once.
+      const { code } = ConnectError.from(error);
+      if (code !== Code.Unavailable && code !== Code.ResourceExhausted) throw error;
     }
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }

@@ -129,7 +129,9 @@ func watch(
 				return whole(ctx, reviews, answer)
 			}
 		}
-		if err != io.EOF && status.Code(err) != codes.Unavailable {
+		// ResourceExhausted: more watch than are served at once.
+		code := status.Code(err)
+		if err != io.EOF && code != codes.Unavailable && code != codes.ResourceExhausted {
 			return nil, err
 		}
 		select {

@@ -1,19 +1,55 @@
 """How a client's calls begin and fail: with a deadline, and with `CallError`.
 
+A service that is asked for more at once than it takes on refuses the call before it does anything
+(OVERLOADED), and says when to try again: a call with one answer is then made again, within its
+deadline. A `future` is not.
+
 The two channels here wrap one of gRPC's; stubs are made from them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import random
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any, Final
 
 import grpc
 
-from byokeep.errors import CallError
+from byokeep.errors import OVERLOADED, CallError
 
 DEADLINE_SECONDS: Final = 20.0
 """Deadline of a call with one answer that is made without a deadline."""
+
+
+_LONGEST_PAUSE_SECONDS: Final = 8.0
+_dice: Final = random.SystemRandom()
+
+
+class Patience:
+    """How long a call that was refused as one too many waits for its next try."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` is the call's deadline, from now."""
+        self._end = time.monotonic() + seconds
+        self._refusals = 0
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return max(self._end - time.monotonic(), 0.0)
+
+    def pause(self, failed: CallError) -> float:
+        """Return the seconds to the next try: what the service asked for, longer each time, and
+        never the same for two callers. Raises `failed` where that does not help, or is too late."""
+        if failed.reason != OVERLOADED or failed.retry_after_seconds is None:
+            raise failed
+        asked = failed.retry_after_seconds * 1.5**self._refusals
+        pause = min(asked, _LONGEST_PAUSE_SECONDS) * _dice.uniform(1.0, 1.5)
+        self._refusals += 1
+        if pause >= self.left():
+            raise failed
+        return pause
 
 
 def _in_time(options: dict[str, Any]) -> dict[str, Any]:
@@ -77,10 +113,10 @@ class _Unary:
         self._method = method
 
     def __call__(self, *request: Any, **options: Any) -> Any:
-        return _raised(lambda: self._method(*request, **_in_time(options)))
+        return _answered(self._method, request, _in_time(options))
 
     def with_call(self, *request: Any, **options: Any) -> Any:
-        return _raised(lambda: self._method.with_call(*request, **_in_time(options)))
+        return _answered(self._method.with_call, request, _in_time(options))
 
     def future(self, *request: Any, **options: Any) -> Any:
         return _Future(self._method.future(*request, **_in_time(options)))
@@ -113,6 +149,17 @@ class _Stream(_Call):
         return _raised(lambda: next(self._call))
 
 
+def _answered(method: Any, request: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    patience = Patience(options["timeout"])
+    while True:
+        try:
+            return method(*request, **options)
+        except grpc.RpcError as error:
+            failed = CallError(error)
+        time.sleep(patience.pause(failed))
+        options = {**options, "timeout": patience.left()}
+
+
 def _raised(step: Callable[[], Any]) -> Any:
     try:
         return step()
@@ -130,7 +177,7 @@ class AioCalls(grpc.aio.Channel):
     def unary_unary(self, *arguments: Any, **words: Any) -> Any:
         """See grpc.aio.Channel."""
         method = self._channel.unary_unary(*arguments, **words)
-        return lambda *request, **options: _AioCall(method(*request, **_in_time(options)))
+        return lambda *request, **options: _AioUnary(method, request, _in_time(options))
 
     def unary_stream(self, *arguments: Any, **words: Any) -> Any:
         """See grpc.aio.Channel."""
@@ -194,3 +241,25 @@ class _AioCall(_Call):
             return await self._call.read()
         except grpc.RpcError as error:
             raise CallError(error) from None
+
+
+class _AioUnary(_AioCall):
+    """A call with one request and one answer: to await."""
+
+    def __init__(self, method: Any, request: tuple[Any, ...], options: dict[str, Any]) -> None:
+        super().__init__(method(*request, **options))
+        self._method, self._request, self._options = method, request, options
+        self._patience = Patience(options["timeout"])
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._answered().__await__()
+
+    async def _answered(self) -> Any:
+        while True:
+            try:
+                return await self._call
+            except grpc.RpcError as error:
+                failed = CallError(error)
+            await asyncio.sleep(self._patience.pause(failed))
+            again = {**self._options, "timeout": self._patience.left()}
+            self._call = self._method(*self._request, **again)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 DOMAIN = "byokeep.dev"
 DETAILS_KEY = "grpc-status-details-bin"
 
+#: Reason of a refusal that says nothing of the call, but that it came with too many others.
+OVERLOADED: Final = "OVERLOADED"
 #: Codes of a call that no service answered, where no reason came with them: none was there, time
 #: was over, or one that ended cut what came in its last moment.
 UNANSWERED: Final = (

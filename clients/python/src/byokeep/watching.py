@@ -14,15 +14,16 @@ from typing import Any, Final
 
 import grpc
 
-from byokeep.errors import UNANSWERED, CallError, WatchTimeoutError
+from byokeep.errors import OVERLOADED, UNANSWERED, CallError, WatchTimeoutError
 
 FAILURES_IN_A_ROW: Final = 8
 """Streams that may be lost before one gives a message; then the last one's error is raised.
 With the channel's own repetitions this outlasts a service's restart."""
 _LONGEST_PAUSE_SECONDS: Final = 2.0
 _LAST_WORDS_SECONDS: Final = 1.0
-# A connection that broke off, said in the ways in which proxies and gRPC say it.
-_UNEXPLAINED = "UNEXPLAINED"
+# A connection that broke off, said in the ways in which proxies and gRPC say it; or one stream too
+# many for now.
+_PASSING = ("UNEXPLAINED", OVERLOADED)
 
 
 def watch(
@@ -124,7 +125,7 @@ class _Course:
         if failed is not None:
             if failed.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 self.left()
-            elif failed.code() not in UNANSWERED and failed.reason != _UNEXPLAINED:
+            elif failed.code() not in UNANSWERED and failed.reason not in _PASSING:
                 raise failed
             if self._failures >= FAILURES_IN_A_ROW:
                 raise failed
