@@ -33,12 +33,18 @@ def reference(zone: str, tag: str) -> str:
     return f"byokeep/{zone}:{tag}"
 
 
-def build(zone: str, tag: str, *, context: Path = CHECKOUT, cache: bool = True) -> str:
-    """Build an image and return its name. Raises ImageError with the end of the output."""
+def build(
+    zone: str, tag: str, *, context: Path = CHECKOUT, cache: bool = True, base: str = ""
+) -> str:
+    """Build an image, on another base where one is given, and return its name.
+
+    Raises ImageError with the end of the output.
+    """
     name = reference(zone, tag)
     arguments = [f"--build-arg=ZONE={zone}", f"--build-arg=VERSION={tag}", f"--tag={name}"]
     arguments += [f"--build-arg=REVISION={_revision(context)}"]
     arguments += [] if cache else ["--no-cache"]
+    arguments += [f"--build-arg=PYTHON={base}"] if base else []
     folder = context / "deploy/docker"
     own = folder / zone / "Dockerfile"
     file = own if own.exists() else folder / "Dockerfile"

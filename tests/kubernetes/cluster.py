@@ -1,8 +1,8 @@
 """A real one-node cluster with overlay `dev`, and what the tests do to it.
 
 The cluster is shared/tools/k8s's, beside the checkout or where BYOKEEP_K8S_TOOLS says; its build
-is kept in ~/.cache/k8s-local. BYOKEEP_KEEP_CLUSTER=1 leaves it up, and uses one that is up
-with the images that it has.
+is kept in ~/.cache/k8s-local, or where K8S_CACHE says. BYOKEEP_KEEP_CLUSTER=1 leaves it up, and
+uses one that is up with the images that it has.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +23,12 @@ from deploy.dev import trust
 from deploy.docker import images
 from deploy.kubernetes.edges import HERE
 from tests.harness import engine
+from tests.kubernetes import versions
 from tests.kubernetes.manifests import CACHE
 
 ROOT = HERE.parents[1]
 TAG = "dev"
-ZONES = ("keyvault", "orchestrator", "runner", "tools")
+ZONES = (*versions.SERVICES, "tools")
 PUBLIC = (engine.POSTGRES, engine.OPENBAO)
 DEPLOYMENTS = {
     "keyvault-data": "byokeep-keyvault",
@@ -35,8 +37,9 @@ DEPLOYMENTS = {
     "runner": "byokeep-runner",
 }
 AGNHOST = "localhost/k8s-local/agnhost:1"
-_PACKAGES = ("nftables", "iptables", "iproute2", "util-linux", "jq", "openssl", "gcc")
-_KUBECONFIG = Path("/var/lib/k8s-local/conf/admin.kubeconfig")
+_PACKAGES = ("nftables", "iptables", "iproute2", "util-linux", "jq", "openssl", "gcc", "libc6-dev")
+_STATE = Path(os.environ.get("K8S_STATE", "/var/lib/k8s-local"))
+_KUBECONFIG = _STATE / "conf/admin.kubeconfig"
 # A machine that does much else at the same time is slow, not broken.
 PATIENCE = 300
 
@@ -154,9 +157,12 @@ def running() -> Iterator[Cluster]:
         engine.install(*_PACKAGES)
         _run(tool / "build")
         with engine.running():
-            _images()
+            made = _images()
             _run(tool / "up")
-            _run(tool / "load", *(images.reference(zone, TAG) for zone in ZONES), *PUBLIC)
+            with tempfile.TemporaryDirectory() as folder:
+                # In one archive: most of their layers are the same.
+                images.docker("save", f"--output={folder}/images.tar", *made, *PUBLIC)
+                _run(tool / "load", f"{folder}/images.tar")
     try:
         _deploy(cluster)
         yield cluster
@@ -171,11 +177,10 @@ def _run(*command: str | Path) -> None:
         raise RuntimeError(f"{command[0]} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
 
 
-def _images() -> None:
+def _images() -> list[str]:
     for image in (engine.PYTHON, *PUBLIC):
         engine.ensure(image)
-    for zone in ZONES:
-        images.build(zone, TAG)
+    return [*(images.build(zone, TAG) for zone in ZONES), *versions.build()]
 
 
 def _deploy(cluster: Cluster) -> None:

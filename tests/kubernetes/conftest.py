@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.kubernetes import cluster as clusters
-from tests.kubernetes.cluster import Cluster
+from tests.kubernetes.cluster import DEPLOYMENTS, Cluster
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,17 @@ def tenant(cluster: Cluster) -> str:
     key = f"sk-proj-{'k8S' * 14}\n"
     cluster.byokeep("key", "add", "openai", "--stdin", text=key, check=False)
     return "demo"
+
+
+@pytest.fixture
+def no_crash(cluster: Cluster) -> Iterator[None]:
+    """No service may end by itself, whatever a test does to it."""
+    yield
+    crashed = {
+        pod["metadata"]["name"]: state["terminated"]["exitCode"]
+        for name in DEPLOYMENTS
+        for pod in cluster.pods_of(name)
+        for status in pod["status"].get("containerStatuses", [])
+        if "terminated" in (state := status["lastState"])
+    }
+    assert crashed == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ import yaml
 from deploy.kubernetes.edges import HERE, Zone
 
 OVERLAYS = ("dev", "production")
-CACHE = Path.home() / ".cache/k8s-local"
+COMPONENTS = tuple(sorted(path.name for path in (HERE / "components").iterdir()))
+CACHE = Path(os.environ.get("K8S_CACHE") or Path.home() / ".cache/k8s-local")
 Document = dict[str, Any]
 
 
@@ -38,6 +40,17 @@ def rendered(folder: Path) -> tuple[Document, ...]:
 def overlay(name: str) -> tuple[Document, ...]:
     """Return the documents of an overlay."""
     return rendered(HERE / "overlays" / name)
+
+
+def layered(folder: Path, name: str, component: str, more: str = "") -> Path:
+    """Write a kustomization that lays a component over an overlay, and return its folder."""
+    base, over = (
+        os.path.relpath(HERE / place, folder.resolve())
+        for place in (f"overlays/{name}", f"components/{component}")
+    )
+    text = f"resources: [{base}]\ncomponents: [{over}]\n{more}"
+    (folder / "kustomization.yaml").write_text(text)
+    return folder
 
 
 def of_kind(documents: Sequence[Document], *kinds: str) -> list[Document]:

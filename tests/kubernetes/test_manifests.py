@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Sequence
 
 import kubernetes_validate
 import pytest
+import yaml
 from byokeep.common.v1 import options_pb2
+from byokeep.orchestrator.v1 import review_pb2
 
 from deploy.dev import pki
 from deploy.kubernetes import edges, policies
 from deploy.local.material import SERVER_NAMES
 from services.common import authz
+from services.common.metrics import REGISTRY
 from services.keyvault.config import Settings as Keyvault
 from services.llm_runner.config import Settings as Runner
+from services.orchestrator import metrics
 from services.orchestrator.config import Settings as Orchestrator
-from tests.kubernetes.manifests import OVERLAYS, allows, name_of, of_kind, overlay, pods, rendered
+from tests.kubernetes.manifests import (
+    COMPONENTS,
+    OVERLAYS,
+    Document,
+    allows,
+    layered,
+    name_of,
+    of_kind,
+    overlay,
+    pods,
+    rendered,
+)
 
 _VERSIONS = [f"1.{minor}" for minor in range(31, 38)]
-_CUSTOM = ("cert-manager.io", "cilium.io")
-_COMPONENTS = ("aws-kms", "cilium-fqdn")
+_CUSTOM = ("cert-manager.io", "cilium.io", "keda.sh")
 _SETTINGS = {"keyvault": Keyvault, "orchestrator": Orchestrator, "runner": Runner}
 # Who speaks with the Kubernetes API: in a development overlay alone.
 _WITH_TOKEN = {
@@ -217,40 +232,67 @@ def test_certificates_have_the_names_that_callers_ask_for():
     assert classes["keyvault", "orchestrator"] == classes["runner", "orchestrator"] == set()
 
 
-_BESIDE = """images:
+# What lies beside a component in the same folder: images that have boto3.
+_BESIDE = {
+    "aws-kms": """images:
   - name: registry.example.com/byokeep/keyvault
     newName: registry.example.com/byokeep/keyvault-aws-kms
 """
+}
 
 
-@pytest.mark.parametrize("component", _COMPONENTS)
-def test_a_component_fits_onto_production(component, tmp_path):
-    folder = policies.HERE / "overlays" / f"tried-{component}"
-    folder.mkdir()
-    try:
-        (folder / "kustomization.yaml").write_text(
-            f"resources: [../production]\ncomponents: [../../components/{component}]\n{_BESIDE}"
-        )
-        documents = rendered(folder)
-    finally:
-        (folder / "kustomization.yaml").unlink()
-        folder.rmdir()
+@pytest.fixture(params=COMPONENTS)
+def laid_over(request, tmp_path) -> tuple[str, Sequence[Document]]:
+    """A component, and the documents of production with it."""
+    folder = layered(tmp_path, "production", request.param, _BESIDE.get(request.param, ""))
+    return request.param, rendered(folder)
+
+
+def test_a_component_changes_production_and_fits_the_schemas(laid_over):
+    _, documents = laid_over
     changed = [one for one in documents if one not in overlay("production")]
     assert changed
-    if component == "cilium-fqdn":
-        [runner] = [
-            one
-            for one in of_kind(documents, "NetworkPolicy")
-            if one["metadata"]["name"] == "runner"
-        ]
-        assert "ipBlock" not in str(runner["spec"]["egress"])
-    else:
-        images = {
-            template["spec"]["containers"][0]["image"]
-            for workload, template in pods(documents)
-            if workload["metadata"]["namespace"] == "byokeep-keyvault"
-        }
-        assert all("keyvault-aws-kms:" in image for image in images), images
+    for version in _VERSIONS:
+        for document in changed:
+            if document["apiVersion"].partition("/")[0] not in _CUSTOM:
+                kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_a_component_does_what_it_is_for(laid_over):
+    component, documents = laid_over
+    named = {name_of(one): one["spec"] for one in documents if "spec" in one}
+    runner = named["Deployment byokeep-runner/runner"]
+    egress = str(named["NetworkPolicy byokeep-runner/runner"]["egress"])
+    images = {
+        template["spec"]["containers"][0]["image"].rpartition("/")[2].partition(":")[0]
+        for workload, template in pods(documents)
+        if workload["metadata"]["namespace"] == "byokeep-keyvault"
+    }
+    scaled = component in ("runner-hpa", "runner-keda")
+    assert ("replicas" in runner) != scaled, "an overlay must not undo what an autoscaler did"
+    assert ("ipBlock" in egress) != (component == "cilium-fqdn")
+    assert images == {"keyvault-aws-kms" if component == "aws-kms" else "keyvault"}
+
+
+def test_autoscalers_ask_for_a_metric_and_a_reason_that_there_are():
+
+    metrics.show_waiting([])
+    shown = {one.name for family in REGISTRY.collect() for one in family.samples}
+    components = policies.HERE / "components"
+    hpa = yaml.safe_load((components / "runner-hpa/autoscaler.yaml").read_text())
+    metric = hpa["spec"]["metrics"][0]["external"]["metric"]
+    [wanted] = metric["selector"]["matchExpressions"]
+    assert metric["name"] in shown
+    assert (wanted["key"], wanted["operator"]) == ("reason", "In")
+    # For its turn, and what the fleet says where no runner has room.
+    assert set(wanted["values"]) == {"TURN", "RUNNERS_FULL"}
+    assert "FAILURE_REASON_RUNNERS_FULL" in dict(review_pb2.FailureReason.items())
+    keda = yaml.safe_load((components / "runner-keda/scaledobject.yaml").read_text())
+    query = keda["spec"]["triggers"][0]["metadata"]["query"]
+    assert f'{metric["name"]}{{reason=~"{"|".join(wanted["values"])}"}}' in query
+    for field in ("minReplicas", "maxReplicas"):
+        assert hpa["spec"][field] == keda["spec"][field.replace("Replicas", "ReplicaCount")]
+    assert hpa["spec"]["minReplicas"] >= 2
 
 
 @pytest.mark.parametrize("layer", OVERLAYS)

@@ -1,0 +1,103 @@
+"""The versions that upgrades go between, as deploy/kubernetes/upgrades.toml names them: the commit
+before this one, this one, and this one with more migrations."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from deploy.docker import images
+from deploy.docker.images import CHECKOUT
+from deploy.docker.layout import SITE
+from deploy.kubernetes.edges import HERE
+from tests.kubernetes.manifests import Document, rendered
+
+#: Zones with a service, and the database's table that a migration here adds to, where there is one.
+SERVICES: Mapping[str, str] = {"keyvault": "chain", "orchestrator": "review", "runner": ""}
+#: Versions made of this commit, with the migrations that they add.
+ADDED: Mapping[str, tuple[str, ...]] = {"next": ("9000",), "newest": ("9000", "9001")}
+
+# As an upgrade brings them: nothing that the code before it needs changes.
+_MIGRATION = '''"""A column for the upgrade's test."""
+
+from alembic import op
+
+revision = "{revision}"
+down_revision = "{before}"
+
+
+def upgrade() -> None:
+    """Go to this revision."""
+    op.execute("ALTER TABLE {table} ADD COLUMN upgrade_test_{revision} text")
+'''
+
+
+def previous() -> Path:
+    """Return a folder with the commit before this one. Raises RuntimeError where there is none."""
+    folder = CHECKOUT / "build/kubernetes" / _commit("HEAD^")
+    if not folder.exists():
+        archive = subprocess.run(
+            ["git", "-C", CHECKOUT, "archive", "HEAD^"], check=True, capture_output=True
+        ).stdout
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch) / folder.name
+            with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+                files.extractall(made, filter="tar")
+            made.rename(folder)
+    return folder
+
+
+def _commit(name: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", CHECKOUT, "rev-parse", "--verify", f"{name}^{{commit}}"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"an upgrade needs the commit before this one: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def build() -> list[str]:
+    """Build the images of every version but this commit's own, which are there; name them."""
+    made = [images.build(zone, "previous", context=previous()) for zone in SERVICES]
+    for version, revisions in ADDED.items():
+        made += [_with_migrations(zone, version, revisions) for zone in SERVICES]
+    return made
+
+
+def _with_migrations(zone: str, version: str, revisions: tuple[str, ...]) -> str:
+    name, table = images.reference(zone, version), SERVICES[zone]
+    if not table:
+        images.docker("tag", images.reference(zone, "dev"), name)
+        return name
+    versions = f"services/{zone}/migrations/versions"
+    before = max(path.name for path in (CHECKOUT / versions).glob("0*.py")).partition("_")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        for revision in revisions:
+            text = _MIGRATION.format(revision=revision, before=before, table=table)
+            (Path(folder) / f"{revision}_more.py").write_text(text)
+            before = revision
+        (Path(folder) / "Dockerfile").write_text(
+            f"FROM {images.reference(zone, 'dev')}\nCOPY *_more.py {SITE}/{versions}/\n"
+        )
+        images.docker("build", "--tag", name, folder)
+    return name
+
+
+def manifests(version: str) -> list[Document]:
+    """Return overlay `dev` of a version, with its images."""
+    root = previous() if version == "previous" else HERE.parents[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tags = "".join(f"  - {{name: byokeep/{zone}, newTag: {version}}}\n" for zone in SERVICES)
+        base = os.path.relpath(root / "deploy/kubernetes/overlays/dev", folder.resolve())
+        (folder / "kustomization.yaml").write_text(f"resources: [{base}]\nimages:\n{tags}")
+        return list(rendered(folder))
