@@ -44,7 +44,8 @@ class Plan:
 
 
 def plan(assign: runner_pb2.Assign, provider: str, catalog: Catalog) -> Plan:
-    """Divide the diff so that each call fits the model. Raises PlanError."""
+    """Divide the diff so that each call fits the model, or that which its done chunks were made
+    for. Raises PlanError."""
     source = assign.input
     review = prompt.ReviewInput(
         repository=source.repository,
@@ -53,7 +54,8 @@ def plan(assign: runner_pb2.Assign, provider: str, catalog: Catalog) -> Plan:
         guidance=source.guidance,
         context_files=tuple((file.path, file.content) for file in source.context_files),
     )
-    limits = catalog.window(provider, assign.model)
+    planned_for = assign.plan_model or assign.model
+    limits = catalog.window(provider, planned_for)
     frame = prompt.build(review, Chunk(0, "", "", (), 0))
     failure = ""
     try:
@@ -63,10 +65,10 @@ def plan(assign: runner_pb2.Assign, provider: str, catalog: Catalog) -> Plan:
         failure = str(error)
     if failure:
         raise PlanError(failure)
-    salt = hashlib.sha256(fields(prompt.VERSION, provider, assign.model, *frame)).hexdigest()
+    salt = hashlib.sha256(fields(prompt.VERSION, provider, planned_for, *frame)).hexdigest()
     return Plan(
         assign.model,
-        chunking.output_tokens(limits),
+        chunking.output_tokens(catalog.window(provider, assign.model)),
         parsed,
         chunking.plan(parsed, room, salt=salt),
         review,

@@ -753,3 +753,83 @@ async def test_a_users_key_is_no_repositorys(stack: Stack) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await assign(stack, "acme/*", key_id)
         assert error_info(refused.value).metadata["field"] == "key"
+
+
+async def fall_back(stack: Stack, *models: str) -> settings_pb2.Settings:
+    response = await stack.client("acme").settings.UpdateSettings(
+        settings_pb2.UpdateSettingsRequest(
+            settings=settings_pb2.Settings(name="tenants/acme/settings", fallback_models=models),
+            update_mask={"paths": ["fallback_models"]},
+            request_id=request_id(),
+        )
+    )
+    return response.settings
+
+
+async def test_a_listed_model_takes_the_place_of_one_that_the_key_lacks(stack: Stack) -> None:
+    """Of the settings' choice; who names one gets that or none."""
+    await set_default(stack, "openai/gone")
+    await fall_back(stack, "gemini/g", "openai/also-gone", "openai/gpt-6-luna")
+    await stack.validated(await stack.add_key())
+    stack.runner.default = one_chunk
+    dry = await dry_run(stack, "")
+    assert (dry.model, dry.chosen_model) == ("openai/gpt-6-luna", "openai/gone")
+    review = await stack.ended(await stack.submit())
+    assert (review.model, review.chosen_model) == ("openai/gpt-6-luna", "openai/gone")
+    assert review.model_fallback == review_pb2.MODEL_FALLBACK_NOT_USABLE
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.submit(model="openai/gone")
+    assert reason_of(refused) == "MODEL_NOT_USABLE"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await fall_back(stack, "openai/gone")
+    assert error_info(refused.value).metadata["field"] == "settings.fallback_models"
+
+
+async def test_a_review_goes_on_with_the_next_listed_model_where_its_own_is_gone(
+    stack: Stack,
+) -> None:
+    """On the same key, what is done stays done, and the refused call is given back. Shown to fail
+    without `plan_model`, and without the refund."""
+    stack.keyvault.add("acme")
+    stack.keyvault.add("acme", display_name="other")
+    await set_default(stack, "openai/a")
+    await fall_back(stack, "openai/b", "openai/c")
+    gone = review_pb2.FAILURE_REASON_MODEL_NOT_FOUND
+
+    async def gone_after_one(talk: Conversation) -> None:
+        await talk.accept("c1", "c2")
+        await talk.call("c1")
+        await talk.result("c1")
+        await talk.call("c2", 2)
+        await talk.end(gone)
+
+    async def second(talk: Conversation) -> None:
+        await talk.accept("c1", "c2")
+        assert list(talk.proceed.done_chunk_ids) == ["c1"]
+        await talk.call("c2")
+        await talk.result("c2")
+        await talk.end()
+
+    stack.runner.scripts = [gone_after_one, fails(gone), second]
+    review = await stack.ended(await stack.submit())
+    assert (review.state, review.attempts) == (review_pb2.REVIEW_STATE_COMPLETED, 3)
+    assert (review.model, review.chosen_model) == ("openai/c", "openai/a")
+    assert review.model_fallback == review_pb2.MODEL_FALLBACK_NOT_FOUND
+    assigned = [one.assign for one in stack.runner.talks]
+    assert [one.model for one in assigned] == ["a", "b", "c"]
+    assert [one.plan_model for one in assigned] == ["", "a", "a"]
+    assert [one.max_calls for one in assigned] == [20, 19, 19]
+    grants = [grant_pb2.Grant.FromString(one.proceed.grant.payload) for one in stack.runner.talks]
+    assert {one.key_id for one in grants} == {review.key_id}
+
+
+async def test_a_review_whose_listed_models_are_all_gone_fails(stack: Stack) -> None:
+    stack.keyvault.add("acme")
+    await set_default(stack, "openai/a")
+    await fall_back(stack, "openai/b")
+    stack.runner.default = fails(review_pb2.FAILURE_REASON_MODEL_NOT_FOUND)
+    review = await stack.ended(await stack.submit())
+    assert (review.failure, review.attempts) == (review_pb2.FAILURE_REASON_MODEL_NOT_FOUND, 2)
+    assert "openai/b" in review.failure_message
+    named = await stack.ended(await stack.submit(model="openai/a"))
+    assert (named.attempts, named.model) == (1, "openai/a")

@@ -1427,6 +1427,26 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a review that goes on with another model begins anew",
+        _OR + "work/execution.py",
+        "plan_model=work.plan_model,",
+        "",
+        (
+            "tests/component/test_orchestrator_keys.py"
+            "::test_a_review_goes_on_with_the_next_listed_model_where_its_own_is_gone",
+        ),
+    ),
+    Mutant(
+        "a model that a review names is replaced",
+        _OR + "api/reviews.py",
+        "[] if named else fallbacks(",
+        "fallbacks(",
+        (
+            "tests/component/test_orchestrator_keys.py"
+            "::test_a_listed_model_takes_the_place_of_one_that_the_key_lacks",
+        ),
+    ),
+    Mutant(
         "checks of keys are not counted",
         _OR + "api/keys.py",
         'await self._count(rights, "check", "checked")',

@@ -321,9 +321,18 @@ def test_what_was_not_chosen_cannot_be_unset(edge, byokeep):
             "-diff-bytes takes a number from 0",
         ),
         (("limit", "set", "--max-calls-per-day", "x"), "from 0 to 1,000,000"),
-        (("review", "list", "--limit", "0"), "--limit takes a number from 1 to 500"),
+        (("review", "list", "--limit", "0"), "--limit takes a number from 1 to 100,000"),
         (("key", "add", "openai", "--wait", "-3"), "--wait takes a number from 0 on"),
     ],
 )
 def test_a_range_is_told(edge, byokeep, arguments, says):
     assert says in byokeep(*arguments).err
+
+
+def test_models_that_take_anothers_place_are_listed(edge, byokeep):
+    ran = byokeep("model", "fallback", "openai/a", "openai/b")
+    assert "else:    openai/a, openai/b" in ran.out
+    assert byokeep("model", "list", "--json").json["fallbackModels"] == ["openai/a", "openai/b"]
+    assert "else:" not in byokeep("model", "fallback", "--none").out
+    for wrong in ((), ("openai/a", "--none"), ("gpt",), ("openai/a", "openai/a")):
+        assert byokeep("model", "fallback", *wrong).code == 2

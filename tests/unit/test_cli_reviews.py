@@ -722,3 +722,10 @@ def test_a_key_is_named_and_shown(edge, byokeep):
     assert sent(edge).input.key == "ci"
     assert "key    key_1 v2  sk-...AbCd" in ran.out
     assert submit(byokeep, "--key", "a b").code == 2
+
+
+def test_a_model_in_anothers_place_says_why(edge, byokeep):
+    edge.states = [
+        {"state": 3, "model": "openai/b", "chosen_model": "openai/a", "model_fallback": 2}
+    ]
+    assert "in place of openai/a: the provider does not know that" in submit(byokeep).out

@@ -165,7 +165,7 @@ def test_a_call_that_was_not_made_is_not_given_back() -> None:
 def test_a_newer_version_is_taken_at_once_and_uncounted() -> None:
     for reason, row in TABLE.items():
         if row.newer:
-            decision = failures.decide(Failure(reason), tries=MAX_TRIES, newer_version=True)
+            decision = failures.decide(Failure(reason), tries=MAX_TRIES, at_once=True)
             assert (decision.follows, decision.delay_seconds) == (Follows.WAIT, 0.0)
             assert (decision.holds, decision.checks) == (Holds.ATTEMPT, False)
 
@@ -287,3 +287,15 @@ def test_nobody_else_decides_by_a_reason() -> None:
         }
         name = file.relative_to(root).as_posix()
         assert found - shared <= allowed.get(name, set()), name
+
+
+def test_another_model_is_taken_at_once_and_its_call_is_given_back() -> None:
+    failure = Failure("MODEL_NOT_FOUND")
+    assert failures.other_model_helps(failure.reason)
+    assert failures.decide(failure, tries=1).follows is Follows.END
+    again = failures.decide(
+        failure, tries=MAX_TRIES, spare_calls=-1, refused_call=True, at_once=True
+    )
+    assert (again.follows, again.delay_seconds, again.refund) == (Follows.WAIT, 0.0, 1)
+    helped = {name for name in failures.TABLE if failures.other_model_helps(name)}
+    assert helped == {"MODEL_NOT_FOUND"}

@@ -12,7 +12,9 @@ from services.orchestrator.server import BUILT_IN_PLANS
 from services.orchestrator.store.tenants import TenantRow
 
 PLANS = parse([("", BUILT_IN_PLANS.read_text())])
-TENANT = TenantRow("acme", "ACTIVE", "team", "", 0, 0, 0, 0, False, False, [], 0, datetime.now(UTC))
+TENANT = TenantRow(
+    "acme", "ACTIVE", "team", "", 0, 0, 0, 0, False, False, [], [], 0, datetime.now(UTC)
+)
 
 
 def actor(spiffe_id: str, user: str = "") -> str:

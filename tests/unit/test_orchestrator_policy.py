@@ -23,6 +23,7 @@ from services.orchestrator.policy.models import (
     Source,
     Use,
     choose_model,
+    fallbacks,
     not_usable,
     override_for,
     use_of,
@@ -274,3 +275,11 @@ def test_grant_key_must_be_private_and_ed25519(tmp_path, content, mode) -> None:
 def test_zero_is_named_and_refused(name) -> None:
     with pytest.raises(ConfigError, match=f"BYOKEEP_{name.upper()}, .* must be 1 to "):
         load(Settings, {f"BYOKEEP_{name.upper()}": "0"})
+
+
+def test_fallbacks_are_of_the_same_provider_and_not_known_to_be_lacking() -> None:
+    listed = ["gemini/g", "openai/gpt-6.1-terra", "openai/a", "openai/b"]
+    assert [str(one) for one in fallbacks(TERRA, listed, None)] == ["openai/a", "openai/b"]
+    known = KeyModels("k", "openai", ["b"])
+    assert [str(one) for one in fallbacks(TERRA, listed, known)] == ["openai/b"]
+    assert fallbacks(TERRA, [], None) == []

@@ -27,7 +27,13 @@ from services.orchestrator.custody import content
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import bounds, failures
 from services.orchestrator.policy.keys import Keys, RepositoryKey, hint_of, keys_for
-from services.orchestrator.policy.models import Source, choose_model, not_usable, override_for
+from services.orchestrator.policy.models import (
+    Source,
+    choose_model,
+    fallbacks,
+    not_usable,
+    override_for,
+)
 from services.orchestrator.store import requests
 from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.events import REVIEW, Events
@@ -57,6 +63,10 @@ class _Prepared:
     """A review that could be submitted."""
 
     model: ModelRef
+    #: The settings' choice, where another takes its place.
+    chosen: ModelRef | None
+    #: What may take its place, if it comes to that.
+    fallbacks: Sequence[ModelRef]
     key: custody_pb2.ProviderKey
     #: What follows from the diff; the rest of a dry run's answer is added.
     plan: review_pb2.DryRunReviewResponse
@@ -124,6 +134,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         prepared = await self._prepare(rights, request.input)
         answer = prepared.plan
         answer.model = str(prepared.model)
+        answer.chosen_model = str(prepared.chosen or "")
         answer.key_id = names.last_of(prepared.key.name)
         answer.max_calls_per_review = prepared.max_calls
         return answer
@@ -324,6 +335,9 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 pull_request=wanted.pull_request,
                 head_commit=wanted.head_commit,
                 model=str(prepared.model),
+                chosen_model=str(prepared.chosen or ""),
+                model_fallback="NOT_USABLE" if prepared.chosen else "",
+                fallback_models=list(map(str, prepared.fallbacks)),
                 key_id=names.last_of(prepared.key.name),
                 key_version=prepared.key.active_version,
                 key_hint=hint_of(prepared.key, prepared.key.active_version),
@@ -367,13 +381,20 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             Source.DEFAULT: rights.tenant.default_model,
         }
         choice = choose_model(candidates, keys, self._catalog)
-        model = choice.model
+        model, chosen = choice.model, None
         key = keys.choose(model.provider)
         lacking = await self._key_store.list_without(rights.tenant.id, key, model.model)
+        # Whoever names a model gets that one or none.
+        named = choice.source is Source.REVIEW
+        others = [] if named else fallbacks(model, rights.tenant.fallback_models, lacking)
         if lacking is not None:
-            raise not_usable(model, [lacking], **_chosen_by(choice.source))
+            if not others:
+                raise not_usable(model, [lacking], **_chosen_by(choice.source))
+            chosen, (model, *others) = model, others
         return _Prepared(
             model,
+            chosen,
+            others,
             key,
             await self._planner.plan(rights.tenant.id, wanted, model),
             self._ceilings(rights).max_calls_per_review,
@@ -462,6 +483,10 @@ def _message(row: ReviewRow, wait_seconds: int) -> review_pb2.Review:
         pull_request=row.pull_request,
         head_commit=row.head_commit,
         model=row.model,
+        chosen_model=row.chosen_model,
+        model_fallback=review_pb2.ModelFallback.Value(
+            f"MODEL_FALLBACK_{row.model_fallback or 'UNSPECIFIED'}"
+        ),
         key_id=row.key_id,
         key_version=row.used_version,
         key_hint=row.used_hint,

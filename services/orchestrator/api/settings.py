@@ -39,6 +39,7 @@ _FIELDS: Final = (
     "keep_superseded",
     "retry_ambiguous",
     "key_order",
+    "fallback_models",
 )
 _NAME: Final = re.compile(r"tenants/[^/]+/settings")
 _MODELS_A_PAGE: Final = 200
@@ -84,7 +85,11 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             raise unexpected("update_mask", f"some of {', '.join(_FIELDS)}")
         if "default_model" in paths and request.settings.default_model:
             await self._require_usable(request.settings.default_model, "settings.default_model")
+        for model in request.settings.fallback_models if "fallback_models" in paths else ():
+            await self._require_usable(model, "settings.fallback_models")
         values: dict[str, Any] = {path: getattr(request.settings, path) for path in paths}
+        if "fallback_models" in values:
+            values["fallback_models"] = list(request.settings.fallback_models)
         if "key_order" in values:
             values["key_order"] = [
                 settings_pb2.KeySource.Name(source).removeprefix("KEY_SOURCE_")
@@ -231,6 +236,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             key_order=[
                 settings_pb2.KeySource.Value(f"KEY_SOURCE_{name}") for name in row.key_order
             ],
+            fallback_models=row.fallback_models,
             repository_keys=[
                 settings_pb2.RepositoryKey(
                     repository_pattern=one.pattern,

@@ -65,10 +65,11 @@ class Row(NamedTuple):
     """One reason of the table.
 
     `until_told`: it ends with an event (a promotion, a resumed tenant), not after a time.
-    `newer`: a newer version of the key helps, at once. `says_itself`: it stays the reason though
-    a call's answer was lost. `refused`: the provider did nothing for the call, so it does not count
-    against the review's ceiling. `checks`: the provider's model list is asked whether the key is
-    good. `failed` and `waits` are what the tenant reads.
+    `newer`: a newer version of the key helps, at once; `other_model`: another model does.
+    `says_itself`: it stays the reason though a call's answer was lost. `refused`: the provider did
+    nothing for the call, so it does not count against the review's ceiling. `checks`: the
+    provider's model list is asked whether the key is good. `failed` and `waits` are what the tenant
+    reads.
     """
 
     follows: Follows
@@ -77,6 +78,7 @@ class Row(NamedTuple):
     holds: Holds = Holds.ATTEMPT
     until_told: bool = False
     newer: bool = False
+    other_model: bool = False
     says_itself: bool = False
     refused: bool = False
     checks: bool = False
@@ -181,6 +183,7 @@ TABLE: Final[Mapping[str, Row]] = {
         Follows.END,
         "The provider does not know {model}, or the key can't use it. Choose another with"
         " 'byokeep model set' or --model.",
+        other_model=True,
     ),
     "BAD_REQUEST": Row(Follows.END, "The provider refused the request as malformed."),
     "BAD_RESPONSE": Row(
@@ -258,7 +261,7 @@ def decide(
     waited_seconds: float = 0.0,
     spare_calls: int = 0,
     refused_call: bool = False,
-    newer_version: bool = False,
+    at_once: bool = False,
     retry_ambiguous: bool = False,
 ) -> Decision:
     """Return what follows.
@@ -269,7 +272,7 @@ def decide(
         waited_seconds: how long the review has waited for this same reason.
         spare_calls: calls that the review may still make, beyond what it needs; below 0: too few.
         refused_call: whether the provider answered the attempt's last call with this failure.
-        newer_version: whether a newer version of the key is active, where that would help.
+        at_once: whether what helps is there: a newer version of the key, or a further model.
         retry_ambiguous: whether the tenant has calls made again whose answer was lost.
     """
     row = TABLE[failure.reason]
@@ -280,13 +283,13 @@ def decide(
     if failure.ambiguous:
         return Decision(Follows.END, failure.reason)
     follows = row.follows
-    if newer_version or (follows is Follows.RETRY and failure.retry_after_seconds):
+    if at_once or (follows is Follows.RETRY and failure.retry_after_seconds):
         follows = Follows.WAIT  # what ends it is known: nothing is tried in vain
     refund = int(refused_call and (row.refused or follows is Follows.WAIT))
     too_often = follows is Follows.RETRY and tries >= MAX_TRIES
     if follows is Follows.END or too_often or spare_calls + refund < 0:
         return Decision(Follows.END, failure.reason)
-    if newer_version:
+    if at_once:
         return Decision(follows, failure.reason, refund=refund)
     return Decision(
         follows,
@@ -314,6 +317,11 @@ def _delay(failure: Failure, follows: Follows, tries: int, waited_seconds: float
 def newer_version_helps(reason: str) -> bool:
     """Whether the attempt may go on at once where a newer version of the key is active."""
     return TABLE[reason].newer
+
+
+def other_model_helps(reason: str) -> bool:
+    """Whether the review may go on at once on another model."""
+    return TABLE[reason].other_model
 
 
 def verdict_of(failure: Failure) -> str:

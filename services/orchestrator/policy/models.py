@@ -104,6 +104,18 @@ def not_usable(
     return error
 
 
+def fallbacks(model: ModelRef, listed: Sequence[str], known: KeyModels | None) -> list[ModelRef]:
+    """Return what may take a model's place on the same key, in order: of a tenant's list those of
+    its provider, without those that the key is known not to be able to use."""
+    return [
+        other
+        for other in map(parse_model, listed)
+        if other.provider == model.provider
+        and other != model
+        and (known is None or not known.whole or is_listed(other.model, known.models))
+    ]
+
+
 def override_for(repository: str, overrides: Mapping[str, str]) -> str:
     """Return the model of the longest pattern that matches a repository, or an empty text."""
     matching = [one for one in overrides if fnmatch.fnmatchcase(repository, one)]

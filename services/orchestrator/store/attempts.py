@@ -55,6 +55,8 @@ class Work:
     chunks_total: int
     provider: str
     model: str
+    plan_model: str
+    fallback_models: Sequence[str]
     owner: str
     actor: str
     input: bytes
@@ -83,12 +85,14 @@ class Trail:
 
 @dataclass(frozen=True, slots=True)
 class Successor:
-    """The start that follows a failed one; `decision` None: a validation's, which is no wait."""
+    """The start that follows a failed one; `decision` None: a validation's, which is no wait.
+    `model` is the one that it runs on from now on, where that changes."""
 
     delay_seconds: float
     key_version: int
     decision: Decision | None = None
     cause: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,4 +396,5 @@ def _following(successor: Successor | None) -> dict[str, Any]:
         "refund": 0 if decision is None else decision.refund,
         "wait_reason": "" if decision is None else decision.reason,
         "wait_cause": "" if successor is None else successor.cause,
+        "next_model": "" if successor is None else successor.model,
     }

@@ -37,6 +37,8 @@ class ReviewRow:
     pull_request: int
     head_commit: str
     model: str
+    chosen_model: str
+    model_fallback: str
     key_id: str
     named_key: bool
     owner: str
@@ -167,6 +169,9 @@ class Submission:
     pull_request: int
     head_commit: str
     model: str
+    chosen_model: str
+    model_fallback: str
+    fallback_models: Sequence[str]
     key_id: str
     key_version: int
     key_hint: str
@@ -224,6 +229,7 @@ class ReviewStore:
         """
         parameters = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
         parameters["attempt_id"] = ids.new_id("att")
+        parameters["fallback_models"] = list(new.fallback_models)
         async with self._database.transaction() as session:
             await _admit(session, new.tenant, most_waiting)
             row = await session.one(_SUBMIT, parameters)

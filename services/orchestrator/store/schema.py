@@ -39,6 +39,10 @@ def _text(name: str, *, default: str | None = "") -> Column[str]:
     return Column(name, Text, nullable=False, server_default=server_default)
 
 
+def _texts(name: str) -> Column[list[str]]:
+    return Column(name, ARRAY(Text), nullable=False, server_default=text("'{}'"))
+
+
 def _count(name: str) -> Column[int]:
     return Column(name, Integer, nullable=False, server_default=text("0"))
 
@@ -79,7 +83,9 @@ tenant = Table(
     _count("max_calls_per_day"),
     Column("max_reviews_per_day", BigInteger, nullable=False, server_default=text("0")),
     # Sources of keys in order, by the short names of KeySource; empty: as it always was.
-    Column("key_order", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    _texts("key_order"),
+    # provider/model, in the order in which they are taken.
+    _texts("fallback_models"),
     _flag("keep_superseded"),
     _flag("retry_ambiguous"),
     _time("delete_time"),
@@ -159,7 +165,7 @@ key_validation = Table(
     _text("verdict", default="UNSPECIFIED"),
     # What was unreachable, where the verdict is UNREACHABLE.
     _text("cause"),
-    Column("models", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    _texts("models"),
     _count("attempts"),
     # What keyvault is still to be told: PROMOTE, DESTROY, or nothing.
     _text("action"),
@@ -184,6 +190,13 @@ review = Table(
     Column("pull_request", BigInteger, nullable=False, server_default=text("0")),
     _text("head_commit"),
     _text("model", default=None),
+    # The settings' choice, where another took its place, and why: a short name of ModelFallback.
+    _text("chosen_model"),
+    _text("model_fallback"),
+    # What is left of the tenant's, of that provider, as they were when it was submitted.
+    _texts("fallback_models"),
+    # The model that the diff is divided for, where chunks were done on another than `model`.
+    _text("plan_model"),
     _text("key_id", default=None),
     # Whose key that is; `owner` is the user who submitted it.
     _text("key_owner"),

@@ -33,11 +33,14 @@ SUBMIT: Final = """
         SELECT 'reviews:' || %(tenant)s, date_trunc('hour', now()), 1 FROM req
         ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1),
     rev AS (
-        INSERT INTO review (id, tenant, repository, pull_request, head_commit, model, key_id,
-            key_owner, named_key, owner, actor, max_calls, chunks_total, priority, trace_parent)
+        INSERT INTO review (id, tenant, repository, pull_request, head_commit, model, chosen_model,
+            model_fallback, fallback_models, key_id, key_owner, named_key, owner, actor, max_calls,
+            chunks_total, priority, trace_parent)
         SELECT %(id)s, %(tenant)s, %(repository)s, %(pull_request)s, %(head_commit)s,
-            %(model)s, %(key_id)s, %(key_owner)s, %(named_key)s, %(owner)s, %(actor)s,
-            %(max_calls)s, %(chunks_total)s, %(priority)s, %(trace_parent)s FROM req
+            %(model)s, %(chosen_model)s, %(model_fallback)s,
+            CAST(%(fallback_models)s AS text[]), %(key_id)s, %(key_owner)s, %(named_key)s,
+            %(owner)s, %(actor)s, %(max_calls)s, %(chunks_total)s, %(priority)s, %(trace_parent)s
+        FROM req
         RETURNING *),
     content AS (
         INSERT INTO review_content (review_id, input) SELECT id, %(input)s FROM rev),
@@ -95,6 +98,8 @@ _WORK: Final = f"""SELECT
         a.calls_started AS calls_made, coalesce(r.chunks_total, 0) AS chunks_total,
         coalesce(v.provider, split_part(r.model, '/', 1)) AS provider,
         coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
+        coalesce(substr(r.plan_model, strpos(r.plan_model, '/') + 1), '') AS plan_model,
+        coalesce(r.fallback_models, '{{}}') AS fallback_models,
         coalesce(v.owner, r.key_owner) AS owner, coalesce(v.actor, r.actor) AS actor,
         coalesce(c.input, '') AS input,
         ARRAY(SELECT chunk_id FROM chunk_done WHERE review_id = r.id) AS done_chunks,
@@ -236,7 +241,17 @@ END_REVIEW: Final = (
             end_time = CASE WHEN %(review_state)s = 'QUEUED' THEN NULL ELSE now() END,
             ambiguous_calls = ambiguous_calls + (SELECT count(*) FROM c WHERE ambiguous),
             fence = review.fence + %(successors)s, attempts = attempts + %(successors)s,
-            max_calls = max_calls + %(refund)s
+            max_calls = max_calls + %(refund)s,
+            model = coalesce(nullif(%(next_model)s, ''), model),
+            fallback_models = CASE WHEN %(next_model)s = '' THEN fallback_models
+                ELSE array_remove(fallback_models, %(next_model)s) END,
+            chosen_model = CASE WHEN %(next_model)s = '' OR chosen_model <> '' THEN chosen_model
+                ELSE model END,
+            model_fallback = CASE WHEN %(next_model)s = '' THEN model_fallback
+                ELSE 'NOT_FOUND' END,
+            plan_model = CASE WHEN %(next_model)s <> '' AND plan_model = '' AND EXISTS (
+                    SELECT FROM chunk_done WHERE review_id = review.id)
+                THEN model ELSE plan_model END
         FROM a WHERE review.id = a.review_id
         RETURNING review.*),
     x AS (

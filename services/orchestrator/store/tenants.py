@@ -33,6 +33,7 @@ class TenantRow:
     keep_superseded: bool
     retry_ambiguous: bool
     key_order: Sequence[str]
+    fallback_models: Sequence[str]
     settings_version: int
     create_time: datetime
 
@@ -65,8 +66,8 @@ class RightsRow:
 _COLUMNS = """
 tenant.id, tenant.state, tenant.plan, tenant.default_model, tenant.max_diff_bytes,
 tenant.max_calls_per_review, tenant.max_calls_per_day, tenant.max_reviews_per_day,
-tenant.keep_superseded, tenant.retry_ambiguous, tenant.key_order, tenant.settings_version,
-tenant.create_time
+tenant.keep_superseded, tenant.retry_ambiguous, tenant.key_order, tenant.fallback_models,
+tenant.settings_version, tenant.create_time
 """
 _WIDTH = len(TenantRow.__dataclass_fields__)
 
@@ -168,7 +169,8 @@ UPDATE tenant SET settings_version = settings_version + 1,
     max_reviews_per_day = coalesce(%(max_reviews_per_day)s, max_reviews_per_day),
     keep_superseded = coalesce(%(keep_superseded)s, keep_superseded),
     retry_ambiguous = coalesce(%(retry_ambiguous)s, retry_ambiguous),
-    key_order = coalesce(CAST(%(key_order)s AS text[]), key_order)
+    key_order = coalesce(CAST(%(key_order)s AS text[]), key_order),
+    fallback_models = coalesce(CAST(%(fallback_models)s AS text[]), fallback_models)
 WHERE id = %(tenant)s
 """
 _SETTABLE = (
@@ -181,6 +183,7 @@ _SETTABLE = (
     "keep_superseded",
     "retry_ambiguous",
     "key_order",
+    "fallback_models",
 )
 
 

@@ -255,20 +255,23 @@ class Dispatcher:
             active = key.active_version if key is not None and usable(key) else 0
             newer = active if active > work.key_version else 0
             failure = replace(failure, reason=_in_truth(failure.reason, key, work.key_version))
+        model = ""
+        if failures.other_model_helps(failure.reason):
+            model = next(iter(work.fallback_models), "")
         decision = failures.decide(
             failure,
             tries=work.tries,
             waited_seconds=work.waited_seconds if work.wait_reason == failure.reason else 0.0,
             spare_calls=result.spare_calls,
             refused_call=result.refused_call,
-            newer_version=newer > 0,
+            at_once=newer > 0 or bool(model),
             retry_ambiguous=work.retry_ambiguous,
         )
         successor = None
         if decision.follows is not Follows.END:
             version = newer or work.key_version
-            successor = Successor(decision.delay_seconds, version, decision, failure.cause)
-        if successor is not None and not result.trail.lease_id and not work.turn:
+            successor = Successor(decision.delay_seconds, version, decision, failure.cause, model)
+        if successor is not None and not (result.trail.lease_id or work.turn or successor.model):
             # No key was given, so there is nothing to tell of but the wait.
             await self._store.put_back(work, successor)
         else:

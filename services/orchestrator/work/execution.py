@@ -387,6 +387,7 @@ class Execution:
             purpose=PURPOSES[work.kind],
             provider=names.provider_value(work.provider),
             model=work.model,
+            plan_model=work.plan_model,
             max_calls=work.calls_left if work.review_id else _VALIDATION_CALLS,
             timeout_seconds=self._seconds,
         )

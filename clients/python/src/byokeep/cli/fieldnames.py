@@ -38,6 +38,7 @@ _TYPED: Mapping[str, tuple[str, str]] = {
     "repository_pattern": ("--repo", "takes a pattern such as acme/*"),
     "request_id": ("--request-id", "takes 8 to 64 letters, digits, hyphens and underscores"),
     "settings.default_model": ("PROVIDER/MODEL", "looks like openai/gpt-6.1-terra"),
+    "settings.fallback_models": ("PROVIDER/MODEL", "looks like openai/gpt-6.1-terra"),
     "settings.max_calls_per_day": ("--max-calls-per-day", ""),
     "settings.max_calls_per_review": ("--max-calls-per-review", ""),
     "settings.max_diff_bytes": ("--max-diff-bytes", ""),

@@ -48,6 +48,7 @@ def list_(session: Session) -> None:
             {
                 "models": [message_dict(entry) for entry in models],
                 "defaultModel": settings.default_model,
+                "fallbackModels": list(settings.fallback_models),
                 "modelOverrides": overrides,
             }
         )
@@ -92,6 +93,47 @@ def set_(
         session.out.warn(f"there is no active {provider} key yet: byokeep key add {provider}")
     elif uses.get(chosen) == settings_pb2.MODEL_USE_UNSPECIFIED:
         session.out.note("whether a key can use it is not known: no provider's list says so")
+
+
+@app.command(
+    epilog=examples(
+        "byokeep model fallback openai/gpt-6.1-terra openai/gpt-6-luna",
+        "byokeep model fallback --none",
+    )
+)
+@command()
+def fallback(
+    session: Session,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROVIDER/MODEL]...", show_default=False, help="First first."),
+    ] = None,
+    none: Annotated[bool, typer.Option("--none", help="None takes another's place.")] = False,
+) -> None:
+    """List models that take the place of one that the settings chose and the key can't use.
+
+    Of the same provider and on the same key; a review says which it ran on, and why. A model that
+    a review names with --model is never replaced.
+    """
+    if bool(models) is none:
+        raise CliError("name models, or --none", "byokeep model list")
+    connection = session.connection
+    wanted = settings_pb2.Settings(
+        name=f"{connection.parent}/settings",
+        fallback_models=[checked.model(model) for model in models or ()],
+    )
+    if len(set(wanted.fallback_models)) < len(wanted.fallback_models):
+        raise CliError("each model once")
+    update = settings_pb2.UpdateSettingsRequest(
+        settings=wanted,
+        update_mask=field_mask_pb2.FieldMask(paths=["fallback_models"]),
+        request_id=request_id(),
+    )
+    settings = connection.settings.UpdateSettings(update).settings
+    if session.out.as_json:
+        session.out.json(message_dict(settings))
+    else:
+        _print_choice(session, settings, [] if settings.default_model else _models(session))
 
 
 @app.command(epilog=examples("byokeep model unset --repo 'acme/*'"))
@@ -157,6 +199,8 @@ def _print_choice(
         none = "none: choose one with byokeep model set"
     use = _USES.get(settings.default_model_use, "")
     session.out.print(f"default: {clean(settings.default_model) or none}{use}")
+    if settings.fallback_models:
+        session.out.print(f"else:    {clean(', '.join(settings.fallback_models))}")
     for entry in settings.model_overrides:
         use = _USES.get(entry.use, "")
         session.out.print(f"{clean(entry.repository_pattern)}: {clean(entry.model)}{use}")

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SEVERITIES = ("critical", "high", "medium", "low", "info")
+_WHY_FALLBACK = {
+    "NOT_USABLE": "the key can't use that, by its provider's list",
+    "NOT_FOUND": "the provider does not know that, or not for this key",
+}
 _WHY_UNREAD = {
     "BINARY": "binary file",
     "SUBMODULE": "submodule: commits of another repository",
@@ -105,6 +109,10 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
     _print_skipped(out, review.skipped_files, review.skipped_count)
     _print_unread(out, review.unread, review.unread_count)
     out.print(_closing(review))
+    if review.chosen_model:
+        fallback = short(review_pb2.ModelFallback, review.model_fallback)
+        why = _WHY_FALLBACK.get(fallback, fallback)
+        out.print(f"model  in place of {clean(review.chosen_model)}: {why}", style="yellow")
     if review.key_version:
         hint = f"  {clean(review.key_hint)}" if review.key_hint else ""
         out.print(f"key    {clean(review.key_id)} v{review.key_version}{hint}", style="dim")
@@ -157,6 +165,9 @@ def print_dry_run(out: Output, answer: review_pb2.DryRunReviewResponse) -> None:
     )
     _print_skipped(out, answer.skipped_files, answer.skipped_count)
     _print_unread(out, answer.unread, answer.unread_count)
+    if answer.chosen_model:
+        why = _WHY_FALLBACK["NOT_USABLE"]
+        out.print(f"in place of {clean(answer.chosen_model)}: {why}", style="yellow")
     out.print(
         f"{count(answer.calls, 'call')} to {clean(answer.model)} on key {clean(answer.key_id)};"
         f" at most {answer.max_calls_per_review} are allowed; none was made"
