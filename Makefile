@@ -25,7 +25,7 @@ LOCKED_TOO := tools local images
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-package byokeep
 
-.PHONY: help run prove up down status clean test test-deep test-integration test-clients chaos test-observability mutants lint bench docs protos lock setup
+.PHONY: help run prove up down status clean test test-deep test-integration test-clients chaos test-observability mutants lint bench simulate docs protos lock setup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -122,6 +122,9 @@ lint: $(VENV) $(STUBS) build/image.binpb ## ruff, mypy --strict, import-linter, 
 
 bench: $(VENV) $(STUBS) ## measure; writes build/bench/results.json
 	$(BIN)/python -m tests.bench
+
+simulate: $(VENV) ## where byokeeps of some sizes bend: docs/scaling.md's table and picture
+	@$(BIN)/python -m docs.scaling
 
 docs: $(VENV) $(STUBS) ## build the documentation as a site, into build/site
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/docs.txt

@@ -91,6 +91,8 @@ def main() -> None:
         target = _WORK / place
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(rewritten(page, pages))
+    for image in (CHECKOUT / "docs").glob("*.svg"):
+        shutil.copy(image, _WORK)
     for name, text in generate.pages().items():
         target = _WORK / "reference" / name
         target.parent.mkdir(exist_ok=True)
