@@ -7,7 +7,7 @@ import io
 
 import pytest
 from byokeep import auditlog
-from byokeep.auditlog import runs
+from byokeep.auditlog import fast, verification
 from byokeep.keyvault.v1 import audit_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,11 +92,11 @@ def verdict(raw: bytes, against: audit_pb2.ChainHead | None, processes: int = 1)
 
 def _same(raw: bytes, size: int, against: audit_pb2.ChainHead | None, processes: int) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(runs, "run_of", lambda lines, ask: None)
+        patched.setattr(fast, "run_of", lambda lines, ask: None)
         expected = verdict(raw, against)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(runs, "_CHUNK_BYTES", size)
-        patched.setattr(runs, "_WORTH_PROCESSES", 1)
+        patched.setattr(fast, "_CHUNK_BYTES", size)
+        patched.setattr(fast, "_WORTH_PROCESSES", 1)
         assert verdict(raw, against, processes) == expected
 
 
@@ -129,7 +129,7 @@ def test_a_link_after_the_head_is_not_taken(monkeypatch):
 
     Shown to fail: with runs joined after the head (Hypothesis found it).
     """
-    monkeypatch.setattr(runs, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(fast, "_CHUNK_BYTES", 1)
     raw = b"".join([*WHOLE[:-2], WHOLE[-1], WHOLE[-2]])
     assert verdict(raw, None)[2] == "there is something after the signed head"
 
@@ -170,16 +170,17 @@ def test_a_line_is_never_taken_in_two(monkeypatch):
 
     Shown to fail: without the length in run_of, it was taken for two lines.
     """
-    monkeypatch.setattr(runs, "LINE_BYTES", len(WHOLE[0]) - 3)
-    monkeypatch.setattr(runs, "_CHUNK_BYTES", 1)
+    for module in (fast, verification):
+        monkeypatch.setattr(module, "LINE_BYTES", len(WHOLE[0]) - 3)
+    monkeypatch.setattr(fast, "_CHUNK_BYTES", 1)
     raw = b"".join([WHOLE[0].removesuffix(b"\n"), *WHOLE[1:]])
     assert verdict(raw, None)[2].startswith("line 1 is longer than")
 
 
 def test_a_file_is_never_held_whole(monkeypatch):
     """Of a long file only a few chunks wait for processes at any time."""
-    monkeypatch.setattr(runs, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(runs, "_WORTH_PROCESSES", 2)
+    monkeypatch.setattr(fast, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(fast, "_WORTH_PROCESSES", 2)
     taken = 0
 
     def counted(stream: io.BytesIO):
@@ -188,13 +189,13 @@ def test_a_file_is_never_held_whole(monkeypatch):
             taken += 1
             yield chunk
 
-    for done, _ in enumerate(runs.runs_of(counted(io.BytesIO(b"".join(WHOLE))), 0, 2), 1):
+    for done, _ in enumerate(fast._runs(counted(io.BytesIO(b"".join(WHOLE))), 0, 2), 1):
         assert taken - done <= 5
     assert done == taken == _LENGTH + 1
 
 
 def test_chunks_are_whole_lines(monkeypatch):
-    monkeypatch.setattr(runs, "_CHUNK_BYTES", 700)
+    monkeypatch.setattr(fast, "_CHUNK_BYTES", 700)
     chunks = list(auditlog.chunks_of(io.BytesIO(b"".join(WHOLE))))
     assert b"".join(chunks) == b"".join(WHOLE)
     assert len(chunks) > 10

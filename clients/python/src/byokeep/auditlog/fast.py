@@ -1,8 +1,9 @@
-"""Runs of links, checked fast: lines that are, to the byte, what their links must be.
+"""The same verification of long files, some ten times as fast: runs of links that are, to the byte,
+what they must be, made apart by several processes and joined.
 
-A run says where it begins and where it ends, so that runs can be made apart, by several
-processes, and joined: the next one must begin where the last one ended. A line that is
-not as it must be ends its run. What is wrong with it, if anything, is for `chain` to say.
+A run says where it begins and where it ends: the next one must begin where the last one ended. A
+line that is not as it must be ends its run; what is wrong with it, if anything, is for
+`verification` to say, which takes every line that is in no run.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ from typing import BinaryIO
 
 from google.protobuf.message import DecodeError
 
-from byokeep.auditlog.lines import LABEL, START, link_line
+from byokeep.auditlog.verification import (
+    LABEL,
+    LINE_BYTES,
+    START,
+    Export,
+    Keys,
+    Verified,
+    link_line,
+)
 from byokeep.auditlog.view import view
+from byokeep.checkpoint import Checkpoint
 from byokeep.keyvault.v1 import audit_pb2
 
 _CHUNK_BYTES = 1 << 20
-#: No line of an export is longer; one that is may not be held.
-LINE_BYTES = 16 << 20
 #: With fewer chunks than this, processes would cost more than they save.
 _WORTH_PROCESSES = 8
 _PRUNED = audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED
@@ -81,7 +89,7 @@ def run_of(lines: Sequence[str], ask: int = 0) -> Run | None:
         digest = sha256(LABEL + hashed + body).digest()
         written = b2a_base64(digest, newline=False)
         if (
-            overlong(line)
+            len(line) > LINE_BYTES
             or b2a_base64(body, newline=False).decode() != encoded
             or link_line(encoded, encoded_hash.decode(), written.decode(), shown) != line
             or event.sequence != number + 1
@@ -112,6 +120,29 @@ def run_of(lines: Sequence[str], ask: int = 0) -> Run | None:
     )
 
 
+def verify_chunks(
+    chunks: Iterable[bytes],
+    trusted: Keys,
+    *,
+    deployment: str = "",
+    against: audit_pb2.ChainHead | None = None,
+    since: Checkpoint | None = None,
+    processes: int = 1,
+) -> Verified:
+    """Verify an export as `verify` does, with the same verdict. `chunks` are whole lines each, as
+    `chunks_of` reads them; of a long file so many `processes` check the links, forked."""
+    export = Export(trusted, deployment, against)
+    before = 0
+    for chunk, run in _runs(chunks, against.sequence if against else 0, processes):
+        joined = run.lines if run is not None and _join(export, run) else 0
+        count = chunk.removesuffix(b"\n").count(b"\n") + 1
+        rest = _lines(chunk)[joined:] if joined < count else []
+        for number, line in enumerate(rest, before + joined + 1):
+            export.take(number, line)
+        before += count
+    return export.verified(since)
+
+
 def chunks_of(stream: BinaryIO) -> Iterator[bytes]:
     """Read whole lines, about a megabyte at a time; works where nothing can be read twice.
 
@@ -121,24 +152,39 @@ def chunks_of(stream: BinaryIO) -> Iterator[bytes]:
         yield chunk + stream.readline(LINE_BYTES + 1)
 
 
-def overlong(text: str) -> bool:
-    """Say whether a line, or a note, is longer than any that keyvault writes."""
-    return len(text) > LINE_BYTES
-
-
 def cores() -> int:
     """Return how many processes may check at once; 1 where a process is not forked."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def lines_of(chunk: bytes) -> list[str]:
+def _lines(chunk: bytes) -> list[str]:
     """Return the lines of a chunk; a byte that is no text never becomes one that is."""
     return [line.decode("utf-8", "replace") for line in chunk.removesuffix(b"\n").split(b"\n")]
 
 
-def runs_of(
-    chunks: Iterable[bytes], ask: int, processes: int
-) -> Iterator[tuple[bytes, Run | None]]:
+def _join(export: Export, run: Run) -> bool:
+    """Take a run if it goes on where the export is; False where something is wrong with it."""
+    older = export.against
+    begins = export.last_time is None and run.start > 0
+    if (
+        export.ended
+        or (not begins and (run.start, run.start_hash) != (export.sequence, export.hash))
+        or run.chain != (export.chain or run.chain)
+        or run.deployment != (export.deployment or run.deployment)
+        or not export.of_older(run.chain, run.deployment)
+        or (older is not None and run.asked not in (None, older.hash))
+    ):
+        return False
+    if begins:
+        export.begin_after(run.start, run.start_hash)
+    export.chain, export.deployment = run.chain, run.deployment
+    export.sequence, export.hash = run.end, run.end_hash
+    export.first_time, export.last_time = export.first_time or run.first_time, run.last_time
+    export.stated.update(run.dropped)
+    return True
+
+
+def _runs(chunks: Iterable[bytes], ask: int, processes: int) -> Iterator[tuple[bytes, Run | None]]:
     """Yield each chunk with its run, in order; long files by several processes at once."""
     coming = iter(chunks)
     begun = list(islice(coming, _WORTH_PROCESSES))
@@ -165,4 +211,4 @@ def runs_of(
 
 
 def _run_of_chunk(chunk: bytes, ask: int) -> Run | None:
-    return run_of(lines_of(chunk), ask)
+    return run_of(_lines(chunk), ask)
