@@ -8,7 +8,8 @@
        ...
         90  context of a later hunk
 
-A numbered line has its number in the new file right-aligned in six columns, a blank, and its sign.
+A numbered line has its number in the new file (in a hunk that leaves no line, as of a deleted file,
+in the old one) right-aligned in six columns, a blank, and its sign.
 A long line is shown in pieces, one below the other: those after the first have `…` for a number.
 Content never starts before the sign and never breaks its line, so that it can't pass for a header.
 """
@@ -213,7 +214,8 @@ def _render(hunk: Hunk, cap: int) -> Iterator[str]:
         text = line.text.removesuffix("\r") if crlf else line.text
         if _UNSAFE.search(text):
             text = text.translate(_VISIBLE)
-        number = "" if line.new_no is None else line.new_no
+        shown = line.new_no if hunk.new_len else line.old_no
+        number = "" if shown is None else shown
         yield from _pieces(f"{number:>6} {line.kind}", text, f"{_CONTINUED:>6} {line.kind}", cap)
 
 

@@ -101,6 +101,11 @@ class Hunk:
         """Line numbers that the hunk covers in the new file; empty if it only deletes."""
         return range(self.new_start, self.new_start + self.new_len)
 
+    @property
+    def old_lines(self) -> range:
+        """Line numbers that the hunk covers in the old file; empty if it only adds."""
+        return range(self.old_start, self.old_start + self.old_len)
+
 
 @dataclass(frozen=True, slots=True)
 class FileDiff:

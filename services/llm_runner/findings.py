@@ -39,7 +39,8 @@ _DROPPED_CATEGORIES: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect. Lines count from 1 in the new file and lie in one hunk of the diff."""
+    """One defect. Lines count from 1 and lie in one hunk of the diff: in the new file, or in the
+    old one where that hunk leaves no line of it."""
 
     path: str
     start_line: int
@@ -49,6 +50,7 @@ class Finding:
     title: str
     message: str
     suggestion: str
+    old_side: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Accepted:
 def accept(raw: Sequence[object], diff: Diff, chunk: Chunk) -> Accepted:
     """Keep the findings that have the right shape and a line that the chunk's files changed.
 
-    A finding must name a file of the chunk and start on a new-side line of one of its hunks; its
+    A finding must name a file of the chunk and start on a numbered line of one of its hunks; its
     end is moved into that hunk. Repeated findings count once, as the worst of them. Nothing in
     `raw` raises: what can't be used, or exceeds `MAX_FINDINGS`, is dropped and counted.
     """
@@ -81,15 +83,20 @@ def accept(raw: Sequence[object], diff: Diff, chunk: Chunk) -> Accepted:
     return Accepted(tuple(kept), dropped + len(worst) - len(kept))
 
 
-def _hunks(diff: Diff, chunk: Chunk) -> Mapping[str, list[range]]:
-    hunks: dict[str, list[range]] = {}
+def _hunks(diff: Diff, chunk: Chunk) -> Mapping[str, list[tuple[bool, range]]]:
+    """Return the numbered lines of each file's hunks, and whether they are of the old side: those
+    after the others, where one number is on both."""
+    hunks: dict[str, list[tuple[bool, range]]] = {}
     for file in diff.files:
-        if file.new_path is not None and file.new_path in chunk.files:
-            hunks.setdefault(file.new_path, []).extend(hunk.new_lines for hunk in file.hunks)
-    return hunks
+        if file.path in chunk.files:
+            hunks.setdefault(file.path, []).extend(
+                (not hunk.new_len, hunk.new_lines if hunk.new_len else hunk.old_lines)
+                for hunk in file.hunks
+            )
+    return {path: sorted(found, key=lambda one: one[0]) for path, found in hunks.items()}
 
 
-def _finding(item: object, hunks: Mapping[str, list[range]]) -> Finding | None:
+def _finding(item: object, hunks: Mapping[str, list[tuple[bool, range]]]) -> Finding | None:
     if not isinstance(item, dict):
         return None
     path, start, end = item.get("path"), item.get("start_line"), item.get("end_line")
@@ -101,12 +108,13 @@ def _finding(item: object, hunks: Mapping[str, list[range]]) -> Finding | None:
         return None
     if severity not in SEVERITIES or category not in CATEGORIES:
         return None
-    hunk = next((lines for lines in hunks.get(path, ()) if start in lines), None)
-    if hunk is None:
+    found = next((one for one in hunks.get(path, ()) if start in one[1]), None)
+    if found is None:
         return None
+    old_side, hunk = found
     end = min(max(start, end), hunk[-1]) if type(end) is int else start
     suggestion = _clean(item.get("suggestion"), MAX_TEXT)
-    return Finding(path, start, end, severity, category, title, message, suggestion)
+    return Finding(path, start, end, severity, category, title, message, suggestion, old_side)
 
 
 def _clean(value: object, limit: int) -> str:

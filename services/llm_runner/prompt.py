@@ -12,7 +12,7 @@ from typing import Final
 
 from services.common.chunks import Chunk
 
-VERSION: Final = "2"
+VERSION: Final = "3"
 """Belongs into a chunk's salt: an answer to another prompt is another answer."""
 
 _INERT: Final = "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}"
@@ -44,7 +44,8 @@ In the blocks, "{_INERT}" before one of the block names stands for "<".
 #   renamed from, copied from, new file, deleted file, or a mode such as 100755 (executable) \
 or 120000 (symbolic link) (only where it applies)
     41  an unchanged line, with its number in the new file
-       -a removed line, without a number
+       -a removed line, without a number (with its number in the old file where its hunk leaves \
+no line in the new one, as of a deleted file)
     42 +an added line, with its number in the new file
    ...
 The line of three dots separates hunks: lines between them are unchanged and not shown. A long \
@@ -69,7 +70,7 @@ are better than many; no findings is a good answer.
 An object with "findings", a list. Each finding has:
 - path: exactly as after "### ".
 - start_line, end_line: numbers as shown in the diff, of added lines where possible, in one hunk, \
-as few as carry the defect. For removed code, the nearest numbered line.
+as few as carry the defect. For removed code without a number, the nearest numbered line.
 - severity: critical (exploitable, or loses data, in ordinary use), high (breaks a main function \
 or a security boundary), medium (wrong in a realistic case), low (wrong in a rare case, or costs \
 time later), info (worth knowing, nothing to fix).

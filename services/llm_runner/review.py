@@ -127,4 +127,5 @@ def _message(finding: findings.Finding) -> review_pb2.Finding:
         title=finding.title,
         message=finding.message,
         suggestion=finding.suggestion,
+        side=review_pb2.DIFF_SIDE_OLD if finding.old_side else review_pb2.DIFF_SIDE_NEW,
     )

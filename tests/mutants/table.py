@@ -1119,6 +1119,13 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "findings on deleted files are dropped",
+        "services/llm_runner/findings.py",
+        "hunk.new_lines if hunk.new_len else hunk.old_lines",
+        "hunk.new_lines",
+        ("tests/unit/test_findings.py::test_where_the_change_leaves_no_line_the_old_ones_count",),
+    ),
+    Mutant(
         "a page ends by rows alone",
         _OR + "api/paging.py",
         "if room < 0:",
@@ -1316,7 +1323,7 @@ MUTANTS = (
         "more is picked than runners have room for",
         _OR + "work/dispatcher.py",
         "places = self._fleet.take(self._concurrency - len(self._tasks))",
-        "places = [next(iter(self._fleet._heard())).take() for _ in range(32 - len(self._tasks))]",
+        "places = [one.take() for one in self._fleet._heard() for _ in range(32)]",
         (_WAITS + "test_no_more_is_given_than_there_is_room_for",),
     ),
     Mutant(

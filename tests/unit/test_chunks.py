@@ -54,7 +54,7 @@ def test_rendering() -> None:
         "     1 +n",
         "### d",
         "#   deleted file",
-        "       -d",
+        "     1 -d",
     ]
     assert (chunk.index, chunk.files) == (0, ("src/a b.py", "n", "d"))
     assert chunk.estimated_tokens == estimate_tokens(chunk.text)
@@ -118,8 +118,9 @@ def test_huge_line_is_shown_in_pieces(budget: int, character: str) -> None:
 
 
 def test_a_piece_of_a_removed_line_has_no_number() -> None:
-    (chunk,) = planned(f"--- a/p\n+++ b/p\n@@ -1 +0,0 @@\n-{'x' * 20_000}\n", 100_000)
-    assert [row[:9] for row in chunk.text.split("\n")[1:]] == ["       -x", "     … -x"]
+    (chunk,) = planned(f"--- a/p\n+++ b/p\n@@ -1 +1 @@\n-{'x' * 20_000}\n+y\n", 100_000)
+    rows = [row[:9] for row in chunk.text.split("\n")[1:]]
+    assert rows == ["       -x", "     … -x", "     1 +y"]
 
 
 @pytest.mark.parametrize(

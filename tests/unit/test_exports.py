@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pytest
 from byokeep.orchestrator.v1.review_pb2 import (
     Category,
+    DiffSide,
     Finding,
     Review,
     ReviewState,
@@ -268,6 +269,32 @@ def test_github_body() -> None:
     assert one["line"] == 9
     assert "start_line" not in one
     assert "Suggestion" not in one["body"]
+
+
+def test_lines_that_are_there_no_more_are_the_old_ones() -> None:
+    """GitHub takes them on the LEFT. In SARIF a region is of the file as it is now, if there is
+    one: the place stands in words."""
+    value = review(finding(path="gone.py", side=DiffSide.DIFF_SIDE_OLD), finding())
+    gone, there = github_body(value)["comments"]
+    assert (gone["side"], gone["start_side"], gone["line"]) == ("LEFT", "LEFT", 5)
+    assert there["side"] == "RIGHT"
+    gone, there = sarif_run(value)["results"]
+    (place,) = gone["locations"]
+    assert place["physicalLocation"].keys() == {"artifactLocation"}
+    assert gone["message"]["text"].startswith("At gone.py:3-5 before the change: Wrong bound")
+    assert gone["level"] == "error"
+    assert "region" in there["locations"][0]["physicalLocation"]
+    assert "gone.py:3-5 before the change: high" in exports.text(value)[0]
+
+
+def test_files_without_a_changed_line_are_named() -> None:
+    value = review(skipped_files=["moved.py", "mode.sh"], skipped_count=3)
+    for words in (exports.text(value)[0], github_body(value)["body"]):
+        assert "so not read: 3" in words.replace("\\", "")
+    notes = sarif_run(value)["invocations"][0]["toolExecutionNotifications"]
+    assert [note["level"] for note in notes] == ["note", "note"]
+    named = [one["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for one in notes]
+    assert named == ["moved.py", "mode.sh"]
 
 
 @pytest.mark.parametrize("commit", ["", "0123456", COMMIT[:39], COMMIT + "0", COMMIT[:39] + "\n"])

@@ -17,6 +17,7 @@ DIFF = parse(
     "--- a/x.py\n+++ b/x.py\n@@ -9,3 +10,4 @@\n a\n-b\n+B\n+B2\n c\n@@ -50,1 +51,1 @@\n-d\n+D\n"
     "--- a/a.py\n+++ b/a.py\n@@ -1 +1 @@\n-a\n+b\n"
     "--- a/gone.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-a\n"
+    "--- a/emptied.py\n+++ b/emptied.py\n@@ -2,2 +1,0 @@\n-a\n-b\n@@ -9 +7 @@\n-c\n+d\n"
 )
 (CHUNK,) = plan(DIFF, 2000, salt="")
 
@@ -56,7 +57,8 @@ def test_a_good_finding_is_kept_as_it_is() -> None:
         raw(path="other.py"),
         raw(path="b/x.py"),
         raw(path=None),
-        raw(path="gone.py", start_line=1),
+        raw(path="gone.py", start_line=2),
+        raw(path="emptied.py", start_line=4),
         raw(start_line=9),
         raw(start_line=14),
         raw(start_line=50),
@@ -87,6 +89,24 @@ def test_an_unusable_finding_is_dropped_and_counted(item: object) -> None:
 def test_the_end_is_moved_into_the_hunk(start: int, end: object, expected: int) -> None:
     (finding,) = accepted(raw(start_line=start, end_line=end)).findings
     assert (finding.start_line, finding.end_line) == (start, expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "start", "expected"),
+    [("gone.py", 1, (1, 1)), ("emptied.py", 2, (2, 3)), ("emptied.py", 3, (3, 3))],
+)
+def test_where_the_change_leaves_no_line_the_old_ones_count(
+    path: str, start: int, expected: tuple[int, int]
+) -> None:
+    """Shown to fail where findings on deleted files are dropped: no --fail-on saw them."""
+    (finding,) = accepted(raw(path=path, start_line=start, end_line=99)).findings
+    assert (finding.start_line, finding.end_line) == expected
+    assert finding.old_side
+    (beside,) = accepted(raw(path="emptied.py", start_line=7, end_line=7)).findings
+    assert not beside.old_side
+    # The model is shown the numbers that count.
+    assert "### gone.py\n#   deleted file\n     1 -a" in CHUNK.text
+    assert "     2 -a\n     3 -b\n   ...\n       -c\n     7 +d" in CHUNK.text
 
 
 def test_a_file_of_another_chunk_is_dropped() -> None:

@@ -12,8 +12,8 @@ CATEGORIES: Final = ("security", "correctness", "performance", "maintainability"
 
 _PROPERTIES: Final[dict[str, dict[str, Any]]] = {
     "path": {"type": "string", "description": "File path exactly as the diff names it."},
-    "start_line": {"type": "integer", "description": "First line, in the new file."},
-    "end_line": {"type": "integer", "description": "Last line, in the new file."},
+    "start_line": {"type": "integer", "description": "First line, as numbered in the diff."},
+    "end_line": {"type": "integer", "description": "Last line, as numbered in the diff."},
     "severity": {"type": "string", "enum": list(SEVERITIES)},
     "category": {"type": "string", "enum": list(CATEGORIES)},
     "title": {"type": "string", "description": "One short line, at most 80 characters."},

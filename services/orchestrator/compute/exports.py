@@ -20,6 +20,7 @@ from urllib.parse import quote
 from byokeep.loglines import disarmed
 from byokeep.orchestrator.v1.review_pb2 import (
     Category,
+    DiffSide,
     Finding,
     Review,
     ReviewState,
@@ -267,19 +268,20 @@ def _result(finding: Finding, rules: list[str], seen: Counter[str]) -> dict[str,
     properties = {"category": _category(finding), "severity": severity}
     if finding.category == Category.CATEGORY_SECURITY:
         properties["security-severity"] = _SECURITY_SCORES[severity]
+    place: dict[str, object] = {"artifactLocation": _artifact(finding.path)}
+    words = _message(finding)
+    if _is_old(finding):
+        # A region would be one of the file as it is now, if there is one.
+        properties["place"] = _place(finding)
+        words = f"At {_place(finding)}: {words}"
+    else:
+        place["region"] = {"startLine": first, "endLine": last}
     return {
         "ruleId": rule,
         "ruleIndex": rules.index(rule),
         "level": _LEVELS[severity],
-        "message": {"text": _message(finding)},
-        "locations": [
-            {
-                "physicalLocation": {
-                    "artifactLocation": _artifact(finding.path),
-                    "region": {"startLine": first, "endLine": last},
-                }
-            }
-        ],
+        "message": {"text": words},
+        "locations": [{"physicalLocation": place}],
         "partialFingerprints": {"byokeep/v1": fingerprint},
         "properties": properties,
     }
@@ -324,9 +326,10 @@ def _comment(finding: Finding) -> dict[str, object]:
     if finding.suggestion.strip():
         # Not a "suggestion" block: it is advice, not lines that a button may commit.
         parts.append(f"Suggestion:\n\n{_markdown(finding.suggestion)}")
-    comment: dict[str, object] = {"path": finding.path, "line": last, "side": "RIGHT"}
+    side = "LEFT" if _is_old(finding) else "RIGHT"
+    comment: dict[str, object] = {"path": finding.path, "line": last, "side": side}
     if first != last:
-        comment |= {"start_line": first, "start_side": "RIGHT"}
+        comment |= {"start_line": first, "start_side": side}
     return comment | {"body": "\n\n".join(part for part in parts if part)}
 
 
@@ -388,7 +391,12 @@ def _line(raw: str) -> str:
 
 def _place(finding: Finding) -> str:
     first, last = _lines(finding)
-    return f"{_line(finding.path)}:{first}" + (f"-{last}" if last != first else "")
+    place = f"{_line(finding.path)}:{first}" + (f"-{last}" if last != first else "")
+    return f"{place} before the change" if _is_old(finding) else place
+
+
+def _is_old(finding: Finding) -> bool:
+    return finding.side == DiffSide.DIFF_SIDE_OLD
 
 
 def _lines(finding: Finding) -> tuple[int, int]:

@@ -200,6 +200,8 @@ def _print_finding(out: Output, finding: review_pb2.Finding) -> None:
     lines = f"{finding.start_line}"
     if finding.end_line > finding.start_line:
         lines += f"-{finding.end_line}"
+    if finding.side == review_pb2.DIFF_SIDE_OLD:
+        lines += " before the change"
     head = Text("  ")
     head.append(f"{clean(finding.path)}:{lines}", style="underline")
     head.append("  ")
