@@ -7,9 +7,11 @@ and its value is not repeated: it may be a secret in the wrong place.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import socket
+import stat
 import sys
 import types
 import typing
@@ -22,7 +24,6 @@ from byokeep.identity import TlsFiles, open_to_others
 T = TypeVar("T")
 # What gRPC and PostgreSQL take as a number of seconds, rows or bytes.
 _MOST = 2**31 - 1
-_LAST_PORT = 65_535
 
 
 class ConfigError(Exception):
@@ -47,12 +48,15 @@ def setting(
 
 #: Forms of texts.
 _HOST = r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._*-]+)"
-LISTEN = (rf"unix:.+|{_HOST}:[0-9]{{1,5}}", "host:port, or unix:path")
+_PORT = r"([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_PORTS = "; a port is 0 to 65535"
+LISTEN = (rf"unix:.+|{_HOST}:{_PORT}", f"host:port, or unix:path{_PORTS}")
 TARGET = (
-    rf"unix:.+|((dns|ipv4|ipv6):(//[^/]*/)?)?{_HOST}:[0-9]{{1,5}}",
-    "host:port, or unix:path, or a gRPC target such as dns:///host:port",
+    rf"unix:.+|((dns|ipv4|ipv6):(//[^/]*/)?)?{_HOST}:{_PORT}",
+    f"host:port, or unix:path, or a gRPC target such as dns:///host:port{_PORTS}",
 )
-PORT = (rf"{_HOST}:[0-9]{{1,5}}", "host:port")
+PORT = (rf"{_HOST}:{_PORT}", f"host:port{_PORTS}")
+URL = (rf"https?://{_HOST}(:{_PORT})?", f"https://host:port{_PORTS}")
 NAME = (r"[A-Za-z0-9._-]{1,100}", "letters, digits and . _ -, 100 at most")
 DOMAIN = (r"[a-z0-9._-]{1,255}", "lower-case letters, digits and . _ -")
 DNS = (r"[A-Za-z0-9*_-]+(\.[A-Za-z0-9_-]+)*", "a DNS name")
@@ -195,11 +199,25 @@ def _convert(kind: Any, raw: str) -> Any:
         return raw
     converters: dict[Any, Callable[[str], Any]] = {
         str: str,
-        Path: Path,
+        Path: _path,
         int: _whole_number,
         bool: _yes_or_no,
     }
     return converters[kind](raw)
+
+
+def _path(raw: str) -> Path:
+    """A file or a folder, which may be missing: whoever reads it says so. From a device or a pipe
+    one could read for ever."""
+    path, mode = Path(raw), 0
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError("is too long for a path") from None
+    if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError("must be a file or a folder")
+    return path
 
 
 def _whole_number(raw: str) -> int:
@@ -251,8 +269,6 @@ def check_listen(name: str, address: str) -> None:
         check_folder(name, Path(address.removeprefix("unix:").removeprefix("//")))
         return
     host, _, port = address.rpartition(":")
-    if int(port) > _LAST_PORT:
-        raise ConfigError(f"{name}: can't listen at {address}: a port is 0 to {_LAST_PORT}")
     failed: OSError | None = None
     try:
         found = socket.getaddrinfo(

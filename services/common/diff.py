@@ -46,7 +46,9 @@ _SUBMODULE: Final = re.compile(r"Submodule (.+) [0-9a-f]{7,64}\.{2,3}[0-9a-f]{7,
 _ONLY_IN: Final = re.compile(r"Only in ([^:]+): (.+)")
 _UNMERGED: Final = "* Unmerged path "
 _COMMIT_OF_SUBMODULE: Final = re.compile(r"Subproject commit [0-9a-f]{40,64}(-dirty)?")
-_LFS_POINTER: Final = "version https://git-lfs.github.com/spec/v1"
+# The line that changes in each pointer of Git LFS that comes to mean something else. Its first may
+# have other names, come after blank lines, end in CR (git-lfs, lfs/pointer.go: DecodeFrom).
+_LFS_POINTER: Final = "oid sha256:"
 # A path that leads out of the tree: absolute, of a drive, a URL, or with a part that git refuses.
 _OUTSIDE: Final = re.compile(r"/|[A-Za-z]:[/\\]|[A-Za-z][A-Za-z0-9+.-]*://|(?:.*/)?\.{0,2}(?:/|$)")
 # An undecodable byte is kept, as what it is in Latin-1.
@@ -421,10 +423,10 @@ def _common(old: str, new: str) -> tuple[str, str]:
 
 
 def _unread(hunks: Sequence[Hunk]) -> Unread | None:
-    lines = [line for hunk in hunks for line in hunk.lines] if len(hunks) == 1 else []
+    lines = [line for hunk in hunks for line in hunk.lines]
     if lines and all(_COMMIT_OF_SUBMODULE.fullmatch(line.text) for line in lines):
         return "SUBMODULE"
-    if any(line.text == _LFS_POINTER and 1 in (line.old_no, line.new_no) for line in lines):
+    if any(line.text.startswith(_LFS_POINTER) for line in lines):
         return "POINTER"
     return None
 

@@ -158,11 +158,15 @@ class Settings(config.ServiceSettings):
 
     def check(self) -> None:
         """Refuse what must be said on purpose. Raises ConfigError."""
-        for name in self.read_backends():
-            if name not in BACKENDS:
-                raise config.ConfigError(
-                    f"BYOKEEP_KEK_BACKENDS_READ names {name}: there are {', '.join(BACKENDS)}"
-                )
+        for setting, names in (
+            ("BYOKEEP_KEK_BACKENDS_READ", self.read_backends()),
+            ("BYOKEEP_KEK_BACKENDS_LOST", self.lost_backends()),
+        ):
+            for name in names:
+                if name not in BACKENDS:
+                    raise config.ConfigError(
+                        f"{setting} names {name}: there are {', '.join(BACKENDS)}"
+                    )
         if self.anchor_file is not None:
             config.check_folder("BYOKEEP_ANCHOR_FILE", self.anchor_file)
         if self.kek_backend == "local" and self.mode == "production" and not self.allow_local_kek:

@@ -260,6 +260,7 @@ def test_plain_diff_without_git_header() -> None:
         ),
         (HEAD + "@@ -1 +1 @@\n-a\n+Subproject commit unknown\n", "x", None),
         (HEAD + "@@ -9 +9 @@\n-a\n+version https://git-lfs.github.com/spec/v1\n", "x", None),
+        (HEAD + "@@ -9 +9 @@\n-a\n+ oid sha256:11\n", "x", None),
         ("diff --git a/x b/y\nrename from x\nrename to y\n", "y", None),
         ("diff --git a/x b/x\nold mode 100644\nnew mode 100755\n", "x", None),
         ("diff --git a/x b/x\nnew file mode 100644\nindex 0..1\n", "x", None),
@@ -268,6 +269,28 @@ def test_plain_diff_without_git_header() -> None:
 def test_what_nobody_can_read_is_named(text: str, path: str, why: str | None) -> None:
     file = only(text)
     assert (file.path, file.unread) == (path, why)
+
+
+@pytest.mark.parametrize(
+    "pointer",
+    [
+        "version https://hawser.github.com/spec/v1\noid sha256:{0}\nsize 3\n",
+        "version http://git-media.io/v/2\noid sha256:{0}\nsize 3\n",
+        "version https://git-lfs.github.com/spec/v1\r\noid sha256:{0}\r\nsize 3\r\n",
+        "\n\nversion https://git-lfs.github.com/spec/v1\noid sha256:{0}\nsize 3\n",
+        "version https://git-lfs.github.com/spec/v1\n\n\n\noid sha256:{0}\n\n\n\n\nsize {1}\n",
+        "version https://git-lfs.github.com/spec/v1\next-0-a sha256:c\next-1-b sha256:c\n"
+        "ext-2-c sha256:c\next-3-d sha256:c\noid sha256:{0}\nsize 3\n",
+    ],
+)
+def test_every_pointer_that_git_lfs_follows_is_named(repo: Repo, pointer: str) -> None:
+    """The change's author chooses its form, and what lies behind it passed the gate unread. Shown
+    to fail, all of them, with its usual first line looked for in the first line."""
+    repo.commit({"x.py": pointer.format("a" * 64, 3).encode()})
+    added = only(repo.git("show", "--format="))
+    repo.commit({"x.py": pointer.format("b" * 64, 4).encode()})
+    changed = only(repo.git("show", "--format="))
+    assert (added.unread, changed.unread) == ("POINTER", "POINTER")
 
 
 def test_words_of_a_commit_name_no_file(repo: Repo) -> None:

@@ -583,6 +583,28 @@ def test_a_stream_without_an_end_was_cut(name, after):
     assert failure(name, stream).kind is K.AMBIGUOUS
 
 
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (429, K.RATE_LIMITED),
+        (503, K.PROVIDER_UNAVAILABLE),
+        (401, K.PROVIDER_UNAVAILABLE),  # no documented body, no judgement of the key
+    ],
+)
+def test_an_error_whose_body_is_cut_is_still_one(name, status, kind, late):
+    """A load balancer that closes at once. Shown to fail (AMBIGUOUS, which ends the review) with
+    the cut raised."""
+
+    def cut(_request):
+        head, *_ = http(status, [], {"retry-after": "7"}, chunked=True)
+        yield from (head, b'5\r\n{"err\r\n', LostError(late=late))
+
+    for ask in (review, models):
+        error = failure(name, cut, ask)
+        assert (error.kind, error.retry_after_seconds) == (kind, 7)
+
+
 def test_what_comes_after_the_end_is_not_waited_for(name):
     def answer(request):
         yield from list(success(name, '{"findings": []}')(request))[:-1]

@@ -326,13 +326,18 @@ class Exchange:
         self._pace.alive()
 
     def whole(self) -> Answer:
-        """Return the answer with its body, which comes as promptly as a head."""
+        """Return the answer with its body, which comes as promptly as a head. Of an error's that is
+        cut, what came: its status says that nothing was done for the call."""
         self._pace.prompt()
         body = bytearray()
-        for data in self.pieces():
-            body += data
-            if len(body) > MAX_BODY_BYTES:
-                return Answer(self.status, self.headers, b"")
+        try:
+            for data in self.pieces():
+                body += data
+                if len(body) > MAX_BODY_BYTES:
+                    return Answer(self.status, self.headers, b"")
+        except ProviderError:
+            if self.status < 400:
+                raise
         return Answer(self.status, self.headers, bytes(body))
 
     def pieces(self) -> Iterator[bytes]:

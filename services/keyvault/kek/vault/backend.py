@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.common.background import Background
-from services.common.config import ConfigError
+from services.common.config import URL, ConfigError
 from services.common.secret import Secret
 from services.keyvault.config import Settings
 from services.keyvault.kek import (
@@ -171,8 +171,9 @@ class VaultBackend:
 
 def _address(settings: Settings) -> str:
     address = settings.vault_address
-    if address is None or not re.fullmatch(r"https?://[^/?#@\s]+", address):
-        raise ConfigError("BYOKEEP_VAULT_ADDRESS is not of the form https://host:port")
+    pattern, form = URL
+    if address is None or not re.fullmatch(pattern, address):
+        raise ConfigError(f"BYOKEEP_VAULT_ADDRESS must be {form}")
     if settings.mode == "production" and not address.startswith("https://"):
         raise ConfigError("BYOKEEP_VAULT_ADDRESS is not https: data keys would go in the clear")
     return address
