@@ -93,8 +93,6 @@ OWN = {
         ("BYOKEEP_KEK_BACKENDS_READ", "azure", "local, vault, aws_kms"),
         ("BYOKEEP_KEK_BACKENDS_LOST", "lokal", "local, vault, aws_kms"),
         ("BYOKEEP_GRANT_KEYS_DIR", "x" * 5_000, "too long"),
-        ("BYOKEEP_VAULT_ADDRESS", "https://[", "https://host:port"),
-        ("BYOKEEP_VAULT_ADDRESS", "https://vault:99999", "a port is 0 to 65535"),
         ("BYOKEEP_KEK_BACKENDS_READ", "vault", "BYOKEEP_VAULT_"),
         ("BYOKEEP_CONTENT_RETENTION_DAYS", "4000000", "1 to 36500"),
         ("BYOKEEP_KMS_DELETION_DAYS", "3", "7 to 30"),

@@ -109,6 +109,8 @@ def test_names_of_transit_keys_are_injective_and_valid():
         {"vault_data_login": ""},
         {"vault_address": None},
         {"vault_address": "vault:8200"},
+        {"vault_address": "https://["},
+        {"vault_address": "https://vault:99999"},
         {"vault_address": "https://vault:8200/v1"},
         {"vault_address": "http://vault:8200", "mode": "production"},
     ],
