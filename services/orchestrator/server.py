@@ -24,7 +24,9 @@ from services.common.config import ConfigError
 from services.common.waiting import until_there
 from services.orchestrator import metrics
 from services.orchestrator.api.access import Authority
+from services.orchestrator.api.choosing import Chooser
 from services.orchestrator.api.keys import KeyServicer
+from services.orchestrator.api.planning import Planner
 from services.orchestrator.api.reviews import ReviewServicer
 from services.orchestrator.api.settings import SettingsServicer
 from services.orchestrator.api.tenants import CallerServicer, TenantServicer
@@ -35,6 +37,7 @@ from services.orchestrator.custody.grants import LOOK_SECONDS, GrantSigner
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import plans
 from services.orchestrator.store.attempts import AttemptStore
+from services.orchestrator.store.choices import ChoiceStore
 from services.orchestrator.store.database import Database
 from services.orchestrator.store.events import Events
 from services.orchestrator.store.keys import KeyStore
@@ -73,6 +76,7 @@ class App:
         self._events = Events(url)
         self._compute = Compute()
         self.tenants = TenantStore(self._database)
+        self.choices = ChoiceStore(self._database)
         self.keys = KeyStore(self._database)
         self.attempts = AttemptStore(self._database, self._plans)
         self.reviews = ReviewStore(self._database)
@@ -157,6 +161,7 @@ class App:
         settings_pb2_grpc.add_SettingsServiceServicer_to_server(
             SettingsServicer(
                 self.tenants,
+                self.choices,
                 self.keys,
                 self.keyvault,
                 self._catalog,
@@ -165,16 +170,15 @@ class App:
             ),
             server,
         )
+        planner = Planner(self._catalog, self._compute)
         review_pb2_grpc.add_ReviewServiceServicer_to_server(
             ReviewServicer(
                 settings,
                 self.reviews,
                 self.attempts,
-                self.tenants,
-                self.keys,
-                self.keyvault,
                 self._contents,
-                self._catalog,
+                Chooser(self.choices, self.keys, self.keyvault, self._catalog, planner),
+                planner,
                 self._compute,
                 self._events,
             ),

@@ -218,6 +218,15 @@ async def of_settings(stack: Stack) -> list[Message]:
         SELECT 'acme', rpad(n || '/', 200, 'p'), 'openai/' || repeat('m', 100)
         FROM generate_series(1, 1000) n"""
     )
+    await stack.sql(
+        """UPDATE model_override SET path_pattern = repeat('p', 200)
+        WHERE pattern IN (SELECT pattern FROM model_override LIMIT 100)"""
+    )
+    await stack.sql(
+        """INSERT INTO repository_key (tenant, pattern, provider, key_id)
+        SELECT 'acme', rpad(n || '/', 200, 'p'), 'anthropic', 'key_' || repeat('k', 26)
+        FROM generate_series(1, 1000) n"""
+    )
     client = stack.client("acme").settings
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await client.SetModelOverride(
@@ -289,7 +298,9 @@ LIKE: Final = {
     "CancelReview": "ListReviews",
     "RetryReview": "ListReviews",
     "AllowCaller": "ListCallers",
-    **dict.fromkeys(("SetPlan", "UpdateSettings", "SetModelOverride"), "GetSettings"),
+    **dict.fromkeys(
+        ("SetPlan", "UpdateSettings", "SetModelOverride", "SetRepositoryKey"), "GetSettings"
+    ),
     **dict.fromkeys(
         ("AddKey", "RotateKey", "CheckKey", "WatchKey", "RevokeKey", "DestroyKey", "RollBackKey"),
         "GetKey",

@@ -539,11 +539,14 @@ async def set_default(stack: Stack, model: str) -> settings_pb2.Settings:
     return response.settings
 
 
-async def override(stack: Stack, model: str) -> settings_pb2.Settings:
+async def override(
+    stack: Stack, model: str, repository: str = "acme/*", path: str = ""
+) -> settings_pb2.Settings:
     response = await stack.client("acme").settings.SetModelOverride(
         settings_pb2.SetModelOverrideRequest(
             parent="tenants/acme",
-            repository_pattern="acme/*",
+            repository_pattern=repository,
+            path_pattern=path,
             model=model,
             request_id=request_id(),
         )
@@ -551,8 +554,9 @@ async def override(stack: Stack, model: str) -> settings_pb2.Settings:
     return response.settings
 
 
-async def dry_run(stack: Stack, model: str) -> review_pb2.DryRunReviewResponse:
-    wanted = review_pb2.ReviewInput(repository="acme/shop", diff=DIFF, model=model)
+async def dry_run(stack: Stack, model: str, **values) -> review_pb2.DryRunReviewResponse:
+    chosen = {"repository": "acme/shop", "diff": DIFF} | values
+    wanted = review_pb2.ReviewInput(**chosen, model=model)
     request = review_pb2.DryRunReviewRequest(parent="tenants/acme", input=wanted)
     return await stack.client("acme").reviews.DryRunReview(request)
 
@@ -833,3 +837,79 @@ async def test_a_review_whose_listed_models_are_all_gone_fails(stack: Stack) -> 
     assert "openai/b" in review.failure_message
     named = await stack.ended(await stack.submit(model="openai/a"))
     assert (named.attempts, named.model) == (1, "openai/a")
+
+
+def diff_of(*paths: str, lines: int = 1) -> bytes:
+    hunk = "".join(f"+line {number}\n" for number in range(lines))
+    return "".join(
+        f"diff --git a/{path} b/{path}\n--- a/{path}\n+++ b/{path}\n@@ -0,0 +1,{lines} @@\n{hunk}"
+        for path in paths
+    ).encode()
+
+
+@pytest.mark.parametrize("lines", [1, 1_000])
+async def test_changed_paths_choose_the_model(stack: Stack, lines: int) -> None:
+    """Beside the event loop, where the diff is large."""
+    stack.keyvault.add("acme")
+    await override(stack, "openai/all", "acme/*")
+    await override(stack, "openai/pay", "acme/*", "pay/*")
+    settings = await override(stack, "openai/api", "acme/*", "pay/api/*")
+    assert [(one.path_pattern, one.model) for one in settings.model_overrides] == [
+        ("", "openai/all"),
+        ("pay/*", "openai/pay"),
+        ("pay/api/*", "openai/api"),
+    ]
+
+    async def model(*paths: str) -> str:
+        return (await dry_run(stack, "", diff=diff_of(*paths, lines=lines))).model
+
+    assert await model("README.md", "web/a.ts") == "openai/all"
+    assert await model("README.md", "pay/a.py") == "openai/pay"
+    assert await model("pay/a.py", "pay/api/v1/a.py") == "openai/api"
+    assert len((await override(stack, "", "acme/*", "pay/*")).model_overrides) == 2
+    assert await model("pay/a.py") == "openai/all"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await dry_run(stack, "", diff=b"no diff at all\n" * lines)
+    assert reason_of(refused).startswith("DIFF_")
+
+
+async def test_a_pattern_that_matches_nothing_so_far_says_so(stack: Stack) -> None:
+    stack.keyvault.add("acme")
+    await stack.submit(repository="acme/shop")
+    await stack.submit(repository="acme/my_web")
+    for pattern, none in (
+        ("acme/*", False),
+        ("acme/shpo", True),
+        ("*", False),
+        ("acme/sho?", False),
+        ("acme/s?op", False),
+        ("acme/my_we?", False),
+        ("acme/my_w", True),
+        ("acme/s_op", True),
+        ("acme", True),
+    ):
+        (entry,) = (await override(stack, "openai/a", pattern)).model_overrides
+        assert entry.matches_none is none, pattern
+        await override(stack, "", pattern)
+
+
+async def test_an_override_that_the_plan_lost_is_marked(stack: Stack) -> None:
+    (entry,) = (await override(stack, "openai/a")).model_overrides
+    assert not entry.plan_lacks
+    response = await stack.client("operator").settings.SetPlan(
+        settings_pb2.SetPlanRequest(tenant="tenants/acme", plan="starter", request_id=request_id())
+    )
+    (entry,) = response.settings.model_overrides
+    assert entry.plan_lacks
+
+
+async def test_so_many_overrides_look_at_paths_and_no_more(stack: Stack) -> None:
+    await stack.sql(
+        "INSERT INTO model_override (tenant, pattern, path_pattern, model)"
+        " SELECT 'acme', 'a/b', n || '/*', 'openai/m' FROM generate_series(1, 100) n"
+    )
+    await override(stack, "openai/m", "a/b")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await override(stack, "openai/m", "a/b", "one/more")
+    info = error_info(refused.value)
+    assert (info.metadata["field"], info.metadata["limit"]) == ("path_pattern", "100")

@@ -501,7 +501,9 @@ class _Settings(_Fake, settings_pb2_grpc.SettingsServiceServicer):
     def SetModelOverride(self, request, context):
         self.edge.meet(request, context)
         self.edge.settings.model_overrides.add(
-            repository_pattern=request.repository_pattern, model=request.model
+            repository_pattern=request.repository_pattern,
+            path_pattern=request.path_pattern,
+            model=request.model,
         )
         return settings_pb2.SetModelOverrideResponse(settings=self.edge.settings)
 

@@ -1425,9 +1425,9 @@ MUTANTS = (
     ),
     Mutant(
         "a submission takes a model that its key is known not to have",
-        _OR + "api/reviews.py",
-        "if lacking is not None:",
-        "if False:",
+        _OR + "api/choosing.py",
+        "if lacking is None:",
+        "if True:",
         (
             "tests/component/test_orchestrator_keys.py"
             "::test_a_model_that_the_key_can_not_use_is_refused_where_it_is_chosen",
@@ -1445,7 +1445,7 @@ MUTANTS = (
     ),
     Mutant(
         "a model that a review names is replaced",
-        _OR + "api/reviews.py",
+        _OR + "api/choosing.py",
         "[] if named else fallbacks(",
         "fallbacks(",
         (

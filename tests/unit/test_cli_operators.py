@@ -329,6 +329,25 @@ def test_a_range_is_told(edge, byokeep, arguments, says):
     assert says in byokeep(*arguments).err
 
 
+def test_models_of_paths_are_set_and_what_does_not_count_is_said(edge, byokeep):
+    byokeep("model", "set", "openai/a", "--repo", "acme/shop", "--path", "pay/*")
+    byokeep("model", "set", "openai/b", "--path", "docs/*")
+    sent = edge.sent(settings_pb2.SetModelOverrideRequest)
+    assert [(one.repository_pattern, one.path_pattern) for one in sent] == [
+        ("acme/shop", "pay/*"),
+        ("*", "docs/*"),
+    ]
+    first, second = edge.settings.model_overrides
+    first.matches_none, second.plan_lacks = True, True
+    edge.settings.plan = "starter"
+    said = byokeep("model", "list").out
+    assert "acme/shop pay/*: openai/a (matches the repository of no review so far)" in said
+    assert "* docs/*: openai/b (does not count: plan starter has no models per repository)" in said
+    assert "for acme/shop pay/*" in byokeep("model", "unset", "--repo", "acme/shop").err
+    assert byokeep("model", "unset", "--repo", "acme/shop", "--path", "pay/*").code == 0
+    assert byokeep("model", "set", "openai/a", "--path", "a[b]").code == 2
+
+
 def test_models_that_take_anothers_place_are_listed(edge, byokeep):
     ran = byokeep("model", "fallback", "openai/a", "openai/b")
     assert "else:    openai/a, openai/b" in ran.out

@@ -25,9 +25,9 @@ from services.orchestrator.policy.models import (
     choose_model,
     fallbacks,
     not_usable,
-    override_for,
     use_of,
 )
+from services.orchestrator.policy.overrides import Override, override_of, overrides_for
 
 CATALOG = models.load(None)
 ACTIVE = custody_pb2.KEY_VERSION_STATE_ACTIVE
@@ -183,8 +183,35 @@ def test_a_key_is_named_among_those_that_the_review_may_run_on() -> None:
     [("acme/shop", "m2"), ("acme/web", "m1"), ("other/web", ""), ("acme/shop-x", "m1")],
 )
 def test_longest_pattern_wins(repository, model) -> None:
-    overrides = {"acme/*": "m1", "acme/shop": "m2"}
-    assert override_for(repository, overrides) == model
+    overrides = [Override("acme/*", "", "m1"), Override("acme/shop", "", "m2")]
+    assert override_of(overrides_for(repository, overrides), ()) == model
+
+
+@pytest.mark.parametrize(
+    ("repository", "paths", "model"),
+    [
+        ("acme/shop", {"README.md"}, "shop"),
+        ("acme/shop", {"README.md", "pay/api/charge.py"}, "shop pay api"),
+        ("acme/shop", {"pay/charge.py"}, "shop pay"),
+        # The repository decides first, and one without a path ends what counts.
+        ("acme/shop", {"deep/README.md"}, "shop"),
+        ("acme/web", {"pay/charge.py"}, "web"),
+        ("other/web", {"docs/a.md"}, "docs"),
+        ("other/web", {"a.py"}, ""),
+    ],
+)
+def test_the_longest_repository_wins_then_the_longest_path(repository, paths, model) -> None:
+    """Shown to fail where paths are held against each other first."""
+    overrides = [
+        Override("*", "docs/*", "docs"),
+        Override("*", "very/long/paths/in/a/repository/*", "long"),
+        Override("acme/*", "", "web"),
+        Override("acme/*", "deep/README.md", "deep"),
+        Override("acme/shop", "", "shop"),
+        Override("acme/shop", "pay/*", "shop pay"),
+        Override("acme/shop", "pay/api/*", "shop pay api"),
+    ]
+    assert override_of(overrides_for(repository, overrides), paths) == model
 
 
 TERRA = ModelRef("openai", "gpt-6.1-terra")

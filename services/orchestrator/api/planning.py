@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import grpc
-from byokeep.orchestrator.v1 import review_pb2
+from byokeep.orchestrator.v1 import review_pb2, settings_pb2
 
 from services.common import chunks
 from services.common.diff import DiffError
 from services.common.errors import ByokeepError
 from services.common.models import Catalog, ModelRef
 from services.orchestrator.compute.child import BUDGET, Job
+from services.orchestrator.compute.outline import model as model_of
 from services.orchestrator.compute.outline import outline
 from services.orchestrator.compute.pool import Compute
+from services.orchestrator.policy.overrides import Override, override_of
 
 # A line takes 2.5 µs, however short it is: planned at once, this much takes 5 ms at most.
 _AT_ONCE_BYTES: Final = 4 * 1024
+_AT_ONCE_OVERRIDES: Final = 10
 # The runner's prompt around the diff, rounded up: never fewer calls are planned than it makes.
 _FRAME_TOKENS: Final = 3_000
 
@@ -35,7 +39,7 @@ class Planner:
         """Divide a review's diff for a model; return what follows from the diff of a dry run's
         answer. Raises ByokeepError: DIFF_*, INVALID_FIELD."""
         budget = _budget(request, model, self._catalog)
-        refused: ByokeepError
+        refused: DiffError
         try:
             if len(request.diff) <= _AT_ONCE_BYTES:
                 return outline(request.diff, budget)
@@ -43,14 +47,39 @@ class Planner:
             answer = await self._compute.run(tenant, Job.OUTLINE, job)
             return review_pb2.DryRunReviewResponse.FromString(answer)
         except DiffError as error:
-            refused = ByokeepError(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                error.reason,
-                str(error),
-                field="input.diff",
-            )
-            refused.metadata |= {name: str(value) for name, value in error.figures.items()}
-        raise refused
+            refused = error
+        raise _refusal(refused)
+
+    async def override(self, tenant: str, raw: bytes, overrides: Sequence[Override]) -> str:
+        """Return the model of the first of a repository's overrides that counts for a diff, or an
+        empty text. Raises ByokeepError: DIFF_*."""
+        if not overrides or not overrides[0].path:
+            return override_of(overrides, ())
+        settings = settings_pb2.Settings(
+            model_overrides=[
+                settings_pb2.ModelOverride(path_pattern=one.path, model=one.model)
+                for one in overrides
+            ]
+        )
+        refused: DiffError
+        try:
+            if len(raw) <= _AT_ONCE_BYTES and len(overrides) <= _AT_ONCE_OVERRIDES:
+                return model_of(raw, settings).default_model
+            sent = settings.SerializeToString()
+            job = BUDGET.pack(len(sent)) + sent + raw
+            answer = await self._compute.run(tenant, Job.MODEL, job)
+            return settings_pb2.Settings.FromString(answer).default_model
+        except DiffError as error:
+            refused = error
+        raise _refusal(refused)
+
+
+def _refusal(error: DiffError) -> ByokeepError:
+    refused = ByokeepError(
+        grpc.StatusCode.INVALID_ARGUMENT, error.reason, str(error), field="input.diff"
+    )
+    refused.metadata |= {name: str(value) for name, value in error.figures.items()}
+    return refused
 
 
 def require_size(request: review_pb2.ReviewInput, max_diff_bytes: int) -> None:

@@ -5,46 +5,34 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
 import grpc
 from byokeep import ids, names
-from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import review_pb2, review_pb2_grpc, settings_pb2
 
 from services.common import load, tracing
 from services.common.errors import ByokeepError
-from services.common.models import Catalog, ModelRef
 from services.orchestrator.api import access, filters, paging, planning
+from services.orchestrator.api.choosing import Chooser
 from services.orchestrator.api.settings import ceilings
 from services.orchestrator.api.tenants import timestamp
 from services.orchestrator.compute.child import Job
 from services.orchestrator.compute.pool import Compute
 from services.orchestrator.config import Settings
 from services.orchestrator.custody import content
-from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import bounds, failures
-from services.orchestrator.policy.keys import Keys, RepositoryKey, hint_of, keys_for
-from services.orchestrator.policy.models import (
-    Source,
-    choose_model,
-    fallbacks,
-    not_usable,
-    override_for,
-)
+from services.orchestrator.policy.keys import hint_of
 from services.orchestrator.store import requests
 from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.events import REVIEW, Events
-from services.orchestrator.store.keys import KeyStore
 from services.orchestrator.store.reviews import (
     ReviewRow,
     ReviewStore,
     SealedFindings,
     Submission,
 )
-from services.orchestrator.store.tenants import TenantStore
 
 TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
 OPEN: Final = frozenset({"QUEUED", "RUNNING"})
@@ -58,21 +46,6 @@ _BULK: Final = 500
 _OF_ONE: Final = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A review that could be submitted."""
-
-    model: ModelRef
-    #: The settings' choice, where another takes its place.
-    chosen: ModelRef | None
-    #: What may take its place, if it comes to that.
-    fallbacks: Sequence[ModelRef]
-    key: custody_pb2.ProviderKey
-    #: What follows from the diff; the rest of a dry run's answer is added.
-    plan: review_pb2.DryRunReviewResponse
-    max_calls: int
-
-
 class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     """Takes reviews and shows them."""
 
@@ -81,25 +54,20 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         settings: Settings,
         reviews: ReviewStore,
         attempts: AttemptStore,
-        tenants: TenantStore,
-        keys: KeyStore,
-        keyvault: Keyvault,
         contents: content.ContentKeys,
-        catalog: Catalog,
+        chooser: Chooser,
+        planner: planning.Planner,
         compute: Compute,
         events: Events,
     ) -> None:
-        """Use the stores, keyvault's list of keys, and the models that are known."""
+        """Use the stores, and what chooses keys and models."""
         self._settings = settings
         self._reviews = reviews
         self._attempts = attempts
-        self._tenants = tenants
-        self._key_store = keys
-        self._keyvault = keyvault
         self._contents = contents
-        self._catalog = catalog
+        self._chooser = chooser
+        self._planner = planner
         self._compute = compute
-        self._planner = planning.Planner(catalog, compute)
         self._events = events
 
     async def SubmitReview(
@@ -131,12 +99,12 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights = access.current()
         rights.require_active()
         self._require_sender(rights, request.input)
-        prepared = await self._prepare(rights, request.input)
-        answer = prepared.plan
-        answer.model = str(prepared.model)
-        answer.chosen_model = str(prepared.chosen or "")
-        answer.key_id = names.last_of(prepared.key.name)
-        answer.max_calls_per_review = prepared.max_calls
+        chosen = await self._chooser.choose(rights, request.input)
+        answer = await self._planner.plan(rights.tenant.id, request.input, chosen.model)
+        answer.model = str(chosen.model)
+        answer.chosen_model = str(chosen.instead_of or "")
+        answer.key_id = names.last_of(chosen.key.name)
+        answer.max_calls_per_review = self._ceilings(rights).max_calls_per_review
         return answer
 
     async def GetReview(
@@ -298,10 +266,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self, rights: access.Rights, row: ReviewRow, request: review_pb2.RetryReviewRequest
     ) -> None:
         rights.require_user_keys(row.owner)
-        keys = await self._keys(rights, row.owner, row.repository)
-        if row.named_key:
-            keys = keys.called(row.key_id)
-        key = keys.choose(row.model.partition("/")[0])
+        key = await self._chooser.key_again(rights, row)
         await self._reviews.retry(
             request,
             rights.tenant.id,
@@ -321,8 +286,10 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         digest: bytes,
     ) -> ReviewRow:
         wanted = request.input
-        prepared = await self._prepare(rights, wanted)
-        planning.require_calls(prepared.plan.calls, prepared.max_calls)
+        chosen = await self._chooser.choose(rights, wanted)
+        plan = await self._planner.plan(rights.tenant.id, wanted, chosen.model)
+        most = self._ceilings(rights)
+        planning.require_calls(plan.calls, most.max_calls_per_review)
         content_key = await self._contents.current(rights.tenant.id)
         review_id = ids.new_id("rev")
         return await self._reviews.submit(
@@ -334,30 +301,28 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 repository=wanted.repository,
                 pull_request=wanted.pull_request,
                 head_commit=wanted.head_commit,
-                model=str(prepared.model),
-                chosen_model=str(prepared.chosen or ""),
-                model_fallback="NOT_USABLE" if prepared.chosen else "",
-                fallback_models=list(map(str, prepared.fallbacks)),
-                key_id=names.last_of(prepared.key.name),
-                key_version=prepared.key.active_version,
-                key_hint=hint_of(prepared.key, prepared.key.active_version),
-                key_owner=prepared.key.owner,
+                model=str(chosen.model),
+                chosen_model=str(chosen.instead_of or ""),
+                model_fallback="NOT_USABLE" if chosen.instead_of else "",
+                fallback_models=list(map(str, chosen.fallbacks)),
+                key_id=names.last_of(chosen.key.name),
+                key_version=chosen.key.active_version,
+                key_hint=hint_of(chosen.key, chosen.key.active_version),
+                key_owner=chosen.key.owner,
                 named_key=bool(wanted.key),
                 priority=int(request.priority == review_pb2.PRIORITY_BATCH),
                 trace_parent=tracing.traceparent(),
                 owner=wanted.user,
                 actor=rights.actor(wanted.user),
-                max_calls=prepared.max_calls,
-                chunks_total=prepared.plan.calls,
+                max_calls=most.max_calls_per_review,
+                chunks_total=plan.calls,
                 input=content_key.seal(review_id, content.INPUT, wanted.SerializeToString()),
-                unread=content.seal_unread(
-                    content_key, review_id, prepared.plan.unread, prepared.plan.skipped_files
-                ),
-                unread_count=prepared.plan.unread_count,
-                skipped_count=prepared.plan.skipped_count,
+                unread=content.seal_unread(content_key, review_id, plan.unread, plan.skipped_files),
+                unread_count=plan.unread_count,
+                skipped_count=plan.skipped_count,
             ),
-            reviews_per_day=self._ceilings(rights).max_reviews_per_day,
-            calls_per_day=self._ceilings(rights).max_calls_per_day,
+            reviews_per_day=most.max_reviews_per_day,
+            calls_per_day=most.max_calls_per_day,
             most_waiting=rights.plan.reviews_waiting,
             supersede=not (request.keep_older or rights.tenant.keep_superseded),
         )
@@ -366,53 +331,6 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights.require_user(wanted.user, "input.user")
         rights.require_user_keys(wanted.user)
         planning.require_size(wanted, self._ceilings(rights).max_diff_bytes)
-
-    async def _prepare(self, rights: access.Rights, wanted: review_pb2.ReviewInput) -> _Prepared:
-        keys = await self._keys(rights, wanted.user, wanted.repository)
-        if wanted.key:
-            keys = keys.called(wanted.key)
-        override = ""
-        if rights.has_overrides and rights.plan.has("model-overrides") and not wanted.model:
-            overrides = await self._tenants.overrides(rights.tenant.id)
-            override = override_for(wanted.repository, overrides)
-        candidates = {
-            Source.REVIEW: wanted.model,
-            Source.OVERRIDE: override,
-            Source.DEFAULT: rights.tenant.default_model,
-        }
-        choice = choose_model(candidates, keys, self._catalog)
-        model, chosen = choice.model, None
-        key = keys.choose(model.provider)
-        lacking = await self._key_store.list_without(rights.tenant.id, key, model.model)
-        # Whoever names a model gets that one or none.
-        named = choice.source is Source.REVIEW
-        others = [] if named else fallbacks(model, rights.tenant.fallback_models, lacking)
-        if lacking is not None:
-            if not others:
-                raise not_usable(model, [lacking], **_chosen_by(choice.source))
-            chosen, (model, *others) = model, others
-        return _Prepared(
-            model,
-            chosen,
-            others,
-            key,
-            await self._planner.plan(rights.tenant.id, wanted, model),
-            self._ceilings(rights).max_calls_per_review,
-        )
-
-    async def _keys(self, rights: access.Rights, user: str, repository: str) -> Keys:
-        tenant = rights.tenant
-        found = await self._keyvault.keys(tenant.id)
-        of_repositories: Sequence[RepositoryKey] = ()
-        if rights.has_repository_keys:
-            of_repositories = await self._tenants.repository_keys(tenant.id)
-        return keys_for(
-            found,
-            user=user,
-            repository=repository,
-            order=tenant.key_order,
-            of_repositories=of_repositories,
-        )
 
     def _message(self, row: ReviewRow) -> review_pb2.Review:
         return _message(row, self._settings.wait_seconds)
@@ -455,10 +373,6 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         if unread is not None:
             parts.append(content.open_unread(key, row.id, unread))
         return parts, sealed.after
-
-
-def _chosen_by(source: Source) -> dict[str, str]:
-    return {"field": "input.model"} if source is Source.REVIEW else {"whose": source.value}
 
 
 def _name(row: ReviewRow) -> str:

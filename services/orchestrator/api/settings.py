@@ -27,6 +27,7 @@ from services.orchestrator.policy.models import (
 )
 from services.orchestrator.policy.plans import Plan, Plans
 from services.orchestrator.policy.refusals import above, unexpected
+from services.orchestrator.store.choices import ChoiceStore
 from services.orchestrator.store.keys import KeyStore, ModelsOf, UsableModel
 from services.orchestrator.store.tenants import TenantRow, TenantStore
 
@@ -51,6 +52,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
     def __init__(
         self,
         store: TenantStore,
+        choices: ChoiceStore,
         key_store: KeyStore,
         keyvault: Keyvault,
         catalog: Catalog,
@@ -60,6 +62,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         """Use the stores, keyvault's list of keys, the models and plans that are known, and the
         deployment's own ceilings."""
         self._store = store
+        self._choices = choices
         self._key_store = key_store
         self._keyvault = keyvault
         self._catalog = catalog
@@ -121,7 +124,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         if request.model:
             rights.plan.require("model-overrides")
             await self._require_usable(request.model, "model")
-        row = await self._store.set_override(rights.tenant.id, request)
+        row = await self._choices.set_override(rights.tenant.id, request)
         return settings_pb2.SetModelOverrideResponse(settings=await self._message(row))
 
     async def SetRepositoryKey(
@@ -134,7 +137,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             if key.owner or key.state in ENDED:
                 raise unexpected("key", "a key of the tenant's own that has not ended")
             provider = names.provider_id(key.provider)
-        row = await self._store.set_repository_key(tenant.id, provider, request)
+        row = await self._choices.set_repository_key(tenant.id, provider, request)
         return settings_pb2.SetRepositoryKeyResponse(settings=await self._message(row))
 
     async def ListModels(
@@ -216,16 +219,27 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         return self._catalog.default(provider) == name
 
     async def _message(self, row: TenantRow) -> settings_pb2.Settings:
-        overrides = await self._store.overrides(row.id)
-        use = await self._uses(row.id, {row.default_model, *overrides.values()} - {""})
+        overrides = await self._choices.overrides(row.id)
+        chosen = {row.default_model, *(one.model for one in overrides)} - {""}
+        use = await self._uses(row.id, chosen)
+        patterns = {one.repository for one in overrides}
+        unmatched = await self._choices.matching_none(row.id, list(patterns)) if patterns else set()
+        plan = self._plans.of(row.plan)
         return settings_pb2.Settings(
             name=f"{names.tenant_name(row.id)}/settings",
             plan=row.plan,
             default_model=row.default_model,
             default_model_use=use[row.default_model],
             model_overrides=[
-                settings_pb2.ModelOverride(repository_pattern=pattern, model=model, use=use[model])
-                for pattern, model in sorted(overrides.items())
+                settings_pb2.ModelOverride(
+                    repository_pattern=one.repository,
+                    path_pattern=one.path,
+                    model=one.model,
+                    use=use[one.model],
+                    matches_none=one.repository in unmatched,
+                    plan_lacks=not plan.has("model-overrides"),
+                )
+                for one in sorted(overrides, key=lambda one: (one.repository, one.path))
             ],
             max_diff_bytes=row.max_diff_bytes,
             max_calls_per_review=row.max_calls_per_review,
@@ -243,10 +257,10 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
                     key_id=one.key_id,
                     provider=names.provider_value(one.provider),
                 )
-                for one in await self._store.repository_keys(row.id)
+                for one in await self._choices.repository_keys(row.id)
             ],
             etag=row.etag,
-            in_force=ceilings(row, self._plans.of(row.plan), self._settings),
+            in_force=ceilings(row, plan, self._settings),
         )
 
 

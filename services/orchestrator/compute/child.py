@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import IO, Final
 
-from byokeep.orchestrator.v1 import review_pb2
+from byokeep.orchestrator.v1 import review_pb2, settings_pb2
 from google.protobuf.message import Message
 
 from services.common import hardening, logs
@@ -24,6 +24,7 @@ from services.orchestrator.compute import exports, outline
 
 log = logging.getLogger(__name__)
 HEADER: Final = struct.Struct(">BI")
+#: Before the diff: tokens of a call; or the length of the Settings that stand between.
 BUDGET: Final = struct.Struct(">I")
 #: Written once the door is closed; only then does the orchestrator send a job.
 READY: Final = b"\n"
@@ -32,9 +33,11 @@ _NICE: Final = 5
 
 
 class Job(enum.IntEnum):
-    """What is asked for: a diff's outline, or a review in one of the forms of an export."""
+    """What is asked for: a diff's outline, the model that settings have for a diff's paths, or a
+    review in one of the forms of an export."""
 
     OUTLINE = 0
+    MODEL = 255
     TEXT = review_pb2.EXPORT_FORMAT_TEXT
     SARIF = review_pb2.EXPORT_FORMAT_SARIF
     GITHUB = review_pb2.EXPORT_FORMAT_GITHUB
@@ -60,6 +63,11 @@ def do(job: Job, payload: bytes) -> Message:
     if job is Job.OUTLINE:
         (budget,) = BUDGET.unpack_from(payload)
         return outline.outline(payload[BUDGET.size :], budget)
+    if job is Job.MODEL:
+        (length,) = BUDGET.unpack_from(payload)
+        end = BUDGET.size + length
+        settings = settings_pb2.Settings.FromString(payload[BUDGET.size : end])
+        return outline.model(payload[end:], settings)
     review = review_pb2.Review.FromString(payload)
     review.findings.sort(key=lambda finding: (finding.path, finding.start_line))
     content, media_type = _EXPORTS[job](review)

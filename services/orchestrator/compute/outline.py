@@ -1,12 +1,13 @@
-"""How a diff would be divided: what of a dry run follows from the diff alone."""
+"""What follows from a diff: how it would be divided, and which model its paths have."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from byokeep.orchestrator.v1 import review_pb2
+from byokeep.orchestrator.v1 import review_pb2, settings_pb2
 
 from services.common import chunks, diff
+from services.orchestrator.policy.overrides import Override, override_of
 
 #: Most unread parts, and most skipped files, that an answer names and a review keeps.
 MAX_NAMED: Final = 1000
@@ -36,3 +37,15 @@ def outline(raw: bytes, budget: int) -> review_pb2.DryRunReviewResponse:
         ],
         unread_count=len(unread),
     )
+
+
+def model(raw: bytes, settings: settings_pb2.Settings) -> settings_pb2.Settings:
+    """Return, as `default_model`, the model of the first of some overrides that counts for a diff.
+    Raises DiffError."""
+    parsed = diff.parse(raw)
+    paths = {path for file in parsed.files for path in (file.old_path, file.new_path) if path}
+    overrides = [
+        Override(one.repository_pattern, one.path_pattern, one.model)
+        for one in settings.model_overrides
+    ]
+    return settings_pb2.Settings(default_model=override_of(overrides, paths))

@@ -27,6 +27,8 @@ VERSIONS: Final = 50
 KEYS_OF_MODEL: Final = 50
 #: Most models for patterns of repositories that a tenant may have.
 OVERRIDES: Final = 1000
+#: Most of them that look at the paths of a diff: each is held against every path.
+PATH_OVERRIDES: Final = 100
 
 
 def worst(findings: Sequence[Finding], chunks: int) -> list[Finding]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import enum
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -114,12 +113,6 @@ def fallbacks(model: ModelRef, listed: Sequence[str], known: KeyModels | None) -
         and other != model
         and (known is None or not known.whole or is_listed(other.model, known.models))
     ]
-
-
-def override_for(repository: str, overrides: Mapping[str, str]) -> str:
-    """Return the model of the longest pattern that matches a repository, or an empty text."""
-    matching = [one for one in overrides if fnmatch.fnmatchcase(repository, one)]
-    return overrides[max(matching, key=lambda one: (len(one), one))] if matching else ""
 
 
 def read_model(model: str, field: str) -> ModelRef:

@@ -116,6 +116,7 @@ model_override = Table(
     metadata,
     _tenant_key(),
     Column("pattern", Text, primary_key=True),
+    Column("path_pattern", Text, primary_key=True, server_default=text("''")),
     _text("model", default=None),
 )
 

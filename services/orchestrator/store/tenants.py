@@ -11,9 +11,7 @@ import grpc
 from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
 
 from services.common.errors import ByokeepError
-from services.orchestrator.policy import bounds
-from services.orchestrator.policy.keys import RepositoryKey
-from services.orchestrator.policy.refusals import deleted, full
+from services.orchestrator.policy.refusals import deleted
 from services.orchestrator.store import requests, sql, waits
 from services.orchestrator.store.database import Database, Row, Session
 
@@ -116,33 +114,6 @@ _CALLERS = """
 SELECT spiffe_id, roles, may_assert_users FROM caller
 WHERE tenant = %(tenant)s AND spiffe_id > %(after)s ORDER BY spiffe_id LIMIT %(limit)s
 """
-_OVERRIDES = "SELECT pattern, model FROM model_override WHERE tenant = %(tenant)s"
-_SET_OVERRIDE = """
-INSERT INTO model_override (tenant, pattern, model)
-VALUES (%(tenant)s, %(pattern)s, %(model)s)
-ON CONFLICT ON CONSTRAINT model_override_pkey DO UPDATE SET model = excluded.model
-"""
-_COUNT_OVERRIDES = """
-SELECT count(*) AS overrides FROM model_override WHERE tenant = %(tenant)s
-"""
-_UNSET_OVERRIDE = """
-DELETE FROM model_override WHERE tenant = %(tenant)s AND pattern = %(pattern)s
-"""
-_REPOSITORY_KEYS = """
-SELECT pattern, provider, key_id FROM repository_key WHERE tenant = %(tenant)s
-ORDER BY pattern, provider
-"""
-_SET_REPOSITORY_KEY = """
-INSERT INTO repository_key (tenant, pattern, provider, key_id)
-VALUES (%(tenant)s, %(pattern)s, %(provider)s, %(key_id)s)
-ON CONFLICT ON CONSTRAINT repository_key_pkey DO UPDATE SET key_id = excluded.key_id
-"""
-_COUNT_REPOSITORY_KEYS = """
-SELECT count(*) AS patterns FROM repository_key WHERE tenant = %(tenant)s
-"""
-_UNSET_REPOSITORY_KEY = """
-DELETE FROM repository_key WHERE tenant = %(tenant)s AND pattern = %(pattern)s
-"""
 # With their attempts, calls, content and findings.
 _ERASE_REVIEWS = """
 DELETE FROM review WHERE id IN (SELECT id FROM review WHERE tenant = %(tenant)s LIMIT 2000)
@@ -212,7 +183,7 @@ class TenantStore:
     async def tenant(self, tenant_id: str) -> TenantRow:
         """Return a tenant that is known to be there."""
         async with self._database.statement() as session:
-            return await _read(session, tenant_id)
+            return await read(session, tenant_id)
 
     async def create(
         self, tenant_id: str, plan: str, message: tenant_pb2.CreateTenantRequest
@@ -227,7 +198,7 @@ class TenantStore:
                     "the tenant exists, or did: an id is not given twice",
                     tenant=tenant_id,
                 )
-            return await _read(session, tenant_id)
+            return await read(session, tenant_id)
 
     async def page(self, spiffe_id: str | None, after: str, limit: int) -> list[TenantRow]:
         """Return tenants by id: those that an identity has a role for, or all for None."""
@@ -248,7 +219,7 @@ class TenantStore:
                 await waits.resume(session, tenant_id, "", [_SUSPENDED])
             else:
                 await waits.pause(session, tenant_id, "", _SUSPENDED)
-            return await _read(session, tenant_id)
+            return await read(session, tenant_id)
 
     async def mark_deleted(self, tenant_id: str) -> None:
         """Take a tenant out of service for good; its callers lose their rights."""
@@ -311,38 +282,6 @@ class TenantStore:
                 for row in await session.all(_CALLERS, parameters)
             ]
 
-    async def overrides(self, tenant_id: str) -> dict[str, str]:
-        """Return a tenant's models by repository pattern."""
-        async with self._database.statement() as session:
-            found = await session.all(_OVERRIDES, {"tenant": tenant_id})
-        return {row.pattern: row.model for row in found}
-
-    async def repository_keys(self, tenant_id: str) -> list[RepositoryKey]:
-        """Return the keys of a tenant's repositories."""
-        async with self._database.statement() as session:
-            found = await session.all(_REPOSITORY_KEYS, {"tenant": tenant_id})
-        return [RepositoryKey(*row) for row in found]
-
-    async def set_repository_key(
-        self, tenant_id: str, provider: str, message: settings_pb2.SetRepositoryKeyRequest
-    ) -> TenantRow:
-        """Set the key of a repository pattern for a provider, or take all of the pattern away."""
-        values = {
-            "tenant": tenant_id,
-            "pattern": message.repository_pattern,
-            "provider": provider,
-            "key_id": message.key,
-        }
-        async with self._database.transaction() as session:
-            if await requests.first_time(session, tenant_id, message):
-                set_or_unset = _SET_REPOSITORY_KEY if message.key else _UNSET_REPOSITORY_KEY
-                await session.run(set_or_unset, values)
-                await _bump(session, tenant_id, {})
-                found = await session.one(_COUNT_REPOSITORY_KEYS, values)
-                if found.patterns > bounds.OVERRIDES:
-                    raise full("repository_pattern", "patterns that have a key", bounds.OVERRIDES)
-            return await _read(session, tenant_id)
-
     async def change_settings(
         self,
         tenant_id: str,
@@ -356,23 +295,8 @@ class TenantStore:
             if await requests.first_time(session, tenant_id, message):
                 row = _tenant(await session.one(_LOCK, {"tenant": tenant_id}))
                 check_etag(etag, row.etag)
-                await _bump(session, tenant_id, values)
-            return await _read(session, tenant_id)
-
-    async def set_override(
-        self, tenant_id: str, message: settings_pb2.SetModelOverrideRequest
-    ) -> TenantRow:
-        """Set the model of a repository pattern, or remove it. Raises ByokeepError: INVALID_FIELD,
-        where there are too many."""
-        pattern, model = message.repository_pattern, message.model
-        async with self._database.transaction() as session:
-            if await requests.first_time(session, tenant_id, message):
-                values = {"tenant": tenant_id, "pattern": pattern, "model": model}
-                await session.run(_SET_OVERRIDE if model else _UNSET_OVERRIDE, values)
-                await _bump(session, tenant_id, {})
-                if (await session.one(_COUNT_OVERRIDES, values)).overrides > bounds.OVERRIDES:
-                    raise full("repository_pattern", "patterns that have a model", bounds.OVERRIDES)
-            return await _read(session, tenant_id)
+                await bump(session, tenant_id, values)
+            return await read(session, tenant_id)
 
 
 def check_etag(wanted: str, found: str) -> None:
@@ -386,11 +310,13 @@ def check_etag(wanted: str, found: str) -> None:
         )
 
 
-async def _read(session: Session, tenant_id: str) -> TenantRow:
+async def read(session: Session, tenant_id: str) -> TenantRow:
+    """Return a tenant that is there."""
     return _tenant(await session.one(_READ, {"tenant": tenant_id}))
 
 
-async def _bump(session: Session, tenant_id: str, values: Mapping[str, Any]) -> None:
+async def bump(session: Session, tenant_id: str, values: Mapping[str, Any]) -> None:
+    """Change columns of a tenant's settings, and with them their etag."""
     settings = {name: values.get(name) for name in _SETTABLE}
     await session.run(_SETTINGS, {"tenant": tenant_id, **settings})
 

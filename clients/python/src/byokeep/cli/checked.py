@@ -12,6 +12,7 @@ _MODEL = re.compile(r"(openai|anthropic|gemini)/[A-Za-z0-9._:-]{1,100}")
 _SPIFFE = re.compile(r"spiffe://[a-z0-9.-]{1,255}(?=.{2,513}$)(/[A-Za-z0-9._-]+)+")
 _REPOSITORY = re.compile(r"[A-Za-z0-9._/-]{1,200}")
 _PATTERN = re.compile(r"[A-Za-z0-9._/*?-]{1,200}")
+_PATHS = re.compile(r"[A-Za-z0-9._/*?@+~ -]{1,200}")
 _USER = re.compile(r"[A-Za-z0-9._@+-]{0,128}")
 _CHAIN = re.compile(rf"system|tenants/{_TENANT.pattern}")
 _LEASE = re.compile(r"lea_[0-9a-z]{26}")
@@ -59,6 +60,11 @@ def repository(text: str) -> str:
 def pattern(text: str) -> str:
     """Return a shell pattern of repositories. Raises CliError."""
     return _check(_PATTERN, text, "a pattern of repositories looks like acme/*")
+
+
+def path_pattern(text: str) -> str:
+    """Return a shell pattern of paths. Raises CliError."""
+    return _check(_PATHS, text, "a pattern of paths looks like services/pay/*")
 
 
 def user(text: str) -> str:

@@ -33,6 +33,7 @@ _TYPED: Mapping[str, tuple[str, str]] = {
     "key_id": ("KEY_ID", "takes the id that the step before printed"),
     "lease_id": ("LEASE", "takes a lease's id, as byokeep key trail shows it"),
     "page_size": ("--limit", ""),
+    "path_pattern": ("--path", "takes a pattern such as services/pay/*"),
     "reason": ("--reason", ""),
     "repository": ("--repo", "takes OWNER/NAME"),
     "repository_pattern": ("--repo", "takes a pattern such as acme/*"),

@@ -21,9 +21,22 @@ _USES = {
     settings_pb2.MODEL_USE_LACKING: " (no key can use it: reviews that would take it are refused)",
 }
 
+#: Every repository, where only paths are given.
+_ALL = "*"
+
 Pattern = Annotated[
     str | None,
     typer.Option("--repo", metavar="PATTERN", help="For these repositories, such as 'acme/*'."),
+]
+
+
+Paths = Annotated[
+    str | None,
+    typer.Option(
+        "--path",
+        metavar="PATTERN",
+        help="Only where such a path is changed, such as 'services/pay/*'.",
+    ),
 ]
 
 
@@ -70,6 +83,7 @@ def list_(session: Session) -> None:
     epilog=examples(
         "byokeep model set openai/gpt-6.1-terra",
         "byokeep model set anthropic/claude-sonnet-5-5 --repo 'acme/*'",
+        "byokeep model set openai/gpt-6-astra --repo acme/shop --path 'services/pay/*'",
     ),
 )
 @command()
@@ -82,9 +96,14 @@ def set_(
         ),
     ],
     repo: Pattern = None,
+    path: Paths = None,
 ) -> None:
-    """Choose the model of the tenant, or of some of its repositories."""
-    settings = _change(session, checked.model(chosen), repo)
+    """Choose the model of the tenant, or of some of its repositories and of paths in them.
+
+    Of the patterns that match, the longest --repo wins, then the longest --path; * matches slashes,
+    too. A review has one model, whatever else it changes.
+    """
+    settings = _change(session, checked.model(chosen), repo, path)
     uses = {settings.default_model: settings.default_model_use} | {
         entry.model: entry.use for entry in settings.model_overrides
     }
@@ -138,23 +157,26 @@ def fallback(
 
 @app.command(epilog=examples("byokeep model unset --repo 'acme/*'"))
 @command()
-def unset(session: Session, repo: Pattern = None) -> None:
+def unset(session: Session, repo: Pattern = None, path: Paths = None) -> None:
     """Take the tenant's default away, or the choice for some of its repositories."""
-    _need_choice(session, repo)
-    _change(session, "", repo)
+    _need_choice(session, repo, path)
+    _change(session, "", repo, path)
 
 
-def _need_choice(session: Session, repo: str | None) -> None:
+def _need_choice(session: Session, repo: str | None, path: str | None) -> None:
     connection = session.connection
     settings = connection.settings.GetSettings(
         settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
     ).settings
-    chosen = [entry.repository_pattern for entry in settings.model_overrides]
-    if repo is None and not settings.default_model:
-        raise CliError("the tenant has no default model", "byokeep model list")
-    if repo is not None and checked.pattern(repo) not in chosen:
-        there = f"; there is one for {', '.join(map(clean, chosen))}" if chosen else ""
-        raise CliError(f"no model is chosen for that pattern of repositories{there}")
+    if repo is None and path is None:
+        if not settings.default_model:
+            raise CliError("the tenant has no default model", "byokeep model list")
+        return
+    wanted = (checked.pattern(repo or _ALL), checked.path_pattern(path) if path else "")
+    entries = settings.model_overrides
+    if wanted not in [(entry.repository_pattern, entry.path_pattern) for entry in entries]:
+        there = f"; there is one for {', '.join(map(_where, entries))}" if entries else ""
+        raise CliError(f"no model is chosen for those patterns{there}")
 
 
 def _models(session: Session) -> list[settings_pb2.Model]:
@@ -163,13 +185,15 @@ def _models(session: Session) -> list[settings_pb2.Model]:
     return list(pages(connection.settings.ListModels, request, "models"))
 
 
-def _change(session: Session, chosen: str, repo: str | None) -> settings_pb2.Settings:
+def _change(
+    session: Session, chosen: str, repo: str | None, path: str | None
+) -> settings_pb2.Settings:
     connection = session.connection
-    if repo is not None:
-        checked.pattern(repo)
+    if repo is not None or path is not None:
         override = settings_pb2.SetModelOverrideRequest(
             parent=connection.parent,
-            repository_pattern=repo,
+            repository_pattern=checked.pattern(repo or _ALL),
+            path_pattern=checked.path_pattern(path) if path else "",
             model=chosen,
             request_id=request_id(),
         )
@@ -202,8 +226,17 @@ def _print_choice(
     if settings.fallback_models:
         session.out.print(f"else:    {clean(', '.join(settings.fallback_models))}")
     for entry in settings.model_overrides:
-        use = _USES.get(entry.use, "")
-        session.out.print(f"{clean(entry.repository_pattern)}: {clean(entry.model)}{use}")
+        notes = _USES.get(entry.use, "")
+        if entry.plan_lacks:
+            notes = f" (does not count: plan {clean(settings.plan)} has no models per repository)"
+        elif entry.matches_none:
+            notes += " (matches the repository of no review so far)"
+        session.out.print(f"{_where(entry)}: {clean(entry.model)}{notes}")
+
+
+def _where(entry: settings_pb2.ModelOverride) -> str:
+    paths = f" {clean(entry.path_pattern)}" if entry.path_pattern else ""
+    return clean(entry.repository_pattern) + paths
 
 
 def _chosen(entry: settings_pb2.Model) -> str:
