@@ -121,12 +121,12 @@ async def test_next_attempt_does_only_what_is_left(stack: Stack) -> None:
     ("failure", "says"),
     [
         ("KEY_RESTRICTED", "scope"),
-        ("QUOTA_EXHAUSTED", "byokeep review retry rev_"),
+        ("QUOTA_EXHAUSTED", "retry the review"),
         ("MODEL_NOT_FOUND", "openai/gpt-6.1-terra"),
         ("BAD_REQUEST", "malformed"),
         ("REFUSED", "refused"),
         ("AMBIGUOUS", "may have been billed"),
-        ("LEASE_REFUSED", "byokeep key show key_"),
+        ("LEASE_REFUSED", "keyvault refused key_"),
     ],
 )
 async def test_what_cannot_help_is_not_repeated(stack: Stack, failure: str, says: str) -> None:

@@ -8,6 +8,7 @@ import json
 import grpc
 import pytest
 import typer
+from byokeep.cli import errors
 from byokeep.cli.errors import BY_CODE, BY_FAILURE, BY_REASON, HINTS, Exit
 from byokeep.common.v1 import error_reason_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
@@ -53,6 +54,30 @@ def test_each_refusal_has_its_exit_code_reason_and_hint(
     assert f"error: A sentence for people. ({reason})" in ran.err
     assert hint in ran.err
     assert ran.out == ""
+
+
+@pytest.mark.parametrize(
+    ("metadata", "hint"),
+    [
+        ({"user": "ann"}, "→ byokeep key add openai --user ann"),
+        ({"user": "ann; rm -rf ."}, "→ byokeep key add openai\n"),
+        ({"state": "PENDING"}, "→ byokeep key show key_000"),
+        ({"state": "REVOKED"}, "name another with --key"),
+    ],
+)
+def test_the_hint_fits_what_is_known(edge, byokeep, metadata, hint):
+    known = {"provider": "openai", "key": "key_" + "0" * 26, **metadata}
+    edge.fail("ListKeys", "FAILED_PRECONDITION", "NO_ACTIVE_KEY", "No active key.", **known)
+    assert hint in byokeep("key", "list").err
+
+
+def test_every_failure_of_a_review_has_a_hint_that_is_a_command():
+    """The API's sentences name none: see test_service_errors."""
+    for value in review_pb2.FailureReason.DESCRIPTOR.values[1:]:
+        reason = value.name.removeprefix("FAILURE_REASON_")
+        hint = errors.failure_hint(reason, "key_1", "rev_1")
+        assert "byokeep " in hint or "key_1" in hint or "rev_1" in hint, reason
+        assert "{" not in hint + errors.wait_hint(reason, "key_1")
 
 
 @pytest.mark.parametrize(

@@ -209,14 +209,6 @@ def test_the_full_name_of_something_else_is_refused(edge, byokeep, name, says):
     assert (ran.code, says in ran.err) == (2, True), ran.err
 
 
-def test_one_remedy_is_enough(edge, byokeep):
-    said = "a key of that name exists; byokeep key rotate key_1 replaces its value"
-    edge.fail("AddKey", "ALREADY_EXISTS", "KEY_EXISTS", said, key="key_1")
-    ran = add(byokeep)
-    assert ran.err.count("byokeep key rotate") == 1
-    assert "→" not in ran.err
-
-
 def test_ambiguous_key_lists_candidates(edge, byokeep):
     both = [edge.add_key(name="one"), edge.add_key(name="two")]
     ran = byokeep("key", "revoke", "openai")

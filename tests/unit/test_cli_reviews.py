@@ -547,7 +547,7 @@ def test_show_list_cancel_retry(edge, byokeep):
 def waiting() -> review_pb2.ReviewWait:
     wait = review_pb2.ReviewWait(
         reason=review_pb2.FAILURE_REASON_KEY_NEEDS_REKEY,
-        message="The provider rejected the key. Run 'byokeep key rotate key_1'.",
+        message="The provider rejected the key.",
     )
     wait.since.FromJsonString("2026-11-29T12:00:00Z")
     wait.next_try_time.FromJsonString("2026-11-29T12:01:00Z")
@@ -558,12 +558,13 @@ def waiting() -> review_pb2.ReviewWait:
 def test_what_a_review_waits_for_is_said_everywhere(edge, byokeep):
     """Why, since when, when it is tried again, and when it is given up."""
     queued = review_pb2.REVIEW_STATE_QUEUED
-    review_id = edge.add_review(state=queued, wait=waiting())
+    key_id = "key_" + "1" * 26
+    review_id = edge.add_review(state=queued, wait=waiting(), key_id=key_id)
     shown = byokeep("review", "show", review_id)
     assert shown.code == 0
     for part in (
         "KEY_NEEDS_REKEY",
-        "byokeep key rotate key_1",
+        f"→ byokeep key rotate {key_id}",
         "Next try at",
         "fails with this at",
     ):

@@ -83,7 +83,7 @@ def test_text_says_all() -> None:
     content, media_type = exports.text(review(finding(), dropped_findings=2))
     assert media_type == "text/plain; charset=utf-8"
     assert content == (
-        "byokeep review of acme/shop #7 at 0123456789ab with openai/some-model:"
+        "Review of acme/shop #7 at 0123456789ab by byokeep with openai/some-model:"
         " 1 finding (1 high)\n"
         "Dropped, for they named no line of the diff: 2\n"
         "\n"

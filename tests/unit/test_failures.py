@@ -63,7 +63,7 @@ def test_every_reason_stands_in_the_table() -> None:
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_every_reason_says_what_to_do_in_whole_sentences(reason: str) -> None:
-    told = failures.failed_sentence(reason, key="key_1", model="m", review="rev_1")
+    told = failures.failed_sentence(reason, key="key_1", model="m")
     assert told.endswith(".")
     assert "{" not in told
     waits = failures.waiting_sentence(reason, key="key_1", cause="TLS")

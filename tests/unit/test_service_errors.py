@@ -65,7 +65,7 @@ def test_a_typed_error_passes_unchanged():
 _COMMAND = re.compile(r"byokeep (key|model|limit|review|admin|tenant|caller|status|doctor|audit)\b")
 
 
-@pytest.mark.parametrize("zone", ["common", "keyvault", "llm_runner"])
+@pytest.mark.parametrize("zone", ["common", "keyvault", "llm_runner", "orchestrator"])
 def test_no_sentence_of_a_service_names_a_command(zone):
     """Most callers have no command: `byokeep` itself adds it, from the reason."""
     found = []

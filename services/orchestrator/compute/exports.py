@@ -188,7 +188,7 @@ def _headline(review: Review) -> str:
     what = review.repository + (f" #{review.pull_request}" if review.pull_request else "")
     if review.head_commit:
         what += f" at {review.head_commit[:12]}"
-    return _line(f"byokeep review of {what} with {review.model}: {_count(review.findings)}")
+    return _line(f"Review of {what} by byokeep with {review.model}: {_count(review.findings)}")
 
 
 def _count(findings: Iterable[Finding]) -> str:

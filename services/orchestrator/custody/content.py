@@ -193,7 +193,7 @@ def expired() -> ByokeepError:
         grpc.StatusCode.FAILED_PRECONDITION,
         "CONTENT_EXPIRED",
         "the review's content was kept as long as this deployment keeps it, and is gone;"
-        " byokeep review list still shows the review",
+        " the list of reviews still has the review",
     )
 
 

@@ -85,7 +85,7 @@ class Row(NamedTuple):
     verdict: str = "UNREACHABLE"
 
 
-_LATER: Final = " Run 'byokeep review retry {review}' later."
+_LATER: Final = " Retry the review later."
 TABLE: Final[Mapping[str, Row]] = {
     # --- waits
     "RUNNER_UNAVAILABLE": Row(Follows.WAIT, "No runner answered." + _LATER, "No runner answers."),
@@ -108,17 +108,16 @@ TABLE: Final[Mapping[str, Row]] = {
     "TENANT_SUSPENDED": Row(
         Follows.WAIT,
         "The tenant is suspended, or its leases are held back. Once an operator has resumed it,"
-        " run 'byokeep review retry {review}'.",
-        "The tenant is suspended, or its leases are held back, until an operator resumes it:"
-        " 'byokeep doctor' says which.",
+        " retry the review.",
+        "The tenant is suspended, or its leases are held back, until an operator resumes it.",
         Holds.TENANT,
     ),
     "KEY_NEEDS_REKEY": Row(
         Follows.WAIT,
-        "The provider rejected the key, and no new version came. Run 'byokeep key rotate {key}',"
-        " then 'byokeep review retry {review}'.",
-        "The provider rejected the key. Make a new one in the provider's console, and run"
-        " 'byokeep key rotate {key}': the review goes on by itself then.",
+        "The provider rejected the key, and no new version came. Add a new version of {key}, then"
+        " retry the review.",
+        "The provider rejected the key. Make a new one in the provider's console, and add it as a"
+        " new version of {key}: the review goes on by itself then.",
         Holds.KEY,
         until_told=True,
         newer=True,
@@ -139,8 +138,8 @@ TABLE: Final[Mapping[str, Row]] = {
     # --- is tried again
     "KEY_REJECTED": Row(
         Follows.RETRY,
-        "The provider rejected the key for reviews, though it lists models for it. Run 'byokeep"
-        " key rotate {key}', then 'byokeep review retry {review}'.",
+        "The provider rejected the key for reviews, though it lists models for it. Add a new"
+        " version of {key}, then retry the review.",
         "The provider rejected the key once; its model list is asked before the key counts as"
         " rejected.",
         Holds.KEY,
@@ -157,45 +156,42 @@ TABLE: Final[Mapping[str, Row]] = {
     ),
     "CHILD_LOST": Row(
         Follows.RETRY,
-        "The process that ran the review died. Run 'byokeep review retry {review}'.",
+        "The process that ran the review died. Retry the review.",
         "The process that ran the review died.",
     ),
     "TIMEOUT": Row(
         Follows.RETRY,
-        "The attempt took longer than it may. Run 'byokeep review retry {review}', or review a"
-        " smaller diff.",
+        "The attempt took longer than it may. Retry the review, or review a smaller diff.",
         "The attempt took longer than it may.",
     ),
     # --- is final
     "KEY_RESTRICTED": Row(
         Follows.END,
-        "The key lacks a scope that a review needs. Widen it at the provider, or run 'byokeep key"
-        " rotate {key}'.",
+        "The key lacks a scope that a review needs. Widen it at the provider, or add a new"
+        " version of {key}.",
         verdict="RESTRICTED",
     ),
     "QUOTA_EXHAUSTED": Row(
         Follows.END,
-        "The key's quota or credit is gone. Raise it at the provider, then run 'byokeep review"
-        " retry {review}'.",
+        "The key's quota or credit is gone. Raise it at the provider, then retry the review.",
         verdict="QUOTA_EXHAUSTED",
     ),
     "MODEL_NOT_FOUND": Row(
         Follows.END,
-        "The provider does not know {model}, or the key can't use it. Choose another with"
-        " 'byokeep model set' or --model.",
+        "The provider does not know {model}, or the key can't use it. Choose another.",
         other_model=True,
     ),
     "BAD_REQUEST": Row(Follows.END, "The provider refused the request as malformed."),
     "BAD_RESPONSE": Row(
         Follows.END,
-        "The model's answer was cut, empty or not of the asked shape. Run 'byokeep review retry"
-        " {review}', or choose another model.",
+        "The model's answer was cut, empty or not of the asked shape. Retry the review, or choose"
+        " another model.",
     ),
     "REFUSED": Row(Follows.END, "The model refused to review this diff."),
     "CONTEXT_TOO_LONG": Row(
         Follows.END,
         "The request is longer than the context of {model}, also in small parts. Review a smaller"
-        " diff, give fewer --context files, or choose another model.",
+        " diff, give fewer context files, or choose another model.",
     ),
     "REGION_REFUSED": Row(
         Follows.END,
@@ -204,13 +200,13 @@ TABLE: Final[Mapping[str, Row]] = {
     ),
     "AMBIGUOUS": Row(
         Follows.END,
-        "A call was sent and its answer lost; it may have been billed, so it was not repeated. Run"
-        " 'byokeep review retry {review}' to make it again.",
+        "A call was sent and its answer lost; it may have been billed, so it was not repeated."
+        " Retry the review to make it again.",
         "A call's answer was lost; it is made again, as the tenant's settings say.",
     ),
     "LEASE_REFUSED": Row(
         Follows.END,
-        "keyvault refused the key for this attempt. Run 'byokeep key show {key}'.",
+        "keyvault refused {key} for this attempt. Look at its state.",
         newer=True,
     ),
     "KEY_REVOKED": Row(
@@ -218,8 +214,8 @@ TABLE: Final[Mapping[str, Row]] = {
     ),
     "DAILY_LIMIT": Row(
         Follows.END,
-        "The tenant's ceiling of provider calls in 24 hours is reached; nothing more was sent. Run"
-        " 'byokeep review retry {review}' later, or raise it with 'byokeep limit set'.",
+        "The tenant's ceiling of provider calls in 24 hours is reached; nothing more was sent."
+        " Retry the review later, or raise the ceiling.",
     ),
     "CONTENT_UNREADABLE": Row(
         Follows.END, "What was submitted can't be opened any more. Submit it again."
@@ -334,11 +330,9 @@ def of_unreachable(cause: str) -> str:
     return "NETWORK" if cause else "PROVIDER_UNAVAILABLE"
 
 
-def failed_sentence(
-    reason: str, *, key: str, model: str, review: str, lost_call: bool = False
-) -> str:
+def failed_sentence(reason: str, *, key: str, model: str, lost_call: bool = False) -> str:
     """Return what a review that failed tells its tenant: why, and what to do."""
-    sentence = TABLE[reason].failed.format(key=key, model=model, review=review)
+    sentence = TABLE[reason].failed.format(key=key, model=model)
     return sentence + _LOST_CALL if lost_call and reason != "AMBIGUOUS" else sentence
 
 

@@ -174,12 +174,9 @@ def _ended(source: KeySource, keys: Sequence[custody_pb2.ProviderKey]) -> Byokee
     if key.state not in ENDED:
         return no_key(provider_id(key.provider), keys)
     state = custody_pb2.KeyVersionState.Name(key.state).removeprefix("KEY_VERSION_STATE_")
-    remedy = "name another with --key"
+    remedy = "name another"
     if source is KeySource.REPOSITORY:
-        remedy = (
-            "give the repository another with 'byokeep key assign KEY --repo PATTERN', or none with"
-            " 'byokeep key unassign --repo PATTERN'"
-        )
+        remedy = "give the repository another, or none"
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "NO_ACTIVE_KEY",
@@ -214,9 +211,8 @@ def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = "
             return ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "KEY_NEEDS_REKEY",
-                f"the provider rejected this key; run 'byokeep key rotate {key_id}'",
+                f"the provider rejected {key_id}: add a new version of it",
                 key=key_id,
-                rotate=f"byokeep key rotate {key_id}",
             )
     # Of several, the one that was added last.
     for key in sorted(keys, key=lambda key: key.name, reverse=True):
@@ -225,20 +221,22 @@ def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = "
             return ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "NO_ACTIVE_KEY",
-                f"{key_id} is PENDING until its provider says that it accepts it;"
-                f" 'byokeep key show {key_id}' says how far that is",
+                f"{key_id} is PENDING until its provider says that it accepts it",
                 provider=provider,
                 key=key_id,
                 state="PENDING",
             )
-    return ByokeepError(
+    error = ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "NO_ACTIVE_KEY",
         f"no active {provider or 'provider'} key"
         + (f" of user {user}, whose reviews run on the user's own keys" if user else "")
-        + f"; run 'byokeep key add {provider or 'PROVIDER'}{f' --user {user}' if user else ''}'",
+        + ": add one",
         provider=provider,
     )
+    if user:
+        error.metadata["user"] = user
+    return error
 
 
 def validation_delay(attempts: int) -> float:

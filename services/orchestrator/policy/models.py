@@ -92,8 +92,7 @@ def not_usable(
         "MODEL_NOT_USABLE",
         f"{model}{f', {whose}' if whose else ''}: {which} use a model of that name,"
         f" by its provider's list{since}"
-        + (f"; the nearest: {', '.join(nearest)}" if nearest else "")
-        + f"; 'byokeep key check {key_id}' asks for the list anew",
+        + (f"; the nearest: {', '.join(nearest)}" if nearest else ""),
         model=str(model),
         nearest=",".join(nearest),
         key=key_id,
@@ -144,7 +143,7 @@ def choose_model(candidates: Mapping[Source, str], keys: Keys, catalog: Catalog)
     raise ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "NO_MODEL",
-        f"there are keys for {', '.join(most)} and {last}, and no model is chosen:"
-        " run 'byokeep model set PROVIDER/MODEL', or name one with --model",
-        set="byokeep model set PROVIDER/MODEL",
+        f"there are keys for {', '.join(most)} and {last}, and no model is chosen: set the"
+        " tenant's, or name one with the review",
+        providers=",".join(providers),
     )

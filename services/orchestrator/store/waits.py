@@ -75,9 +75,7 @@ class WaitStore:
         async with self._database.statement() as session:
             await session.run(sql_waits.STALLED)
             for row in await session.all(sql_waits.WAITED_TOO_LONG, {"seconds": self._limit}):
-                message = failures.failed_sentence(
-                    row.reason, key=row.key_id, model=row.model, review=row.review_id
-                )
+                message = failures.failed_sentence(row.reason, key=row.key_id, model=row.model)
                 await session.run(
                     sql_waits.GIVE_UP,
                     {"attempt_id": row.attempt_id, "reason": row.reason, "message": message},

@@ -369,7 +369,6 @@ def review_ending(
         decision.reason,
         key=work.key_id,
         model=f"{work.provider}/{work.model}",
-        review=work.review_id,
         lost_call=failure.ambiguous,
     )
     return Ending(state, "FAILED", decision.reason, sentence, failure.ambiguous, failure.cause)

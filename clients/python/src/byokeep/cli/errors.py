@@ -84,14 +84,23 @@ _FAILURE_HINTS: Mapping[str, str] = {
     "AMBIGUOUS": "look at the provider's bill, then {retry}",
 }
 
+_WAIT_HINTS: Mapping[str, str] = {
+    "KEY_NEEDS_REKEY": "byokeep key rotate {key}",
+    "TENANT_SUSPENDED": "byokeep doctor says which",
+}
+_OTHER_KEY = (
+    "name another with --key; byokeep key assign and unassign --repo PATTERN change a repository's"
+)
+
 HINTS: Mapping[str, str] = {
     "KEY_EXISTS": "byokeep key rotate {key}; of a revoked one: byokeep key destroy {key}, then add",
     "KEY_NEEDS_REKEY": "byokeep key rotate {key}",
     "UNDECRYPTABLE": "byokeep key rotate {key}",
-    "NO_ACTIVE_KEY": "byokeep key add {provider}",
-    "NO_MODEL": "byokeep model list, then byokeep model set PROVIDER/MODEL",
+    "NO_ACTIVE_KEY": "byokeep key add {provider}{user}",
+    "NO_MODEL": "byokeep model list, then byokeep model set PROVIDER/MODEL, or --model",
+    "CONTENT_EXPIRED": "byokeep review list still shows the review",
     "MODEL_INVALID": "byokeep model list",
-    "MODEL_NOT_USABLE": "byokeep model list",
+    "MODEL_NOT_USABLE": "byokeep model list; byokeep key check {key} asks the provider anew",
     "CALLER_NOT_ALLOWED": "byokeep doctor shows which roles this identity has",
     "TENANT_NOT_ALLOWED": "an operator allows it: byokeep caller allow SPIFFE_ID --role ROLE"
     " --tenant TENANT; byokeep doctor shows your SPIFFE ID and roles",
@@ -117,6 +126,11 @@ HINTS: Mapping[str, str] = {
     " from whom you trust, and compare",
     "INTAKE_KEY_EXPIRED": "repeat the command: it asks for a new intake key",
 }
+_OF_STATES: Mapping[tuple[str, str], str] = {
+    ("NO_ACTIVE_KEY", "PENDING"): "byokeep key show {key} says how far that is",
+    ("NO_ACTIVE_KEY", "REVOKED"): _OTHER_KEY,
+    ("NO_ACTIVE_KEY", "DESTROYED"): _OTHER_KEY,
+}
 _OPERATOR_HINT = "takes an operator of the deployment"
 _MISSING_HINTS: Mapping[str, str] = {
     "provider key": "byokeep key list shows what this tenant has",
@@ -128,6 +142,7 @@ _CODE_HINTS: Mapping[str, str] = {
     "DEADLINE_EXCEEDED": "byokeep doctor checks configuration, certificates and both endpoints",
     "UNAUTHENTICATED": "byokeep doctor checks the certificate that you present",
 }
+_USER = re.compile(r"[A-Za-z0-9._@+-]{1,128}")
 _PLACEHOLDERS = {
     "key": re.compile(r"key_[0-9a-z]{26}"),
     "provider": re.compile(r"openai|anthropic|gemini"),
@@ -175,18 +190,13 @@ def from_rpc(error: grpc.RpcError, profile: Profile | None) -> CliError:
         message = said_of(metadata.get("field", ""), message)
     return CliError(
         message=message,
-        hint=unless_said(message, _hint(reason, metadata) or _CODE_HINTS.get(code, "")),
+        hint=_hint(reason, metadata) or _CODE_HINTS.get(code, ""),
         exit_code=BY_REASON.get(reason) or BY_CODE.get(code, Exit.UNAVAILABLE),
         reason=reason,
         code=code,
         metadata=metadata,
         details=f"{code}: {clean(info.message)}",
     )
-
-
-def unless_said(message: str, hint: str) -> str:
-    """Return the hint; nothing where the sentence itself names a command: one remedy is enough."""
-    return "" if "byokeep " in message else hint
 
 
 def failure_exit(failure: str) -> Exit:
@@ -200,6 +210,11 @@ def failure_hint(failure: str, key_id: str, review_id: str) -> str:
     return _FAILURE_HINTS.get(failure, retry).format(key=key_id or "KEY", retry=retry)
 
 
+def wait_hint(reason: str, key_id: str) -> str:
+    """Return what ends a review's wait, where somebody can end it; else an empty text."""
+    return _WAIT_HINTS.get(reason, "").format(key=key_id or "KEY")
+
+
 def _hint(reason: str, metadata: Mapping[str, str]) -> str:
     if reason == "TENANT_NOT_ALLOWED" and metadata.get("roles") == "operator":
         return _OPERATOR_HINT
@@ -210,7 +225,10 @@ def _hint(reason: str, metadata: Mapping[str, str]) -> str:
     for name, pattern in _PLACEHOLDERS.items():
         value = metadata.get(name, "")
         values[name] = value if pattern.fullmatch(value) else name.upper()
-    return HINTS.get(reason, "").format(**values)
+    user = metadata.get("user", "")
+    values["user"] = f" --user {user}" if _USER.fullmatch(user) else ""
+    hint = _OF_STATES.get((reason, metadata.get("state", ""))) or HINTS.get(reason, "")
+    return hint.format(**values)
 
 
 def unreachable(info: ErrorInfo, profile: Profile | None) -> tuple[str, str]:

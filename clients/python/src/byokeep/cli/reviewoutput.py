@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from byokeep import names
+from byokeep.cli.errors import wait_hint
 from byokeep.cli.output import Output, short, state_text, when
 from byokeep.cli.text import clean, count
 from byokeep.orchestrator.v1 import review_pb2
@@ -71,7 +72,8 @@ def progress_line(review: review_pb2.Review) -> str:
     parts += _now(review.progress)
     if review.HasField("wait"):
         parts[0] = f"review {review_id(review)} waits since {when(review.wait.since)}"
-        parts.append(f"{wait_reason(review)}: {wait_text(review)}")
+        hint = wait_hint(wait_reason(review), clean(review.key_id))
+        parts.append(f"{wait_reason(review)}: {wait_text(review)}{f' → {hint}' if hint else ''}")
     return ", ".join(parts)
 
 
@@ -121,6 +123,8 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
         out.hanging(
             Text("waits  "), Text(f"{wait_reason(review)} since {since}: {wait_text(review)}")
         )
+        if hint := wait_hint(wait_reason(review), clean(review.key_id)):
+            out.hanging(Text("       "), Text(f"→ {hint}"))
     if review.ambiguous_calls:
         out.warn(
             f"lost answers of provider calls: {review.ambiguous_calls};"

@@ -11,7 +11,7 @@ import typer
 
 from byokeep import names
 from byokeep.cli import checked, interrupt
-from byokeep.cli.errors import CliError, Exit, failure_exit, failure_hint, unless_said
+from byokeep.cli.errors import CliError, Exit, failure_exit, failure_hint
 from byokeep.cli.output import message_dict, short
 from byokeep.cli.reviewoutput import (
     at_least,
@@ -147,7 +147,7 @@ def _failed(review: Review) -> CliError:
     failure = short(review_pb2.FailureReason, review.failure)
     code = failure_exit(failure)
     message = clean(review.failure_message) or "the review failed"
-    hint = unless_said(message, failure_hint(failure, clean(review.key_id), review_id(review)))
+    hint = failure_hint(failure, clean(review.key_id), review_id(review))
     return CliError(message, hint, code, failure or "REVIEW_FAILED")
 
 
