@@ -21,12 +21,13 @@ def test_a_stack_runs_on_certificates_that_are_made_by_hand():
     diff = (ROOT / "deploy/local/demo.diff").read_text()
     with throwaway_state(in_memory=True) as state:
         _run(block(PAGE, "by-hand"), state.pki)
-        for suffix in ("pem", "key"):
-            name = f"developer.{suffix}"
-            (state.pki / name).rename(state.client / name)
+        for path in _files(state.pki, ("operator", "developer")):
+            path.rename(state.client / path.name)
         names = ("ca", "keyvault", "orchestrator", "runner")
         made = {path: path.read_bytes() for path in _files(state.pki, names)}
-        made |= {path: path.read_bytes() for path in _files(state.client, ("developer",))}
+        made |= {
+            path: path.read_bytes() for path in _files(state.client, ("operator", "developer"))
+        }
         with LocalStack(state), byokeep.connect(config=state.config) as connection:
             connection.add_key("openai", "sk-proj-" + "aB3x" * 10)
             assert connection.review(diff, "acme/shop").finding_count == 8
