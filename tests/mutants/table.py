@@ -43,6 +43,13 @@ _UNTURNED = _GUARD.replace("turn = %(turn)s", "%(turn)s >= 0")
 
 MUTANTS = (
     Mutant(
+        "whoever reaches the control of a stack in a container commands it",
+        "deploy/local/control.py",
+        """            if command != "health" and not known:\n""",
+        """            if command == "" and not known:\n""",
+        ("tests/unit/test_stack_control.py::test_only_the_token_commands",),
+    ),
+    Mutant(
         "a service takes a schema that is older than its code",
         "services/common/postgres.py",
         "    if found < revision:\n",
