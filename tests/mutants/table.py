@@ -2635,6 +2635,13 @@ MUTANTS = (
         (_CLI_REVIEWS + "test_what_is_no_file_of_the_checkout_does_not_travel",),
     ),
     Mutant(
+        "a link leads to what a pipeline wrote into the checkout",
+        _CLI + "files.py",
+        "    if linked:\n",
+        "    if False:\n",
+        (_CLI_REVIEWS + "test_a_link_leads_to_nothing_that_a_pipeline_wrote",),
+    ),
+    Mutant(
         "a link that appears after the look is followed",
         _CLI + "files.py",
         "_FLAGS | os.O_NOFOLLOW, dir_fd=folder",

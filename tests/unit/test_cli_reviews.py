@@ -286,14 +286,48 @@ def secret(tmp_path_factory):
 
 
 def test_a_files_path_is_that_in_the_checkout(edge, byokeep, checkout, monkeypatch):
-    """A link may be followed where it leads to a file of the checkout."""
+    """A link may be followed where it leads to a file of the commit."""
     (checkout / "docs").mkdir()
     (checkout / "docs" / "real.md").write_text("r")
     (checkout / "link.md").symlink_to("docs/real.md")
+    git("add", ".")
+    git("commit", "-m", "two")
     edge.states = [COMPLETED]
     monkeypatch.chdir("docs")
     assert submit(byokeep, "--context", "real.md", "--context", "../link.md").code == 0
-    assert [file.path for file in sent(edge).input.context_files] == ["docs/real.md"] * 2
+    files = sent(edge).input.context_files
+    assert [(file.path, file.content) for file in files] == [("docs/real.md", "r")] * 2
+
+
+@pytest.mark.parametrize("option", ["--context", "--guidance"])
+@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("link", ["guide.md", "docs"])
+def test_a_link_leads_to_nothing_that_a_pipeline_wrote(
+    edge, byokeep, checkout, option, committed, link
+):
+    """Its author knows where a pipeline puts its tokens, and may commit a file of that name. Shown
+    to fail where a link is read from the disk."""
+    place = checkout / "tools"
+    place.mkdir()
+    (place / "guide.md").write_text("none yet\n")
+    (checkout / "docs").mkdir()
+    if link == "docs":
+        (checkout / "docs").rmdir()
+        (checkout / "docs").symlink_to("tools")
+    else:
+        (checkout / "docs" / "guide.md").symlink_to("../tools/guide.md")
+    git("add", "docs", *(["tools"] if committed else []))
+    git("commit", "-m", "a link")
+    (place / "guide.md").write_text("//registry/:_authToken=CANARY\n")
+    edge.states = [COMPLETED]
+    ran = submit(byokeep, option, "docs/guide.md")
+    if not committed:
+        assert (ran.code, "leads only to what is committed" in ran.err) == (2, True), ran.err
+        assert edge.requests == []
+        return
+    given = sent(edge).input
+    assert [given.guidance, *(one.content for one in given.context_files)][-1] == "none yet\n"
+    assert b"CANARY" not in given.SerializeToString()
 
 
 @pytest.mark.parametrize("option", ["--context", "--guidance"])
@@ -304,7 +338,7 @@ def test_a_files_path_is_that_in_the_checkout(edge, byokeep, checkout, monkeypat
         (lambda path, secret: path.symlink_to("/proc/self/environ"), "not in"),
         (lambda path, secret: path.symlink_to("/dev/zero"), "not in"),
         (lambda path, secret: path.symlink_to(".git/config"), "part of .git"),
-        (lambda path, secret: path.symlink_to("x"), "can't be read"),
+        (lambda path, secret: path.symlink_to("x"), "leads only to"),
         (lambda path, secret: os.mkfifo(path), "no regular file"),
         (lambda path, secret: path.mkdir(), "no regular file"),
     ],

@@ -1,7 +1,8 @@
 """Files that a review is given, read to a bound.
 
 Who wrote the change that is reviewed may have written the files of the checkout too: a symbolic
-link to a private key or to `/proc/self/environ` must not travel to a model.
+link to a private key or to `/proc/self/environ` must not travel to a model, nor one to what a
+pipeline has written into the checkout (`.npmrc`, `.env`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 def of_checkout(path: Path, limit: int) -> tuple[str, bytes]:
     """Return a file's path in the checkout, or the working directory where there is none, and its
-    content, at most one byte more than `limit`.
+    content, at most one byte more than `limit`. What a link leads to is read from the commit that
+    is checked out.
 
     Raises:
         CliError: it is not there, no regular file, not in the checkout, or a part of `.git`.
     """
     root = gitinfo.root() or Path.cwd()
+    linked = _through_link(path, root)
     full = Path(os.path.realpath(path))
     if not full.is_relative_to(root):
         raise CliError(
@@ -37,6 +40,8 @@ def of_checkout(path: Path, limit: int) -> tuple[str, bytes]:
     inside = full.relative_to(root)
     if any(part.lower() == ".git" for part in inside.parts):
         raise CliError(f"{path} is a part of .git, which may hold credentials")
+    if linked:
+        return inside.as_posix(), _committed(path, inside, limit)
     try:
         return inside.as_posix(), _beneath(root, inside, limit)
     except OSError as error:
@@ -62,6 +67,28 @@ def any_file(path: str, limit: int) -> bytes:
     except OSError as error:
         reason = error.strerror
     raise CliError(f"{path} can't be read: {reason}")
+
+
+def _through_link(path: Path, root: Path) -> bool:
+    """Whether a part of a path is a symbolic link that lies in the checkout."""
+    full = Path.cwd() / path
+    return any(
+        part.is_symlink() and Path(os.path.realpath(part.parent)).is_relative_to(root)
+        for part in (full, *full.parents)
+    )
+
+
+def _committed(path: Path, inside: Path, limit: int) -> bytes:
+    checkout = gitinfo.checkout()
+    if checkout is not None:
+        show = ("git", "cat-file", "blob", f"HEAD:{inside.as_posix()}")
+        done = gitinfo.run(show, {}, checkout.root, limit=limit)
+        if done.returncode == 0:
+            return done.stdout
+    raise CliError(
+        f"{path} is a link to {inside}, and a link leads only to what is committed",
+        "name the file itself",
+    )
 
 
 def _beneath(root: Path, inside: Path, limit: int) -> bytes:
