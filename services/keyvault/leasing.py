@@ -28,7 +28,7 @@ from services.keyvault.envelope import (
     decrypt,
 )
 from services.keyvault.grants import GrantRefusedError, check_holder, refused, verify
-from services.keyvault.redemption import Redeemed, Redemption, lease_event
+from services.keyvault.redemption import LIFE, Redeemed, Redemption, lease_event
 from services.keyvault.store import jobs as job_store
 from services.keyvault.store import leases as store
 
@@ -79,9 +79,7 @@ class Leasing:
             lease_id=redeemed.lease.lease_id,
             sealed_key=await self._open(grant, redeemed, request),
         )
-        answer.expire_time.seconds, answer.expire_time.nanos = chain.stamp(
-            redeemed.lease.expire_time
-        )
+        answer.life.FromTimedelta(LIFE)
         return answer
 
     async def _open(

@@ -163,6 +163,7 @@ class Attempt:
     async def _lease(
         self, proceed: runner_pb2.Proceed, accepted: runner_pb2.Accepted
     ) -> lease_pb2.LeaseKeyResponse:
+        asked = time.monotonic()
         try:
             async with self._means.watch.leasing():
                 leased = await self._means.leases.lease(proceed.grant, accepted)
@@ -177,7 +178,7 @@ class Attempt:
                     message="keyvault's revocation stream is lost; no key is leased without it.",
                 )
             )
-        self._limit(leased.expire_time.ToNanoseconds() / 1e9 - time.time())
+        self._limit(asked + leased.life.ToNanoseconds() / 1e9 - time.monotonic())
         return leased
 
     async def _opened(self, payload: bytes) -> None:

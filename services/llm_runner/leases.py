@@ -119,6 +119,12 @@ _REFUSED: Final = {
         review_pb2.FAILURE_REASON_KEY_NEEDS_REKEY,
         "The provider rejected this version of the key before.",
     ),
+    # A clock is off, an orchestrator's new key is not mounted yet, or the grant lay too long: the
+    # next may be taken.
+    "GRANT_REFUSED": (
+        review_pb2.FAILURE_REASON_KEYVAULT_UNAVAILABLE,
+        "keyvault did not believe the grant.",
+    ),
     "DATABASE_ROLLED_BACK": (
         review_pb2.FAILURE_REASON_KEYVAULT_UNAVAILABLE,
         "keyvault gives no lease until an operator has looked.",

@@ -304,7 +304,8 @@ def test_a_diff_that_is_none_fails_before_a_lease(bench, diff, sentence):
 @pytest.mark.parametrize(
     ("code", "name", "metadata", "expected"),
     [
-        (grpc.StatusCode.PERMISSION_DENIED, "GRANT_REFUSED", {}, "LEASE_REFUSED"),
+        (grpc.StatusCode.PERMISSION_DENIED, "GRANT_REFUSED", {}, "KEYVAULT_UNAVAILABLE"),
+        (grpc.StatusCode.DATA_LOSS, "ROW_TAMPERED", {}, "LEASE_REFUSED"),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "LEASE_CAP", {}, "LEASE_CAP"),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", {}, "KEYVAULT_UNAVAILABLE"),
         (grpc.StatusCode.UNAVAILABLE, "AUDIT_UNAVAILABLE", {}, "KEYVAULT_UNAVAILABLE"),

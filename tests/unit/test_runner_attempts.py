@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import time
+from types import SimpleNamespace
 
 import pytest
+from byokeep.keyvault.v1 import lease_pb2
 from byokeep.runner.v1 import runner_pb2
 
 from services.common.errors import ByokeepError
 from services.llm_runner import attempts as attempts_module
+from services.llm_runner.attempt import Attempt, Means
 from services.llm_runner.attempts import Attempts
 from services.llm_runner.channel import ParentEnd
 from services.llm_runner.outbox import Outbox
@@ -107,3 +112,28 @@ async def test_a_higher_fence_takes_an_attempt_over():
     assert attempts.find("att_1", 2) is second
     await attempts.close(2)
     assert all(child.gone.is_set() for child in spawner.children)
+
+
+async def test_a_lease_lasts_as_long_by_a_clock_that_is_off(monkeypatch):
+    """An hour ahead, every child was killed when it had its key (TIMEOUT); an hour behind, one
+    outlived its lease. Shown to fail where the end of the lease is a time of day."""
+
+    @contextlib.asynccontextmanager
+    async def leasing():
+        yield
+
+    async def lease(grant, accepted):
+        return lease_pb2.LeaseKeyResponse(lease_id="lea_1", life={"seconds": 900})
+
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    watch = SimpleNamespace(leasing=leasing, track=lambda lease_id, stop: None, healthy=True)
+    means = Means(dialer=None, leases=SimpleNamespace(lease=lease), watch=watch)
+    assign = runner_pb2.Assign(attempt_id="att_1", fence=1, timeout_seconds=7200)
+    child = FakeChild()
+    attempt = Attempt(assign, child, means)
+    await attempt._lease(runner_pb2.Proceed(), runner_pb2.Accepted())
+    assert 890 < attempt._timer.when() - asyncio.get_running_loop().time() <= 900
+    attempt._timer.cancel()
+    child.kill()
+    child.channel.close()

@@ -83,7 +83,7 @@ class FakeKeyvault(lease_pb2_grpc.LeaseServiceServicer):
         )
         self.before_answer(lease_id)
         answer = lease_pb2.LeaseKeyResponse(lease_id=lease_id, sealed_key=sealed)
-        answer.expire_time.FromNanoseconds(time.time_ns() + int(self.life_seconds * 1e9))
+        answer.life.FromNanoseconds(int(self.life_seconds * 1e9))
         return answer
 
     def ReleaseLease(self, request, context):
