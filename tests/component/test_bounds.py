@@ -299,7 +299,8 @@ LIKE: Final = {
     "RetryReview": "ListReviews",
     "AllowCaller": "ListCallers",
     **dict.fromkeys(
-        ("SetPlan", "UpdateSettings", "SetModelOverride", "SetRepositoryKey"), "GetSettings"
+        ("SetPlan", "SetKeyCustody", "UpdateSettings", "SetModelOverride", "SetRepositoryKey"),
+        "GetSettings",
     ),
     **dict.fromkeys(
         ("AddKey", "RotateKey", "CheckKey", "WatchKey", "RevokeKey", "DestroyKey", "RollBackKey"),

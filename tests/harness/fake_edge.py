@@ -498,6 +498,11 @@ class _Settings(_Fake, settings_pb2_grpc.SettingsServiceServicer):
         self.edge.settings.plan = request.plan
         return settings_pb2.SetPlanResponse(settings=self.edge.settings)
 
+    def SetKeyCustody(self, request, context):
+        self.edge.meet(request, context)
+        self.edge.settings.managed_keys = request.managed_keys
+        return settings_pb2.SetKeyCustodyResponse(settings=self.edge.settings)
+
     def SetModelOverride(self, request, context):
         self.edge.meet(request, context)
         self.edge.settings.model_overrides.add(

@@ -1413,7 +1413,7 @@ MUTANTS = (
     Mutant(
         "a source of keys that is broken is passed over",
         _OR + "policy/keys.py",
-        "raise _ended(source, ours) if exact else no_key(provider, ours, self.user)",
+        "raise _ended(source, ours) if exact else self.refusal(provider, ours)",
         "continue",
         (
             "tests/unit/test_orchestrator_policy.py"
@@ -1458,6 +1458,48 @@ MUTANTS = (
         (
             "tests/component/test_orchestrator_keys.py"
             "::test_a_listed_model_takes_the_place_of_one_that_the_key_lacks",
+        ),
+    ),
+    Mutant(
+        "a key-admin changes managed keys",
+        _OR + "api/access.py",
+        "role = options_pb2.TENANT_ROLE_OPERATOR if managed else options_pb2.TENANT_ROLE_KEY_ADMIN",
+        "role = options_pb2.TENANT_ROLE_KEY_ADMIN",
+        (
+            "tests/component/test_orchestrator_managed.py::test_operators_and_key_admins_change_each_their_own",
+        ),
+    ),
+    Mutant(
+        "an operator changes tenants' own keys",
+        _OR + "api/access.py",
+        "if role not in self.roles:",
+        "if managed and role not in self.roles:",
+        (
+            "tests/component/test_orchestrator_managed.py::test_operators_and_key_admins_change_each_their_own",
+        ),
+    ),
+    Mutant(
+        "an operator sees tenants' own keys",
+        _OR + "api/access.py",
+        "if self.roles == {options_pb2.TENANT_ROLE_OPERATOR}:",
+        "if False:",
+        ("tests/component/test_orchestrator_managed.py::test_operators_see_managed_keys_alone",),
+    ),
+    Mutant(
+        "a user is called the operator",
+        _OR + "api/access.py",
+        "if user == OPERATOR:",
+        "if False:",
+        ("tests/component/test_orchestrator_managed.py::test_no_user_is_called_the_operator",),
+    ),
+    Mutant(
+        "managed keys stand in for a tenant's own",
+        _OR + "policy/keys.py",
+        "return [key for key in keys if (key.owner == OPERATOR) is managed]",
+        "return list(keys)",
+        (
+            "tests/unit/test_orchestrator_policy.py"
+            "::test_managed_keys_and_the_tenants_own_never_stand_in_for_each_other",
         ),
     ),
     Mutant(

@@ -369,3 +369,12 @@ def test_whose_key_is_shown_and_set(edge, byokeep):
     assert "order: user's reviews" in byokeep("key", "order", "--default").out
     assert byokeep("key", "order", "team", "--default").code == 2
     assert byokeep("key", "order", "team", "team").code == 2
+
+
+def test_a_managed_key_is_the_operators(edge, byokeep):
+    assert add(byokeep, "--managed").code == 0
+    (request,) = edge.sent(key_pb2.AddKeyRequest)
+    assert request.user == "+operator"
+    assert " managed " in byokeep("key", "list").out
+    assert "owner     the operator: it is managed" in byokeep("key", "show", "openai").out
+    assert add(byokeep, "--managed", "--user", "ann").code == 2

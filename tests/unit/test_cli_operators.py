@@ -355,3 +355,15 @@ def test_models_that_take_anothers_place_are_listed(edge, byokeep):
     assert "else:" not in byokeep("model", "fallback", "--none").out
     for wrong in ((), ("openai/a", "--none"), ("gpt",), ("openai/a", "openai/a")):
         assert byokeep("model", "fallback", *wrong).code == 2
+
+
+def test_whose_keys_a_tenant_runs_on_is_set(edge, byokeep):
+    assert (
+        "run on managed keys, and on no others"
+        in byokeep("tenant", "set-keys", "demo", "managed").out
+    )
+    assert "keys: managed" in byokeep("key", "order").out
+    assert "the tenant's own keys" in byokeep("tenant", "set-keys", "demo", "own").out
+    sent = edge.sent(settings_pb2.SetKeyCustodyRequest)
+    assert [one.managed_keys for one in sent] == [True, False]
+    assert byokeep("tenant", "set-keys", "demo", "both").code == 2

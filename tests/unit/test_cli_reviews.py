@@ -764,3 +764,13 @@ def test_a_model_in_anothers_place_says_why(edge, byokeep):
         {"state": 3, "model": "openai/b", "chosen_model": "openai/a", "model_fallback": 2}
     ]
     assert "in place of openai/a: the provider does not know that" in submit(byokeep).out
+
+
+def test_a_managed_key_is_not_the_tenants_to_rotate(edge, byokeep):
+    edge.states = [
+        failed("KEY_REJECTED") | {"key_id": "key_1", "key_version": 1, "managed_key": True}
+    ]
+    ran = submit(byokeep)
+    assert "key    key_1 v1  managed by the operator" in ran.out
+    assert "once the operator has mended the key, byokeep review retry rev_" in ran.err
+    assert "rotate" not in ran.err

@@ -225,6 +225,7 @@ def stale(**values) -> Stale:
         "runner_id": "",
         "provider": "openai",
         "model": "m",
+        "owner": "",
         "unfinished_call": False,
         "reviews_wait": True,
         "calls_left": 5,
@@ -299,3 +300,13 @@ def test_another_model_is_taken_at_once_and_its_call_is_given_back() -> None:
     assert (again.follows, again.delay_seconds, again.refund) == (Follows.WAIT, 0.0, 1)
     helped = {name for name in failures.TABLE if failures.other_model_helps(name)}
     assert helped == {"MODEL_NOT_FOUND"}
+
+
+def test_a_managed_key_is_not_the_tenants_to_mend() -> None:
+    for sentence in (
+        failures.failed_sentence("KEY_NEEDS_REKEY", key="k", model="m", managed=True),
+        failures.waiting_sentence("KEY_NEEDS_REKEY", key="k", managed=True),
+    ):
+        assert sentence.endswith("The key is managed: ask the operator of the deployment.")
+    assert "managed" not in failures.waiting_sentence("RATE_LIMITED", key="k", managed=True)
+    assert "managed" not in failures.waiting_sentence("KEY_NEEDS_REKEY", key="k")

@@ -13,7 +13,7 @@ from services.orchestrator.store.tenants import TenantRow
 
 PLANS = parse([("", BUILT_IN_PLANS.read_text())])
 TENANT = TenantRow(
-    "acme", "ACTIVE", "team", "", 0, 0, 0, 0, False, False, [], [], 0, datetime.now(UTC)
+    "acme", "ACTIVE", "team", "", 0, 0, 0, 0, False, False, [], False, [], 0, datetime.now(UTC)
 )
 
 

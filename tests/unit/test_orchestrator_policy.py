@@ -16,7 +16,14 @@ from services.orchestrator.api import paging
 from services.orchestrator.api.access import tenant_of
 from services.orchestrator.config import Settings
 from services.orchestrator.custody.grants import GrantSigner
-from services.orchestrator.policy.keys import Keys, RepositoryKey, keys_for, validation_delay
+from services.orchestrator.policy.keys import (
+    OPERATOR,
+    Keys,
+    RepositoryKey,
+    keys_for,
+    of_custody,
+    validation_delay,
+)
 from services.orchestrator.policy.models import (
     Choice,
     KeyModels,
@@ -311,3 +318,27 @@ def test_fallbacks_are_of_the_same_provider_and_not_known_to_be_lacking() -> Non
     known = KeyModels("k", "openai", ["b"])
     assert [str(one) for one in fallbacks(TERRA, listed, known)] == ["openai/b"]
     assert fallbacks(TERRA, [], None) == []
+
+
+def test_managed_keys_and_the_tenants_own_never_stand_in_for_each_other() -> None:
+    """Shown to fail where either list has the other's keys."""
+    own, users, managed = key(1), key(2, owner="ann"), key(3, owner=OPERATOR)
+
+    def chosen(*keys: custody_pb2.ProviderKey, user: str = "", **values):
+        return keys_for(keys, user=user, repository="a/b", **values).choose("openai")
+
+    for user in ("", "ann"):
+        assert chosen(own, users, managed, user=user, managed=True) == managed
+        with pytest.raises(ByokeepError, match="no managed openai key is ACTIVE") as refused:
+            chosen(own, users, user=user, managed=True)
+        assert refused.value.reason == "NO_ACTIVE_KEY"
+        assert chosen(own, users, managed, user=user) == (users if user else own)
+    broken = key(3, owner=OPERATOR, state=custody_pb2.KEY_VERSION_STATE_NEEDS_REKEY)
+    with pytest.raises(ByokeepError, match="no managed openai key"):
+        chosen(own, users, broken, managed=True)
+    for order in ((), ("USER", "REPOSITORY", "TEAM")):
+        with pytest.raises(ByokeepError, match="no active openai key"):
+            chosen(managed, order=order)
+    with pytest.raises(ByokeepError, match="no managed provider key"):
+        choose_model({}, keys_for([own], user="", repository="a/b", managed=True), CATALOG)
+    assert of_custody([own, users, managed], managed=False) == [own, users]

@@ -44,7 +44,7 @@ def test_an_operators_file_is_laid_over_field_by_field() -> None:
 
 
 def test_an_unknown_plan_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ByokeepError, match="there are starter, team, enterprise") as refused:
+    with pytest.raises(ByokeepError, match="must be one of starter, team, enterprise") as refused:
         parse([BUILT_IN]).chosen("gold")
     assert (refused.value.reason, refused.value.metadata["field"]) == ("INVALID_FIELD", "plan")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import hashlib
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,8 +15,9 @@ from byokeep.orchestrator.v1 import tenant_pb2
 
 from services.common import authz
 from services.common.errors import ByokeepError
+from services.orchestrator.policy.keys import OPERATOR
 from services.orchestrator.policy.plans import Plan, Plans
-from services.orchestrator.policy.refusals import deleted, not_active
+from services.orchestrator.policy.refusals import deleted, not_active, unexpected
 from services.orchestrator.store.tenants import TenantRow, TenantStore
 
 _TENANT = re.compile(r"tenants/([a-z0-9][a-z0-9-]{0,62})(?:/.*)?")
@@ -41,7 +42,7 @@ class Rights:
 
         A long SPIFFE ID is cut and ends in `~` and 128 bits of its SHA-256; the user is kept whole.
         """
-        tail = f"#{user}" if user else ""
+        tail = f"#{user}" if user and user != OPERATOR else ""
         room = _ACTOR_CHARS - len(tail)
         if len(self.spiffe_id) <= room:
             return self.spiffe_id + tail
@@ -54,7 +55,12 @@ class Rights:
             raise not_active(self.tenant.id, self.tenant.state)
 
     def require_user(self, user: str, field: str) -> None:
-        """Refuse a user that the caller may not speak for. Raises USER_ASSERTION_NOT_ALLOWED."""
+        """Refuse a user that the caller may not speak for, and the name that no user has.
+
+        Raises USER_ASSERTION_NOT_ALLOWED, INVALID_FIELD.
+        """
+        if user == OPERATOR:
+            raise unexpected(field, "a user's name")
         if user and not self.may_assert_users:
             raise ByokeepError(
                 grpc.StatusCode.PERMISSION_DENIED,
@@ -63,9 +69,19 @@ class Rights:
                 field=field,
             )
 
+    def require_key_owner(self, owner: str, field: str) -> None:
+        """Refuse to change a key of an owner: a managed one is the operators', all others are the
+        key-admins'. Raises TENANT_NOT_ALLOWED, USER_ASSERTION_NOT_ALLOWED."""
+        managed = owner == OPERATOR
+        role = options_pb2.TENANT_ROLE_OPERATOR if managed else options_pb2.TENANT_ROLE_KEY_ADMIN
+        if role not in self.roles:
+            raise not_allowed(self.tenant.id, [role])
+        if not managed:
+            self.require_user(owner, field)
+
     def require_user_keys(self, user: str) -> None:
         """Refuse keys of users where the plan lacks them. Raises PLAN_LACKS_FEATURE."""
-        if user:
+        if user and user != OPERATOR:
             self.plan.require("user-keys")
 
     @property
@@ -74,13 +90,20 @@ class Rights:
         return self.may_assert_users or options_pb2.TENANT_ROLE_AUDITOR in self.roles
 
     def may_read(self, owner: str) -> bool:
-        """Whether the caller may see what belongs to an owner; the tenant's own has none."""
+        """Whether the caller may see what belongs to an owner; the tenant's own has none. Of keys,
+        all see managed ones, and those who are operators alone no others."""
+        if owner == OPERATOR:
+            return True
+        if self.roles == {options_pb2.TENANT_ROLE_OPERATOR}:
+            return False
         return not owner or self.may_read_users
 
     def require_reader(self, owner: str, field: str) -> None:
-        """Refuse what the caller may not see. Raises USER_ASSERTION_NOT_ALLOWED."""
+        """Refuse what the caller may not see. Raises USER_ASSERTION_NOT_ALLOWED,
+        TENANT_NOT_ALLOWED."""
         if not self.may_read(owner):
             self.require_user(owner, field)
+            raise not_allowed(self.tenant.id, [options_pb2.TENANT_ROLE_KEY_ADMIN])
 
 
 _current: contextvars.ContextVar[Rights] = contextvars.ContextVar("byokeep_rights")
@@ -135,10 +158,12 @@ class Authority:
             raise ByokeepError(
                 grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such tenant", resource="tenant"
             )
+        gone = operator and found is not None and found.tenant.state == "DELETED"
+        # Of its keys nothing is left, for operators neither.
+        if gone and options_pb2.TENANT_ROLE_KEY_ADMIN in access.roles:
+            raise deleted()
         if not held.intersection(access.roles):
-            if operator and found is not None and found.tenant.state == "DELETED":
-                raise deleted()
-            raise _not_allowed(tenant, access)
+            raise deleted() if gone else not_allowed(tenant, access.roles)
         if found is not None:
             _current.set(
                 Rights(
@@ -174,10 +199,11 @@ def tenant_of(request: Any) -> str:
     return match[1]
 
 
-def _not_allowed(tenant: str, access: options_pb2.Access) -> ByokeepError:
+def not_allowed(tenant: str, roles: Iterable[options_pb2.TenantRole.ValueType]) -> ByokeepError:
+    """Return the refusal of what takes one of some roles."""
     wanted = sorted(
         options_pb2.TenantRole.Name(role).removeprefix("TENANT_ROLE_").lower().replace("_", "-")
-        for role in access.roles
+        for role in roles
     )
     return ByokeepError(
         grpc.StatusCode.PERMISSION_DENIED,

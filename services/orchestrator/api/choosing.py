@@ -105,12 +105,13 @@ class Chooser:
         tenant = rights.tenant
         found = await self._keyvault.keys(tenant.id)
         of_repositories: Sequence[RepositoryKey] = ()
-        if rights.has_repository_keys:
+        if rights.has_repository_keys and not tenant.managed_keys:
             of_repositories = await self._choices.repository_keys(tenant.id)
         return keys_for(
             found,
             user=user,
             repository=repository,
+            managed=tenant.managed_keys,
             order=tenant.key_order,
             of_repositories=of_repositories,
         )

@@ -18,7 +18,7 @@ from services.orchestrator.api import access, paging
 from services.orchestrator.api.tenants import timestamp
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import bounds
-from services.orchestrator.policy.keys import ENDED, action_of, no_key, usable
+from services.orchestrator.policy.keys import ENDED, OPERATOR, action_of, no_key, usable
 from services.orchestrator.policy.refusals import deleted
 from services.orchestrator.store.events import KEY, Events
 from services.orchestrator.store.keys import KeyStore, Use, Validation
@@ -64,7 +64,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         """Stage a new key and have it validated."""
         rights = access.current()
         rights.require_active()
-        rights.require_user(request.user, "user")
+        rights.require_key_owner(request.user, "user")
         rights.require_user_keys(request.user)
         await self._require_room(rights, request)
         await self._count(rights, "intake", "tried")
@@ -237,13 +237,15 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         return key_pb2.ListKeyUsesResponse(uses=page, next_page_token=token)
 
     async def _require_room(self, rights: access.Rights, request: key_pb2.AddKeyRequest) -> None:
-        if not rights.plan.keys_per_provider:
+        # What the operator brings is no part of a plan.
+        if not rights.plan.keys_per_provider or request.user == OPERATOR:
             return
         others = [
             key
             for key in await self._keyvault.keys(rights.tenant.id)
             if key.provider == request.provider
             and key.state not in ENDED
+            and key.owner != OPERATOR
             # The same name is keyvault's to refuse, the same id is a retry.
             and key.display_name != request.display_name
             and names.last_of(key.name) != request.key_id
@@ -273,7 +275,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 
     async def _changeable(self, rights: access.Rights, name: str) -> custody_pb2.ProviderKey:
         key = await self._keyvault.get(name)
-        rights.require_user(key.owner, "name")
+        rights.require_key_owner(key.owner, "name")
         return key
 
     async def _endable(self, rights: access.Rights, name: str) -> None:
@@ -285,6 +287,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             # keyvault's chain knows it. Whose it is can't be known then, and nobody can use it.
             if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):
                 raise
+            rights.require_key_owner("", "name")
 
     async def _validated(
         self,

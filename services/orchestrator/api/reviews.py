@@ -23,7 +23,7 @@ from services.orchestrator.compute.pool import Compute
 from services.orchestrator.config import Settings
 from services.orchestrator.custody import content
 from services.orchestrator.policy import bounds, failures
-from services.orchestrator.policy.keys import hint_of
+from services.orchestrator.policy.keys import OPERATOR, hint_of
 from services.orchestrator.store import requests
 from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.events import REVIEW, Events
@@ -403,6 +403,7 @@ def _message(row: ReviewRow, wait_seconds: int) -> review_pb2.Review:
         ),
         key_id=row.key_id,
         key_version=row.used_version,
+        managed_key=row.key_owner == OPERATOR,
         key_hint=row.used_hint,
         finding_count=row.finding_count,
         dropped_findings=row.dropped_findings,
@@ -447,7 +448,12 @@ def _wait(row: ReviewRow, wait_seconds: int) -> review_pb2.ReviewWait | None:
         return None
     return review_pb2.ReviewWait(
         reason=review_pb2.FailureReason.Value(f"FAILURE_REASON_{row.wait_reason}"),
-        message=failures.waiting_sentence(row.wait_reason, key=row.key_id, cause=row.wait_cause),
+        message=failures.waiting_sentence(
+            row.wait_reason,
+            key=row.key_id,
+            cause=row.wait_cause,
+            managed=row.key_owner == OPERATOR,
+        ),
         since=timestamp(row.wait_since),
         next_try_time=timestamp(row.wait_until),
         give_up_time=timestamp(row.wait_stalled + timedelta(seconds=wait_seconds)),

@@ -17,7 +17,7 @@ from services.common.models import Catalog, parse_model
 from services.orchestrator.api import access, paging
 from services.orchestrator.config import Settings
 from services.orchestrator.custody.keyvault import Keyvault
-from services.orchestrator.policy.keys import ENDED, usable
+from services.orchestrator.policy.keys import ENDED, of_custody, usable
 from services.orchestrator.policy.models import (
     KeyModels,
     Use,
@@ -116,6 +116,15 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         )
         return settings_pb2.SetPlanResponse(settings=await self._message(row))
 
+    async def SetKeyCustody(
+        self, request: settings_pb2.SetKeyCustodyRequest, context: object
+    ) -> settings_pb2.SetKeyCustodyResponse:
+        """Choose whose keys a tenant's reviews run on."""
+        row = await self._store.change_settings(
+            access.current().tenant.id, {"managed_keys": request.managed_keys}, request
+        )
+        return settings_pb2.SetKeyCustodyResponse(settings=await self._message(row))
+
     async def SetModelOverride(
         self, request: settings_pb2.SetModelOverrideRequest, context: object
     ) -> settings_pb2.SetModelOverrideResponse:
@@ -149,7 +158,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         tenant = rights.tenant
         keys = [
             self._models_of(key)
-            for key in await self._keyvault.keys(tenant.id)
+            for key in await self._keys(tenant)
             if usable(key) and rights.may_read(key.owner)
         ]
         limit = paging.size(request.page_size, _MODELS_A_PAGE)
@@ -175,16 +184,16 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             names.last_of(key.name), key.active_version, provider, self._catalog.default(provider)
         )
 
-    async def _known(self, tenant: str) -> list[KeyModels]:
+    async def _keys(self, tenant: TenantRow) -> list[custody_pb2.ProviderKey]:
+        """Return the keys that a tenant's reviews may run on: managed ones, or its own."""
+        return of_custody(await self._keyvault.keys(tenant.id), managed=tenant.managed_keys)
+
+    async def _known(self, tenant: TenantRow) -> list[KeyModels]:
         """Return what is known of the models of the active keys that the caller may see."""
         rights = access.current()
         return await self._key_store.models(
-            tenant,
-            [
-                key
-                for key in await self._keyvault.keys(tenant)
-                if usable(key) and rights.may_read(key.owner)
-            ],
+            tenant.id,
+            [key for key in await self._keys(tenant) if usable(key) and rights.may_read(key.owner)],
         )
 
     async def _require_usable(self, text: str, field: str) -> None:
@@ -193,12 +202,12 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         Raises ByokeepError: MODEL_INVALID, MODEL_NOT_USABLE, DEPENDENCY_UNAVAILABLE.
         """
         model = read_model(text, field)
-        keys = await self._known(access.current().tenant.id)
+        keys = await self._known(access.current().tenant)
         if use_of(model, keys) is Use.LACKING:
             raise not_usable(model, keys, field=field)
 
     async def _uses(
-        self, tenant: str, models: Collection[str]
+        self, tenant: TenantRow, models: Collection[str]
     ) -> Mapping[str, settings_pb2.ModelUse.ValueType]:
         """Return whether some key can use each of the models; not known where keyvault is away:
         settings are shown all the same."""
@@ -221,7 +230,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
     async def _message(self, row: TenantRow) -> settings_pb2.Settings:
         overrides = await self._choices.overrides(row.id)
         chosen = {row.default_model, *(one.model for one in overrides)} - {""}
-        use = await self._uses(row.id, chosen)
+        use = await self._uses(row, chosen)
         patterns = {one.repository for one in overrides}
         unmatched = await self._choices.matching_none(row.id, list(patterns)) if patterns else set()
         plan = self._plans.of(row.plan)
@@ -251,6 +260,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
                 settings_pb2.KeySource.Value(f"KEY_SOURCE_{name}") for name in row.key_order
             ],
             fallback_models=row.fallback_models,
+            managed_keys=row.managed_keys,
             repository_keys=[
                 settings_pb2.RepositoryKey(
                     repository_pattern=one.pattern,

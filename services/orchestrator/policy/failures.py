@@ -330,15 +330,28 @@ def of_unreachable(cause: str) -> str:
     return "NETWORK" if cause else "PROVIDER_UNAVAILABLE"
 
 
-def failed_sentence(reason: str, *, key: str, model: str, lost_call: bool = False) -> str:
+def failed_sentence(
+    reason: str, *, key: str, model: str, lost_call: bool = False, managed: bool = False
+) -> str:
     """Return what a review that failed tells its tenant: why, and what to do."""
-    sentence = TABLE[reason].failed.format(key=key, model=model)
+    row = TABLE[reason].failed
+    sentence = row.format(key=key, model=model) + _whose(row, managed)
     return sentence + _LOST_CALL if lost_call and reason != "AMBIGUOUS" else sentence
 
 
-def waiting_sentence(reason: str, *, key: str, cause: str = "") -> str:
+def waiting_sentence(reason: str, *, key: str, cause: str = "", managed: bool = False) -> str:
     """Return what a review that waits tells its tenant."""
-    return TABLE[reason].waits.format(key=key, cause=_CAUSES.get(cause, ""))
+    row = TABLE[reason].waits
+    return row.format(key=key, cause=_CAUSES.get(cause, "")) + _whose(row, managed)
+
+
+def _whose(sentence: str, managed: bool) -> str:
+    """Return who can do something about a key that a sentence is about, if not the tenant."""
+    return (
+        " The key is managed: ask the operator of the deployment."
+        if managed and "{key}" in sentence
+        else ""
+    )
 
 
 def name_of(value: FailureReason.ValueType) -> str:

@@ -29,12 +29,18 @@ ENDED: Final = (
 )
 
 
+#: Owner of managed keys: the operator of the deployment. No user has this name.
+OPERATOR: Final = "+operator"
+
+
 class KeySource(enum.Enum):
     """Whose key a review runs on; the values are names of the proto's KeySource."""
 
     USER = "USER"
     REPOSITORY = "REPOSITORY"
     TEAM = "TEAM"
+    #: No part of an order: a tenant's reviews run on managed keys alone, or on its own alone.
+    MANAGED = "MANAGED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +114,22 @@ class Keys:
                 if found is not None:
                     return found
                 exact = self.named or source is KeySource.REPOSITORY
-                raise _ended(source, ours) if exact else no_key(provider, ours, self.user)
-        raise no_key(provider, [], self.user)
+                exact = exact and source is not KeySource.MANAGED
+                raise _ended(source, ours) if exact else self.refusal(provider, ours)
+        raise self.refusal(provider, [])
+
+    def refusal(self, provider: str, keys: Sequence[custody_pb2.ProviderKey]) -> ByokeepError:
+        """Return the refusal where none of these is usable; `provider` may be empty."""
+        if any(source is KeySource.MANAGED for source, _ in self.sources):
+            return ByokeepError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NO_ACTIVE_KEY",
+                f"no managed {provider or 'provider'} key is ACTIVE, and the tenant's reviews run"
+                " on no others: the operator of the deployment brings one",
+                provider=provider,
+                state="MANAGED",
+            )
+        return no_key(provider, keys, self.user)
 
 
 def keys_for(
@@ -117,6 +137,7 @@ def keys_for(
     *,
     user: str,
     repository: str,
+    managed: bool = False,
     order: Sequence[str] = (),
     of_repositories: Sequence[RepositoryKey] = (),
 ) -> Keys:
@@ -126,10 +147,13 @@ def keys_for(
         keys: the tenant's that are not destroyed.
         user: who submits it; empty: the tenant.
         repository: its repository.
+        managed: whether the tenant's reviews run on managed keys, and so on no others.
         order: names of KeySource as the tenant's settings have them; empty: a user's review runs on
             the user's own keys, all others on the repository's, else the team's.
         of_repositories: the keys of the tenant's repositories.
     """
+    if managed:
+        return Keys([(KeySource.MANAGED, of_custody(keys, managed=True))])
     own = [key for key in keys if user and key.owner == user]
     team = [key for key in keys if not key.owner]
     found = {
@@ -143,6 +167,13 @@ def keys_for(
         return Keys([(KeySource.USER, own)], user)
     sources = (KeySource.REPOSITORY, KeySource.TEAM)
     return Keys([(source, found[source]) for source in sources])
+
+
+def of_custody(
+    keys: Sequence[custody_pb2.ProviderKey], *, managed: bool
+) -> list[custody_pb2.ProviderKey]:
+    """Return the managed keys, or all others."""
+    return [key for key in keys if (key.owner == OPERATOR) is managed]
 
 
 def _of_repository(

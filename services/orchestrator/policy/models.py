@@ -13,7 +13,7 @@ import grpc
 
 from services.common.errors import ByokeepError
 from services.common.models import MAX_LISTED, Catalog, ModelRef, is_listed, parse_model
-from services.orchestrator.policy.keys import Keys, no_key
+from services.orchestrator.policy.keys import Keys
 
 _NEAREST: Final = 3
 
@@ -138,7 +138,7 @@ def choose_model(candidates: Mapping[Source, str], keys: Keys, catalog: Catalog)
     if len(providers) == 1:
         return Choice(ModelRef(providers[0], catalog.default(providers[0])), Source.PROVIDER)
     if not providers:
-        raise no_key("", keys.all(), keys.user)
+        raise keys.refusal("", keys.all())
     *most, last = providers
     raise ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,

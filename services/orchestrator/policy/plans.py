@@ -98,7 +98,7 @@ class Plans:
             raise ByokeepError(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "INVALID_FIELD",
-                f"plan: there is none of that name; there are {known}",
+                f"plan: must be one of {known}",
                 field="plan",
                 rule="known",
                 plans=known,

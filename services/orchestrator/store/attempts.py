@@ -144,6 +144,7 @@ class Stale:
     runner_id: str
     provider: str
     model: str
+    owner: str
     unfinished_call: bool
     calls_left: int
     retry_ambiguous: bool

@@ -41,6 +41,7 @@ class ReviewRow:
     model_fallback: str
     key_id: str
     named_key: bool
+    key_owner: str
     owner: str
     failure: str
     failure_message: str

@@ -84,6 +84,8 @@ tenant = Table(
     Column("max_reviews_per_day", BigInteger, nullable=False, server_default=text("0")),
     # Sources of keys in order, by the short names of KeySource; empty: as it always was.
     _texts("key_order"),
+    # Reviews run on keys that the operator brought for the tenant, and on no others.
+    _flag("managed_keys"),
     # provider/model, in the order in which they are taken.
     _texts("fallback_models"),
     _flag("keep_superseded"),

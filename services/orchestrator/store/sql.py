@@ -379,6 +379,7 @@ STALE: Final = f"""
         a.key_id, a.key_version, a.fence, a.tries, a.turn, a.runner_id,
         split_part(coalesce(r.model, ''), '/', 1) AS provider,
         coalesce(substr(r.model, strpos(r.model, '/') + 1), '') AS model,
+        coalesce(r.key_owner, '') AS owner,
         EXISTS (
             SELECT FROM provider_call c WHERE c.attempt_id = a.id AND c.finish_time IS NULL
         ) AS unfinished_call,

@@ -195,7 +195,8 @@ STALLED: Final = """
 
 # What has waited for as long as anything may, for one reason after the other, and waits now.
 WAITED_TOO_LONG: Final = f"""
-    SELECT a.id AS attempt_id, wait.reason, review.id AS review_id, review.key_id, review.model
+    SELECT a.id AS attempt_id, wait.reason, review.id AS review_id, review.key_id, review.model,
+        review.key_owner
     FROM attempt a JOIN review ON review.id = a.review_id {WAIT}
     WHERE a.state = 'QUEUED' AND a.kind = 'REVIEW' AND wait.reason IS NOT NULL
         AND a.stalled_since < now() - make_interval(secs => %(seconds)s)

@@ -31,6 +31,7 @@ class TenantRow:
     keep_superseded: bool
     retry_ambiguous: bool
     key_order: Sequence[str]
+    managed_keys: bool
     fallback_models: Sequence[str]
     settings_version: int
     create_time: datetime
@@ -64,8 +65,8 @@ class RightsRow:
 _COLUMNS = """
 tenant.id, tenant.state, tenant.plan, tenant.default_model, tenant.max_diff_bytes,
 tenant.max_calls_per_review, tenant.max_calls_per_day, tenant.max_reviews_per_day,
-tenant.keep_superseded, tenant.retry_ambiguous, tenant.key_order, tenant.fallback_models,
-tenant.settings_version, tenant.create_time
+tenant.keep_superseded, tenant.retry_ambiguous, tenant.key_order, tenant.managed_keys,
+tenant.fallback_models, tenant.settings_version, tenant.create_time
 """
 _WIDTH = len(TenantRow.__dataclass_fields__)
 
@@ -140,6 +141,7 @@ UPDATE tenant SET settings_version = settings_version + 1,
     max_reviews_per_day = coalesce(%(max_reviews_per_day)s, max_reviews_per_day),
     keep_superseded = coalesce(%(keep_superseded)s, keep_superseded),
     retry_ambiguous = coalesce(%(retry_ambiguous)s, retry_ambiguous),
+    managed_keys = coalesce(%(managed_keys)s, managed_keys),
     key_order = coalesce(CAST(%(key_order)s AS text[]), key_order),
     fallback_models = coalesce(CAST(%(fallback_models)s AS text[]), fallback_models)
 WHERE id = %(tenant)s
@@ -154,6 +156,7 @@ _SETTABLE = (
     "keep_superseded",
     "retry_ambiguous",
     "key_order",
+    "managed_keys",
     "fallback_models",
 )
 
@@ -286,7 +289,9 @@ class TenantStore:
         self,
         tenant_id: str,
         values: Mapping[str, Any],
-        message: settings_pb2.UpdateSettingsRequest | settings_pb2.SetPlanRequest,
+        message: settings_pb2.UpdateSettingsRequest
+        | settings_pb2.SetPlanRequest
+        | settings_pb2.SetKeyCustodyRequest,
         *,
         etag: str = "",
     ) -> TenantRow:

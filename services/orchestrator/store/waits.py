@@ -11,6 +11,7 @@ from byokeep import ids
 from services.orchestrator.metrics import Waiting
 from services.orchestrator.policy import failures
 from services.orchestrator.policy.failures import Decision, Holds
+from services.orchestrator.policy.keys import OPERATOR
 from services.orchestrator.store import sql_waits
 from services.orchestrator.store.database import Database, Session
 
@@ -75,7 +76,12 @@ class WaitStore:
         async with self._database.statement() as session:
             await session.run(sql_waits.STALLED)
             for row in await session.all(sql_waits.WAITED_TOO_LONG, {"seconds": self._limit}):
-                message = failures.failed_sentence(row.reason, key=row.key_id, model=row.model)
+                message = failures.failed_sentence(
+                    row.reason,
+                    key=row.key_id,
+                    model=row.model,
+                    managed=row.key_owner == OPERATOR,
+                )
                 await session.run(
                     sql_waits.GIVE_UP,
                     {"attempt_id": row.attempt_id, "reason": row.reason, "message": message},

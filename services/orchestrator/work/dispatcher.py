@@ -22,7 +22,13 @@ from services.orchestrator.custody.grants import Subject
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import failures
 from services.orchestrator.policy.failures import Decision, Failure, Follows
-from services.orchestrator.policy.keys import VALIDATION_HOURS, action_of, usable, validation_delay
+from services.orchestrator.policy.keys import (
+    OPERATOR,
+    VALIDATION_HOURS,
+    action_of,
+    usable,
+    validation_delay,
+)
 from services.orchestrator.store.attempts import (
     AttemptStore,
     Ending,
@@ -370,6 +376,7 @@ def review_ending(
         key=work.key_id,
         model=f"{work.provider}/{work.model}",
         lost_call=failure.ambiguous,
+        managed=work.owner == OPERATOR,
     )
     return Ending(state, "FAILED", decision.reason, sentence, failure.ambiguous, failure.cause)
 

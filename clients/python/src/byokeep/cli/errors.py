@@ -127,6 +127,10 @@ HINTS: Mapping[str, str] = {
     "INTAKE_KEY_EXPIRED": "repeat the command: it asks for a new intake key",
 }
 _OF_STATES: Mapping[tuple[str, str], str] = {
+    (
+        "NO_ACTIVE_KEY",
+        "MANAGED",
+    ): "byokeep key add {provider} --managed --tenant TENANT, by an operator",
     ("NO_ACTIVE_KEY", "PENDING"): "byokeep key show {key} says how far that is",
     ("NO_ACTIVE_KEY", "REVOKED"): _OTHER_KEY,
     ("NO_ACTIVE_KEY", "DESTROYED"): _OTHER_KEY,
@@ -204,14 +208,18 @@ def failure_exit(failure: str) -> Exit:
     return BY_FAILURE.get(failure, Exit.REVIEW_FAILED)
 
 
-def failure_hint(failure: str, key_id: str, review_id: str) -> str:
-    """Return what to do about a failed review."""
+def failure_hint(failure: str, key_id: str, review_id: str, *, managed: bool = False) -> str:
+    """Return what to do about a failed review; `managed`: its key is the operator's to mend."""
     retry = f"byokeep review retry {review_id}"
+    if managed and failure in BY_FAILURE:
+        return f"once the operator has mended the key, {retry}"
     return _FAILURE_HINTS.get(failure, retry).format(key=key_id or "KEY", retry=retry)
 
 
-def wait_hint(reason: str, key_id: str) -> str:
+def wait_hint(reason: str, key_id: str, *, managed: bool = False) -> str:
     """Return what ends a review's wait, where somebody can end it; else an empty text."""
+    if managed and "{key}" in _WAIT_HINTS.get(reason, ""):
+        return ""
     return _WAIT_HINTS.get(reason, "").format(key=key_id or "KEY")
 
 

@@ -34,6 +34,7 @@ _TYPED: Mapping[str, tuple[str, str]] = {
     "lease_id": ("LEASE", "takes a lease's id, as byokeep key trail shows it"),
     "page_size": ("--limit", ""),
     "path_pattern": ("--path", "takes a pattern such as services/pay/*"),
+    "plan": ("PLAN", ""),
     "reason": ("--reason", ""),
     "repository": ("--repo", "takes OWNER/NAME"),
     "repository_pattern": ("--repo", "takes a pattern such as acme/*"),

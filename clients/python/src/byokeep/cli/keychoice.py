@@ -110,6 +110,8 @@ def _print(session: Session, settings: settings_pb2.Settings) -> None:
         return
     sources = [short(settings_pb2.KeySource, one).lower() for one in settings.key_order]
     order = ", else ".join(sources) or "user's reviews: user; others: repository, else team"
+    if settings.managed_keys:
+        session.out.print("keys: managed, the operator's; the order is of the tenant's own")
     session.out.print(f"order: {order}")
     for entry in settings.repository_keys:
         provider = names.provider_id(entry.provider)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _ID = re.compile(r"key_[0-9a-z]{26}")
 _DESTROYED = {custody_pb2.KEY_VERSION_STATE_DESTROYED}
+#: Owner of managed keys, which the operator of the deployment brings for a tenant.
+OPERATOR = "+operator"
 #: States that a key has no way back from.
 ENDED = {custody_pb2.KEY_VERSION_STATE_REVOKED, *_DESTROYED}
 
@@ -106,6 +108,7 @@ def label_of(key: Key) -> str:
     """Return provider, name and owner: `openai default of ann`."""
     kept = key.provider_key
     owner = f" of {clean(kept.owner)}" if kept.owner else ""
+    owner = " (managed)" if kept.owner == OPERATOR else owner
     return f"{provider_of(key)} {clean(kept.display_name)}{owner}"
 
 

@@ -15,6 +15,7 @@ from byokeep.cli.errors import CliError
 from byokeep.cli.keyinput import read_key
 from byokeep.cli.keyref import (
     ENDED,
+    OPERATOR,
     called,
     find_key,
     key_id,
@@ -84,6 +85,10 @@ def add(
     ],
     name: Annotated[str, typer.Option(help="Name of the key.")] = "default",
     user: Annotated[str, typer.Option(help="User that owns it; default: the tenant.")] = "",
+    managed: Annotated[
+        bool,
+        typer.Option("--managed", help="The operator's, for the tenant's reviews: for operators."),
+    ] = False,
     stdin: Stdin = False,
     from_env: FromEnv = None,
     wait: Wait = 60,
@@ -94,6 +99,9 @@ def add(
     """
     checked.key_name(name)
     checked.user(user)
+    if managed and user:
+        raise CliError("a managed key is no user's: --managed and --user exclude each other")
+    user = OPERATOR if managed else user
     connection = session.connection
     sealed = _seal(session, provider, ids.new_id("key"), "add", user, (stdin, from_env))
     answer = connection.keys.AddKey(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from byokeep.cli.keyref import ENDED, key_id, key_state, label_of, provider_of
+from byokeep.cli.keyref import ENDED, OPERATOR, key_id, key_state, label_of, provider_of
 from byokeep.cli.output import message_dict, short, state_text, when
 from byokeep.cli.session import Session
 from byokeep.cli.text import clean
@@ -21,7 +21,8 @@ def print_key(session: Session, key: Key) -> None:
     """Print a key with its versions."""
     out, kept = session.out, key.provider_key
     out.print(f"{key_id(key)}  {provider_of(key)}  {clean(kept.display_name)}", style="bold")
-    out.print(f"owner     {clean(kept.owner) or 'the tenant'}")
+    owner = clean(kept.owner) or "the tenant"
+    out.print(f"owner     {'the operator: it is managed' if kept.owner == OPERATOR else owner}")
     out.print(f"added     {when(kept.create_time)}")
     # What a provider said of a key that has ended means nothing any more.
     ended = kept.state in ENDED
@@ -71,7 +72,7 @@ def key_row(key: Key) -> list[Text | str]:
         key_id(key),
         provider_of(key),
         clean(kept.display_name),
-        clean(kept.owner) or "-",
+        "managed" if kept.owner == OPERATOR else clean(kept.owner) or "-",
         state_text(key_state(key)),
         clean(kept.hint) or "-",
         (kept.state not in ENDED and serving_verdict(key)) or "-",

@@ -72,9 +72,13 @@ def progress_line(review: review_pb2.Review) -> str:
     parts += _now(review.progress)
     if review.HasField("wait"):
         parts[0] = f"review {review_id(review)} waits since {when(review.wait.since)}"
-        hint = wait_hint(wait_reason(review), clean(review.key_id))
+        hint = _wait_hint(review)
         parts.append(f"{wait_reason(review)}: {wait_text(review)}{f' → {hint}' if hint else ''}")
     return ", ".join(parts)
+
+
+def _wait_hint(review: review_pb2.Review) -> str:
+    return wait_hint(wait_reason(review), clean(review.key_id), managed=review.managed_key)
 
 
 def _now(progress: review_pb2.ReviewProgress) -> list[str]:
@@ -117,13 +121,14 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
         out.print(f"model  in place of {clean(review.chosen_model)}: {why}", style="yellow")
     if review.key_version:
         hint = f"  {clean(review.key_hint)}" if review.key_hint else ""
+        hint += "  managed by the operator" if review.managed_key else ""
         out.print(f"key    {clean(review.key_id)} v{review.key_version}{hint}", style="dim")
     if review.HasField("wait"):
         since = when(review.wait.since)
         out.hanging(
             Text("waits  "), Text(f"{wait_reason(review)} since {since}: {wait_text(review)}")
         )
-        if hint := wait_hint(wait_reason(review), clean(review.key_id)):
+        if hint := _wait_hint(review):
             out.hanging(Text("       "), Text(f"→ {hint}"))
     if review.ambiguous_calls:
         out.warn(

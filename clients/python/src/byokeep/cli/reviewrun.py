@@ -147,7 +147,8 @@ def _failed(review: Review) -> CliError:
     failure = short(review_pb2.FailureReason, review.failure)
     code = failure_exit(failure)
     message = clean(review.failure_message) or "the review failed"
-    hint = failure_hint(failure, clean(review.key_id), review_id(review))
+    identifier = review_id(review)
+    hint = failure_hint(failure, clean(review.key_id), identifier, managed=review.managed_key)
     return CliError(message, hint, code, failure or "REVIEW_FAILED")
 
 

@@ -191,6 +191,45 @@ def set_plan(session: Session, name: Name, plan: PlanArgument) -> None:
         session.out.print(f"tenant {name} has plan {clean(settings.plan)}")
 
 
+class Custody(StrEnum):
+    """Whose keys a tenant's reviews run on."""
+
+    OWN = "own"
+    MANAGED = "managed"
+
+
+@app.command("set-keys", epilog=examples("byokeep tenant set-keys acme managed"))
+@command()
+def set_keys(
+    session: Session,
+    name: Name,
+    custody: Annotated[
+        Custody,
+        typer.Argument(
+            metavar="own|managed", show_default=False, help="The tenant's own, or the operator's."
+        ),
+    ],
+) -> None:
+    """Choose whose keys a tenant's reviews run on: its own, or those that you brought for it.
+
+    Neither stands in for the other: where none is ACTIVE, reviews are refused. A managed key is
+    added with byokeep key add PROVIDER --managed --tenant TENANT.
+    """
+    from byokeep.orchestrator.v1 import settings_pb2
+
+    request = settings_pb2.SetKeyCustodyRequest(
+        tenant=names.tenant_name(checked.tenant(name)),
+        managed_keys=custody == Custody.MANAGED,
+        request_id=request_id(),
+    )
+    settings = session.connection.settings.SetKeyCustody(request).settings
+    if session.out.as_json:
+        session.out.json(message_dict(settings))
+    else:
+        whose = "managed keys" if settings.managed_keys else "the tenant's own keys"
+        session.out.print(f"reviews of tenant {name} run on {whose}, and on no others")
+
+
 @callers.callback()
 @group
 def caller() -> None:
