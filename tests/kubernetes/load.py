@@ -21,7 +21,7 @@ import byokeep
 PATCH = "diff --git a/a.py b/a.py\\n--- a/a.py\\n+++ b/a.py\\n@@ -1 +1,2 @@\\n a = 1\\n+b = 2\\n"
 ended, start = collections.Counter(), time.monotonic()
 # A machine that is slower than the rate is not buried.
-unfinished = threading.Semaphore(40)
+unfinished = threading.Semaphore(UNFINISHED)
 with byokeep.connect("developer") as connection:
     def review():
         try:
@@ -44,11 +44,13 @@ print(json.dumps(ended))
 
 
 @contextmanager
-def load(cluster: Cluster, rate: float = _RATE) -> Iterator[dict[str, int]]:
-    """Submit reviews while the block lasts; the dict says then what became of them."""
+def load(cluster: Cluster, rate: float = _RATE, unfinished: int = 24) -> Iterator[dict[str, int]]:
+    """Submit reviews while the block lasts, no more than some at a time; the dict says then what
+    became of them."""
     result: dict[str, int] = {}
     cluster.python("import pathlib; pathlib.Path('/tmp/stop').unlink(missing_ok=True)")
     code = _LOAD.replace("SECONDS", "800").replace("RATE", str(rate))
+    code = code.replace("UNFINISHED", str(unfinished))
     process = cluster.start(*cluster.python_command(), text=code)
     try:
         yield result

@@ -91,7 +91,7 @@ def test_runners_become_more_where_reviews_wait(cluster: Cluster, adapter, tmp_p
     cluster.emulator("POST", "/latency", {"seconds": 20})
     try:
         cluster.kubectl("apply", "--kustomize", str(layered(tmp_path, "dev", "runner-hpa")))
-        with load(cluster, 2.0) as ended:
+        with load(cluster, 4.0, unfinished=48) as ended:
             soon(lambda: running() > 2, "nothing scaled the runners", 600)
             cluster.emulator("POST", "/latency", {"seconds": 0})
         assert ended.keys() == {"completed"}, ended
