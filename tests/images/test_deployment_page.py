@@ -28,8 +28,8 @@ def test_images_are_built_and_signed_as_the_page_says(trees, tmp_path: Path):
     # The second line is what runs this.
     make, tests = block(PAGE, "images").splitlines()
     assert tests.startswith("make test-images ")
-    built = _shell(make, ROOT)
-    assert built.count("\n") == len(IMAGES)
+    built = [line for line in _shell(make, ROOT).splitlines() if line.startswith("byokeep/")]
+    assert len(built) == len(IMAGES)
     for zone, tree in trees.items():
         assert f"{images.reference(zone, 'dev')} {tree.digest}" in built
     # In a folder of our own, since it writes a private key.
