@@ -126,7 +126,7 @@ class _Call:
         _when_over(context, self._gate._load.present(caller.spiffe_id, self._method, self._limits))
         if self._streams_in:
             return self._messages(context), ""
-        admitted = await self._gate._load.admit(caller.spiffe_id)
+        admitted = await self._gate._load.admit(caller.spiffe_id, self._method)
         try:
             raw = await self._raw(context)
             request, size = self._read(raw), len(raw)

@@ -68,10 +68,11 @@ class Load:
         self._calls: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[str] = Counter()
 
-    async def admit(self, caller: str) -> Callable[[], None]:
-        """Wait until a call of a caller may be read; return what ends that. Raises OVERLOADED."""
+    async def admit(self, caller: str, method: str) -> Callable[[], None]:
+        """Wait until a call of a caller may be read; return what ends that. Each method has a line
+        of its own: one identity may serve many tenants. Raises OVERLOADED."""
         try:
-            return await self._admitted.take(caller)
+            return await self._admitted.take(f"{caller} {method}")
         except Full:
             pass
         raise _overloaded("calls of this identity that wait to be authorised", PER_CALLER)
