@@ -216,38 +216,74 @@ async def test_who_comes_last_is_next_where_another_floods(stack: Stack) -> None
     assert order[2:] == [f"acme/r{number}" for number in range(1, 40)]
 
 
-async def test_a_pick_reads_the_first_of_each_lane_alone(stack: Stack) -> None:
-    """However many wait behind: no plan reads a lane, or the table. Shown to fail where validations
-    are looked for by a join with their tenants: all that waits is read then, and thrown away."""
+async def a_backlog(stack: Stack, reviews: int, tenant: str) -> None:
+    """Have reviews wait, on three keys each; `tenant` is SQL that says whose number i is."""
     await stack.runner.tell(draining=True)
     await stack.until_room(0)
     await stack.sql(
+        f"INSERT INTO tenant (id, plan) SELECT DISTINCT {tenant}, 'team'"
+        " FROM generate_series(1, %s) i ON CONFLICT DO NOTHING",
+        reviews,
+    )
+    await stack.sql(
         "INSERT INTO review (id, tenant, repository, model, key_id, actor)"
-        " SELECT 'rev_' || i, 'acme', 'a/b', 'openai/x', 'key_' || i %% 3, 'me'"
-        " FROM generate_series(1, 5000) i"
+        f" SELECT 'rev_' || i, {tenant}, 'a/b', 'openai/x', 'key_' || i %% 3, 'me'"
+        " FROM generate_series(1, %s) i",
+        reviews,
     )
     await stack.sql(
         "INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version)"
-        " SELECT 'att_' || i, 'REVIEW', 'acme', 'rev_' || i, 'key_' || i %% 3, 1"
-        " FROM generate_series(1, 5000) i"
+        " SELECT 'att_' || substr(id, 5), 'REVIEW', tenant, id, key_id, 1 FROM review"
     )
+
+
+async def test_a_tenant_with_nothing_to_pick_is_looked_at_when_something_calls(
+    stack: Stack,
+) -> None:
+    """And not before: not while a key is paused, a plan's places are taken, or nothing waits; and
+    the others are served meanwhile. Shown to fail without the trigger, and without the look that
+    goes on past those that are held back."""
+    # More than one look takes in are held back, and were served before all others.
+    await a_backlog(stack, 300, "'held-' || i %% 100")
+    await stack.sql(
+        "INSERT INTO pause (tenant, key_id, reason, until)"
+        " SELECT id, '', 'TENANT_SUSPENDED', 'infinity' FROM tenant WHERE id LIKE 'held-%%'"
+    )
+    await stack.sql("UPDATE turn SET served = '-infinity'")
+    review = await stack.submit()
+    await stack.sql("UPDATE turn SET served = now() WHERE tenant = 'acme'")
+    await stack.runner.tell(draining=False)
+    assert (await stack.ended(review)).state == COMPLETED
+    # Nothing waits any more, and that is known.
+    await stack.until("SELECT 1 FROM turn WHERE tenant = 'acme' AND due = 'infinity'")
+    assert (await stack.ended(await stack.submit())).state == COMPLETED
+
+
+@pytest.mark.parametrize("tenant", ["'acme'", "'t-' || i / 3"])
+async def test_a_pick_reads_the_first_of_each_lane_alone(stack: Stack, tenant: str) -> None:
+    """However many wait behind, or beside: no plan reads a lane, the table, or all who wait. Shown
+    to fail where validations are looked for by a join with their tenants: all that waits is read
+    then, and thrown away; and with no LIMIT for the tenants that are looked at."""
+    await a_backlog(stack, 5000, tenant)
     plans = {"plans": ["team"], "places": [16], "otherwise": 16}
     connection = await psycopg.AsyncConnection.connect(stack.database_url)
     async with connection:
         explained = await connection.execute(
-            f"EXPLAIN (ANALYZE, FORMAT JSON) {sql_waits.PICK}", {"room": 4, **plans}
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {sql_waits.PICK}", {"room": 4, "look": 68, **plans}
         )
         ((plan,),) = await explained.fetchone()
     read: list[float] = []
 
     def walk(node: dict[str, Any]) -> None:
-        thrown_away = node.get("Rows Removed by Filter", 0) + node.get("Heap Fetches", 0)
-        read.append((node.get("Actual Rows", 0) + thrown_away) * node.get("Actual Loops", 1))
+        # Of each loop; heap fetches are of all.
+        rows = node.get("Actual Rows", 0) + node.get("Rows Removed by Filter", 0)
+        read.append(rows * node.get("Actual Loops", 1) + node.get("Heap Fetches", 0))
         for child in node.get("Plans", ()):
             walk(child)
 
     walk(plan["Plan"])
-    assert max(read) < 100
+    # 68 tenants, of three lanes each.
+    assert max(read) < 300
 
 
 async def test_two_that_flood_take_turns(stack: Stack) -> None:

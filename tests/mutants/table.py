@@ -1133,6 +1133,20 @@ MUTANTS = (
         ("tests/unit/test_findings.py::test_where_the_change_leaves_no_line_the_old_ones_count",),
     ),
     Mutant(
+        "a pick looks at every tenant",
+        _OR + "store/sql_waits.py",
+        "AND due <= now() ORDER BY served, tenant LIMIT %(look)s",
+        "AND due <= now() ORDER BY served, tenant LIMIT 1000000",
+        (_WAITS + "test_a_pick_reads_the_first_of_each_lane_alone",),
+    ),
+    Mutant(
+        "a pick ends where the first tenants are held back",
+        _OR + "store/attempts.py",
+        "more = any(row.id is None for row in rows)",
+        "more = False",
+        (_WAITS + "test_a_tenant_with_nothing_to_pick_is_looked_at_when_something_calls",),
+    ),
+    Mutant(
         "a page ends by rows alone",
         _OR + "api/paging.py",
         "if room < 0:",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, LiteralString
+from typing import Any, Final, LiteralString
 
 from byokeep import ids
 from byokeep.orchestrator.v1.review_pb2 import Finding
@@ -20,6 +20,10 @@ from services.orchestrator.policy.failures import Decision, Follows, Holds
 from services.orchestrator.policy.plans import Plans
 from services.orchestrator.store import sql, sql_waits, waits
 from services.orchestrator.store.database import Database, Row, Session
+
+# Tenants that a pick looks at beside those that it has places for: some are held back, or have as
+# many places as they may.
+_LOOK: Final = 64
 
 
 class Fenced(Exception):
@@ -166,10 +170,17 @@ class AttemptStore:
 
     async def pick(self, room: int) -> list[Work]:
         """Make up to `room` attempts RUNNING whose turn it is, and return them."""
-        picked = await self._database.batch(
-            (sql_waits.PICK_LOCK, {}), (sql_waits.PICK, {"room": room, **self._places})
-        )
-        return await self._load([row.id for row in picked])
+        picked: list[str] = []
+        more = True
+        while more and len(picked) < room:
+            left = room - len(picked)
+            parameters = {"room": left, "look": left + _LOOK, **self._places}
+            rows = await self._database.batch(
+                (sql_waits.PICK_LOCK, {}), (sql_waits.PICK, parameters)
+            )
+            more = any(row.id is None for row in rows)
+            picked += [row.id for row in rows if row.id is not None]
+        return await self._load(picked)
 
     async def take_over(self, seconds: float, limit: int) -> list[Work]:
         """Return attempts whose workers fell silent in a provider call for so long, to go on

@@ -381,5 +381,10 @@ turn = Table(
     "turn",
     metadata,
     Column("tenant", Text, primary_key=True),
-    Column("served", DateTime(timezone=True), nullable=False),
+    Column("served", DateTime(timezone=True), nullable=False, server_default=text("'-infinity'")),
+    # Not worth a look before; 'infinity' where nothing waits. A trigger of `attempt` calls for a
+    # look, and says in which transaction: whoever found nothing says so only of what was there.
+    Column("due", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("called", BigInteger, nullable=False, server_default=text("0")),
 )
+Index("turn_due_idx", turn.c.served, turn.c.tenant, postgresql_where=text("due < 'infinity'"))

@@ -1,8 +1,9 @@
 """Statements that say who is next, and why others wait.
 
 Attempts of reviews wait in lanes: a tenant's, a key's and a priority's, each in the order of
-`due_time`. A pick looks at the first of each lane, never at the rest, however many wait there. A
-row of `pause` closes the lanes of a key or of a tenant for a time.
+`due_time`. A pick looks at the tenants that were served longest ago, no more of them than it has
+places for and some; and of each at the first of its lanes, never at the rest, however many wait
+there. A row of `pause` closes the lanes of a key or of a tenant for a time.
 """
 
 from __future__ import annotations
@@ -13,34 +14,48 @@ from typing import Final
 PICK_LOCK: Final = "SELECT pg_advisory_xact_lock(7089083)"
 
 # Validations first: they are one short call, and somebody waits for each. Then the tenants in turn,
-# by when each was served last; within a tenant, interactive before batch, then by time.
+# by when each was served last; within a tenant, interactive before batch, then by time. A tenant of
+# which there is nothing to pick is not looked at again for two seconds, unless something calls for
+# it: see the trigger of `attempt`. NULL says that there are further tenants to look at.
 PICK: Final = """
-    WITH RECURSIVE lane AS (
-        (SELECT tenant, key_id, priority FROM attempt
-         WHERE state = 'QUEUED' AND kind = 'REVIEW'
-         ORDER BY tenant, key_id, priority LIMIT 1)
-        UNION ALL
-        SELECT following.* FROM lane, LATERAL (
-            SELECT tenant, key_id, priority FROM attempt
-            WHERE state = 'QUEUED' AND kind = 'REVIEW'
-                AND (tenant, key_id, priority) > (lane.tenant, lane.key_id, lane.priority)
-            ORDER BY tenant, key_id, priority LIMIT 1) following),
-    busy AS (
-        SELECT tenant, count(*) AS attempts FROM attempt
-        WHERE state = 'RUNNING' AND kind = 'REVIEW' GROUP BY tenant),
-    open_lane AS (
-        SELECT lane.*, plan.places - coalesce(busy.attempts, 0) AS places, turn.served
-        FROM lane JOIN tenant ON tenant.id = lane.tenant AND tenant.state = 'ACTIVE'
+    WITH RECURSIVE candidate AS MATERIALIZED (
+        SELECT tenant, served, called FROM turn
+        WHERE due < 'infinity' AND due <= now() ORDER BY served, tenant LIMIT %(look)s),
+    ready AS MATERIALIZED (
+        SELECT candidate.tenant, candidate.served, plan.places - busy.attempts AS places
+        FROM candidate
+            -- OFFSET: no join, which would read all tenants.
+            CROSS JOIN LATERAL (
+                SELECT plan FROM tenant
+                WHERE tenant.id = candidate.tenant AND state = 'ACTIVE' OFFSET 0) active
             CROSS JOIN LATERAL (SELECT coalesce((
                 SELECT known.places
                 FROM unnest(CAST(%(plans)s AS text[]), CAST(%(places)s AS int[]))
                     AS known (name, places)
-                WHERE known.name = tenant.plan), %(otherwise)s) AS places) plan
-            LEFT JOIN busy ON busy.tenant = lane.tenant
-            LEFT JOIN turn ON turn.tenant = lane.tenant
-        WHERE plan.places > coalesce(busy.attempts, 0) AND NOT EXISTS (
+                WHERE known.name = active.plan), %(otherwise)s) AS places) plan
+            CROSS JOIN LATERAL (
+                SELECT count(*) AS attempts FROM attempt
+                WHERE attempt.tenant = candidate.tenant AND state = 'RUNNING'
+                    AND kind = 'REVIEW') busy
+        WHERE plan.places > busy.attempts AND NOT EXISTS (
             SELECT FROM pause
-            WHERE pause.tenant = lane.tenant AND pause.key_id IN ('', lane.key_id)
+            WHERE pause.tenant = candidate.tenant AND pause.key_id = '' AND pause.until > now())),
+    lane AS (
+        SELECT ready.tenant, first.key_id, first.priority FROM ready, LATERAL (
+            SELECT key_id, priority FROM attempt
+            WHERE state = 'QUEUED' AND kind = 'REVIEW' AND tenant = ready.tenant
+            ORDER BY key_id, priority LIMIT 1) first
+        UNION ALL
+        SELECT lane.tenant, following.key_id, following.priority FROM lane, LATERAL (
+            SELECT key_id, priority FROM attempt
+            WHERE state = 'QUEUED' AND kind = 'REVIEW' AND tenant = lane.tenant
+                AND (key_id, priority) > (lane.key_id, lane.priority)
+            ORDER BY key_id, priority LIMIT 1) following),
+    open_lane AS (
+        SELECT lane.*, ready.places, ready.served FROM lane JOIN ready USING (tenant)
+        WHERE NOT EXISTS (
+            SELECT FROM pause
+            WHERE pause.tenant = lane.tenant AND pause.key_id = lane.key_id
                 AND pause.until > now())),
     head AS (
         SELECT first.id, open_lane.tenant, open_lane.served, open_lane.places, row_number() OVER (
@@ -62,7 +77,7 @@ PICK: Final = """
         SELECT id FROM (
             SELECT id, 0 AS place, due_time AS served FROM key_check
             UNION ALL
-            SELECT id, place, coalesce(served, '-infinity') FROM head WHERE place <= places) one
+            SELECT id, place, served FROM head WHERE place <= places) one
         ORDER BY place, served, id LIMIT %(room)s),
     picked AS (
         UPDATE attempt SET state = 'RUNNING', start_time = now(), heartbeat_time = now()
@@ -74,12 +89,28 @@ PICK: Final = """
         INSERT INTO turn (tenant, served)
         SELECT tenant, max(clock_timestamp()) FROM picked WHERE kind = 'REVIEW' GROUP BY tenant
         ON CONFLICT (tenant) DO UPDATE SET served = excluded.served),
+    later AS (
+        UPDATE turn SET due = CASE WHEN EXISTS (
+                SELECT FROM attempt
+                WHERE attempt.tenant = turn.tenant AND state = 'QUEUED' AND kind = 'REVIEW')
+            THEN now() + interval '2 seconds' ELSE 'infinity' END
+        WHERE tenant = ANY(ARRAY(SELECT tenant FROM candidate EXCEPT SELECT tenant FROM head))
+            AND called = (SELECT called FROM candidate WHERE candidate.tenant = turn.tenant)),
     running AS (
         -- Not notified: most reviews are done before a watcher could have looked, and who waits
         -- for one looks again by itself.
         UPDATE review SET state = 'RUNNING', start_time = now(), version = version + 1
         FROM picked WHERE review.id = picked.review_id)
-    SELECT id FROM picked"""
+    SELECT id FROM picked
+    UNION ALL
+    SELECT NULL WHERE (SELECT count(*) FROM candidate) = %(look)s
+        AND (SELECT count(*) FROM picked) < %(room)s"""
+
+# What a pause held back is looked at now.
+CALL_FOR_TURN: Final = """
+    UPDATE turn SET due = least(due, now()), called = pg_current_xact_id()::text::bigint
+    WHERE tenant = %(tenant)s
+    RETURNING pg_notify('byokeep_due', '')"""
 
 # What used no key goes back as it was, under another fence; its place in the lane stays.
 PUT_BACK: Final = """
@@ -137,7 +168,7 @@ RESUME_KEY: Final = """
         UPDATE attempt SET key_version = %(version)s
         WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND kind = 'REVIEW' AND state = 'QUEUED'
             AND %(version)s > 0 AND key_version <> %(version)s)
-    SELECT pg_notify('byokeep_due', '')"""
+    SELECT"""
 
 PAUSED_KEYS: Final = """
     SELECT tenant, key_id, reason FROM pause

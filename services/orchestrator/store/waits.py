@@ -132,6 +132,7 @@ async def resume(
         sql_waits.RESUME_KEY,
         {"tenant": tenant, "key_id": key_id, "reasons": list(reasons), "version": version},
     )
+    await session.run(sql_waits.CALL_FOR_TURN, {"tenant": tenant})
 
 
 async def _check(session: Session, work: Work) -> None:
