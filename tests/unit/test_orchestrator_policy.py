@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from byokeep.common.v1 import options_pb2
 from byokeep.keyvault.v1 import custody_pb2
@@ -241,6 +243,16 @@ TERRA = ModelRef("openai", "gpt-6.1-terra")
 )
 def test_a_model_is_lacking_only_where_every_list_is_whole(keys, use) -> None:
     assert use_of(TERRA, keys) is use
+
+
+def test_the_nearest_of_thousands_of_names_is_found_while_others_wait() -> None:
+    """On the event loop. Shown to fail with all names compared: seconds."""
+    names = [f"ft:gpt-{number:05}:" + "acme-" * 17 for number in range(1_000)]
+    keys = [KeyModels(f"k{at}", "openai", [f"{name}{at}" for name in names]) for at in range(20)]
+    begun = time.thread_time()
+    error = not_usable(ModelRef("openai", f"ft:gpt-00042:{'acme-' * 17}x"), keys)
+    assert time.thread_time() - begun < 0.25
+    assert "ft:gpt-00042:" in error.metadata["nearest"].split(",")[0]
 
 
 def test_what_no_key_can_use_is_refused_with_the_nearest_names() -> None:

@@ -7,6 +7,8 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from heapq import nlargest
+from itertools import islice
 from typing import Final
 
 import grpc
@@ -16,6 +18,7 @@ from services.common.models import MAX_LISTED, Catalog, ModelRef, is_listed, par
 from services.orchestrator.policy.keys import Keys
 
 _NEAREST: Final = 3
+_LIKELY: Final = 16
 
 
 class Source(enum.Enum):
@@ -70,6 +73,15 @@ def use_of(model: ModelRef, keys: Sequence[KeyModels]) -> Use:
     return Use.LACKING if all(key.whole for key in ours) else Use.NOT_KNOWN
 
 
+def _nearest(wanted: str, keys: Sequence[KeyModels]) -> list[str]:
+    """Return the names that are most like one. Of keys' lists a part is looked at, and few names
+    closely: a tenant's may be many thousands, which would take seconds."""
+    known = set(islice((name for key in keys for name in key.models), MAX_LISTED))
+    parts = {wanted[at : at + 3] for at in range(max(1, len(wanted) - 2))}
+    likely = nlargest(_LIKELY, sorted(known), key=lambda name: sum(part in name for part in parts))
+    return difflib.get_close_matches(wanted, likely, _NEAREST, 0.5)
+
+
 def not_usable(
     model: ModelRef, keys: Sequence[KeyModels], *, whose: str = "", field: str = ""
 ) -> ByokeepError:
@@ -78,11 +90,7 @@ def not_usable(
     `whose` says in the sentence who chose it, where the request did not: else `field` has it.
     """
     ours = [key for key in keys if key.provider == model.provider]
-    known = sorted({name for key in ours for name in key.models})
-    nearest = [
-        f"{model.provider}/{name}"
-        for name in difflib.get_close_matches(model.model, known, _NEAREST, 0.5)
-    ]
+    nearest = [f"{model.provider}/{name}" for name in _nearest(model.model, ours)]
     key_id = ours[0].key_id
     which = f"key {key_id} can't" if len(ours) == 1 else f"none of {len(ours)} keys can"
     times = [key.check_time for key in ours if key.check_time is not None]
