@@ -257,6 +257,12 @@ async def test_a_tenant_with_nothing_to_pick_is_looked_at_when_something_calls(
     # Nothing waits any more, and that is known.
     await stack.until("SELECT 1 FROM turn WHERE tenant = 'acme' AND due = 'infinity'")
     assert (await stack.ended(await stack.submit())).state == COMPLETED
+    # One pick goes on until it has what there are places for.
+    await stack.runner.tell(draining=True)
+    await stack.until_room(0)
+    await stack.submit()
+    await stack.sql("UPDATE turn SET due = now() WHERE tenant LIKE 'held-%%'")
+    assert [work.tenant for work in await stack.app.attempts.pick(1)] == ["acme"]
 
 
 @pytest.mark.parametrize("tenant", ["'acme'", "'t-' || i / 3"])
