@@ -913,3 +913,18 @@ async def test_so_many_overrides_look_at_paths_and_no_more(stack: Stack) -> None
         await override(stack, "openai/m", "a/b", "one/more")
     info = error_info(refused.value)
     assert (info.metadata["field"], info.metadata["limit"]) == ("path_pattern", "100")
+
+
+async def test_a_review_keeps_the_fallback_that_it_was_submitted_with(stack: Stack) -> None:
+    stack.keyvault.add("acme")
+    await set_default(stack, "openai/a")
+    await fall_back(stack, "openai/b")
+    await stack.runner.tell(draining=True)
+    await stack.until_room(0)
+    submitted = await stack.submit()
+    await fall_back(stack)
+    await set_default(stack, "openai/c")
+    stack.runner.scripts = [fails(review_pb2.FAILURE_REASON_MODEL_NOT_FOUND), one_chunk]
+    await stack.runner.tell(draining=False)
+    review = await stack.ended(submitted)
+    assert (review.state, review.model) == (review_pb2.REVIEW_STATE_COMPLETED, "openai/b")

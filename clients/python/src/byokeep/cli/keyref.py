@@ -105,10 +105,10 @@ def provider_of(key: Key) -> str:
 
 
 def label_of(key: Key) -> str:
-    """Return provider, name and owner: `openai default of ann`."""
+    """Return provider, name and owner: `openai default of ann`, `openai vendor, managed`."""
     kept = key.provider_key
     owner = f" of {clean(kept.owner)}" if kept.owner else ""
-    owner = " (managed)" if kept.owner == OPERATOR else owner
+    owner = ", managed" if kept.owner == OPERATOR else owner
     return f"{provider_of(key)} {clean(kept.display_name)}{owner}"
 
 

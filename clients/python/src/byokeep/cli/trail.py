@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from byokeep.cli.history import Entry, Summary, merge
-from byokeep.cli.keyref import key_id, key_state, provider_of
+from byokeep.cli.keyref import key_id, key_state, label_of
 from byokeep.cli.session import Session, pages
 from byokeep.cli.text import clean, count
 from byokeep.keyvault.v1 import audit_pb2
@@ -36,8 +36,7 @@ def show(session: Session, key: Key) -> None:
         return
     kept = key.provider_key
     out.print(
-        f"{key_id(key)}  {provider_of(key)} {clean(kept.display_name)}"
-        f"  {clean(kept.hint)}  {key_state(key)}".rstrip(),
+        f"{key_id(key)}  {label_of(key)}  {clean(kept.hint)}  {key_state(key)}".rstrip(),
         style="bold",
     )
     for lead, line, rest in _timeline(entries, ascii_only=not out.unicode):
