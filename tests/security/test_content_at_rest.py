@@ -14,6 +14,7 @@ from byokeep.ids import new_id
 from byokeep.keyvault.v1 import admin_pb2, content_pb2, content_pb2_grpc
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.testing.canary import files_with, forms, found_in
+from psycopg.types.string import TextLoader
 
 from deploy.local import binaries
 from services.common.errors import ByokeepError
@@ -79,6 +80,8 @@ def rows(url: str) -> bytes:
     """Every row of every table, decompressed and as the driver gives it."""
     found = bytearray()
     with psycopg.connect(url) as session:
+        # PostgreSQL has times that Python has not: infinity.
+        session.adapters.register_loader("timestamptz", TextLoader)
         names = session.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
         for (name,) in names.fetchall():
             for row in session.execute(f"SELECT * FROM {name}").fetchall():
