@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -36,12 +35,15 @@ def stack(trees: dict[str, Tree]) -> Iterator[Path]:
         images.docker("compose", "version")
     except images.ImageError:
         engine.install("docker-compose")
-    os.environ |= {"TAG": TAG, "ORCHESTRATOR_PORT": _free_port(), "KEYVAULT_PORT": _free_port()}
-    try:
-        assert main(["up"]) == 0
-        yield STATE / "client/config.toml"
-    finally:
-        assert main(["down", "--volumes"]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TAG", TAG)
+        patched.setenv("ORCHESTRATOR_PORT", _free_port())
+        patched.setenv("KEYVAULT_PORT", _free_port())
+        try:
+            assert main(["up"]) == 0
+            yield STATE / "client/config.toml"
+        finally:
+            assert main(["down", "--volumes"]) == 0
 
 
 def _byokeep(config: Path, *arguments: str, text: str = "") -> str:
