@@ -149,7 +149,7 @@ class _echo_server:
 
 async def _rewrap(vault: VaultServer, folder: Path, environment: dict[str, str]) -> Row:
     placeholder = dict.fromkeys(
-        ("TLS_CERT", "TLS_KEY", "TLS_CA", "DATABASE_URL_FILE", "GRANT_KEYS_DIR"), "/dev/null"
+        ("TLS_CERT", "TLS_KEY", "TLS_CA", "DATABASE_URL_FILE", "GRANT_KEYS_DIR"), str(vault.ca)
     )
     placeholder |= dict.fromkeys(("LISTEN", "HEALTH_LISTEN"), "127.0.0.1:0")
     placeholder |= dict.fromkeys(("DEPLOYMENT", "TRUST_DOMAIN", "CALLERS"), "bench")
