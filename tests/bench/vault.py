@@ -24,11 +24,10 @@ from byokeep import transport
 from byokeep.keyvault.v1 import lease_pb2
 from byokeep.testing import Stack
 
-from services.common import config
-from services.keyvault.config import Settings
-from services.keyvault.kek.vault.backend import VaultBackend
 from tests.bench.keyvault_client import Call, Tenant
 from tests.bench.results import Row, percentile
+from tests.harness import vault_backend
+from tests.harness.keyvault import Deployment
 from tests.harness.vault import VaultServer
 from tests.harness.vault_binary import chosen
 
@@ -48,19 +47,15 @@ def run(seconds: float, uncapped: dict[str, dict[str, str]]) -> list[Row]:
     try:
         vault.start()
         vault.set_up("approle")
-        environment = _environment(vault, folder)
+        settings = vault.settings(folder, vault_deadline_ms=5000)
+        environment = {f"BYOKEEP_{name.upper()}": str(value) for name, value in settings.items()}
         merged = {**uncapped, "keyvault": {**uncapped["keyvault"], **environment}}
         with Stack(environment=merged, in_memory=False) as stack:
             lease = asyncio.run(_lease(stack, vault, seconds))
-        return [lease, asyncio.run(_rewrap(vault, folder, environment))]
+        return [lease, asyncio.run(_rewrap(vault, folder / "rewrap", settings))]
     finally:
         vault.stop()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _environment(vault: VaultServer, folder: Path) -> dict[str, str]:
-    settings = vault.settings(folder, vault_deadline_ms=5000)
-    return {f"BYOKEEP_{name.upper()}": str(value) for name, value in settings.items()}
 
 
 async def _lease(stack: Stack, vault: VaultServer, seconds: float) -> Row:
@@ -147,17 +142,12 @@ class _echo_server:
             pass
 
 
-async def _rewrap(vault: VaultServer, folder: Path, environment: dict[str, str]) -> Row:
-    placeholder = dict.fromkeys(
-        ("TLS_CERT", "TLS_KEY", "TLS_CA", "DATABASE_URL_FILE", "GRANT_KEYS_DIR"), str(vault.ca)
-    )
-    placeholder |= dict.fromkeys(("LISTEN", "HEALTH_LISTEN"), "127.0.0.1:0")
-    placeholder |= dict.fromkeys(("DEPLOYMENT", "TRUST_DOMAIN", "CALLERS"), "bench")
-    named = {f"BYOKEEP_{name}": value for name, value in placeholder.items()}
-    backend = VaultBackend(config.load(Settings, {**named, **environment}))
-    await backend.start()
+async def _rewrap(vault: VaultServer, folder: Path, settings: dict[str, object]) -> Row:
+    folder.mkdir()
     client = hvac.Client(vault.address, token=vault.token("keyvault-data"), verify=str(vault.ca))
-    try:
+    # The backend alone: no database is opened.
+    deployment = Deployment(folder, "postgresql://nowhere")
+    async with vault_backend.started(deployment, settings) as backend:
         await backend.create("tenant/rewrap")
         made = await backend.generate_data_key("tenant/rewrap")
         made.plaintext.wipe()
@@ -171,8 +161,6 @@ async def _rewrap(vault: VaultServer, folder: Path, environment: dict[str, str])
             start = time.perf_counter()
             _bare_rewrap(client, rows)
             bare.append(time.perf_counter() - start)
-    finally:
-        await backend.close()
     speed = {name: _ROWS / min(times) for name, times in (("ours", ours), ("bare", bare))}
     detail = {f"{name}_rows_per_s": round(value) for name, value in speed.items()}
     return Row("rewrap_vault_ratio", speed["ours"] / speed["bare"], "ratio", detail)

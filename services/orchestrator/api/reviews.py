@@ -183,7 +183,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights.require_active()
         row = await self._reviews.get(rights.tenant.id, review_id)
         rights.require_user(row.owner, "name")
-        if not await self._reviews.retried(request, rights.tenant.id):
+        if not await self._reviews.carried_out(request, rights.tenant.id):
             await self._retry(rights, row, request)
             row = await self._reviews.get(rights.tenant.id, review_id)
         return review_pb2.RetryReviewResponse(review=self._message(row))
@@ -223,7 +223,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         """Delete a review with all that belongs to it."""
         rights = access.current()
         tenant = rights.tenant.id
-        if not await self._reviews.deleted(request, tenant):
+        if not await self._reviews.carried_out(request, tenant):
             row = await self._reviews.get(tenant, names.last_of(request.name))
             rights.require_user(row.owner, "name")
             await self._reviews.delete(request, tenant)

@@ -87,9 +87,11 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         if not paths or not set(paths).issubset(_FIELDS):
             raise unexpected("update_mask", f"some of {', '.join(_FIELDS)}")
         if "default_model" in paths and request.settings.default_model:
-            await self._require_usable(request.settings.default_model, "settings.default_model")
-        for model in request.settings.fallback_models if "fallback_models" in paths else ():
-            await self._require_usable(model, "settings.fallback_models")
+            await self._require_usable("settings.default_model", request.settings.default_model)
+        if "fallback_models" in paths:
+            await self._require_usable(
+                "settings.fallback_models", *request.settings.fallback_models
+            )
         values: dict[str, Any] = {path: getattr(request.settings, path) for path in paths}
         if "fallback_models" in values:
             values["fallback_models"] = list(request.settings.fallback_models)
@@ -132,7 +134,7 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         rights = access.current()
         if request.model:
             rights.plan.require("model-overrides")
-            await self._require_usable(request.model, "model")
+            await self._require_usable("model", request.model)
         row = await self._choices.set_override(rights.tenant.id, request)
         return settings_pb2.SetModelOverrideResponse(settings=await self._message(row))
 
@@ -196,15 +198,16 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
             [key for key in await self._keys(tenant) if usable(key) and rights.may_read(key.owner)],
         )
 
-    async def _require_usable(self, text: str, field: str) -> None:
-        """Refuse a model that each of the keys is known not to be able to use.
+    async def _require_usable(self, field: str, *texts: str) -> None:
+        """Refuse a model of a field that each of the keys is known not to be able to use.
 
         Raises ByokeepError: MODEL_INVALID, MODEL_NOT_USABLE, DEPENDENCY_UNAVAILABLE.
         """
-        model = read_model(text, field)
-        keys = await self._known(access.current().tenant)
-        if use_of(model, keys) is Use.LACKING:
-            raise not_usable(model, keys, field=field)
+        models = [read_model(text, field) for text in texts]
+        keys = await self._known(access.current().tenant) if models else []
+        for model in models:
+            if use_of(model, keys) is Use.LACKING:
+                raise not_usable(model, keys, field=field)
 
     async def _uses(
         self, tenant: TenantRow, models: Collection[str]

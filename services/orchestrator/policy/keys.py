@@ -238,7 +238,7 @@ def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = "
     for key in keys:
         states = {version.state for version in key.versions} | {key.state}
         if custody_pb2.KEY_VERSION_STATE_NEEDS_REKEY in states:
-            key_id = key.name.rsplit("/", 1)[1]
+            key_id = last_of(key.name)
             return ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "KEY_NEEDS_REKEY",
@@ -248,7 +248,7 @@ def no_key(provider: str, keys: Sequence[custody_pb2.ProviderKey], user: str = "
     # Of several, the one that was added last.
     for key in sorted(keys, key=lambda key: key.name, reverse=True):
         if key.state == custody_pb2.KEY_VERSION_STATE_PENDING:
-            key_id = key.name.rsplit("/", 1)[1]
+            key_id = last_of(key.name)
             return ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "NO_ACTIVE_KEY",

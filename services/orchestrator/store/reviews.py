@@ -105,18 +105,19 @@ _USED_COLUMNS: Final = """
 _WAIT: Final = """coalesce(wait.reason, '') AS wait_reason,
     coalesce(wait.cause, '') AS wait_cause, wait.since AS wait_since,
     wait.stalled AS wait_stalled, nullif(wait.until, 'infinity') AS wait_until"""
+_SELECT: Final = f"""
+SELECT {", ".join(f"review.{name}" for name in _OWN)}, {_USED_COLUMNS} {_WAIT}"""
 _COLUMNS: Final = f"""
-SELECT {", ".join(_OWN)}, {_USED_COLUMNS} {_WAIT}
+{_SELECT}
 FROM review {sql_waits.WAIT} {_USED}
-"""  # noqa: S608 - constants
+"""
 _SUBMIT: Final = sql.SUBMIT.format(columns=", ".join(f"rev.{name}" for name in _OWN))
 _BESIDE: Final = """state = 'QUEUED' AND kind = 'REVIEW' AND attempt.tenant = review.tenant
                 AND attempt.key_id = last.key_id"""
 # How many calls the attempt that runs has started; how many go before the one that waits, of those
 # of its key: of its lane and of those before it, never more than a thousand rows each.
 _WHOLE: Final = f"""
-SELECT {", ".join(f"review.{name}" for name in _OWN)}, {_USED_COLUMNS}
-    {_WAIT},
+{_SELECT},
     coalesce(last.answer_bytes, 0) AS answer_bytes, last.calls_started AS progress_calls,
     CASE WHEN last.state = 'QUEUED' THEN (
         SELECT least(count(*), 1000) + 1 FROM (
@@ -313,17 +314,10 @@ class ReviewStore:
                 await cancel(session, review_id)
                 await session.run(_DELETE, {"id": review_id, "tenant": tenant})
 
-    async def deleted(self, message: review_pb2.DeleteReviewRequest, tenant: str) -> bool:
-        """Whether this request was carried out before. Raises REQUEST_ID_CONFLICT."""
-        return await self._carried_out(message, tenant)
-
-    async def retried(self, message: review_pb2.RetryReviewRequest, tenant: str) -> bool:
-        """Whether this request was carried out before. Raises REQUEST_ID_CONFLICT."""
-        return await self._carried_out(message, tenant)
-
-    async def _carried_out(
+    async def carried_out(
         self, message: review_pb2.RetryReviewRequest | review_pb2.DeleteReviewRequest, tenant: str
     ) -> bool:
+        """Whether this request was carried out before. Raises REQUEST_ID_CONFLICT."""
         async with self._database.statement() as session:
             return await requests.again(session, tenant, message)
 

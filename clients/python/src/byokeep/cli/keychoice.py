@@ -6,10 +6,9 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from google.protobuf import field_mask_pb2
 
 from byokeep import names
-from byokeep.cli import checked
+from byokeep.cli import checked, settings
 from byokeep.cli.errors import CliError
 from byokeep.cli.keyref import find_key, key_id
 from byokeep.cli.output import message_dict, short
@@ -54,22 +53,15 @@ def order(
     order, a user's review runs on the user's own keys, all others on the repository's, else the
     team's.
     """
-    connection = session.connection
     if not sources and not default:
-        request = settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
-        _print(session, connection.settings.GetSettings(request).settings)
+        _print(session, settings.read(session))
         return
     if sources and default:
         raise CliError("--default sets no order: leave the sources out")
     wanted = [settings_pb2.KeySource.Value(f"KEY_SOURCE_{one.name}") for one in sources or ()]
     if len(set(wanted)) < len(wanted):
         raise CliError("each source once", "byokeep key order user repository team")
-    update = settings_pb2.UpdateSettingsRequest(
-        settings=settings_pb2.Settings(name=f"{connection.parent}/settings", key_order=wanted),
-        update_mask=field_mask_pb2.FieldMask(paths=["key_order"]),
-        request_id=request_id(),
-    )
-    _print(session, connection.settings.UpdateSettings(update).settings)
+    _print(session, settings.change(session, key_order=wanted))
 
 
 @app.command("assign", epilog=examples("byokeep key assign ci --repo 'acme/*'"))
@@ -104,15 +96,15 @@ def _set(session: Session, pattern: str, key: str) -> None:
     _print(session, connection.settings.SetRepositoryKey(request).settings)
 
 
-def _print(session: Session, settings: settings_pb2.Settings) -> None:
+def _print(session: Session, now: settings_pb2.Settings) -> None:
     if session.out.as_json:
-        session.out.json(message_dict(settings))
+        session.out.json(message_dict(now))
         return
-    sources = [short(settings_pb2.KeySource, one).lower() for one in settings.key_order]
+    sources = [short(settings_pb2.KeySource, one).lower() for one in now.key_order]
     order = ", else ".join(sources) or "user's reviews: user; others: repository, else team"
-    if settings.managed_keys:
+    if now.managed_keys:
         session.out.print("keys: managed, the operator's; the order is of the tenant's own")
     session.out.print(f"order: {order}")
-    for entry in settings.repository_keys:
+    for entry in now.repository_keys:
         provider = names.provider_id(entry.provider)
         session.out.print(f"{clean(entry.repository_pattern)}: {clean(entry.key_id)} ({provider})")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from google.protobuf import field_mask_pb2
 
+from byokeep.cli import settings
 from byokeep.cli.errors import CliError
 from byokeep.cli.output import message_dict
-from byokeep.cli.session import Session, command, examples, group, request_id
+from byokeep.cli.session import Session, command, examples, group
 from byokeep.orchestrator.v1 import settings_pb2
 
 app = typer.Typer(no_args_is_help=True)
@@ -37,11 +37,7 @@ def limit() -> None:
 @command()
 def show(session: Session) -> None:
     """Show the tenant's ceilings."""
-    connection = session.connection
-    settings = connection.settings.GetSettings(
-        settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
-    ).settings
-    _print(session, settings)
+    _print(session, settings.read(session))
 
 
 @app.command(
@@ -69,27 +65,16 @@ def set_(
     values = {name: value for name, value in given.items() if value is not None}
     if not values:
         raise CliError("say which ceiling", "byokeep limit set --help lists them")
-    connection = session.connection
-    wanted = settings_pb2.Settings(name=f"{connection.parent}/settings")
-    for name, value in values.items():
-        setattr(wanted, name, value)
-    settings = connection.settings.UpdateSettings(
-        settings_pb2.UpdateSettingsRequest(
-            settings=wanted,
-            update_mask=field_mask_pb2.FieldMask(paths=list(values)),
-            request_id=request_id(),
-        )
-    ).settings
-    _print(session, settings)
+    _print(session, settings.change(session, **values))
 
 
-def _print(session: Session, settings: settings_pb2.Settings) -> None:
+def _print(session: Session, now: settings_pb2.Settings) -> None:
     if session.out.as_json:
-        session.out.json(message_dict(settings))
+        session.out.json(message_dict(now))
         return
     rows = []
     for name, (meaning, elsewhere) in _MEANING.items():
-        own, value = getattr(settings, name), getattr(settings.in_force, name)
+        own, value = getattr(now, name), getattr(now.in_force, name)
         source = "the tenant's own" if value and value == own else elsewhere
         rows.append((meaning, f"{value:,}" if value else "none", source, f"--{_dashed(name)}"))
     session.out.table(("CEILING", "IS", "COMES FROM", "SET WITH"), rows)

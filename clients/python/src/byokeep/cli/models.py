@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from google.protobuf import field_mask_pb2
 
 from byokeep.cli import checked
+from byokeep.cli import settings as tenant_settings
 from byokeep.cli.errors import CliError
 from byokeep.cli.output import message_dict
 from byokeep.cli.session import Session, command, examples, group, pages, request_id
@@ -52,9 +52,7 @@ def list_(session: Session) -> None:
     """List the models that the tenant's keys can use, and which are chosen."""
     connection = session.connection
     models = _models(session)
-    settings = connection.settings.GetSettings(
-        settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
-    ).settings
+    settings = tenant_settings.read(session)
     if session.out.as_json:
         overrides = [message_dict(entry) for entry in settings.model_overrides]
         session.out.json(
@@ -136,23 +134,10 @@ def fallback(
     """
     if bool(models) is none:
         raise CliError("name models, or --none", "byokeep model list")
-    connection = session.connection
-    wanted = settings_pb2.Settings(
-        name=f"{connection.parent}/settings",
-        fallback_models=[checked.model(model) for model in models or ()],
-    )
-    if len(set(wanted.fallback_models)) < len(wanted.fallback_models):
+    wanted = [checked.model(model) for model in models or ()]
+    if len(set(wanted)) < len(wanted):
         raise CliError("each model once")
-    update = settings_pb2.UpdateSettingsRequest(
-        settings=wanted,
-        update_mask=field_mask_pb2.FieldMask(paths=["fallback_models"]),
-        request_id=request_id(),
-    )
-    settings = connection.settings.UpdateSettings(update).settings
-    if session.out.as_json:
-        session.out.json(message_dict(settings))
-    else:
-        _print_choice(session, settings, [] if settings.default_model else _models(session))
+    _print_changed(session, tenant_settings.change(session, fallback_models=wanted))
 
 
 @app.command(epilog=examples("byokeep model unset --repo 'acme/*'"))
@@ -164,10 +149,7 @@ def unset(session: Session, repo: Pattern = None, path: Paths = None) -> None:
 
 
 def _need_choice(session: Session, repo: str | None, path: str | None) -> None:
-    connection = session.connection
-    settings = connection.settings.GetSettings(
-        settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
-    ).settings
+    settings = tenant_settings.read(session)
     if repo is None and path is None:
         if not settings.default_model:
             raise CliError("the tenant has no default model", "byokeep model list")
@@ -199,19 +181,16 @@ def _change(
         )
         settings = connection.settings.SetModelOverride(override).settings
     else:
-        update = settings_pb2.UpdateSettingsRequest(
-            settings=settings_pb2.Settings(
-                name=f"{connection.parent}/settings", default_model=chosen
-            ),
-            update_mask=field_mask_pb2.FieldMask(paths=["default_model"]),
-            request_id=request_id(),
-        )
-        settings = connection.settings.UpdateSettings(update).settings
+        settings = tenant_settings.change(session, default_model=chosen)
+    _print_changed(session, settings)
+    return settings
+
+
+def _print_changed(session: Session, settings: settings_pb2.Settings) -> None:
     if session.out.as_json:
         session.out.json(message_dict(settings))
     else:
         _print_choice(session, settings, [] if settings.default_model else _models(session))
-    return settings
 
 
 def _print_choice(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from google.protobuf import field_mask_pb2
 
+from byokeep.cli import settings
 from byokeep.cli.errors import CliError
 from byokeep.cli.output import message_dict
-from byokeep.cli.session import Session, command, examples, group, request_id
+from byokeep.cli.session import Session, command, examples, group
 from byokeep.orchestrator.v1 import settings_pb2
 
 app = typer.Typer(no_args_is_help=True)
@@ -38,9 +38,7 @@ def policy() -> None:
 @command()
 def show(session: Session) -> None:
     """Show the tenant's policies."""
-    connection = session.connection
-    request = settings_pb2.GetSettingsRequest(name=f"{connection.parent}/settings")
-    _print(session, connection.settings.GetSettings(request).settings)
+    _print(session, settings.read(session))
 
 
 @app.command("set", epilog=examples("byokeep policy set --keep-superseded"))
@@ -69,25 +67,16 @@ def set_(
     values = {name: value for name, value in given.items() if value is not None}
     if not values:
         raise CliError("say which policy", "byokeep policy set --help lists them")
-    connection = session.connection
-    wanted = settings_pb2.Settings(name=f"{connection.parent}/settings")
-    for name, value in values.items():
-        setattr(wanted, name, value)
-    request = settings_pb2.UpdateSettingsRequest(
-        settings=wanted,
-        update_mask=field_mask_pb2.FieldMask(paths=list(values)),
-        request_id=request_id(),
-    )
-    _print(session, connection.settings.UpdateSettings(request).settings)
+    _print(session, settings.change(session, **values))
 
 
-def _print(session: Session, settings: settings_pb2.Settings) -> None:
+def _print(session: Session, now: settings_pb2.Settings) -> None:
     if session.out.as_json:
-        session.out.json(message_dict(settings))
+        session.out.json(message_dict(now))
         return
     rows = []
     for name, (option, on, off) in _MEANING.items():
-        is_on = bool(getattr(settings, name))
+        is_on = bool(getattr(now, name))
         other = option.replace("--", "--no-", 1) if is_on else option
         rows.append((on if is_on else off, other))
     session.out.table(("POLICY", "CHANGE WITH"), rows)
