@@ -39,14 +39,20 @@ from services.orchestrator.policy import plans
 from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.choices import ChoiceStore
 from services.orchestrator.store.database import Database
+from services.orchestrator.store.endings import EndingStore
 from services.orchestrator.store.events import Events
 from services.orchestrator.store.keys import KeyStore
+from services.orchestrator.store.picks import PickStore
+from services.orchestrator.store.retention import RetentionStore
 from services.orchestrator.store.reviews import ReviewStore
+from services.orchestrator.store.submissions import SubmissionStore
 from services.orchestrator.store.tenants import TenantStore
 from services.orchestrator.store.waits import WaitStore
 from services.orchestrator.work.deletion import Deletion
 from services.orchestrator.work.dispatcher import HEARTBEAT_SECONDS, Dispatcher
+from services.orchestrator.work.execution import Means
 from services.orchestrator.work.fleet import Fleet
+from services.orchestrator.work.outcomes import Outcomes
 from services.orchestrator.work.sweeper import Sweeper
 from services.orchestrator.work.verdicts import Verdicts
 
@@ -78,7 +84,9 @@ class App:
         self.tenants = TenantStore(self._database)
         self.choices = ChoiceStore(self._database)
         self.keys = KeyStore(self._database)
-        self.attempts = AttemptStore(self._database, self._plans)
+        self.picks = PickStore(self._database, self._plans)
+        self.attempts = AttemptStore(self._database)
+        self.endings = EndingStore(self._database)
         self.reviews = ReviewStore(self._database)
         self.waits = WaitStore(self._database, settings.wait_seconds)
         self._authority = Authority(self.tenants, self._plans)
@@ -100,20 +108,25 @@ class App:
         self._contents = ContentKeys(self.keyvault.content_key)
         verdicts = Verdicts(self.keys, self.waits, self.keyvault)
         self.dispatcher = Dispatcher(
+            self.picks,
             self.attempts,
-            self.keyvault,
+            Outcomes(self.attempts, self.endings, self.keyvault, verdicts),
             self._contents,
-            verdicts,
             self._events,
             self.fleet,
-            self._signer.sign,
+            Means(self.attempts, self.fleet, self._signer.sign),
             attempt_seconds=settings.attempt_seconds,
             concurrency=settings.concurrency,
         )
-        self._deletion = Deletion(self.tenants, self.attempts, self.keyvault)
+        self._deletion = Deletion(self.tenants, self.keyvault)
         self.sweeper = Sweeper(
-            self.attempts,
-            self.reviews,
+            self.endings,
+            RetentionStore(
+                self._database,
+                content_hours=settings.failed_content_hours,
+                findings_days=settings.findings_days,
+                review_days=settings.review_days,
+            ),
             self.keys,
             self.tenants,
             self.keyvault,
@@ -123,9 +136,6 @@ class App:
             self.dispatcher,
             self.fleet,
             self._plans,
-            content_hours=settings.failed_content_hours,
-            findings_days=settings.findings_days,
-            review_days=settings.review_days,
         )
         await until_there(lambda: postgres.probe(self._url, _REVISION, _MIGRATE))
         await self._database.open()
@@ -175,7 +185,7 @@ class App:
             ReviewServicer(
                 settings,
                 self.reviews,
-                self.attempts,
+                SubmissionStore(self._database, self.reviews),
                 self._contents,
                 Chooser(self.choices, self.keys, self.keyvault, self._catalog, planner),
                 planner,

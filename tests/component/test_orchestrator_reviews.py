@@ -368,10 +368,11 @@ async def test_no_call_above_the_days_ceiling(stack: Stack) -> None:
     told: list[bool] = []
 
     async def greedy(talk: Conversation) -> None:
-        await talk.accept("c1")
+        await talk.accept("c1", "c2", "c3", "c4")
         for number in range(1, 4):
-            await talk.call("c1", number)
-        started = runner_pb2.CallStarted(chunk_id="c1", call_number=4)
+            await talk.call(f"c{number}", number)
+            await talk.result(f"c{number}")
+        started = runner_pb2.CallStarted(chunk_id="c4", call_number=4)
         sequence = await talk.say(call_started=started)
         answers = {
             asyncio.create_task(one) for one in (talk.cancelled.wait(), talk.acked(sequence))

@@ -20,7 +20,7 @@ from byokeep.orchestrator.v1 import key_pb2, review_pb2, tenant_pb2
 from byokeep.runner.v1 import runner_pb2
 
 from services.orchestrator.policy import failures
-from services.orchestrator.store import sql_waits
+from services.orchestrator.store import picks
 from tests.harness.orchestrator import (
     Conversation,
     RunnerGone,
@@ -262,7 +262,7 @@ async def test_a_tenant_with_nothing_to_pick_is_looked_at_when_something_calls(
     await stack.until_room(0)
     await stack.submit()
     await stack.sql("UPDATE turn SET due = now() WHERE tenant LIKE 'held-%%'")
-    assert [work.tenant for work in await stack.app.attempts.pick(1)] == ["acme"]
+    assert [work.tenant for work in await stack.app.picks.pick(1)] == ["acme"]
 
 
 @pytest.mark.parametrize("tenant", ["'acme'", "'t-' || i / 3"])
@@ -275,7 +275,7 @@ async def test_a_pick_reads_the_first_of_each_lane_alone(stack: Stack, tenant: s
     connection = await psycopg.AsyncConnection.connect(stack.database_url)
     async with connection:
         explained = await connection.execute(
-            f"EXPLAIN (ANALYZE, FORMAT JSON) {sql_waits.PICK}", {"room": 4, "look": 68, **plans}
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {picks.PICK}", {"room": 4, "look": 68, **plans}
         )
         ((plan,),) = await explained.fetchone()
     read: list[float] = []
@@ -510,7 +510,7 @@ async def test_what_waits_too_long_fails_with_that_reason(
         stack.runner.default = made.get(reason, refuses(reason, retry_after_ms=10**6))
         review = await stack.ended(await stack.submit())
         assert review.state == FAILED
-        assert failures.name_of(review.failure) == reason
+        assert failures.reason_of(review.failure) == reason
         assert "etry the review" in review.failure_message
         stack.runner.default = one_chunk
         await stack.sql("DELETE FROM pause")
@@ -549,7 +549,7 @@ async def test_who_waits_now_for_this_and_now_for_that_has_one_day(stack: Stack)
     assert await next_wait("RATE_LIMITED") > first.ToDatetime(UTC)
     await stack.sql("UPDATE attempt SET stalled_since = stalled_since - interval '1 day'")
     ended = await stack.ended(review)
-    assert (ended.state, failures.name_of(ended.failure)) == (FAILED, "RATE_LIMITED")
+    assert (ended.state, failures.reason_of(ended.failure)) == (FAILED, "RATE_LIMITED")
 
 
 async def test_content_of_yesterday_opens_after_a_days_wait(stack: Stack) -> None:

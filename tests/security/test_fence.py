@@ -10,7 +10,7 @@ import pytest
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.orchestrator.store import sql
+from services.orchestrator.store import attempts
 from services.orchestrator.work.dispatcher import ORPHANED_SECONDS
 from services.orchestrator.work.execution import Execution
 from tests.harness.orchestrator import (
@@ -95,7 +95,7 @@ async def fenced_off(stack: Stack, paused: Pausable) -> None:
 
 @pytest.mark.parametrize("says", SAYS.values(), ids=SAYS.keys())
 async def test_paused_attempt_changes_nothing_after_its_turn(stack: Stack, says) -> None:
-    """Each case fails where its statement in services/orchestrator/store/sql.py loses its guard.
+    """Each case fails where its statement in services/orchestrator/store loses its guard.
 
     Shown by replacing "AND fence = :fence AND state = 'RUNNING'" with nothing, in turn in
     CALL_STARTED (first case fails), CHUNK_DONE (second), and END_REVIEW's update of the attempt
@@ -118,7 +118,7 @@ async def test_paused_attempt_changes_nothing_after_its_turn(stack: Stack, says)
 
 
 async def test_call_under_way_is_not_repeated_when_its_worker_falls_silent(stack: Stack) -> None:
-    """Shown by `unfinished_call` replaced with False in services/orchestrator/work/sweeper.py: the
+    """Shown by `unfinished_call` replaced with False in services/orchestrator/work/outcomes.py: the
     review is then RUNNING again, and its call is paid twice."""
     in_call = asyncio.Event()
 
@@ -159,7 +159,7 @@ async def test_worker_that_lives_keeps_its_attempt(stack: Stack) -> None:
     await stack.app.dispatcher.beat()
     (attempt,) = await stack.sql("SELECT id FROM attempt")
     await stack.app.sweeper.fence_off(attempt[0])
-    assert await stack.app.attempts.take_over(ORPHANED_SECONDS, 1) == []
+    assert await stack.app.picks.take_over(ORPHANED_SECONDS, 1) == []
     assert await stack.sql("SELECT state, fence, turn FROM attempt") == [("RUNNING", 1, 0)]
 
 
@@ -252,10 +252,10 @@ async def test_chunk_that_is_being_stored_is_no_open_call(stack: Stack) -> None:
     await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '13 seconds'")
     async with await psycopg.AsyncConnection.connect(stack.database_url) as connection:
         stored = {**held, "chunk_id": "c9", "dropped": 0, "finding_count": 0, "findings": None}
-        await connection.execute(sql.CHUNK_DONE, stored)
+        await connection.execute(attempts.CHUNK_DONE, stored)
         # It does not wait for that row, and takes it for open no more once it is stored.
-        assert await stack.app.attempts.take_over(ORPHANED_SECONDS, 1) == []
-    assert await stack.app.attempts.take_over(ORPHANED_SECONDS, 1) == []
+        assert await stack.app.picks.take_over(ORPHANED_SECONDS, 1) == []
+    assert await stack.app.picks.take_over(ORPHANED_SECONDS, 1) == []
 
 
 async def test_worker_that_wakes_leaves_its_successors_child_alone(stack: Stack) -> None:

@@ -19,12 +19,16 @@ from services.orchestrator.policy.failures import (
     Follows,
     Holds,
 )
-from services.orchestrator.store.attempts import Stale
-from services.orchestrator.work.dispatcher import check_ending, review_ending
-from services.orchestrator.work.execution import Result
-from services.orchestrator.work.sweeper import after_silence
+from services.orchestrator.policy.states import AttemptKind, Reason, Verdict
+from services.orchestrator.store.attempts import KeyAttempt, ReviewAttempt
+from services.orchestrator.work.executions import KeyResult
+from services.orchestrator.work.outcomes import (
+    check_ending,
+    key_after_silence,
+    review_after_silence,
+)
 
-REASONS = [failures.name_of(value) for value in list(review_pb2.FailureReason.values())[1:]]
+REASONS = [failures.reason_of(value) for value in list(review_pb2.FailureReason.values())[1:]]
 # Uncounted, however often: what nobody's patience costs anything.
 WAITS = {
     "RUNNER_UNAVAILABLE",
@@ -57,8 +61,8 @@ ENDS = {
 
 def test_every_reason_stands_in_the_table() -> None:
     assert set(TABLE) == set(REASONS)
-    assert failures.name_of(0) == ""
-    assert failures.name_of(999) == "INTERNAL"  # a newer runner's
+    assert failures.reason_of(0) is None
+    assert failures.reason_of(999) is Reason.INTERNAL  # a newer runner's
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -104,11 +108,9 @@ def test_a_lost_answer_is_never_asked_for_again(reason: str) -> None:
 
 
 def test_revoked_in_a_call_says_both() -> None:
-    decision = failures.decide(Failure("KEY_REVOKED", ambiguous=True), tries=1)
-    ending = review_ending(stale(), Failure("KEY_REVOKED", ambiguous=True), decision, None)
-    assert (ending.failure, ending.ambiguous) == ("KEY_REVOKED", True)
-    assert "revoked" in ending.failure_message
-    assert "may have been billed" in ending.failure_message
+    told = failures.failed_sentence(Reason.KEY_REVOKED, key="key_1", model="m", lost_call=True)
+    assert "revoked" in told
+    assert "may have been billed" in told
 
 
 def test_retries_are_counted_and_back_off() -> None:
@@ -211,57 +213,80 @@ def test_content_that_did_not_open(code: grpc.StatusCode, error: str, reason: st
     assert failures.of_content(ByokeepError(code, error, "x")).reason == reason
 
 
-def stale(**values) -> Stale:
-    chosen = {
-        "attempt_id": "att_1",
-        "kind": "REVIEW",
-        "tenant": "acme",
+OF_ANY = {
+    "attempt_id": "att_1",
+    "tenant": "acme",
+    "key_id": "key_1",
+    "key_version": 1,
+    "fence": 1,
+    "tries": 1,
+    "turn": 0,
+    "runner_id": "",
+    "provider": "openai",
+    "owner": "",
+    "actor": "spiffe://x/ci",
+}
+
+
+def of_review(**values) -> ReviewAttempt:
+    own = {
         "review_id": "rev_1",
-        "key_id": "key_1",
-        "key_version": 1,
-        "fence": 1,
-        "tries": 1,
-        "turn": 0,
-        "runner_id": "",
-        "provider": "openai",
+        "wait_reason": "",
+        "waited_seconds": 0.0,
+        "calls_made": 0,
+        "chunks_total": 1,
         "model": "m",
-        "owner": "",
-        "unfinished_call": False,
-        "reviews_wait": True,
+        "plan_model": "",
+        "fallback_models": [],
+        "input": b"",
+        "done_chunks": [],
         "calls_left": 5,
+        "trace_parent": "",
         "retry_ambiguous": False,
     }
-    return Stale(**(chosen | values))
+    return ReviewAttempt(**(OF_ANY | own | values))
+
+
+def of_key(kind: AttemptKind, *, reviews_wait: bool = True) -> KeyAttempt:
+    return KeyAttempt(
+        **OF_ANY,
+        kind=kind,
+        validations=0,
+        validation_hours=0.0,
+        destroy_previous=False,
+        reviews_wait=reviews_wait,
+    )
 
 
 def test_silent_worker_is_followed_unless_a_call_may_have_been_paid() -> None:
-    assert after_silence(stale()).successor is not None
-    lost = after_silence(stale(unfinished_call=True))
-    assert (lost.successor, lost.failure, lost.review_state) == (None, "AMBIGUOUS", "FAILED")
-    poison = after_silence(stale(tries=MAX_TRIES))
-    assert (poison.successor, poison.failure) == (None, "CHILD_LOST")
-    assert after_silence(stale(calls_left=0)).successor is None
-    assert after_silence(stale(kind="VALIDATION")).successor is not None
-    assert after_silence(stale(kind="CHECK")).successor is not None
+    assert review_after_silence(of_review(), False).again is not None
+    lost = review_after_silence(of_review(), True)
+    assert (lost.again, lost.failure, lost.review_state) == (None, "AMBIGUOUS", "FAILED")
+    poison = review_after_silence(of_review(tries=MAX_TRIES), False)
+    assert (poison.again, poison.failure) == (None, "CHILD_LOST")
+    assert review_after_silence(of_review(calls_left=0), False).again is None
+    for kind in (AttemptKind.VALIDATION, AttemptKind.CHECK):
+        assert key_after_silence(of_key(kind)).again_seconds is not None
 
 
 @pytest.mark.parametrize(
     ("result", "pauses", "resumes", "again"),
     [
-        (Result(verdict="VALID"), "", "KEY_REJECTED", False),
-        (Result(verdict="RESTRICTED"), "", "KEY_REJECTED", False),
-        (Result(verdict="INVALID"), "KEY_NEEDS_REKEY", "KEY_REJECTED", False),
-        (Result(verdict="UNREACHABLE", cause="TLS"), "", "", True),
-        (Result(Failure("KEYVAULT_UNAVAILABLE")), "", "", True),
-        (Result(Failure("KEY_REVOKED")), "", "KEY_REJECTED", False),
+        (KeyResult(verdict=Verdict.VALID), None, "KEY_REJECTED", False),
+        (KeyResult(verdict=Verdict.RESTRICTED), None, "KEY_REJECTED", False),
+        (KeyResult(verdict=Verdict.INVALID), "KEY_NEEDS_REKEY", "KEY_REJECTED", False),
+        (KeyResult(verdict=Verdict.UNREACHABLE, cause="TLS"), None, None, True),
+        (KeyResult(Failure(Reason.KEYVAULT_UNAVAILABLE)), None, None, True),
+        (KeyResult(Failure(Reason.KEY_REVOKED)), None, "KEY_REJECTED", False),
     ],
 )
-def test_the_look_at_a_rejected_key(result: Result, pauses, resumes, again) -> None:
-    ending = check_ending(stale(kind="CHECK"), result)
+def test_the_look_at_a_rejected_key(result: KeyResult, pauses, resumes, again) -> None:
+    ending = check_ending(of_key(AttemptKind.CHECK), result)
     assert (ending.pauses, ending.resumes) == (pauses, resumes)
     # Where no review waits for it, it was somebody's wish, and is over.
-    assert check_ending(stale(kind="CHECK", reviews_wait=False), result).successor is None
-    assert (ending.successor is not None) is again
+    unasked = check_ending(of_key(AttemptKind.CHECK, reviews_wait=False), result)
+    assert unasked.again_seconds is None
+    assert (ending.again_seconds is not None) is again
     assert ending.action == ""
 
 
@@ -271,23 +296,23 @@ def test_nobody_else_decides_by_a_reason() -> None:
     end or begin a pause."""
     allowed = {
         "policy/failures.py": set(REASONS),
-        "work/execution.py": {"DAILY_LIMIT", "INTERNAL"},  # failures of our own making
-        "work/dispatcher.py": {"KEY_REVOKED", "CHILD_LOST", "KEY_REJECTED", "KEY_NEEDS_REKEY"},
-        "work/sweeper.py": {"CHILD_LOST", "KEY_REJECTED"},
+        # Failures of our own making.
+        "work/execution.py": {"DAILY_LIMIT", "INTERNAL"},
+        "work/executions.py": {"INTERNAL"},
+        "work/outcomes.py": {"KEY_REVOKED", "CHILD_LOST", "KEY_REJECTED", "KEY_NEEDS_REKEY"},
+        "work/sweeper.py": {"KEY_REJECTED"},
         "work/fleet.py": {"RUNNER_UNAVAILABLE", "RUNNERS_FULL", "KEYVAULT_UNAVAILABLE"},
         "store/tenants.py": {"TENANT_SUSPENDED"},
     }
-    # Names that ErrorReason, or a verdict, has as well.
-    shared = {"KEY_NEEDS_REKEY", "LEASE_CAP", "DAILY_LIMIT", "INTERNAL", "QUOTA_EXHAUSTED"}
     root = Path("services/orchestrator")
     for file in root.rglob("*.py"):
         found = {
-            node.value
+            node.attr
             for node in ast.walk(ast.parse(file.read_text()))
-            if isinstance(node, ast.Constant) and node.value in REASONS
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "Reason"
         }
         name = file.relative_to(root).as_posix()
-        assert found - shared <= allowed.get(name, set()), name
+        assert found <= allowed.get(name, set()), name
 
 
 def test_another_model_is_taken_at_once_and_its_call_is_given_back() -> None:

@@ -17,7 +17,7 @@ _ALL = re.compile(
 )
 
 
-def _texts(tree: ast.AST) -> Iterator[str]:
+def texts(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             parts = (one.value if isinstance(one, ast.Constant) else "x" for one in node.values)
@@ -41,7 +41,7 @@ def test_no_statement_gives_whatever_columns_there_are():
         f"{path.relative_to(_SERVICES)}: {text.strip()[:60]}"
         for path in sorted(_SERVICES.rglob("*.py"))
         if "migrations" not in path.parts
-        for text in _texts(ast.parse(path.read_text()))
+        for text in texts(ast.parse(path.read_text()))
         if re.search(r"\b(SELECT|RETURNING)\b", text) and _gives_all_columns(text)
     ]
     assert found == []

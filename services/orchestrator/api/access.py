@@ -18,6 +18,7 @@ from services.common.errors import ByokeepError
 from services.orchestrator.policy.keys import OPERATOR
 from services.orchestrator.policy.plans import Plan, Plans
 from services.orchestrator.policy.refusals import deleted, not_active, unexpected
+from services.orchestrator.policy.states import TenantState
 from services.orchestrator.store.tenants import TenantRow, TenantStore
 
 _TENANT = re.compile(r"tenants/([a-z0-9][a-z0-9-]{0,62})(?:/.*)?")
@@ -51,7 +52,7 @@ class Rights:
 
     def require_active(self) -> None:
         """Refuse what is new for a tenant out of service. Raises TENANT_NOT_ACTIVE."""
-        if self.tenant.state != "ACTIVE":
+        if self.tenant.state is not TenantState.ACTIVE:
             raise not_active(self.tenant.id, self.tenant.state)
 
     def require_user(self, user: str, field: str) -> None:
@@ -158,7 +159,7 @@ class Authority:
             raise ByokeepError(
                 grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such tenant", resource="tenant"
             )
-        gone = operator and found is not None and found.tenant.state == "DELETED"
+        gone = operator and found is not None and found.tenant.state is TenantState.DELETED
         # Of its keys nothing is left, for operators neither.
         if gone and options_pb2.TENANT_ROLE_KEY_ADMIN in access.roles:
             raise deleted()

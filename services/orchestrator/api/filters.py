@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.orchestrator.policy import failures
 from services.orchestrator.policy.refusals import unexpected
+from services.orchestrator.policy.states import ReviewState
 from services.orchestrator.store.reviews import ReviewFilter
 
 
@@ -17,7 +18,7 @@ def read(
     tenant: str,
     *,
     of_users: bool,
-    states: frozenset[str] = frozenset(),
+    states: frozenset[ReviewState] = frozenset(),
 ) -> ReviewFilter:
     """Return a filter for the store; `states`: of those alone, and not of all reviews by default.
 
@@ -26,7 +27,8 @@ def read(
             a state that no review of them has.
     """
     asked = {
-        review_pb2.ReviewState.Name(state).removeprefix("REVIEW_STATE_") for state in given.states
+        ReviewState(review_pb2.ReviewState.Name(state).removeprefix("REVIEW_STATE_"))
+        for state in given.states
     }
     if states and not given.ListFields():
         raise unexpected("filter", "one field at least that says which reviews")
@@ -36,7 +38,7 @@ def read(
         tenant,
         of_users,
         states=sorted(asked & states or states or asked),
-        failures=sorted({failures.name_of(reason) for reason in given.failures}),
+        failures=sorted({failures.reason_of(reason) or "" for reason in given.failures}),
         repository=given.repository,
         pull_request=given.pull_request,
         owner=given.user,

@@ -16,14 +16,15 @@ from services.common.errors import ByokeepError
 from services.common.models import MAX_LISTED
 from services.orchestrator.api import access, paging
 from services.orchestrator.api.tenants import timestamp
+from services.orchestrator.custody.grants import PURPOSES
 from services.orchestrator.custody.keyvault import Keyvault
 from services.orchestrator.policy import bounds
 from services.orchestrator.policy.keys import ENDED, OPERATOR, action_of, no_key, usable
 from services.orchestrator.policy.refusals import deleted
+from services.orchestrator.policy.states import Action, Verdict
 from services.orchestrator.store.events import KEY, Events
 from services.orchestrator.store.keys import KeyStore, Use, Validation
 from services.orchestrator.store.waits import WaitStore
-from services.orchestrator.work.execution import PURPOSES
 
 _WATCH_SECONDS: Final = 5.0
 
@@ -382,7 +383,7 @@ def _telling(
     """Return the validation that says how a key is: a version that was rolled back says nothing."""
     key_id, newest = names.last_of(key.name), _newest(key)
     validation = known.get((key_id, newest.version))
-    accepted = validation is not None and action_of(validation.verdict) == "PROMOTE"
+    accepted = validation is not None and action_of(validation.verdict) is Action.PROMOTE
     if newest.state == custody_pb2.KEY_VERSION_STATE_DESTROYED and key.active_version and accepted:
         return known.get((key_id, key.active_version))
     return validation
@@ -398,7 +399,7 @@ def _validation_message(
         for one in key.versions
     )
     # keyvault's word that the provider rejected it is newer than any verdict of ours.
-    verdict = "INVALID" if rejected else row.verdict
+    verdict = Verdict.INVALID if rejected else row.verdict
     return key_pb2.KeyValidation(
         version=row.version,
         verdict=key_pb2.ValidationVerdict.Value(f"VALIDATION_VERDICT_{verdict}"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
 from typing import Final
 
 import grpc
@@ -16,26 +15,27 @@ from services.common import load, tracing
 from services.common.errors import ByokeepError
 from services.orchestrator.api import access, filters, paging, planning
 from services.orchestrator.api.choosing import Chooser
+from services.orchestrator.api.findings import Findings
 from services.orchestrator.api.settings import ceilings
-from services.orchestrator.api.tenants import timestamp
+from services.orchestrator.api.showing import message, name_of
 from services.orchestrator.compute.child import Job
 from services.orchestrator.compute.pool import Compute
 from services.orchestrator.config import Settings
 from services.orchestrator.custody import content
-from services.orchestrator.policy import bounds, failures
-from services.orchestrator.policy.keys import OPERATOR, hint_of
-from services.orchestrator.store import requests
-from services.orchestrator.store.attempts import AttemptStore
-from services.orchestrator.store.events import REVIEW, Events
-from services.orchestrator.store.reviews import (
-    ReviewRow,
-    ReviewStore,
-    SealedFindings,
-    Submission,
+from services.orchestrator.policy import bounds
+from services.orchestrator.policy.keys import hint_of
+from services.orchestrator.policy.states import (
+    OPEN,
+    TERMINAL,
+    Fallback,
+    Priority,
+    ReviewState,
 )
+from services.orchestrator.store import requests
+from services.orchestrator.store.events import REVIEW, Events
+from services.orchestrator.store.reviews import ReviewRow, ReviewStore
+from services.orchestrator.store.submissions import Submission, SubmissionStore
 
-TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
-OPEN: Final = frozenset({"QUEUED", "RUNNING"})
 # Nothing tells of how far an answer is: that is stored with each beat.
 _RUNNING_SECONDS: Final = 2.5
 # Nothing tells of the start of an attempt and of its first call, see PICK.
@@ -53,7 +53,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         self,
         settings: Settings,
         reviews: ReviewStore,
-        attempts: AttemptStore,
+        submissions: SubmissionStore,
         contents: content.ContentKeys,
         chooser: Chooser,
         planner: planning.Planner,
@@ -63,8 +63,9 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         """Use the stores, and what chooses keys and models."""
         self._settings = settings
         self._reviews = reviews
-        self._attempts = attempts
+        self._submissions = submissions
         self._contents = contents
+        self._findings = Findings(reviews, contents)
         self._chooser = chooser
         self._planner = planner
         self._compute = compute
@@ -87,7 +88,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             row, refused = None, error
         if row is None:
             # What was taken once stays taken, whatever would be said of it today.
-            row = await self._reviews.earlier(rights.tenant.id, scope, digest)
+            row = await self._submissions.earlier(rights.tenant.id, scope, digest)
         if row is None:
             raise refused or requests.conflict()
         return review_pb2.SubmitReviewResponse(review=self._message(row))
@@ -164,9 +165,9 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         row = await self._reviews.get(tenant, review_id)
         rights.require_user(row.owner, "name")
         if row.state not in TERMINAL:
-            await self._attempts.cancel_review(review_id)
+            await self._reviews.cancel(review_id)
             row = await self._reviews.get(tenant, review_id)
-        if row.state != "CANCELLED":
+        if row.state is not ReviewState.CANCELLED:
             raise ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "WRONG_STATE",
@@ -183,7 +184,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         rights.require_active()
         row = await self._reviews.get(rights.tenant.id, review_id)
         rights.require_user(row.owner, "name")
-        if not await self._reviews.carried_out(request, rights.tenant.id):
+        if not await self._submissions.carried_out(request, rights.tenant.id):
             await self._retry(rights, row, request)
             row = await self._reviews.get(rights.tenant.id, review_id)
         return review_pb2.RetryReviewResponse(review=self._message(row))
@@ -193,8 +194,8 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     ) -> review_pb2.CancelReviewsResponse:
         """Cancel reviews, each for itself."""
         rows, token = await self._bulk(request, OPEN)
-        done = [row for row in rows if await self._attempts.cancel_review(row.id)]
-        return review_pb2.CancelReviewsResponse(names=map(_name, done), next_page_token=token)
+        done = [row for row in rows if await self._reviews.cancel(row.id)]
+        return review_pb2.CancelReviewsResponse(names=map(name_of, done), next_page_token=token)
 
     async def RetryReviews(
         self, request: review_pb2.RetryReviewsRequest, context: object
@@ -202,11 +203,11 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         """Start a further attempt of failed reviews, each for itself."""
         rights = access.current()
         rights.require_active()
-        rows, token = await self._bulk(request, frozenset({"FAILED"}))
+        rows, token = await self._bulk(request, frozenset({ReviewState.FAILED}))
         answer = review_pb2.RetryReviewsResponse(next_page_token=token)
         for row in rows:
             one = review_pb2.RetryReviewRequest(
-                name=_name(row), request_id=_request_id_of(request.request_id, row.id)
+                name=name_of(row), request_id=_request_id_of(request.request_id, row.id)
             )
             try:
                 await self._retry(rights, row, one)
@@ -223,7 +224,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         """Delete a review with all that belongs to it."""
         rights = access.current()
         tenant = rights.tenant.id
-        if not await self._reviews.carried_out(request, tenant):
+        if not await self._submissions.carried_out(request, tenant):
             row = await self._reviews.get(tenant, names.last_of(request.name))
             rights.require_user(row.owner, "name")
             await self._reviews.delete(request, tenant)
@@ -241,7 +242,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 "only a review that has ended can be exported",
                 state=row.state,
             )
-        parts, _ = await self._opened(row, 0, bounds.ALL_BYTES)
+        parts, _ = await self._findings.opened(row, 0, bounds.ALL_BYTES)
         review = b"".join((self._message(row).SerializeToString(), *parts))
         answer = await self._compute.run(row.tenant, Job(request.format), review)
         return review_pb2.ExportReviewResponse.FromString(answer)
@@ -249,7 +250,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     async def _bulk(
         self,
         request: review_pb2.CancelReviewsRequest | review_pb2.RetryReviewsRequest,
-        states: frozenset[str],
+        states: frozenset[ReviewState],
     ) -> tuple[Sequence[ReviewRow], str]:
         """Return reviews that a filter names and the caller may change, and the next token."""
         rights = access.current()
@@ -267,7 +268,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
     ) -> None:
         rights.require_user_keys(row.owner)
         key = await self._chooser.key_again(rights, row)
-        await self._reviews.retry(
+        await self._submissions.retry(
             request,
             rights.tenant.id,
             row.id,
@@ -292,7 +293,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         planning.require_calls(plan.calls, most.max_calls_per_review)
         content_key = await self._contents.current(rights.tenant.id)
         review_id = ids.new_id("rev")
-        return await self._reviews.submit(
+        return await self._submissions.submit(
             Submission(
                 id=review_id,
                 tenant=rights.tenant.id,
@@ -303,14 +304,14 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
                 head_commit=wanted.head_commit,
                 model=str(chosen.model),
                 chosen_model=str(chosen.instead_of or ""),
-                model_fallback="NOT_USABLE" if chosen.instead_of else "",
+                model_fallback=Fallback.NOT_USABLE if chosen.instead_of else Fallback.NONE,
                 fallback_models=list(map(str, chosen.fallbacks)),
                 key_id=names.last_of(chosen.key.name),
                 key_version=chosen.key.active_version,
                 key_hint=hint_of(chosen.key, chosen.key.active_version),
                 key_owner=chosen.key.owner,
                 named_key=bool(wanted.key),
-                priority=int(request.priority == review_pb2.PRIORITY_BATCH),
+                priority=Priority(request.priority == review_pb2.PRIORITY_BATCH),
                 trace_parent=tracing.traceparent(),
                 owner=wanted.user,
                 actor=rights.actor(wanted.user),
@@ -333,7 +334,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
         planning.require_size(wanted, self._ceilings(rights).max_diff_bytes)
 
     def _message(self, row: ReviewRow) -> review_pb2.Review:
-        return _message(row, self._settings.wait_seconds)
+        return message(row, self._settings.wait_seconds)
 
     def _ceilings(self, rights: access.Rights) -> settings_pb2.Ceilings:
         return ceilings(rights.tenant, rights.plan, self._settings)
@@ -345,38 +346,13 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
 
     async def _with_findings(self, row: ReviewRow, after: int = 0) -> tuple[review_pb2.Review, str]:
         """Return a review with the findings after a place, and the next page's token."""
-        parts, last = await self._opened(row, after, bounds.PAGE_BYTES)
+        parts, last = await self._findings.opened(row, after, bounds.PAGE_BYTES)
         review = self._message(row)
         for part in parts:
             found = review_pb2.Review.FromString(part)
             found.findings.sort(key=lambda finding: (finding.path, finding.start_line))
             review.MergeFrom(found)
         return review, str(last or "")
-
-    async def _opened(self, row: ReviewRow, after: int, most_bytes: int) -> tuple[list[bytes], int]:
-        """Return what a review has beside its row: serialized Reviews that are parts of one; and
-        where there are more findings, the place after which they are."""
-        sealed = SealedFindings([])
-        if row.finding_count:
-            sealed = await self._reviews.findings(row.id, after, most_bytes)
-        # Until it has ended, their number is enough: keyvault may be what the review waits for.
-        has_unread = row.unread_count > 0 or row.skipped_count > 0
-        says_unread = has_unread and row.state in TERMINAL and not after
-        unread = await self._reviews.unread(row.id) if says_unread else None
-        if (row.finding_count and not sealed.chunks) or (says_unread and unread is None):
-            raise content.expired()
-        if not sealed.chunks and unread is None:
-            return [], 0
-        # All of one review, so of one epoch.
-        key = await self._contents.of(row.tenant, unread or sealed.chunks[0][1])
-        parts = content.open_findings(key, row.id, sealed.chunks)
-        if unread is not None:
-            parts.append(content.open_unread(key, row.id, unread))
-        return parts, sealed.after
-
-
-def _name(row: ReviewRow) -> str:
-    return names.review_name(row.tenant, row.id)
 
 
 def _request_id_of(request_id: str, review_id: str) -> str:
@@ -387,74 +363,3 @@ def _request_id_of(request_id: str, review_id: str) -> str:
 def _scope(request: review_pb2.SubmitReviewRequest) -> str:
     wanted = request.input
     return f"{wanted.repository}#{wanted.pull_request}@{wanted.head_commit}:{request.request_id}"
-
-
-def _message(row: ReviewRow, wait_seconds: int) -> review_pb2.Review:
-    return review_pb2.Review(
-        name=_name(row),
-        state=review_pb2.ReviewState.Value(f"REVIEW_STATE_{row.state}"),
-        repository=row.repository,
-        pull_request=row.pull_request,
-        head_commit=row.head_commit,
-        model=row.model,
-        chosen_model=row.chosen_model,
-        model_fallback=review_pb2.ModelFallback.Value(
-            f"MODEL_FALLBACK_{row.model_fallback or 'UNSPECIFIED'}"
-        ),
-        key_id=row.key_id,
-        key_version=row.used_version,
-        managed_key=row.key_owner == OPERATOR,
-        key_hint=row.used_hint,
-        finding_count=row.finding_count,
-        dropped_findings=row.dropped_findings,
-        unread_count=row.unread_count,
-        skipped_count=row.skipped_count,
-        failure=review_pb2.FailureReason.Value(f"FAILURE_REASON_{row.failure or 'UNSPECIFIED'}"),
-        failure_message=row.failure_message,
-        chunks_done=row.chunks_done,
-        chunks_total=row.chunks_total,
-        calls_started=row.calls_started,
-        attempts=row.attempts,
-        create_time=timestamp(row.create_time),
-        start_time=timestamp(row.start_time),
-        end_time=timestamp(row.end_time),
-        ambiguous_calls=row.ambiguous_calls,
-        etag=str(row.version),
-        answer_bytes=row.answer_bytes,
-        wait=_wait(row, wait_seconds),
-        superseded_by=names.review_name(row.tenant, row.superseded_by) if row.superseded_by else "",
-        progress=_progress(row),
-        prompt_version=row.prompt_version,
-    )
-
-
-def _progress(row: ReviewRow) -> review_pb2.ReviewProgress | None:
-    if row.progress_calls is None or row.state in TERMINAL:
-        return None
-    if row.wait_reason:
-        return review_pb2.ReviewProgress(stage=review_pb2.REVIEW_STAGE_WAITING)
-    if row.state == "QUEUED":
-        return review_pb2.ReviewProgress(
-            stage=review_pb2.REVIEW_STAGE_QUEUED, place=row.progress_place or 0
-        )
-    if not row.progress_calls:
-        return review_pb2.ReviewProgress(stage=review_pb2.REVIEW_STAGE_LEASING)
-    chunk = min(row.chunks_done + 1, row.chunks_total)
-    return review_pb2.ReviewProgress(stage=review_pb2.REVIEW_STAGE_CALLING, chunk=chunk)
-
-
-def _wait(row: ReviewRow, wait_seconds: int) -> review_pb2.ReviewWait | None:
-    if not row.wait_reason or row.wait_stalled is None:
-        return None
-    return review_pb2.ReviewWait(
-        reason=review_pb2.FailureReason.Value(f"FAILURE_REASON_{row.wait_reason}"),
-        message=failures.waiting_sentence(
-            row.wait_reason,
-            key=row.key_id,
-            cause=row.wait_cause,
-            managed=row.key_owner == OPERATOR,
-        ),
-        since=timestamp(row.wait_since),
-        next_try_time=timestamp(row.wait_until),
-        give_up_time=timestamp(row.wait_stalled + timedelta(seconds=wait_seconds)),
-    )

@@ -17,9 +17,17 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common.config import ConfigError, read_secret_file
+from services.orchestrator.policy.states import AttemptKind
 
 GRANT_SECONDS: Final = 60
 LOOK_SECONDS: Final = 2.0
+#: What a lease is for, by the kind of an attempt.
+PURPOSES: Final = {
+    AttemptKind.REVIEW: grant_pb2.LEASE_PURPOSE_REVIEW,
+    AttemptKind.VALIDATION: grant_pb2.LEASE_PURPOSE_VALIDATION,
+    # Whether an ACTIVE version is still taken.
+    AttemptKind.CHECK: grant_pb2.LEASE_PURPOSE_VALIDATION,
+}
 _SETTING: Final = "BYOKEEP_GRANT_SIGNING_KEY"
 
 

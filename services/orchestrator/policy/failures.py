@@ -20,12 +20,13 @@ from byokeep.orchestrator.v1.key_pb2 import UnreachableCause
 from byokeep.orchestrator.v1.review_pb2 import FailureReason
 
 from services.common.errors import ByokeepError
+from services.orchestrator.policy.states import Reason, Verdict
 
 _dice: Final = random.SystemRandom()
 MAX_TRIES: Final = 4
 _LONGEST_DELAY: Final = 60.0
 _SOON: Final = 1.0
-_ROOM: Final = ("RUNNERS_FULL", "RUNNER_UNAVAILABLE")
+_ROOM: Final = (Reason.RUNNERS_FULL, Reason.RUNNER_UNAVAILABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Failure:
     refused said; 0 where nobody said. `cause`: what was unreachable, or an empty text.
     """
 
-    reason: str
+    reason: Reason
     retry_after_seconds: float = 0.0
     ambiguous: bool = False
     cause: str = ""
@@ -82,37 +83,39 @@ class Row(NamedTuple):
     says_itself: bool = False
     refused: bool = False
     checks: bool = False
-    verdict: str = "UNREACHABLE"
+    verdict: Verdict = Verdict.UNREACHABLE
 
 
 _LATER: Final = " Retry the review later."
-TABLE: Final[Mapping[str, Row]] = {
+TABLE: Final[Mapping[Reason, Row]] = {
     # --- waits
-    "RUNNER_UNAVAILABLE": Row(Follows.WAIT, "No runner answered." + _LATER, "No runner answers."),
-    "RUNNERS_FULL": Row(
+    Reason.RUNNER_UNAVAILABLE: Row(
+        Follows.WAIT, "No runner answered." + _LATER, "No runner answers."
+    ),
+    Reason.RUNNERS_FULL: Row(
         Follows.WAIT, "No runner had room for it." + _LATER, "Every runner is full."
     ),
-    "KEYVAULT_UNAVAILABLE": Row(
+    Reason.KEYVAULT_UNAVAILABLE: Row(
         Follows.WAIT,
         "keyvault, or the backend of its key-encryption keys, did not answer." + _LATER,
         "keyvault, or the backend of its key-encryption keys, does not answer; nothing is sent"
         " meanwhile.",
         Holds.KEY,
     ),
-    "LEASE_CAP": Row(
+    Reason.LEASE_CAP: Row(
         Follows.WAIT,
         "A lease cap that keyvault holds was reached all the time." + _LATER,
         "A lease cap that keyvault holds is reached, of key {key} or of the tenant.",
         Holds.KEY,
     ),
-    "TENANT_SUSPENDED": Row(
+    Reason.TENANT_SUSPENDED: Row(
         Follows.WAIT,
         "The tenant is suspended, or its leases are held back. Once an operator has resumed it,"
         " retry the review.",
         "The tenant is suspended, or its leases are held back, until an operator resumes it.",
         Holds.TENANT,
     ),
-    "KEY_NEEDS_REKEY": Row(
+    Reason.KEY_NEEDS_REKEY: Row(
         Follows.WAIT,
         "The provider rejected the key, and no new version came. Add a new version of {key}, then"
         " retry the review.",
@@ -121,22 +124,22 @@ TABLE: Final[Mapping[str, Row]] = {
         Holds.KEY,
         until_told=True,
         newer=True,
-        verdict="INVALID",
+        verdict=Verdict.INVALID,
     ),
-    "RATE_LIMITED": Row(
+    Reason.RATE_LIMITED: Row(
         Follows.WAIT,
         "The provider asked to slow down all the time." + _LATER,
         "The provider asked to slow down.",
         refused=True,
     ),
-    "NETWORK": Row(
+    Reason.NETWORK: Row(
         Follows.WAIT,
         "The provider could not be reached; nothing was sent." + _LATER,
         "The provider can't be reached{cause}; nothing was sent.",
         refused=True,
     ),
     # --- is tried again
-    "KEY_REJECTED": Row(
+    Reason.KEY_REJECTED: Row(
         Follows.RETRY,
         "The provider rejected the key for reviews, though it lists models for it. Add a new"
         " version of {key}, then retry the review.",
@@ -147,80 +150,80 @@ TABLE: Final[Mapping[str, Row]] = {
         newer=True,
         refused=True,
         checks=True,
-        verdict="INVALID",
+        verdict=Verdict.INVALID,
     ),
-    "PROVIDER_UNAVAILABLE": Row(
+    Reason.PROVIDER_UNAVAILABLE: Row(
         Follows.RETRY,
         "The provider answers with errors of its own." + _LATER,
         "The provider answers with errors of its own.",
     ),
-    "CHILD_LOST": Row(
+    Reason.CHILD_LOST: Row(
         Follows.RETRY,
         "The process that ran the review died. Retry the review.",
         "The process that ran the review died.",
     ),
-    "TIMEOUT": Row(
+    Reason.TIMEOUT: Row(
         Follows.RETRY,
         "The attempt took longer than it may. Retry the review, or review a smaller diff.",
         "The attempt took longer than it may.",
     ),
     # --- is final
-    "KEY_RESTRICTED": Row(
+    Reason.KEY_RESTRICTED: Row(
         Follows.END,
         "The key lacks a scope that a review needs. Widen it at the provider, or add a new"
         " version of {key}.",
-        verdict="RESTRICTED",
+        verdict=Verdict.RESTRICTED,
     ),
-    "QUOTA_EXHAUSTED": Row(
+    Reason.QUOTA_EXHAUSTED: Row(
         Follows.END,
         "The key's quota or credit is gone. Raise it at the provider, then retry the review.",
-        verdict="QUOTA_EXHAUSTED",
+        verdict=Verdict.QUOTA_EXHAUSTED,
     ),
-    "MODEL_NOT_FOUND": Row(
+    Reason.MODEL_NOT_FOUND: Row(
         Follows.END,
         "The provider does not know {model}, or the key can't use it. Choose another.",
         other_model=True,
     ),
-    "BAD_REQUEST": Row(Follows.END, "The provider refused the request as malformed."),
-    "BAD_RESPONSE": Row(
+    Reason.BAD_REQUEST: Row(Follows.END, "The provider refused the request as malformed."),
+    Reason.BAD_RESPONSE: Row(
         Follows.END,
         "The model's answer was cut, empty or not of the asked shape. Retry the review, or choose"
         " another model.",
     ),
-    "REFUSED": Row(Follows.END, "The model refused to review this diff."),
-    "CONTEXT_TOO_LONG": Row(
+    Reason.REFUSED: Row(Follows.END, "The model refused to review this diff."),
+    Reason.CONTEXT_TOO_LONG: Row(
         Follows.END,
         "The request is longer than the context of {model}, also in small parts. Review a smaller"
         " diff, give fewer context files, or choose another model.",
     ),
-    "REGION_REFUSED": Row(
+    Reason.REGION_REFUSED: Row(
         Follows.END,
         "The provider does not serve the country or region that the runner calls from. Ask who"
         " runs byokeep.",
     ),
-    "AMBIGUOUS": Row(
+    Reason.AMBIGUOUS: Row(
         Follows.END,
         "A call was sent and its answer lost; it may have been billed, so it was not repeated."
         " Retry the review to make it again.",
         "A call's answer was lost; it is made again, as the tenant's settings say.",
     ),
-    "LEASE_REFUSED": Row(
+    Reason.LEASE_REFUSED: Row(
         Follows.END,
         "keyvault refused {key} for this attempt. Look at its state.",
         newer=True,
     ),
-    "KEY_REVOKED": Row(
+    Reason.KEY_REVOKED: Row(
         Follows.END, "The key was revoked or destroyed.", newer=True, says_itself=True
     ),
-    "DAILY_LIMIT": Row(
+    Reason.DAILY_LIMIT: Row(
         Follows.END,
         "The tenant's ceiling of provider calls in 24 hours is reached; nothing more was sent."
         " Retry the review later, or raise the ceiling.",
     ),
-    "CONTENT_UNREADABLE": Row(
+    Reason.CONTENT_UNREADABLE: Row(
         Follows.END, "What was submitted can't be opened any more. Submit it again."
     ),
-    "INTERNAL": Row(Follows.END, "Something unforeseen happened; the service's log has more."),
+    Reason.INTERNAL: Row(Follows.END, "Something unforeseen happened; the service's log has more."),
 }
 _LOST_CALL: Final = " A call was open then: it may have been billed."
 _CAUSES: Final = {
@@ -241,7 +244,7 @@ class Decision:
     """
 
     follows: Follows
-    reason: str
+    reason: Reason
     delay_seconds: float = 0.0
     told: bool = False
     holds: Holds = Holds.ATTEMPT
@@ -274,8 +277,8 @@ def decide(
     row = TABLE[failure.reason]
     if failure.ambiguous and not row.says_itself:
         if not retry_ambiguous or tries >= MAX_TRIES or spare_calls < 0:
-            return Decision(Follows.END, "AMBIGUOUS")
-        return Decision(Follows.RETRY, "AMBIGUOUS", _delay(failure, Follows.RETRY, tries, 0.0))
+            return Decision(Follows.END, Reason.AMBIGUOUS)
+        return Decision(Follows.RETRY, Reason.AMBIGUOUS, _delay(failure, Follows.RETRY, tries, 0.0))
     if failure.ambiguous:
         return Decision(Follows.END, failure.reason)
     follows = row.follows
@@ -310,36 +313,36 @@ def _delay(failure: Failure, follows: Follows, tries: int, waited_seconds: float
     return max(delay * _dice.uniform(0.8, 1.2), failure.retry_after_seconds)
 
 
-def newer_version_helps(reason: str) -> bool:
+def newer_version_helps(reason: Reason) -> bool:
     """Whether the attempt may go on at once where a newer version of the key is active."""
     return TABLE[reason].newer
 
 
-def other_model_helps(reason: str) -> bool:
+def other_model_helps(reason: Reason) -> bool:
     """Whether the review may go on at once on another model."""
     return TABLE[reason].other_model
 
 
-def verdict_of(failure: Failure) -> str:
+def verdict_of(failure: Failure) -> Verdict:
     """Return what a failed validation attempt says of the key."""
     return TABLE[failure.reason].verdict
 
 
-def of_unreachable(cause: str) -> str:
+def of_unreachable(cause: str) -> Reason:
     """Return why a provider could not be asked, by what was unreachable, if anything was."""
-    return "NETWORK" if cause else "PROVIDER_UNAVAILABLE"
+    return Reason.NETWORK if cause else Reason.PROVIDER_UNAVAILABLE
 
 
 def failed_sentence(
-    reason: str, *, key: str, model: str, lost_call: bool = False, managed: bool = False
+    reason: Reason, *, key: str, model: str, lost_call: bool = False, managed: bool = False
 ) -> str:
     """Return what a review that failed tells its tenant: why, and what to do."""
     row = TABLE[reason].failed
     sentence = row.format(key=key, model=model) + _whose(row, managed)
-    return sentence + _LOST_CALL if lost_call and reason != "AMBIGUOUS" else sentence
+    return sentence + _LOST_CALL if lost_call and reason != Reason.AMBIGUOUS else sentence
 
 
-def waiting_sentence(reason: str, *, key: str, cause: str = "", managed: bool = False) -> str:
+def waiting_sentence(reason: Reason, *, key: str, cause: str = "", managed: bool = False) -> str:
     """Return what a review that waits tells its tenant."""
     row = TABLE[reason].waits
     return row.format(key=key, cause=_CAUSES.get(cause, "")) + _whose(row, managed)
@@ -354,12 +357,16 @@ def _whose(sentence: str, managed: bool) -> str:
     )
 
 
-def name_of(value: FailureReason.ValueType) -> str:
-    """Return a failure's short name, empty for none; INTERNAL for one that we don't know."""
+def reason_of(value: FailureReason.ValueType) -> Reason | None:
+    """Return a failure's reason, None for none; INTERNAL for one that we don't know."""
     if not value:
-        return ""
+        return None
     known = value in FailureReason.values()
-    return FailureReason.Name(value).removeprefix("FAILURE_REASON_") if known else "INTERNAL"
+    return (
+        Reason(FailureReason.Name(value).removeprefix("FAILURE_REASON_"))
+        if known
+        else Reason.INTERNAL
+    )
 
 
 def cause_of(value: UnreachableCause.ValueType) -> str:
@@ -374,25 +381,25 @@ def cause_of(value: UnreachableCause.ValueType) -> str:
 def of_stream(code: grpc.StatusCode, *, call_open: bool) -> Failure:
     """Return what a runner's stream that ended without an outcome means."""
     if call_open:
-        return Failure("AMBIGUOUS", ambiguous=True)
-    return Failure(_STREAM.get(code, "INTERNAL"))
+        return Failure(Reason.AMBIGUOUS, ambiguous=True)
+    return Failure(_STREAM.get(code, Reason.INTERNAL))
 
 
 # FAILED_PRECONDITION: it knows the attempt already, from an assignment whose answer was lost.
 _STREAM: Final = {
-    grpc.StatusCode.OK: "RUNNER_UNAVAILABLE",
-    grpc.StatusCode.UNAVAILABLE: "RUNNER_UNAVAILABLE",
-    grpc.StatusCode.NOT_FOUND: "RUNNER_UNAVAILABLE",
-    grpc.StatusCode.FAILED_PRECONDITION: "RUNNER_UNAVAILABLE",
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "RUNNERS_FULL",
-    grpc.StatusCode.DEADLINE_EXCEEDED: "TIMEOUT",
+    grpc.StatusCode.OK: Reason.RUNNER_UNAVAILABLE,
+    grpc.StatusCode.UNAVAILABLE: Reason.RUNNER_UNAVAILABLE,
+    grpc.StatusCode.NOT_FOUND: Reason.RUNNER_UNAVAILABLE,
+    grpc.StatusCode.FAILED_PRECONDITION: Reason.RUNNER_UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Reason.RUNNERS_FULL,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Reason.TIMEOUT,
 }
 
 
 def of_content(error: ByokeepError) -> Failure:
     """Return what it means for an attempt that its content could not be opened."""
     if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
-        return Failure("KEYVAULT_UNAVAILABLE", error.retry_after_seconds or 0.0)
+        return Failure(Reason.KEYVAULT_UNAVAILABLE, error.retry_after_seconds or 0.0)
     if error.reason in ("CONTENT_EXPIRED", "ROW_TAMPERED"):
-        return Failure("CONTENT_UNREADABLE")
-    return Failure("INTERNAL")
+        return Failure(Reason.CONTENT_UNREADABLE)
+    return Failure(Reason.INTERNAL)

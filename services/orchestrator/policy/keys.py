@@ -16,6 +16,7 @@ from byokeep.names import last_of, provider_id, provider_value
 
 from services.common.errors import ByokeepError
 from services.orchestrator.policy.refusals import unexpected
+from services.orchestrator.policy.states import Action, Verdict
 
 _dice: Final = random.SystemRandom()
 VALIDATION_HOURS: Final = 24
@@ -277,6 +278,7 @@ def validation_delay(attempts: int) -> float:
     return 3600.0 * _dice.uniform(0.9, 1.1)
 
 
-def action_of(verdict: str) -> str:
-    """Return what keyvault is told after a verdict: PROMOTE, DESTROY, or nothing yet."""
-    return {"INVALID": "DESTROY", "UNREACHABLE": ""}.get(verdict, "PROMOTE")
+def action_of(verdict: Verdict) -> Action:
+    """Return what keyvault is told after a verdict."""
+    others = {Verdict.INVALID: Action.DESTROY, Verdict.UNREACHABLE: Action.NONE}
+    return others.get(verdict, Action.PROMOTE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from services.common.errors import ByokeepError
+from services.orchestrator.policy.states import TenantState
 
 
 def unexpected(field: str, expected: str) -> ByokeepError:
@@ -42,7 +43,7 @@ def full(field: str, what: str, most: int) -> ByokeepError:
     )
 
 
-def not_active(tenant: str, state: str) -> ByokeepError:
+def not_active(tenant: str, state: TenantState) -> ByokeepError:
     """Return the refusal of what is new for a tenant that is SUSPENDED or DELETED."""
     return ByokeepError(
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -59,5 +60,5 @@ def deleted() -> ByokeepError:
         grpc.StatusCode.FAILED_PRECONDITION,
         "WRONG_STATE",
         "the tenant is deleted, for good",
-        state="DELETED",
+        state=TenantState.DELETED,
     )

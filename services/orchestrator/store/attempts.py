@@ -1,29 +1,23 @@
-"""SQL of attempts: claim, calls, results, end.
+"""SQL of attempts that run: calls, chunks, beats. Picking and ending have modules of their own.
 
-Each write of a worker names its attempt and fence and matches a RUNNING row, or it changes
-nothing and raises `Fenced`: a worker that slept past its turn can't overwrite its successor.
+Each write of a worker names its attempt, fence and turn, and matches a RUNNING row, or it changes
+nothing and raises `Fenced`: a worker that slept past its turn can't overwrite its successor. Each
+is one round trip and one transaction; an attempt's row is locked before its review's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, LiteralString
+from typing import Any, ClassVar, Final, LiteralString, TypeAlias
 
-from byokeep import ids
 from byokeep.orchestrator.v1.review_pb2 import Finding
 
 from services.common.errors import internal
 from services.orchestrator.custody import content
-from services.orchestrator.policy.failures import Decision, Follows, Holds
-from services.orchestrator.policy.plans import Plans
-from services.orchestrator.store import sql, sql_waits, waits
+from services.orchestrator.policy.states import AttemptKind
 from services.orchestrator.store.database import Database, Row, Session
-
-# Tenants that a pick looks at beside those that it has places for: some are held back, or have as
-# many places as they may.
-_LOOK: Final = 64
 
 
 class Fenced(Exception):
@@ -35,44 +29,64 @@ class DailyLimit(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """A claimed attempt, with all that it takes to run it.
+class Attempt:
+    """What the queue, the runner and keyvault know of any attempt.
 
-    `turn` above 0: it was taken over in the middle of a call, after `calls_made` calls of its own.
-    `reviews_wait`: of a look at a key, whether reviews wait for what it says.
-    `input` is sealed as it comes from the table; `content_key` is there once it is opened.
+    `owner` is whose key it runs on. `turn` above 0: it was taken over in the middle of a call.
     """
 
     attempt_id: str
-    kind: str
     tenant: str
-    review_id: str
     key_id: str
     key_version: int
     fence: int
     tries: int
     turn: int
     runner_id: str
+    provider: str
+    owner: str
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewAttempt(Attempt):
+    """An attempt of a review, after `calls_made` calls of its own.
+
+    `input` is sealed as it comes from the table; `content_key` is there once it is opened.
+    """
+
+    kind: ClassVar = AttemptKind.REVIEW
+    review_id: str
     wait_reason: str
     waited_seconds: float
     calls_made: int
     chunks_total: int
-    provider: str
     model: str
     plan_model: str
     fallback_models: Sequence[str]
-    owner: str
-    actor: str
     input: bytes
     done_chunks: Sequence[str]
     calls_left: int
+    trace_parent: str
+    retry_ambiguous: bool
+    content_key: content.ContentKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyAttempt(Attempt):
+    """A look at a version of a key: a VALIDATION of one that is staged, a CHECK of one that serves.
+
+    `reviews_wait`: of a CHECK, whether reviews wait for what it says.
+    """
+
+    kind: AttemptKind
     validations: int
     validation_hours: float
     destroy_previous: bool
     reviews_wait: bool
-    trace_parent: str
-    retry_ambiguous: bool
-    content_key: content.ContentKey | None = None
+
+
+AnyAttempt: TypeAlias = ReviewAttempt | KeyAttempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,131 +101,123 @@ class Trail:
     close_time: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Successor:
-    """The start that follows a failed one; `decision` None: a validation's, which is no wait.
-    `model` is the one that it runs on from now on, where that changes."""
+# A review's call is counted before it is stored, and not at all above the tenant's ceiling: the
+# row of the hour orders all who count. The hours before it don't change any more.
+_CALL_STARTED: Final = """
+    WITH due AS (
+        SELECT attempt.kind, tenant.id AS tenant, tenant.max_calls_per_day AS ceiling,
+            (SELECT coalesce(sum(events), 0) FROM rate_bucket
+             WHERE scope = 'calls:' || tenant.id AND hour > now() - interval '24 hours'
+                AND hour < date_trunc('hour', now())) AS earlier
+        FROM attempt JOIN tenant ON tenant.id = attempt.tenant
+        WHERE attempt.id = %(id)s AND fence = %(fence)s AND turn = %(turn)s
+            AND attempt.state = 'RUNNING'
+        FOR UPDATE OF attempt),
+    day AS (
+        INSERT INTO rate_bucket (scope, hour, events)
+        SELECT 'calls:' || tenant, date_trunc('hour', now()), 1 FROM due
+        WHERE kind = 'REVIEW' AND (ceiling = 0 OR earlier < ceiling)
+        ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1
+            WHERE (SELECT ceiling = 0 OR earlier + rate_bucket.events < ceiling FROM due)
+        RETURNING 1),
+    a AS (
+        UPDATE attempt SET calls_started = calls_started + 1,
+            runner_id = coalesce(nullif(%(runner_id)s, ''), runner_id),
+            lease_id = coalesce(nullif(%(lease_id)s, ''), lease_id),
+            process_id = greatest(%(process_id)s, process_id),
+            prompt_version = %(prompt_version)s
+        FROM due
+        WHERE attempt.id = %(id)s AND (due.kind <> 'REVIEW' OR EXISTS (SELECT FROM day))
+        RETURNING review_id),
+    f AS (
+        UPDATE provider_call SET finish_time = now()
+        WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)),
+    c AS (
+        INSERT INTO provider_call (attempt_id, call_number, chunk_id)
+        SELECT %(id)s, %(call_number)s, %(chunk_id)s FROM a),
+    r AS (
+        UPDATE review SET calls_started = calls_started + 1, chunks_total = %(chunks_total)s,
+            version = version + 1
+        FROM a WHERE review.id = a.review_id)
+    SELECT EXISTS (SELECT FROM a) AS stored FROM due"""
 
-    delay_seconds: float
-    key_version: int
-    decision: Decision | None = None
-    cause: str = ""
-    model: str = ""
+# The beat makes a take-over that waited for this row look at it again.
+_ANSWERED: Final = """
+    WITH a AS (
+        UPDATE attempt SET heartbeat_time = now(), answer_bytes = 0, stalled_since = NULL
+        WHERE id = %(id)s AND fence = %(fence)s AND turn = %(turn)s AND state = 'RUNNING'
+        RETURNING review_id),
+    f AS (
+        UPDATE provider_call SET finish_time = now()
+        WHERE attempt_id = %(id)s AND finish_time IS NULL AND EXISTS (SELECT FROM a)),"""
+CHUNK_DONE: Final = (
+    _ANSWERED  # noqa: S608 - constants
+    + """
+    d AS (
+        INSERT INTO chunk_done (review_id, chunk_id, attempt_id, findings, position)
+        SELECT review_id, %(chunk_id)s, %(id)s, CAST(%(findings)s AS bytea), chunks_done + 1
+        FROM a JOIN review ON review.id = a.review_id
+        ON CONFLICT DO NOTHING RETURNING review_id),
+    r AS (
+        UPDATE review SET chunks_done = chunks_done + 1, version = version + 1,
+            finding_count = finding_count + %(finding_count)s,
+            dropped_findings = dropped_findings + %(dropped)s
+        FROM d WHERE review.id = d.review_id
+        RETURNING review.id, chunks_done < chunks_total AS more)
+    -- After the last chunk the end of the attempt follows at once, and tells of both.
+    SELECT (SELECT pg_notify('byokeep_review', r.id) FROM r WHERE more) FROM a"""
+)
+# What takes the place of a chunk that the provider found too long.
+_CHUNK_SPLIT: Final = (
+    _ANSWERED  # noqa: S608 - constants
+    + """
+    r AS (
+        UPDATE review SET chunks_total = %(chunks_total)s, version = version + 1
+        FROM a WHERE review.id = a.review_id
+        RETURNING pg_notify('byokeep_review', id))
+    SELECT (SELECT count(*) FROM r) FROM a"""
+)
 
+_TRAIL_OF_CANCELLED: Final = """
+    UPDATE attempt SET lease_id = coalesce(nullif(%(lease_id)s, ''), lease_id),
+        process_id = greatest(%(process_id)s, process_id),
+        open_time = coalesce(CAST(%(open_time)s AS timestamptz), open_time),
+        close_time = coalesce(CAST(%(close_time)s AS timestamptz), close_time)
+    WHERE id = %(id)s AND fence = %(fence)s AND state = 'CANCELLED'"""
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How an attempt ended, and what follows for its review."""
+_TAKEN_OVER: Final = """
+    SELECT 1 FROM attempt
+    WHERE id = %(id)s AND fence = %(fence)s AND turn > %(turn)s AND state = 'RUNNING'"""
 
-    attempt_state: str
-    review_state: str
-    failure: str = ""
-    failure_message: str = ""
-    ambiguous: bool = False
-    cause: str = ""
-    successor: Successor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ValidationEnding:
-    """How a validation attempt ended.
-
-    `verdict` is empty where an ACTIVE version could not be asked again. `action` is what keyvault
-    is to be told; `pauses` and `resumes` are reasons for which the key's reviews wait from now on,
-    or no longer.
-    """
-
-    attempt_state: str
-    verdict: str
-    action: str
-    failure: str = ""
-    cause: str = ""
-    models: Sequence[str] = ()
-    successor: Successor | None = None
-    pauses: str = ""
-    resumes: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Stale:
-    """A RUNNING attempt whose worker gave no sign of life."""
-
-    attempt_id: str
-    kind: str
-    tenant: str
-    review_id: str
-    key_id: str
-    key_version: int
-    fence: int
-    tries: int
-    turn: int
-    runner_id: str
-    provider: str
-    model: str
-    owner: str
-    unfinished_call: bool
-    calls_left: int
-    retry_ambiguous: bool
-    reviews_wait: bool
+_HEARTBEAT: Final = """
+    UPDATE attempt SET heartbeat_time = now(), answer_bytes = told.bytes
+    FROM unnest(CAST(%(ids)s AS text[]), CAST(%(answer_bytes)s AS bigint[])) AS told (id, bytes)
+    WHERE attempt.id = told.id AND state = 'RUNNING' RETURNING attempt.id"""
 
 
 class AttemptStore:
-    """Attempts and what they write."""
+    """What an attempt writes while it runs."""
 
-    def __init__(self, database: Database, plans: Plans) -> None:
-        """Use a database, and the places that plans have."""
+    def __init__(self, database: Database) -> None:
+        """Use a database."""
         self._database = database
-        places, otherwise = plans.places()
-        self._places = {
-            "plans": list(places),
-            "places": list(places.values()),
-            "otherwise": otherwise,
-        }
 
-    async def pick(self, room: int) -> list[Work]:
-        """Make up to `room` attempts RUNNING whose turn it is, and return them."""
-        picked: list[str] = []
-        more = True
-        while more and len(picked) < room:
-            left = room - len(picked)
-            parameters = {"room": left, "look": left + _LOOK, **self._places}
-            rows = await self._database.batch(
-                (sql_waits.PICK_LOCK, {}), (sql_waits.PICK, parameters)
-            )
-            more = any(row.id is None for row in rows)
-            picked += [row.id for row in rows if row.id is not None]
-        return await self._load(picked)
-
-    async def take_over(self, seconds: float, limit: int) -> list[Work]:
-        """Return attempts whose workers fell silent in a provider call for so long, to go on
-        with. Those workers' writes raise Fenced from now on."""
-        async with self._database.statement() as session:
-            taken = await session.all(sql.TAKE_OVER, {"seconds": seconds, "limit": limit})
-        return await self._load([row.id for row in taken])
-
-    async def _load(self, attempt_ids: Sequence[str]) -> list[Work]:
-        if not attempt_ids:
-            return []
-        async with self._database.statement() as session:
-            found = await session.all(sql.LOAD, {"ids": attempt_ids})
-        return [Work(**row._asdict()) for row in found]
-
-    async def taken_over(self, work: Work) -> bool:
+    async def taken_over(self, attempt: Attempt) -> bool:
         """Say whether another worker goes on with an attempt that was this one's."""
         async with self._database.statement() as session:
-            return await session.one(sql.TAKEN_OVER, _held(work)) is not None
+            return await session.one(_TAKEN_OVER, held(attempt)) is not None
 
     async def call_started(
-        self, work: Work, trail: Trail, *, number: int, chunk_id: str, chunks_total: int
+        self, attempt: Attempt, trail: Trail, *, number: int, chunk_id: str, chunks_total: int
     ) -> None:
         """Store a provider call before it is made, with who makes it.
 
         Raises Fenced, DailyLimit.
         """
         row = await self._guarded(
-            sql.CALL_STARTED,
+            _CALL_STARTED,
             {
-                **_held(work),
+                **held(attempt),
                 "runner_id": trail.runner_id,
                 "lease_id": trail.lease_id,
                 "process_id": trail.process_id,
@@ -225,167 +231,58 @@ class AttemptStore:
             raise DailyLimit
 
     async def chunk_done(
-        self, work: Work, chunk_id: str, findings: Sequence[Finding], dropped: int
+        self, attempt: ReviewAttempt, chunk_id: str, findings: Sequence[Finding], dropped: int
     ) -> None:
         """Store a chunk's findings; nothing if the chunk is done already. Raises Fenced."""
         await self._guarded(
-            sql.CHUNK_DONE,
+            CHUNK_DONE,
             {
-                **_held(work),
+                **held(attempt),
                 "chunk_id": chunk_id,
                 "dropped": dropped,
                 "finding_count": len(findings),
-                "findings": _sealed(work, chunk_id, findings) if findings else None,
+                "findings": _sealed(attempt, chunk_id, findings) if findings else None,
             },
         )
 
-    async def chunk_split(self, work: Work, chunks_total: int) -> None:
+    async def chunk_split(self, attempt: ReviewAttempt, chunks_total: int) -> None:
         """Store that a chunk became several, and that its call is answered. Raises Fenced."""
-        await self._guarded(sql.CHUNK_SPLIT, {**_held(work), "chunks_total": chunks_total})
+        await self._guarded(_CHUNK_SPLIT, {**held(attempt), "chunks_total": chunks_total})
 
-    async def end_review(self, work: Work, ending: Ending, trail: Trail) -> None:
-        """Store the end of a review's attempt, and queue what follows. Raises Fenced."""
-        if ending.successor is None:
-            async with self._database.statement() as session:
-                await self._end_review(session, work, ending, trail)
-        else:
-            async with self._database.transaction() as session:
-                await self._end_review(session, work, ending, trail)
-                await waits.hold(session, work, ending.successor.decision)
-
-    async def put_back(self, work: Work, successor: Successor) -> None:
-        """Have an attempt that used no key wait, and start again as it is. Raises Fenced."""
-        async with self._database.transaction() as session:
-            await _one(session, sql_waits.PUT_BACK, {**_held(work), **_following(successor)})
-            await waits.hold(session, work, successor.decision)
-
-    async def end_validation(self, work: Work, ending: ValidationEnding, trail: Trail) -> None:
-        """Store the end of a validation attempt, and queue what follows. Raises Fenced."""
-        async with self._database.transaction() as session:
-            await self._end_validation(session, work, ending, trail)
-
-    async def trail_of_cancelled(self, work: Work, trail: Trail) -> None:
+    async def trail_of_cancelled(self, attempt: Attempt, trail: Trail) -> None:
         """Complete the trail of an attempt that was cancelled while its child lived."""
-        parameters = {**_held(work), **_trail(trail)}
+        parameters = {**held(attempt), **trailed(trail)}
         async with self._database.statement() as session:
-            await session.run(sql.TRAIL_OF_CANCELLED, parameters)
+            await session.run(_TRAIL_OF_CANCELLED, parameters)
 
     async def heartbeat(self, answer_bytes: Mapping[str, int]) -> set[str]:
         """Say that attempts' workers live, and how many bytes of an open call's answer each has;
         return those that still are ours."""
         parameters = {"ids": list(answer_bytes), "answer_bytes": list(answer_bytes.values())}
         async with self._database.statement() as session:
-            found = await session.all(sql.HEARTBEAT, parameters)
+            found = await session.all(_HEARTBEAT, parameters)
         return {row.id for row in found}
-
-    async def cancel_review(self, review_id: str) -> bool:
-        """Cancel a review with its attempts; False if it had ended."""
-        async with self._database.transaction() as session:
-            return await cancel(session, review_id)
-
-    async def cancel_all(self, tenant: str) -> None:
-        """Cancel all that runs, then all that waits, for a tenant that is DELETED."""
-        async with self._database.statement() as session:
-            while (await session.one(sql.CANCEL_SOME, {"tenant": tenant})).attempts:
-                pass
-
-    async def stale(self, seconds: float, held: float) -> list[str]:
-        """Return attempts whose worker gave no sign of life for so long; for
-        `held` seconds, where a call is open that may be taken over."""
-        async with self._database.statement() as session:
-            found = await session.all(sql.STALE_IDS, {"seconds": seconds, "held": held})
-        return [row.id for row in found]
-
-    async def fence_off(
-        self,
-        attempt_id: str,
-        seconds: float,
-        decide: Callable[[Stale], Ending | ValidationEnding],
-    ) -> Stale | None:
-        """End a stale attempt as `decide` says; None if it is not stale any more."""
-        async with self._database.transaction() as session:
-            row = await session.one(sql.STALE, {"id": attempt_id, "seconds": seconds})
-            if row is None:
-                return None
-            stale = Stale(**row._asdict())
-            ending = decide(stale)
-            if isinstance(ending, ValidationEnding):
-                await self._end_validation(session, stale, ending, Trail())
-            else:
-                await self._end_review(session, stale, ending, Trail())
-            return stale
-
-    async def _end_review(
-        self, session: Session, work: Work | Stale, ending: Ending, trail: Trail
-    ) -> None:
-        failed = ending.review_state == "FAILED"
-        parameters = {
-            **_held(work),
-            "attempt_state": ending.attempt_state,
-            "failure": ending.failure,
-            "ambiguous": ending.ambiguous,
-            "review_state": ending.review_state,
-            "cause": ending.cause,
-            "review_failure": ending.failure if failed else "",
-            "failure_message": ending.failure_message,
-            **_following(ending.successor),
-            **_trail(trail),
-        }
-        await _one(session, sql.END_REVIEW, parameters)
-
-    async def _end_validation(
-        self, session: Session, work: Work | Stale, ending: ValidationEnding, trail: Trail
-    ) -> None:
-        parameters = {
-            **_held(work),
-            "attempt_state": ending.attempt_state,
-            "failure": ending.failure,
-            "ambiguous": False,
-            "verdict": ending.verdict,
-            "cause": ending.cause,
-            "models": list(ending.models),
-            "action": ending.action,
-            **_following(ending.successor),
-            **_trail(trail),
-        }
-        await _one(session, sql.END_VALIDATION, parameters)
-        if ending.pauses:
-            await waits.pause(session, work.tenant, work.key_id, ending.pauses)
-        if ending.resumes:
-            await waits.resume(session, work.tenant, work.key_id, [ending.resumes])
 
     async def _guarded(self, statement: LiteralString, parameters: Mapping[str, Any]) -> Row:
         async with self._database.statement() as session:
-            return await _one(session, statement, parameters)
+            return await guarded(session, statement, parameters)
 
 
-async def cancel(session: Session, review_id: str, superseded_by: str = "") -> bool:
-    """Cancel a review with its attempts; False if it had ended."""
-    # The first waits for an end that is being stored, the second sees what follows it.
-    for _ in range(2):
-        await session.all(sql.CANCEL_ATTEMPTS, {"review_id": review_id})
-    parameters = {"review_id": review_id, "superseded_by": superseded_by}
-    return await session.one(sql.CANCEL_REVIEW, parameters) is not None
-
-
-async def _one(session: Session, statement: LiteralString, parameters: Mapping[str, Any]) -> Any:
+async def guarded(session: Session, statement: LiteralString, parameters: Mapping[str, Any]) -> Row:
+    """Run a statement that returns a row where the attempt still is its worker's. Raises Fenced."""
     row = await session.one(statement, parameters)
     if row is None:
         raise Fenced
     return row
 
 
-def _sealed(work: Work, chunk_id: str, findings: Sequence[Finding]) -> bytes:
-    if work.content_key is None:
-        raise internal()
-    return content.seal_findings(work.content_key, work.review_id, chunk_id, findings)
+def held(attempt: Attempt) -> dict[str, Any]:
+    """Return what a worker's write must match."""
+    return {"id": attempt.attempt_id, "fence": attempt.fence, "turn": attempt.turn}
 
 
-def _held(work: Work | Stale) -> dict[str, Any]:
-    return {"id": work.attempt_id, "fence": work.fence, "turn": work.turn}
-
-
-def _trail(trail: Trail) -> dict[str, Any]:
+def trailed(trail: Trail) -> dict[str, Any]:
+    """Return what the end of an attempt stores of its child."""
     return {
         "runner_id": trail.runner_id,
         "lease_id": trail.lease_id,
@@ -395,18 +292,7 @@ def _trail(trail: Trail) -> dict[str, Any]:
     }
 
 
-def _following(successor: Successor | None) -> dict[str, Any]:
-    decision = None if successor is None else successor.decision
-    holds = decision is not None and decision.holds is not Holds.ATTEMPT
-    return {
-        "successors": 0 if successor is None else 1,
-        "next_id": ids.new_id("att"),
-        "next_version": 0 if successor is None else successor.key_version,
-        # Who waits with others is due as before: what holds them all says for how long.
-        "delay": 0.0 if successor is None or holds else successor.delay_seconds,
-        "counted": int(decision is not None and decision.follows is Follows.RETRY),
-        "refund": 0 if decision is None else decision.refund,
-        "wait_reason": "" if decision is None else decision.reason,
-        "wait_cause": "" if successor is None else successor.cause,
-        "next_model": "" if successor is None else successor.model,
-    }
+def _sealed(attempt: ReviewAttempt, chunk_id: str, findings: Sequence[Finding]) -> bytes:
+    if attempt.content_key is None:
+        raise internal()
+    return content.seal_findings(attempt.content_key, attempt.review_id, chunk_id, findings)

@@ -16,8 +16,10 @@ from services.orchestrator.policy import bounds
 from services.orchestrator.policy.keys import hint_of
 from services.orchestrator.policy.models import KeyModels
 from services.orchestrator.policy.refusals import deleted
-from services.orchestrator.store import requests, sql, sql_waits
+from services.orchestrator.policy.states import Action, AttemptKind, Verdict
+from services.orchestrator.store import checks, requests
 from services.orchestrator.store.database import Database, Row
+from services.orchestrator.store.tenants import is_deleted
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +31,11 @@ class Validation:
     tenant: str
     actor: str
     destroy_previous: bool
-    verdict: str
+    verdict: Verdict
     cause: str
     models: Sequence[str]
     attempts: int
-    action: str
+    action: Action
     check_time: datetime | None
     retry_time: datetime | None
     create_time: datetime
@@ -54,7 +56,7 @@ class Use:
     """One attempt that used a key."""
 
     attempt_id: str
-    kind: str
+    kind: AttemptKind
     number: int
     fence: int
     review_id: str
@@ -141,6 +143,19 @@ _APPLIED = """
 UPDATE key_validation SET action = ''
 WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND version = %(version)s
 """
+_COUNT_INTAKE = """
+    WITH now_hour AS (
+        INSERT INTO rate_bucket (scope, hour, events)
+        VALUES (%(scope)s, date_trunc('hour', now()), 1)
+        ON CONFLICT (scope, hour) DO UPDATE SET events = rate_bucket.events + 1
+        RETURNING events)
+    SELECT now_hour.events + coalesce((
+        -- The hour before counts by the part of it that lies within the last 60 minutes.
+        SELECT events * extract(epoch FROM hour + interval '2 hours' - now()) / 3600
+        FROM rate_bucket
+        WHERE scope = %(scope)s AND hour = date_trunc('hour', now()) - interval '1 hour'), 0)
+    FROM now_hour"""
+_NOTIFY_KEY = "SELECT pg_notify('byokeep_key', %(key_id)s)"
 _USES = """
 SELECT attempt.id, attempt.kind, attempt.number, attempt.fence, attempt.review_id,
     attempt.key_version, attempt.lease_id, attempt.process_id, attempt.open_time,
@@ -162,7 +177,7 @@ class KeyStore:
     async def count_intake(self, scope: str) -> float:
         """Count one intake in a scope; return how many there were in the last hour, with it."""
         async with self._database.statement() as session:
-            (count,) = await session.one(sql.COUNT_INTAKE, {"scope": scope})
+            (count,) = await session.one(_COUNT_INTAKE, {"scope": scope})
         return float(count)
 
     async def schedule(
@@ -187,7 +202,7 @@ class KeyStore:
             "destroy_previous": destroy_previous,
         }
         async with self._database.transaction() as session:
-            if (await session.one(sql.LOCK_TENANT, {"tenant": tenant})).state == "DELETED":
+            if await is_deleted(session, tenant):
                 return False
             if await session.one(_SCHEDULE, values) is not None:
                 await session.run(_ATTEMPT, values | {"id": attempt_id})
@@ -204,23 +219,20 @@ class KeyStore:
 
         Raises ByokeepError: REQUEST_ID_CONFLICT, and WRONG_STATE of a deleted tenant.
         """
-        values = {
-            "tenant": tenant,
-            "key_id": last_of(key.name),
-            "version": key.active_version,
-            "provider": provider_id(key.provider),
-            "owner": key.owner,
-            "actor": actor,
-            "check_id": ids.new_id("att"),
-        }
+        asked = checks.Asked(
+            tenant,
+            last_of(key.name),
+            key.active_version,
+            provider_id(key.provider),
+            key.owner,
+            actor,
+        )
         async with self._database.transaction() as session:
             # Orders who asks; and the tenant's deletion erases what it finds.
-            if (await session.one(sql.LOCK_TENANT, values)).state == "DELETED":
+            if await is_deleted(session, tenant):
                 raise deleted()
-            if not await requests.first_time(session, tenant, message):
-                return
-            if await session.one(sql_waits.CHECK_OPEN, values) is None:
-                await session.run(sql_waits.CHECK_KEY, values)
+            if await requests.first_time(session, tenant, message):
+                await checks.ask(session, asked)
 
     async def newest_check(self, tenant: str, key: custody_pb2.ProviderKey) -> Check | None:
         """Return the newest look at the version of a key that serves."""
@@ -241,7 +253,7 @@ class KeyStore:
             "versions": [version for _, version in versions],
         }
         async with self._database.statement() as session:
-            rows = [Validation(*row) for row in await session.all(_OF_VERSIONS, parameters)]
+            rows = [_validation(row) for row in await session.all(_OF_VERSIONS, parameters)]
         return {(row.key_id, row.version): row for row in rows}
 
     async def models_page(
@@ -296,19 +308,19 @@ class KeyStore:
     async def unapplied(self) -> list[Validation]:
         """Return verdicts that keyvault was not told of yet."""
         async with self._database.statement() as session:
-            return [Validation(*row) for row in await session.all(_UNAPPLIED)]
+            return [_validation(row) for row in await session.all(_UNAPPLIED)]
 
     async def applied(self, tenant: str, key_id: str, version: int) -> None:
         """Note that keyvault was told of a verdict, and wake who watches the key."""
         values = {"tenant": tenant, "key_id": key_id, "version": version}
         async with self._database.transaction() as session:
             await session.run(_APPLIED, values)
-            await session.run(sql.NOTIFY_KEY, values)
+            await session.run(_NOTIFY_KEY, values)
 
     async def changed(self, key_id: str) -> None:
         """Wake who watches a key."""
         async with self._database.statement() as session:
-            await session.run(sql.NOTIFY_KEY, {"key_id": key_id})
+            await session.run(_NOTIFY_KEY, {"key_id": key_id})
 
     async def uses(self, tenant: str, key_id: str, after: str, limit: int) -> list[Use]:
         """Return the attempts that used a key, oldest first."""
@@ -317,11 +329,16 @@ class KeyStore:
             return [_use(row) for row in await session.all(_USES, parameters)]
 
 
+def _validation(row: Row) -> Validation:
+    states = {"verdict": Verdict(row.verdict), "action": Action(row.action)}
+    return Validation(**row._asdict() | states)
+
+
 def _use(row: Row) -> Use:
     number = f"#{row.pull_request}" if row.pull_request else ""
     return Use(
         attempt_id=row.id,
-        kind=row.kind,
+        kind=AttemptKind(row.kind),
         number=row.number,
         fence=row.fence,
         review_id=row.review_id or "",

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 import grpc
 from byokeep.orchestrator.v1 import settings_pb2, tenant_pb2
 
 from services.common.errors import ByokeepError
 from services.orchestrator.policy.refusals import deleted
-from services.orchestrator.store import requests, sql, waits
+from services.orchestrator.policy.states import Reason, TenantState
+from services.orchestrator.store import requests, waits
+from services.orchestrator.store.cancelling import cancel_all
 from services.orchestrator.store.database import Database, Row, Session
 
 
@@ -21,7 +23,7 @@ class TenantRow:
     """A tenant with its settings; limits of 0 are not set."""
 
     id: str
-    state: str
+    state: TenantState
     plan: str
     default_model: str
     max_diff_bytes: int
@@ -81,6 +83,7 @@ WHERE tenant.id = %(tenant)s
 """  # noqa: S608 - constants, here and below
 _READ = f"SELECT {_COLUMNS} FROM tenant WHERE id = %(tenant)s"  # noqa: S608
 _LOCK = _READ + " FOR NO KEY UPDATE"
+_LOCK_STATE = "SELECT state FROM tenant WHERE id = %(tenant)s FOR NO KEY UPDATE"
 _CREATE = """
 INSERT INTO tenant (id, plan) VALUES (%(tenant)s, %(plan)s) ON CONFLICT DO NOTHING
 """
@@ -130,7 +133,6 @@ _ERASE = (
     "DELETE FROM request WHERE tenant = %(tenant)s",
     "DELETE FROM rate_bucket WHERE scope LIKE '%%:' || %(tenant)s",
 )
-_SUSPENDED: Final = "TENANT_SUSPENDED"
 _SETTINGS = """
 UPDATE tenant SET settings_version = settings_version + 1,
     plan = coalesce(%(plan)s, plan),
@@ -213,15 +215,15 @@ class TenantStore:
         self, message: tenant_pb2.SuspendTenantRequest, tenant_id: str
     ) -> TenantRow:
         """Suspend or resume a tenant that is not deleted."""
-        state = "ACTIVE" if message.resume else "SUSPENDED"
+        state = TenantState.ACTIVE if message.resume else TenantState.SUSPENDED
         async with self._database.transaction() as session:
             first = await requests.first_time(session, tenant_id, message)
             if first and not await session.run(_SET_STATE, {"tenant": tenant_id, "state": state}):
                 raise deleted()
             if message.resume:
-                await waits.resume(session, tenant_id, "", [_SUSPENDED])
+                await waits.resume(session, tenant_id, "", [Reason.TENANT_SUSPENDED])
             else:
-                await waits.pause(session, tenant_id, "", _SUSPENDED)
+                await waits.pause(session, tenant_id, "", Reason.TENANT_SUSPENDED)
             return await read(session, tenant_id)
 
     async def mark_deleted(self, tenant_id: str) -> None:
@@ -229,6 +231,11 @@ class TenantStore:
         async with self._database.transaction() as session:
             await session.run(_MARK_DELETED, {"tenant": tenant_id})
             await session.run(_DENY_ALL, {"tenant": tenant_id})
+
+    async def cancel_all(self, tenant_id: str) -> None:
+        """Cancel all that runs, then all that waits, for a tenant that is DELETED."""
+        async with self._database.statement() as session:
+            await cancel_all(session, tenant_id)
 
     async def erase(self, tenant_id: str) -> None:
         """Delete all rows of a deleted tenant but the one that keeps its id from reuse."""
@@ -264,7 +271,7 @@ class TenantStore:
         }
         async with self._database.transaction() as session:
             # Under the tenant's lock: its deletion erases the callers that it finds.
-            if (await session.one(sql.LOCK_TENANT, {"tenant": tenant_id})).state == "DELETED":
+            if await is_deleted(session, tenant_id):
                 raise deleted()
             if await requests.first_time(session, tenant_id, message):
                 await session.run(_ALLOW, values)
@@ -315,6 +322,13 @@ def check_etag(wanted: str, found: str) -> None:
         )
 
 
+async def is_deleted(session: Session, tenant_id: str) -> bool:
+    """Whether a tenant is deleted; locks it, so that its deletion waits for what is stored now, or
+    is seen."""
+    row = await session.one(_LOCK_STATE, {"tenant": tenant_id})
+    return TenantState(row.state) is TenantState.DELETED
+
+
 async def read(session: Session, tenant_id: str) -> TenantRow:
     """Return a tenant that is there."""
     return _tenant(await session.one(_READ, {"tenant": tenant_id}))
@@ -327,4 +341,5 @@ async def bump(session: Session, tenant_id: str, values: Mapping[str, Any]) -> N
 
 
 def _tenant(row: Row) -> TenantRow:
-    return TenantRow(*row[:_WIDTH])
+    identity, state, *settings = row[:_WIDTH]
+    return TenantRow(identity, TenantState(state), *settings)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from services.orchestrator.custody.keyvault import Keyvault
-from services.orchestrator.store.attempts import AttemptStore
 from services.orchestrator.store.tenants import TenantStore
 
 
 class Deletion:
     """Ends what a deleted tenant has."""
 
-    def __init__(self, tenants: TenantStore, attempts: AttemptStore, keyvault: Keyvault) -> None:
-        """Use the stores, and keyvault for its keys."""
+    def __init__(self, tenants: TenantStore, keyvault: Keyvault) -> None:
+        """Use the store, and keyvault for its keys."""
         self._tenants = tenants
-        self._attempts = attempts
         self._keyvault = keyvault
 
     async def carry_out(self, tenant: str, actor: str) -> int:
         """Cancel what runs and waits, destroy the keys, erase the rows of a tenant that is DELETED;
         return how many keys there were."""
-        await self._attempts.cancel_all(tenant)
+        await self._tenants.cancel_all(tenant)
         destroyed = await self._keyvault.destroy_all(tenant, actor)
         await self._tenants.erase(tenant)
         return destroyed

@@ -22,6 +22,7 @@ from byokeep.runner.v1.runner_pb2_grpc import RunnerServiceStub
 
 from services.common import logs, observe
 from services.common.background import Background
+from services.orchestrator.policy.states import Reason
 
 if TYPE_CHECKING:  # only in its stubs
     from byokeep.runner.v1.runner_pb2_grpc import RunnerServiceAsyncStub
@@ -201,15 +202,16 @@ class Fleet:
         """Attempts that the runners would take now, of all together."""
         return sum(runner.room for runner in self._heard())
 
-    def lack(self, seconds: float) -> str:
-        """Why none has had room for so long: a FailureReason, or an empty text where one had."""
+    def lack(self, seconds: float) -> Reason | None:
+        """Why none has had room for so long; None where one had."""
         heard = self._heard()
         if time.monotonic() < self._had_room + seconds:
-            return ""
+            return None
         if not heard:
-            return "RUNNER_UNAVAILABLE"
+            return Reason.RUNNER_UNAVAILABLE
         # A runner that lost keyvault says so; one that is about to stop goes away by itself.
-        return "KEYVAULT_UNAVAILABLE" if all(one.draining for one in heard) else "RUNNERS_FULL"
+        draining = all(one.draining for one in heard)
+        return Reason.KEYVAULT_UNAVAILABLE if draining else Reason.RUNNERS_FULL
 
     def take(self, most: int) -> list[Place]:
         """Take places, each where there is most room then; as many as there are, `most` at most."""

@@ -15,32 +15,19 @@ from services.common import logs
 from services.common.background import Background, each
 from services.common.errors import ByokeepError
 from services.orchestrator.custody.keyvault import Keyvault
-from services.orchestrator.policy import failures
-from services.orchestrator.policy.failures import Failure, Follows
 from services.orchestrator.policy.keys import ENDED, usable
 from services.orchestrator.policy.plans import Plans
-from services.orchestrator.store.attempts import (
-    AttemptStore,
-    Ending,
-    Fenced,
-    Stale,
-    Successor,
-    ValidationEnding,
-)
+from services.orchestrator.policy.states import Reason, TenantState
+from services.orchestrator.store.attempts import Fenced
+from services.orchestrator.store.endings import EndingStore
 from services.orchestrator.store.keys import KeyStore
-from services.orchestrator.store.reviews import ReviewStore
+from services.orchestrator.store.retention import RetentionStore
 from services.orchestrator.store.tenants import TenantRow, TenantStore
 from services.orchestrator.store.waits import PausedKey, WaitStore
 from services.orchestrator.work.deletion import Deletion
-from services.orchestrator.work.dispatcher import (
-    ORPHANED_SECONDS,
-    Dispatcher,
-    check_ending,
-    review_ending,
-    unreachable,
-)
-from services.orchestrator.work.execution import Result
+from services.orchestrator.work.dispatcher import ORPHANED_SECONDS, Dispatcher
 from services.orchestrator.work.fleet import SILENCE_SECONDS, Fleet
+from services.orchestrator.work.outcomes import key_after_silence, review_after_silence
 from services.orchestrator.work.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
@@ -62,8 +49,8 @@ class Sweeper:
 
     def __init__(
         self,
-        attempts: AttemptStore,
-        reviews: ReviewStore,
+        endings: EndingStore,
+        retention: RetentionStore,
         keys: KeyStore,
         tenants: TenantStore,
         keyvault: Keyvault,
@@ -73,15 +60,10 @@ class Sweeper:
         dispatcher: Dispatcher,
         fleet: Fleet,
         plans: Plans,
-        *,
-        content_hours: int,
-        findings_days: int,
-        review_days: int,
     ) -> None:
-        """`content_hours` a failed review's diff is kept, `findings_days` findings, and
-        `review_days` reviews that have ended."""
-        self._attempts = attempts
-        self._reviews = reviews
+        """Use the stores, keyvault, the runners, and what else has chores."""
+        self._endings = endings
+        self._retention = retention
         self._keys = keys
         self._tenants = tenants
         self._keyvault = keyvault
@@ -92,9 +74,6 @@ class Sweeper:
         self._fleet = fleet
         self._plans = plans
         self._lacking = False
-        self._content_hours = content_hours
-        self._findings_days = findings_days
-        self._review_days = review_days
 
     def start(self, background: Background) -> None:
         """Sweep from now on; a chore that has to wait for keyvault holds up no other."""
@@ -109,13 +88,15 @@ class Sweeper:
     async def attempts(self) -> None:
         """Have attempts taken over whose worker is gone, or fence them off."""
         await self._dispatcher.take_over()
-        for attempt_id in await self._attempts.stale(STALE_SECONDS, HELD_SECONDS):
+        for attempt_id in await self._endings.stale(STALE_SECONDS, HELD_SECONDS):
             await self.fence_off(attempt_id)
 
     async def fence_off(self, attempt_id: str, seconds: float = STALE_SECONDS) -> None:
         """End an attempt whose worker gave no sign of life for so long, and its child."""
         try:
-            stale = await self._attempts.fence_off(attempt_id, seconds, after_silence)
+            stale = await self._endings.fence_off(
+                attempt_id, seconds, review_after_silence, key_after_silence
+            )
         except Fenced:
             return
         if stale is None:
@@ -126,7 +107,6 @@ class Sweeper:
             level=logging.WARNING,
             attempt=attempt_id,
             fence=stale.fence,
-            ambiguous=stale.unfinished_call,
         )
         await self._fleet.cancel(stale.runner_id, attempt_id, stale.fence)
 
@@ -135,14 +115,14 @@ class Sweeper:
         lack = self._fleet.lack(_LACK_SECONDS)
         if lack or self._lacking:
             await self._waits.pause_all(lack, 3 * _TICK_SECONDS)
-        self._lacking = bool(lack)
+        self._lacking = lack is not None
 
     async def paused_keys(self) -> None:
         """Let reviews go on whose key serves again, or has ended, though nobody told us."""
         await each("paused_key", await self._waits.paused_keys(), self._look_at)
 
     async def _look_at(self, paused: PausedKey) -> None:
-        if paused.reason == "KEY_REJECTED":
+        if paused.reason is Reason.KEY_REJECTED:
             if not await self._waits.is_checked(paused.tenant, paused.key_id):
                 await self._waits.resume_key(paused.tenant, paused.key_id, 0, [paused.reason])
             return
@@ -160,7 +140,7 @@ class Sweeper:
         after = ""
         while rows := await self._tenants.page(None, after, 100):
             for row in rows:
-                if row.state == "ACTIVE":
+                if row.state is TenantState.ACTIVE:
                     await _swept(row.id, self._resume(row))
             after = rows[-1].id
 
@@ -171,11 +151,7 @@ class Sweeper:
 
     async def retention(self) -> None:
         """Delete what was kept long enough."""
-        await self._reviews.sweep(
-            content_hours=self._content_hours,
-            findings_days=self._findings_days,
-            review_days=self._review_days,
-        )
+        await self._retention.sweep()
 
     async def _resume(self, row: TenantRow) -> None:
         if row.plan not in self._plans:
@@ -200,26 +176,3 @@ async def _swept(tenant: str, sweep: Awaitable[None]) -> None:
         logs.event(
             log, "tenant_not_swept", level=logging.WARNING, tenant=tenant, reason=error.reason
         )
-
-
-def after_silence(stale: Stale) -> Ending | ValidationEnding:
-    """Return what follows for an attempt whose worker fell silent.
-
-    A call whose answer nobody stored may have been billed: it is not repeated by itself. An
-    attempt that silences its workers again and again is given up.
-    """
-    failure = Failure("CHILD_LOST", ambiguous=stale.unfinished_call)
-    if stale.kind == "VALIDATION":
-        return unreachable(stale.tries, 0.0, stale.key_version, failure.reason, state="FENCED")
-    if stale.kind == "CHECK":
-        return check_ending(stale, Result(failure), "FENCED")
-    decision = failures.decide(
-        failure,
-        tries=stale.tries,
-        spare_calls=stale.calls_left - 1,
-        retry_ambiguous=stale.retry_ambiguous,
-    )
-    successor = None
-    if decision.follows is not Follows.END:
-        successor = Successor(decision.delay_seconds, stale.key_version, decision)
-    return review_ending(stale, failure, decision, successor, "FENCED")

@@ -9,6 +9,7 @@ from byokeep import names
 from services.common import logs
 from services.common.errors import ByokeepError
 from services.orchestrator.custody.keyvault import Keyvault
+from services.orchestrator.policy.states import Action
 from services.orchestrator.store.keys import KeyStore
 from services.orchestrator.store.waits import WaitStore
 
@@ -34,7 +35,7 @@ class Verdicts:
         tenant: str,
         key_id: str,
         version: int,
-        action: str,
+        action: Action,
         actor: str,
         *,
         destroy_previous: bool,
@@ -42,7 +43,7 @@ class Verdicts:
         """Tell keyvault; where it does not answer, the sweeper comes back to it."""
         name = names.key_name(tenant, key_id)
         try:
-            if action == "PROMOTE" and not await self._overtaken(name, version):
+            if action is Action.PROMOTE and not await self._overtaken(name, version):
                 await self._keyvault.promote(
                     name, version, actor, destroy_previous=destroy_previous
                 )
