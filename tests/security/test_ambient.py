@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from byokeep.cli import gitdiff, gitinfo
-from byokeep.cli.errors import CliError
+from byokeep.cli.base.errors import CliError
+from byokeep.cli.reviews import gitdiff, gitinfo
 
 LIMIT = 2**20
 APP = b"".join(b"line %d\n" % number for number in range(40))

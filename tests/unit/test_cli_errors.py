@@ -8,8 +8,8 @@ import json
 import grpc
 import pytest
 import typer
-from byokeep.cli import errors
-from byokeep.cli.errors import BY_CODE, BY_FAILURE, BY_REASON, HINTS, Exit
+from byokeep.cli.base import errors
+from byokeep.cli.base.errors import BY_CODE, BY_FAILURE, BY_REASON, HINTS, Exit
 from byokeep.common.v1 import error_reason_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
 

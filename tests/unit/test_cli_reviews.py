@@ -9,7 +9,7 @@ import subprocess
 import threading
 
 import pytest
-from byokeep.cli import files
+from byokeep.cli.reviews import files
 from byokeep.orchestrator.v1 import review_pb2, settings_pb2
 
 pytest_plugins = ["tests.harness.cli_fixtures"]

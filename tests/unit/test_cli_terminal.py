@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from byokeep.cli import output
+from byokeep.cli.base import output
 
 from tests.unit.test_cli_trail import Life
 

@@ -6,7 +6,7 @@ import datetime
 
 import pytest
 from byokeep import ids
-from byokeep.cli.history import merge
+from byokeep.cli.keys.history import merge
 from byokeep.keyvault.v1 import audit_pb2, grant_pb2, lease_pb2
 from byokeep.orchestrator.v1 import key_pb2
 

@@ -6,8 +6,8 @@ import json
 import re
 
 import pytest
-from byokeep.cli.output import Output, message_dict
-from byokeep.cli.reviewoutput import print_review
+from byokeep.cli.base.output import Output, message_dict
+from byokeep.cli.reviews.output import print_review
 from byokeep.loglines import disarmed
 from byokeep.orchestrator.v1.review_pb2 import Finding, Review
 

@@ -8,8 +8,8 @@ import sys
 
 def main() -> None:
     """Run the command and exit; docs of the exit codes: `byokeep --help`."""
-    from byokeep.cli import interrupt
     from byokeep.cli.app import run
+    from byokeep.cli.base import interrupt
 
     # What the caller has closed is None here, and its number free for the next socket.
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 as long as the process

@@ -10,26 +10,20 @@ from typing import Annotated, Any, TextIO, cast
 
 import typer
 
-from byokeep.cli import (
-    admin,
-    audit,
-    interrupt,
-    keychoice,
-    keys,
-    limits,
-    models,
-    policies,
-    reviews,
-    rotation,
-    status,
-    tenants,
-    vaultlog,
-)
-from byokeep.cli.errors import CLOCK_HINT, CliError, Exit, from_rpc
-from byokeep.cli.output import color_system, print_error
-from byokeep.cli.refusal import refuse_keys
-from byokeep.cli.session import RUN, ReaderGone, Run, examples, group
-from byokeep.cli.usage import from_usage
+from byokeep.cli import status
+from byokeep.cli.admin import commands as admin
+from byokeep.cli.admin import rotation, tenants, vaultlog
+from byokeep.cli.audit import commands as audit
+from byokeep.cli.base import interrupt
+from byokeep.cli.base.errors import CLOCK_HINT, CliError, Exit, from_rpc
+from byokeep.cli.base.output import color_system, print_error
+from byokeep.cli.base.session import RUN, ReaderGone, Run, examples, group
+from byokeep.cli.base.usage import from_usage
+from byokeep.cli.keys import choice as keychoice
+from byokeep.cli.keys import commands as keys
+from byokeep.cli.keys.refusal import refuse_keys
+from byokeep.cli.reviews import commands as reviews
+from byokeep.cli.settings import limits, models, policies
 
 _EXITS = (
     "Exit codes: 0 done; 1 --fail-on matched; 2 input; 3 permission; 4 the key needs action;"
@@ -204,7 +198,7 @@ def _key_hint(rule: str) -> str:
 
 def from_untrusted(error: Exception) -> CliError:
     """Return the refusal to seal as an error to show."""
-    from byokeep.cli.errors import HINTS
+    from byokeep.cli.base.errors import HINTS
 
     return CliError(str(error), HINTS["INTAKE_UNTRUSTED"], Exit.INTEGRITY, "INTAKE_UNTRUSTED")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import grpc
 
 from byokeep import sealing
-from byokeep.cli.errors import CLOCK_HINT, unreachable
-from byokeep.cli.identity import Identity, read_identity
-from byokeep.cli.session import Session
-from byokeep.cli.tenants import out_of_service, tenant_state, way_out
-from byokeep.cli.text import clean, count
+from byokeep.cli.admin.tenants import out_of_service, tenant_state, way_out
+from byokeep.cli.base.errors import CLOCK_HINT, unreachable
+from byokeep.cli.base.identity import Identity, read_identity
+from byokeep.cli.base.session import Session
+from byokeep.cli.base.text import clean, count
 from byokeep.common.v1 import options_pb2
 from byokeep.errors import UNANSWERED, error_info
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2

@@ -7,12 +7,12 @@ from typing import Any
 
 import typer
 
-from byokeep.cli.errors import Exit
-from byokeep.cli.keyref import key_state, label_of, list_keys
-from byokeep.cli.output import message_dict, state_text
-from byokeep.cli.session import Session, command
-from byokeep.cli.tenants import out_of_service, tenant_state, way_out
-from byokeep.cli.text import clean
+from byokeep.cli.admin.tenants import out_of_service, tenant_state, way_out
+from byokeep.cli.base.errors import Exit
+from byokeep.cli.base.output import message_dict, state_text
+from byokeep.cli.base.session import Session, command
+from byokeep.cli.base.text import clean
+from byokeep.cli.keys.ref import key_state, label_of, list_keys
 
 _MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
 
@@ -20,7 +20,7 @@ _MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim"
 @command()
 def status(session: Session) -> None:
     """Say in a few lines whether byokeep answers, as whom, and how the tenant's keys are."""
-    from byokeep.cli.identity import read_identity
+    from byokeep.cli.base.identity import read_identity
 
     connection, profile = session.connection, session.profile
     identity = read_identity(profile)

@@ -1,0 +1,1 @@
+"""`byokeep admin`, `tenant` and `caller`: for operators."""

@@ -1,0 +1,1 @@
+"""What every command is made of: its session, its output, its errors."""

@@ -1,0 +1,1 @@
+"""`byokeep key`, and `byokeep key trail`."""
