@@ -94,6 +94,7 @@ test-images: $(VENV) $(STUBS) ## build the images; look at what is in them (star
 	$(BIN)/python -m pytest tests/images $(PYTEST_ARGS)
 
 test-kubernetes: $(VENV) $(STUBS) ## deploy overlay dev on a one-node cluster; kill, roll, rotate, drain, try each edge
+	$(BIN)/python -m tests.kubernetes.cluster
 	$(BIN)/python -m pytest tests/kubernetes $(PYTEST_ARGS)
 
 compose-up: $(VENV) $(STUBS) ## build the images and start them with Compose: OpenBao, PostgreSQL, tenant demo

@@ -1,8 +1,9 @@
 """A real one-node cluster with overlay `dev`, and what the tests do to it.
 
-The cluster is shared/tools/k8s's, beside the checkout or where BYOKEEP_K8S_TOOLS says; its build
-is kept in ~/.cache/k8s-local, or where K8S_CACHE says. BYOKEEP_KEEP_CLUSTER=1 leaves it up, and
-uses one that is up with the images that it has.
+node/README.md says what the cluster is; its build is kept in ~/.cache/k8s-local, or where K8S_CACHE
+says. BYOKEEP_KEEP_CLUSTER=1 leaves it up, and uses one that is up with the images that it has.
+
+python -m tests.kubernetes.cluster builds it, and no more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from deploy.dev import trust
 from deploy.docker import images
 from deploy.kubernetes.edges import HERE
@@ -27,8 +30,7 @@ from tests.kubernetes import versions
 from tests.kubernetes.manifests import CACHE
 
 ROOT = HERE.parents[1]
-TAG = "dev"
-ZONES = (*versions.SERVICES, "tools")
+NODE = Path(__file__).with_name("node")
 PUBLIC = (engine.POSTGRES, engine.OPENBAO)
 DEPLOYMENTS = {
     "keyvault-data": "byokeep-keyvault",
@@ -64,6 +66,11 @@ class Cluster:
         if check and done.returncode != 0:
             raise RuntimeError(f"kubectl {shlex.join(arguments)}:\n{done.stdout}{done.stderr}")
         return done.stdout
+
+    def apply(self, documents: Sequence[Any], *arguments: str) -> str:
+        """Apply manifests."""
+        text = yaml.safe_dump_all(documents)
+        return self.kubectl("apply", "--filename=-", *arguments, text=text)
 
     def start(self, *arguments: str, text: str) -> subprocess.Popen[str]:
         """Start kubectl with something on its standard input."""
@@ -138,37 +145,35 @@ class Cluster:
         return json.loads(self.python(code, "emulator"))
 
 
-def tools() -> Path:
-    """Return the folder of the cluster's tool. Raises RuntimeError where it is not there."""
-    named = os.environ.get("BYOKEEP_K8S_TOOLS")
-    places = [Path(named)] if named else [up / "shared/tools/k8s" for up in ROOT.parents]
-    found = next((place for place in places if (place / "up").is_file()), None)
-    if found is None:
-        raise RuntimeError("shared/tools/k8s is not beside the checkout: set BYOKEEP_K8S_TOOLS")
-    return found
+def build() -> None:
+    """Have what the cluster consists of: a quarter of an hour the first time, then nothing.
+
+    Raises RuntimeError, or CalledProcessError: the program has said why.
+    """
+    engine.install(*_PACKAGES)
+    subprocess.run([NODE / "build"], check=True)
 
 
 @contextmanager
 def running() -> Iterator[Cluster]:
     """A cluster with overlay `dev`, for as long as the block lasts."""
-    tool, kept = tools(), os.environ.get("BYOKEEP_KEEP_CLUSTER") == "1"
+    kept = os.environ.get("BYOKEEP_KEEP_CLUSTER") == "1"
     cluster = Cluster()
     if not kept or not _KUBECONFIG.exists():
-        engine.install(*_PACKAGES)
-        _run(tool / "build")
+        build()
         with engine.running():
             made = _images()
-            _run(tool / "up")
+            _run(NODE / "up")
             with tempfile.TemporaryDirectory() as folder:
                 # In one archive: most of their layers are the same.
                 images.docker("save", f"--output={folder}/images.tar", *made, *PUBLIC)
-                _run(tool / "load", f"{folder}/images.tar")
+                _run(NODE / "load", f"{folder}/images.tar")
     try:
         _deploy(cluster)
         yield cluster
     finally:
         if not kept:
-            _run(tool / "down", "--keep-logs")
+            _run(NODE / "down", "--keep-logs")
 
 
 def _run(*command: str | Path) -> None:
@@ -180,11 +185,11 @@ def _run(*command: str | Path) -> None:
 def _images() -> list[str]:
     for image in (engine.PYTHON, *PUBLIC):
         engine.ensure(image)
-    return [*(images.build(zone, TAG) for zone in ZONES), *versions.build()]
+    return versions.build()
 
 
 def _deploy(cluster: Cluster) -> None:
-    cluster.kubectl("apply", "--kustomize", str(HERE / "overlays/dev"))
+    cluster.apply(versions.manifests("dev"))
     for name in DEPLOYMENTS:
         cluster.rolled_out(name)
     cluster.kubectl(
@@ -235,3 +240,7 @@ def soon(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) ->
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    build()

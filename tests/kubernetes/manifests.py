@@ -24,7 +24,7 @@ def kubectl() -> str:
     """Return the command. Raises RuntimeError where there is none."""
     found = shutil.which("kubectl") or shutil.which("kubectl", path=str(CACHE / "bin"))
     if found is None:
-        raise RuntimeError("there is no kubectl: shared/tools/k8s/build makes one")
+        raise RuntimeError("there is no kubectl: tests/kubernetes/node/build makes one")
     return found
 
 

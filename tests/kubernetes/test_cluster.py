@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from deploy.kubernetes import edges
-from deploy.kubernetes.edges import HERE, Zone
+from deploy.kubernetes.edges import Zone
+from tests.kubernetes import versions
 from tests.kubernetes.cluster import AGNHOST, DEPLOYMENTS, Cluster, at_once, soon
 from tests.kubernetes.load import DIFF, last, load, one_review
 
@@ -291,8 +292,6 @@ def test_a_forgotten_policy_is_found(cluster: Cluster, probes):
 
 def test_server_takes_the_manifests_as_they_are(cluster: Cluster):
     """Server-side dry run, strict: also what the schemas say nothing of."""
-    output = cluster.kubectl(
-        *("apply", "--dry-run=server", "--validate=strict", "--kustomize"),
-        str(HERE / "overlays/dev"),
-    )
+    strictly = ("--dry-run=server", "--validate=strict")
+    output = cluster.apply(versions.manifests("dev"), *strictly)
     assert "unchanged" in output

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.kubernetes.edges import HERE
-from tests.kubernetes import external_metrics
+from deploy.docker import images
+from tests.kubernetes import external_metrics, versions
 from tests.kubernetes.cluster import Cluster, soon
 from tests.kubernetes.load import load
 from tests.kubernetes.manifests import layered
@@ -36,7 +36,7 @@ _ADAPTER = [
             "containers": [
                 {
                     "name": "adapter",
-                    "image": "byokeep/tools:dev",
+                    "image": images.reference(versions.TOOLS, versions.tag("dev")),
                     "command": [
                         *("/opt/byokeep/bin/python", "-c"),
                         Path(external_metrics.__file__).read_text(),
@@ -90,7 +90,8 @@ def test_runners_become_more_where_reviews_wait(cluster: Cluster, adapter, tmp_p
 
     cluster.emulator("POST", "/latency", {"seconds": 20})
     try:
-        cluster.kubectl("apply", "--kustomize", str(layered(tmp_path, "dev", "runner-hpa")))
+        folder = layered(tmp_path, "dev", "runner-hpa", versions.images_of("dev"))
+        cluster.kubectl("apply", "--kustomize", str(folder))
         with load(cluster, 4.0, unfinished=48) as ended:
             soon(lambda: running() > 2, "nothing scaled the runners", 600)
             cluster.emulator("POST", "/latency", {"seconds": 0})
@@ -98,6 +99,6 @@ def test_runners_become_more_where_reviews_wait(cluster: Cluster, adapter, tmp_p
     finally:
         cluster.emulator("POST", "/latency", {"seconds": 0})
         cluster.kubectl("delete", namespace, "hpa/runner", "--ignore-not-found")
-        cluster.kubectl("apply", "--kustomize", str(HERE / "overlays/dev"))
+        cluster.apply(versions.manifests("dev"))
     cluster.rolled_out("runner")
     cluster.ready("runner")

@@ -10,7 +10,6 @@ import tomllib
 from typing import Any
 
 import pytest
-import yaml
 
 from deploy.kubernetes.edges import HERE
 from tests.kubernetes import versions
@@ -32,7 +31,7 @@ def test_an_upgrade_fails_no_review(cluster: Cluster, edge: dict[str, str]):
             _migrate(cluster, documents, edge["to"])
             # What runs is older than its schema now.
             _review(cluster)
-        _apply(cluster, services)
+        cluster.apply(services)
         if edge["migrate"] == "last":
             soon(lambda: _waits_for_schema(cluster), "no new pod says that it waits for its schema")
             assert _running(cluster, ready=True) == {edge["from"]}
@@ -51,17 +50,13 @@ def test_the_edges_make_a_way_from_this_commit_on():
     assert {edge["migrate"] for edge in _EDGES} == {"never", "first", "last"}
 
 
-def _apply(cluster: Cluster, documents: list[Any]) -> None:
-    cluster.kubectl("apply", "--filename=-", text=yaml.safe_dump_all(documents))
-
-
 def _migrate(cluster: Cluster, documents: list[Any], version: str) -> None:
     """Run the migrations' jobs, as of a version of their own."""
     for job in of_kind(documents, "Job"):
         name, place = job["metadata"]["name"], f"--namespace={job['metadata']['namespace']}"
         if "migrate" in name:
             job["metadata"]["name"] = f"{name}-{version}"
-            _apply(cluster, [job])
+            cluster.apply([job])
             done = (f"job/{name}-{version}", "--for=condition=Complete", "--timeout=300s")
             cluster.kubectl("wait", place, *done)
 
@@ -74,7 +69,7 @@ def _review(cluster: Cluster) -> None:
 def _running(cluster: Cluster, *, ready: bool = False) -> set[str]:
     """Return the versions of services' pods; or of those that are ready and have a schema."""
     return {
-        pod["spec"]["containers"][0]["image"].rpartition(":")[2]
+        pod["spec"]["containers"][0]["image"].rpartition(versions.tag(""))[2]
         for name in DEPLOYMENTS
         if not ready or name != "runner"  # which has none, and need not wait
         for pod in cluster.pods_of(name)

@@ -19,6 +19,8 @@ from tests.kubernetes.manifests import Document, rendered
 
 #: Zones with a service, and the database's table that a migration here adds to, where there is one.
 SERVICES: Mapping[str, str] = {"keyvault": "chain", "orchestrator": "review", "runner": ""}
+#: What a cluster runs beside them, of every version the same.
+TOOLS = "tools"
 #: Versions made of this commit, with the migrations that they add.
 ADDED: Mapping[str, tuple[str, ...]] = {"next": ("9000",), "newest": ("9000", "9001")}
 
@@ -35,6 +37,11 @@ def upgrade() -> None:
     """Go to this revision."""
     op.execute("ALTER TABLE {table} ADD COLUMN upgrade_test_{revision} text")
 '''
+
+
+def tag(version: str) -> str:
+    """Return the tag of a version's images, which are no others'."""
+    return f"kubernetes-{version}"
 
 
 def previous() -> Path:
@@ -66,17 +73,19 @@ def _commit(name: str) -> str:
 
 
 def build() -> list[str]:
-    """Build the images of every version but this commit's own, which are there; name them."""
-    made = [images.build(zone, "previous", context=previous()) for zone in SERVICES]
+    """Build the images of every version, and name them."""
+    made = [images.build(zone, tag("dev")) for zone in (*SERVICES, TOOLS)]
+    made += [images.build(zone, tag("previous"), context=previous()) for zone in SERVICES]
     for version, revisions in ADDED.items():
         made += [_with_migrations(zone, version, revisions) for zone in SERVICES]
     return made
 
 
 def _with_migrations(zone: str, version: str, revisions: tuple[str, ...]) -> str:
-    name, table = images.reference(zone, version), SERVICES[zone]
+    name, table = images.reference(zone, tag(version)), SERVICES[zone]
+    base = images.reference(zone, tag("dev"))
     if not table:
-        images.docker("tag", images.reference(zone, "dev"), name)
+        images.docker("tag", base, name)
         return name
     versions = f"services/{zone}/migrations/versions"
     before = max(path.name for path in (CHECKOUT / versions).glob("0*.py")).partition("_")[0]
@@ -86,10 +95,17 @@ def _with_migrations(zone: str, version: str, revisions: tuple[str, ...]) -> str
             (Path(folder) / f"{revision}_more.py").write_text(text)
             before = revision
         (Path(folder) / "Dockerfile").write_text(
-            f"FROM {images.reference(zone, 'dev')}\nCOPY *_more.py {SITE}/{versions}/\n"
+            f"FROM {base}\nCOPY *_more.py {SITE}/{versions}/\n"
         )
         images.docker("build", "--tag", name, folder)
     return name
+
+
+def images_of(version: str) -> str:
+    """Return a kustomization's lines that have a version's images."""
+    tags = dict.fromkeys(SERVICES, tag(version)) | {TOOLS: tag("dev")}
+    lines = (f"  - {{name: byokeep/{zone}, newTag: {each}}}\n" for zone, each in tags.items())
+    return "images:\n" + "".join(lines)
 
 
 def manifests(version: str) -> list[Document]:
@@ -97,7 +113,6 @@ def manifests(version: str) -> list[Document]:
     root = previous() if version == "previous" else HERE.parents[1]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        tags = "".join(f"  - {{name: byokeep/{zone}, newTag: {version}}}\n" for zone in SERVICES)
         base = os.path.relpath(root / "deploy/kubernetes/overlays/dev", folder.resolve())
-        (folder / "kustomization.yaml").write_text(f"resources: [{base}]\nimages:\n{tags}")
+        (folder / "kustomization.yaml").write_text(f"resources: [{base}]\n{images_of(version)}")
         return list(rendered(folder))
