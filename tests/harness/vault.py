@@ -1,12 +1,18 @@
-"""A real Vault in a test, HashiCorp's or OpenBao: run with TLS; set up by deploy/vault itself."""
+"""A real Vault in a test, HashiCorp's or OpenBao: run with TLS; set up by deploy/vault itself.
+
+python -m tests.harness.vault FOLDER   runs one, and writes FOLDER/settings for a shell
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import socket
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -189,18 +195,20 @@ class VaultServer:
                     raise RuntimeError((self.folder / "vault.log").read_text()) from None
                 time.sleep(0.05)
 
+    def administrator(self) -> dict[str, str]:
+        """Return the environment of Vault's administrator."""
+        return {
+            "VAULT_CLI": str(self._binary),
+            "VAULT_ADDR": self.address,
+            "VAULT_CACERT": str(self.ca),
+            "VAULT_TOKEN": self.root_token,
+            "VAULT_NAMESPACE": self.namespace,
+        }
+
     def _run(self, command: list[str], environment: dict[str, str]) -> str:
         done = subprocess.run(
             command,
-            env={
-                **os.environ,
-                "VAULT_CLI": str(self._binary),
-                "VAULT_ADDR": self.address,
-                "VAULT_CACERT": str(self.ca),
-                "VAULT_TOKEN": self.root_token,
-                "VAULT_NAMESPACE": self.namespace,
-                **environment,
-            },
+            env={**os.environ, **self.administrator(), **environment},
             capture_output=True,
             text=True,
             timeout=120,
@@ -216,3 +224,17 @@ def write_secret(path: Path, text: str) -> Path:
     path.touch(mode=0o600)
     path.write_text(text)
     return path
+
+
+def main() -> None:
+    """Run a Vault until something ends us."""
+    folder = Path(sys.argv[1])
+    server = VaultServer(folder)
+    server.start()
+    lines = (f"export {name}={shlex.quote(v)}\n" for name, v in server.administrator().items())
+    write_secret(folder / "settings.new", "".join(lines)).rename(folder / "settings")
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main()
