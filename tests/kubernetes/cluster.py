@@ -67,6 +67,18 @@ class Cluster:
             raise RuntimeError(f"kubectl {shlex.join(arguments)}:\n{done.stdout}{done.stderr}")
         return done.stdout
 
+    def shell(self, script: str, **environment: str) -> str:
+        """Run a script of commands with `kubectl` in the checkout, and return what it prints."""
+        path = f"{Path(self._kubectl).parent}:{os.environ['PATH']}"
+        return subprocess.run(
+            ["sh", "-euc", script],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**self._environment, "PATH": path, **environment},
+        ).stdout
+
     def apply(self, documents: Sequence[Any], *arguments: str) -> str:
         """Apply manifests."""
         text = yaml.safe_dump_all(documents)

@@ -14,9 +14,11 @@ import pytest
 
 from deploy.kubernetes import edges
 from deploy.kubernetes.edges import Zone
+from tests.harness.pages import block
 from tests.kubernetes import versions
 from tests.kubernetes.cluster import AGNHOST, DEPLOYMENTS, Cluster, at_once, soon
 from tests.kubernetes.load import DIFF, last, load, one_review
+from tests.kubernetes.manifests import of_kind, overlay, pods
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("tenant", "no_crash")]
 
@@ -295,3 +297,30 @@ def test_server_takes_the_manifests_as_they_are(cluster: Cluster):
     strictly = ("--dry-run=server", "--validate=strict")
     output = cluster.apply(versions.manifests("dev"), *strictly)
     assert "unchanged" in output
+
+
+def test_what_production_mounts_is_made_as_the_page_says(cluster: Cluster, tmp_path):
+    (tmp_path / "grant-keys").mkdir()
+    for name in ("ca.pem", "vault-ca.pem", "grant-signing.pem", "grant-keys/orchestrator.pem"):
+        (tmp_path / name).write_text("PEM")
+    for zone in ("keyvault", "orchestrator"):
+        (tmp_path / f"{zone}-database-url").write_text("postgresql://")
+    said = cluster.shell(
+        'kubectl() { command kubectl "$@" --dry-run=client --output=name; }\n'
+        + block("docs/deployment.md", "mounted"),
+        D=str(tmp_path),
+    )
+    documents = overlay("production")
+    made = {f"configmap/{one['metadata']['name']}" for one in of_kind(documents, "ConfigMap")}
+    made |= {f"secret/{one['spec']['secretName']}" for one in of_kind(documents, "Certificate")}
+    mounted = {
+        f"secret/{volume['secret']['secretName']}"
+        if "secret" in volume
+        else f"configmap/{volume['configMap']['name']}"
+        for _, template in pods(documents)
+        for volume in template["spec"]["volumes"]
+        if volume.keys() & {"secret", "configMap"}
+    }
+    named = [line for line in said.splitlines() if not line.startswith("namespace/")]
+    assert set(named) == mounted - made
+    assert named.count("configmap/byokeep-ca") == 3
