@@ -85,7 +85,7 @@ def walk(*, beside: str = "", after_settings: str = "") -> None:
             },
             capture_output=True,
             text=True,
-            timeout=110,
+            timeout=240,
             check=False,
         )
         logs = "".join(path.read_text()[-1500:] for path in scratch.glob("*/*.log"))

@@ -21,6 +21,7 @@ until [ -e $W/vault/settings ]; do kill -0 $!; sleep 0.1; done
 """
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a network of its own")
 def test_from_nothing_to_a_review_in_production_mode():
     product = chosen()
