@@ -621,6 +621,7 @@ class System:
             "attempt": "heartbeat_time due_time wait_since stalled_since create_time",
             "pause": "since until",
             "turn": "due",
+            "retry_budget": "booked",
         }.items():
             moved = ", ".join(
                 f"{one} = {one} - make_interval(secs => %(seconds)s)" for one in columns.split()

@@ -20,7 +20,7 @@ from byokeep.orchestrator.v1 import key_pb2, review_pb2, tenant_pb2
 from byokeep.runner.v1 import runner_pb2
 
 from services.orchestrator.policy import failures
-from services.orchestrator.store import picks
+from services.orchestrator.store import endings, picks
 from tests.harness.orchestrator import (
     Conversation,
     RunnerGone,
@@ -126,6 +126,31 @@ async def test_what_the_provider_says_of_later_is_kept(stack: Stack) -> None:
     ended = await stack.ended(review)
     assert (ended.state, ended.attempts, ended.calls_started) == (COMPLETED, 2, 2)
     assert await stack.sql("SELECT tries FROM attempt ORDER BY number") == [(1,), (1,)]
+
+
+async def test_a_tenant_has_a_budget_of_retries(stack: Stack, monkeypatch) -> None:
+    """A provider that fails for all of a tenant's reviews is asked again by a few at once, then by
+    one after the other; another tenant has a budget of its own. None is lost. Shown to fail where
+    the budget is asked for nothing."""
+    monkeypatch.setattr(endings, "RETRIES_AT_ONCE", 3)
+    await stack.tenant("other")
+    stack.keyvault.add("other")
+    stack.runner.default = fails(review_pb2.FAILURE_REASON_PROVIDER_UNAVAILABLE)
+    reviews = [await stack.submit(repository=f"acme/r{number}") for number in range(5)]
+    await stack.until("SELECT 1 WHERE (SELECT count(*) FROM attempt WHERE number = 2) = 5")
+    delays = "SELECT extract(epoch FROM due_time - create_time)::float8 FROM attempt"
+    delays += " WHERE number = 2 AND tenant = %s ORDER BY 1"
+    seconds = [delay for (delay,) in await stack.sql(delays, "acme")]
+    assert max(seconds[:3]) < 5
+    assert 10 < seconds[3] < 17
+    assert 25 < seconds[4] < 32
+    other = await stack.submit("other")
+    await stack.until("SELECT 1 FROM attempt WHERE number = 2 AND tenant = 'other'")
+    assert (await stack.sql(delays, "other"))[0][0] < 5
+    stack.runner.default = one_chunk
+    await stack.hurry()
+    for review in (*reviews, other):
+        assert (await stack.ended(review)).state == COMPLETED
 
 
 async def test_runners_that_are_away_are_waited_for(stack: Stack) -> None:

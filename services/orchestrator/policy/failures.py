@@ -24,6 +24,11 @@ from services.orchestrator.policy.states import Reason, Verdict
 
 _dice: Final = random.SystemRandom()
 MAX_TRIES: Final = 4
+#: A tenant's budget of retries: so many at once, and one more each so many seconds. What is beyond
+#: is later, not lost: a provider that fails for all of a tenant's reviews is not asked by all of
+#: them, again and again.
+RETRIES_AT_ONCE: Final = 20
+RETRY_SECONDS: Final = 15.0
 _LONGEST_DELAY: Final = 60.0
 _SOON: Final = 1.0
 _ROOM: Final = (Reason.RUNNERS_FULL, Reason.RUNNER_UNAVAILABLE)

@@ -8,7 +8,13 @@ from typing import Any, Final
 
 from byokeep import ids
 
-from services.orchestrator.policy.failures import Decision, Follows, Holds
+from services.orchestrator.policy.failures import (
+    RETRIES_AT_ONCE,
+    RETRY_SECONDS,
+    Decision,
+    Follows,
+    Holds,
+)
 from services.orchestrator.policy.states import (
     Action,
     AttemptKind,
@@ -116,11 +122,20 @@ _END_REVIEW: Final = (
     x AS (
         DELETE FROM review_content USING r
         WHERE review_content.review_id = r.id AND %(review_state)s = 'COMPLETED'),
+    -- As a bucket that leaks: booked is when the last of them would be at an even pace.
+    budget AS (
+        INSERT INTO retry_budget (tenant, booked)
+        SELECT tenant, now() + make_interval(secs => %(retry_seconds)s) FROM a
+        WHERE %(counted)s = 1
+        ON CONFLICT (tenant) DO UPDATE SET booked = greatest(retry_budget.booked, now())
+            + make_interval(secs => %(retry_seconds)s)
+        RETURNING booked - make_interval(secs => %(retry_seconds)s * %(retries_at_once)s) AS free),
     n AS (
         INSERT INTO attempt (id, kind, tenant, review_id, key_id, key_version, number, fence, tries,
             priority, due_time, wait_reason, wait_cause, wait_since, stalled_since)
         SELECT %(next_id)s, a.kind, a.tenant, r.id, a.key_id, %(next_version)s, r.attempts, r.fence,
-            a.tries + %(counted)s, a.priority, now() + make_interval(secs => %(delay)s),
+            a.tries + %(counted)s, a.priority,
+            greatest(now() + make_interval(secs => %(delay)s), (SELECT free FROM budget)),
             %(wait_reason)s, %(wait_cause)s,
             CASE WHEN a.wait_reason = %(wait_reason)s THEN a.wait_since ELSE now() END,
             coalesce(a.stalled_since, now())
@@ -261,6 +276,8 @@ async def _end_review(
         "cause": ending.cause,
         "review_failure": ending.failure if failed else "",
         "failure_message": ending.failure_message,
+        "retry_seconds": RETRY_SECONDS,
+        "retries_at_once": RETRIES_AT_ONCE,
         **_following(ending.again),
         **trailed(trail),
     }

@@ -376,6 +376,14 @@ pause = Table(
     Column("until", DateTime(timezone=True), nullable=False),
 )
 
+# Up to when a tenant's retries are booked, at the pace of its budget.
+retry_budget = Table(
+    "retry_budget",
+    metadata,
+    _tenant_key(),
+    Column("booked", DateTime(timezone=True), nullable=False),
+)
+
 # When a tenant was given a place last: among tenants that wait, the longest ago is next.
 turn = Table(
     "turn",

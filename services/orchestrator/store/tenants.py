@@ -127,6 +127,7 @@ _ERASE = (
     "DELETE FROM attempt WHERE tenant = %(tenant)s",
     "DELETE FROM pause WHERE tenant = %(tenant)s",
     "DELETE FROM turn WHERE tenant = %(tenant)s",
+    "DELETE FROM retry_budget WHERE tenant = %(tenant)s",
     "DELETE FROM key_validation WHERE tenant = %(tenant)s",
     "DELETE FROM model_override WHERE tenant = %(tenant)s",
     "DELETE FROM repository_key WHERE tenant = %(tenant)s",
