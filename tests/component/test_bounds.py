@@ -4,6 +4,7 @@ grow is asked at its largest, and what does not fit is cut where it says so."""
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from services.orchestrator.policy import bounds
+from services.orchestrator.policy.plans import Plan
 from tests.harness.orchestrator import Conversation, Stack, finding, request_id, running
 
 #: What gRPC's clients take where nobody raises it.
@@ -250,6 +252,16 @@ async def of_tenants(stack: Stack) -> list[Message]:
     return await pages(client.ListTenants, tenant_pb2.ListTenantsRequest(), "tenants", 700)
 
 
+async def of_plans(stack: Stack) -> list[Message]:
+    known: dict[str, Plan] = stack.app._plans._plans  # type: ignore[assignment]
+    known |= {
+        name: replace(known["enterprise"], name=name)
+        for name in (f"{number:z>32}" for number in range(697))
+    }
+    client = stack.client("acme").tenants
+    return await pages(client.ListPlans, tenant_pb2.ListPlansRequest(), "plans", 700)
+
+
 async def of_callers(stack: Stack) -> list[Message]:
     await stack.sql(
         """INSERT INTO caller (tenant, spiffe_id, roles)
@@ -288,6 +300,7 @@ LARGEST: Final = {
     "ListModels": of_models,
     "GetSettings": of_settings,
     "ListTenants": of_tenants,
+    "ListPlans": of_plans,
     "ListCallers": of_callers,
 }
 #: Answers that have what another one has, and not more of it.

@@ -77,6 +77,20 @@ async def test_list_shows_each_caller_its_own(stack: Stack) -> None:
     assert [one.name for one in own.tenants] == ["tenants/bolt"]
 
 
+async def test_anybody_may_know_the_plans(stack: Stack) -> None:
+    client = stack.client("nobody").tenants
+    request = tenant_pb2.ListPlansRequest(page_size=2)
+    first = await client.ListPlans(request)
+    request.page_token = first.next_page_token
+    plans = [*first.plans, *(await client.ListPlans(request)).plans]
+    assert [one.name for one in plans] == ["enterprise", "starter", "team"]
+    assert [one.name for one in plans if one.default] == ["team"]
+    starter = plans[1]
+    assert (starter.attempts_in_flight, starter.keys_per_provider) == (2, 1)
+    assert not starter.features
+    assert list(plans[0].features) == ["model-overrides", "user-keys"]
+
+
 async def test_suspended_tenant_takes_nothing_new_and_shows_the_old(stack: Stack) -> None:
     stack.keyvault.add("acme")
     review = await stack.ended(await stack.submit())

@@ -535,6 +535,16 @@ class _Tenants(_Fake, tenant_pb2_grpc.TenantServiceServicer):
         self.edge.meet(request, context)
         return tenant_pb2.ListTenantsResponse(tenants=self.edge.tenants.values())
 
+    def ListPlans(self, request, context):
+        self.edge.meet(request, context)
+        free = tenant_pb2.Plan(
+            name="free", attempts_in_flight=1, reviews_per_day=10, reviews_waiting=5
+        )
+        free.keys_per_provider = 1
+        team = tenant_pb2.Plan(name="team", default=True, attempts_in_flight=16)
+        team.features.extend(["model-overrides", "user-keys"])
+        return tenant_pb2.ListPlansResponse(plans=[free, team])
+
     def SuspendTenant(self, request, context):
         self.edge.meet(request, context)
         tenant = self.edge.tenants[request.name]

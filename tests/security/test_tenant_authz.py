@@ -143,10 +143,11 @@ async def stack(orchestrator_database_url, tmp_path):
         yield started
 
 
-def test_all_but_one_method_ask_for_a_role() -> None:
-    """ListTenants tells each caller of its own tenants alone. Another method without roles
-    belongs here with its reason."""
-    assert set(METHODS) - set(GUARDED) == {"TenantService/ListTenants"}
+def test_all_but_two_methods_ask_for_a_role() -> None:
+    """ListTenants tells each caller of its own tenants alone; plans are the deployment's, and no
+    secret. Another method without roles belongs here with its reason."""
+    unguarded = {"TenantService/ListTenants", "TenantService/ListPlans"}
+    assert set(METHODS) - set(GUARDED) == unguarded
 
 
 async def test_nobody_acts_for_a_tenant_that_did_not_allow_it(stack: Stack) -> None:

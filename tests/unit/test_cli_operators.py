@@ -71,6 +71,8 @@ def test_suspend_resume_list_plan(edge, byokeep):
     assert "SUSPENDED" in byokeep("tenant", "list").out
     assert "ACTIVE" in byokeep("tenant", "suspend", "demo", "--resume").out
     assert byokeep("tenant", "set-plan", "demo", "enterprise").code == 0
+    assert "team (default)" in byokeep("tenant", "plans").out
+    assert byokeep("tenant", "plans", "--json").json["plans"][0]["keysPerProvider"] == 1
     assert edge.settings.plan == "enterprise"
     assert byokeep("tenant", "list", "--json").json["tenants"][0]["name"] == "tenants/demo"
 

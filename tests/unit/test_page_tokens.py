@@ -15,6 +15,7 @@ GIVEN = {
     "ListCheckpoints": "4096",
     "ListTenantKeys": "acme-2",
     "ListTenants": "acme",
+    "ListPlans": "team",
     "ListCallers": "spiffe://byokeep.local/client/ci",
     "GetReview": "17",
     "ListReviews": "rev_" + "0" * 26 + "." + "a" * 16,

@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common import authz
 from services.orchestrator.api import access, paging
-from services.orchestrator.policy.plans import Plans
+from services.orchestrator.policy.plans import Plan, Plans
 from services.orchestrator.policy.refusals import unexpected
 from services.orchestrator.store.tenants import CallerRow, TenantRow, TenantStore
 from services.orchestrator.work.deletion import Deletion
@@ -67,6 +67,28 @@ class TenantServicer(tenant_pb2_grpc.TenantServiceServicer):
         )
         page, token = paging.cut(rows, limit, lambda row: row.id, tenant_message)
         return tenant_pb2.ListTenantsResponse(tenants=page, next_page_token=token)
+
+    async def ListPlans(
+        self, request: tenant_pb2.ListPlansRequest, context: object
+    ) -> tenant_pb2.ListPlansResponse:
+        """List the plans that there are."""
+        limit = paging.size(request.page_size)
+
+        def message(plan: Plan) -> tenant_pb2.Plan:
+            return tenant_pb2.Plan(
+                name=plan.name,
+                default=self._plans.is_default(plan),
+                attempts_in_flight=plan.attempts_in_flight,
+                reviews_per_day=plan.reviews_per_day,
+                reviews_waiting=plan.reviews_waiting,
+                keys_per_provider=plan.keys_per_provider,
+                features=sorted(plan.features),
+            )
+
+        page, token = paging.cut(
+            self._plans.page(request.page_token, limit + 1), limit, lambda plan: plan.name, message
+        )
+        return tenant_pb2.ListPlansResponse(plans=page, next_page_token=token)
 
     async def SuspendTenant(
         self, request: tenant_pb2.SuspendTenantRequest, context: object

@@ -88,6 +88,14 @@ class Plans:
         is taken out of a file stops no tenant's reviews."""
         return self._plans.get(name) or self._plans[self._default]
 
+    def page(self, after: str, limit: int) -> list[Plan]:
+        """Return plans by name, from after one on."""
+        return [self._plans[name] for name in sorted(self._plans) if name > after][:limit]
+
+    def is_default(self, plan: Plan) -> bool:
+        """Whether a tenant that is created without a plan has this one."""
+        return plan.name == self._default
+
     def chosen(self, name: str) -> str:
         """Return the name of a plan that an operator chose; the default's for an empty one.
 

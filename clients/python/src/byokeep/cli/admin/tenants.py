@@ -50,7 +50,9 @@ Name = Annotated[
 PlanArgument = Annotated[
     str,
     typer.Argument(
-        metavar="PLAN", show_default=False, help="Such as team; a wrong one names those there are."
+        metavar="PLAN",
+        show_default=False,
+        help="One that byokeep tenant plans lists, such as team.",
     ),
 ]
 SpiffeId = Annotated[
@@ -121,6 +123,29 @@ def list_(session: Session) -> None:
         session.out.table(("TENANT", "STATE", "PLAN", "CREATED"), rows)
     else:
         session.out.print("this identity has no role for any tenant")
+
+
+@app.command(epilog=examples("byokeep tenant plans"))
+@command()
+def plans(session: Session) -> None:
+    """List the plans that a tenant may have, and what each includes."""
+    request = tenant_pb2.ListPlansRequest(page_size=500)
+    found = list(pages(session.connection.tenants.ListPlans, request, "plans"))
+    if session.out.as_json:
+        session.out.json({"plans": [message_dict(entry) for entry in found]})
+        return
+    rows = [
+        (
+            clean(entry.name) + (" (default)" if entry.default else ""),
+            f"{entry.attempts_in_flight:,}",
+            f"{entry.reviews_per_day:,}",
+            f"{entry.reviews_waiting:,}",
+            f"{entry.keys_per_provider:,}" if entry.keys_per_provider else "any",
+            clean(", ".join(entry.features)) or "-",
+        )
+        for entry in found
+    ]
+    session.out.table(("PLAN", "AT ONCE", "A DAY", "WAITING", "KEYS", "FEATURES"), rows)
 
 
 @app.command(epilog=examples("byokeep tenant suspend acme", "byokeep tenant suspend acme --resume"))
