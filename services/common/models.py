@@ -27,10 +27,17 @@ def listed(ids: Iterable[str]) -> list[str]:
     return list(itertools.islice(filter(_MODEL.fullmatch, ids), MAX_LISTED + 1))
 
 
-def is_listed(model: str, ids: Iterable[str]) -> bool:
-    """Whether a provider's list has a model: by its name, or as a dated snapshot of it."""
-    names = {model, _ALIAS.sub("", model)}
-    return any(one == model or _SNAPSHOT.sub("", one) in names for one in ids)
+class Listing:
+    """What a provider lists, ready to be asked for many models."""
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        """Take names as a provider lists them."""
+        self._names = frozenset(ids)
+        self._undated = frozenset(_SNAPSHOT.sub("", one) for one in self._names)
+
+    def __contains__(self, model: str) -> bool:
+        """Whether a model is there: by its name, or as a dated snapshot of it."""
+        return model in self._names or not self._undated.isdisjoint({model, _ALIAS.sub("", model)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -635,6 +635,32 @@ async def test_a_key_is_checked_now_and_its_models_are_as_new(stack: Stack) -> N
     assert (await stack.submit(model="openai/gpt-7")).model == "openai/gpt-7"
 
 
+async def test_the_models_of_a_key_in_use_are_asked_for_once_a_day(stack: Stack) -> None:
+    """Shown to fail where keys are asked for that no review runs on, and where one whose check
+    failed is asked again at once."""
+    used = await stack.validated(await stack.add_key())
+    await stack.validated(await stack.add_key(display_name="unused"))
+    await stack.ended(await stack.submit(key="main"))
+    checks = "SELECT key_id FROM attempt WHERE kind = 'CHECK'"
+    await stack.app.sweeper.model_lists()
+    assert await stack.sql(checks) == [], "it was asked when it was added"
+    old = "UPDATE key_validation SET check_time = check_time - interval '30 hours'"
+    await stack.sql(old)
+    stack.runner.default = fails(review_pb2.FAILURE_REASON_RATE_LIMITED)
+    for _ in range(2):
+        await stack.app.sweeper.model_lists()
+        await stack.until(f"SELECT 1 WHERE NOT EXISTS ({checks} AND end_time IS NULL)")
+    key_id = names.last_of(used.provider_key.name)
+    assert await stack.sql(checks) == [(key_id,)]
+    await stack.sql("UPDATE attempt SET create_time = create_time - interval '30 hours'")
+    stack.runner.default = verdict(key_pb2.VALIDATION_VERDICT_VALID, "gpt-7")
+    await stack.app.sweeper.model_lists()
+    key = await stack.validated(used)
+    assert list(key.validation.models) == ["gpt-7"]
+    await stack.app.sweeper.model_lists()
+    assert len(await stack.sql(checks)) == 2
+
+
 async def test_a_check_that_can_not_ask_ends_and_changes_nothing(stack: Stack) -> None:
     """One that was asked for by hand; what reviews wait for goes on (test_orchestrator_waits)."""
     key = await stack.validated(await stack.add_key())

@@ -18,6 +18,7 @@ from services.orchestrator.api import paging
 from services.orchestrator.api.access import tenant_of
 from services.orchestrator.config import Settings
 from services.orchestrator.custody.grants import GrantSigner
+from services.orchestrator.policy import bounds
 from services.orchestrator.policy.keys import (
     OPERATOR,
     Keys,
@@ -31,10 +32,10 @@ from services.orchestrator.policy.models import (
     KeyModels,
     Source,
     Use,
+    Uses,
     choose_model,
     fallbacks,
     not_usable,
-    use_of,
 )
 from services.orchestrator.policy.overrides import Override, override_of, overrides_for
 
@@ -242,7 +243,20 @@ TERRA = ModelRef("openai", "gpt-6.1-terra")
     ],
 )
 def test_a_model_is_lacking_only_where_every_list_is_whole(keys, use) -> None:
-    assert use_of(TERRA, keys) is use
+    assert Uses(keys).of(TERRA) is use
+
+
+def test_a_thousand_models_are_held_against_many_lists_while_others_wait() -> None:
+    """On the event loop. Shown to fail with each model held against each name: a minute."""
+    keys = [
+        KeyModels(f"k{at}", "openai", [f"gpt-{at}-{number}-2026-10-26" for number in range(1_000)])
+        for at in range(bounds.LISTS)
+    ]
+    begun = time.thread_time()
+    uses = Uses(keys)
+    found = {uses.of(ModelRef("openai", f"gpt-{at}-7")) for at in range(1_000)}
+    assert time.thread_time() - begun < 0.25
+    assert found == {Use.USABLE, Use.LACKING}
 
 
 def test_the_nearest_of_thousands_of_names_is_found_while_others_wait() -> None:

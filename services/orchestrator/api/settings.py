@@ -21,9 +21,9 @@ from services.orchestrator.policy.keys import ENDED, of_custody, usable
 from services.orchestrator.policy.models import (
     KeyModels,
     Use,
+    Uses,
     not_usable,
     read_model,
-    use_of,
 )
 from services.orchestrator.policy.plans import Plan, Plans
 from services.orchestrator.policy.refusals import above, unexpected
@@ -205,8 +205,9 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         """
         models = [read_model(text, field) for text in texts]
         keys = await self._known(access.current().tenant) if models else []
+        uses = Uses(keys)
         for model in models:
-            if use_of(model, keys) is Use.LACKING:
+            if uses.of(model) is Use.LACKING:
                 raise not_usable(model, keys, field=field)
 
     async def _uses(
@@ -217,13 +218,12 @@ class SettingsServicer(settings_pb2_grpc.SettingsServiceServicer):
         found: dict[str, settings_pb2.ModelUse.ValueType] = defaultdict(
             lambda: settings_pb2.MODEL_USE_UNSPECIFIED
         )
-        keys: list[KeyModels] | None = None
         if models:
             with contextlib.suppress(ByokeepError):
-                keys = await self._known(tenant)
-        for model in models if keys is not None else ():
-            use = use_of(parse_model(model), keys or [])
-            found[model] = settings_pb2.ModelUse.Value(f"MODEL_USE_{use.value}")
+                uses = Uses(await self._known(tenant))
+                for model in models:
+                    use = uses.of(parse_model(model))
+                    found[model] = settings_pb2.ModelUse.Value(f"MODEL_USE_{use.value}")
         return found
 
     def _is_default(self, model: str) -> bool:

@@ -25,6 +25,9 @@ ALL_BYTES: Final = 64 * 1024 * 1024
 VERSIONS: Final = 50
 #: Most keys that an answer names of one model.
 KEYS_OF_MODEL: Final = 50
+#: Most keys of a provider whose lists of models are read at once, a thousand names each: of what
+#: none of them has, it is not known whether a further key can use it.
+LISTS: Final = 10
 #: Most models for patterns of repositories that a tenant may have.
 OVERRIDES: Final = 1000
 #: Most of them that look at the paths of a diff: each is held against every path.

@@ -14,7 +14,7 @@ from typing import Final
 import grpc
 
 from services.common.errors import ByokeepError
-from services.common.models import MAX_LISTED, Catalog, ModelRef, is_listed, parse_model
+from services.common.models import MAX_LISTED, Catalog, Listing, ModelRef, parse_model
 from services.orchestrator.policy.keys import Keys
 
 _NEAREST: Final = 3
@@ -63,14 +63,25 @@ class Use(enum.Enum):
     LACKING = "LACKING"
 
 
-def use_of(model: ModelRef, keys: Sequence[KeyModels]) -> Use:
-    """Return whether one of a tenant's active keys can use a model."""
-    ours = [key for key in keys if key.provider == model.provider]
-    if not ours:
-        return Use.NO_KEY
-    if any(is_listed(model.model, key.models) for key in ours):
-        return Use.USABLE
-    return Use.LACKING if all(key.whole for key in ours) else Use.NOT_KNOWN
+class Uses:
+    """Whether a tenant's active keys can use models: one look at their lists, for many models."""
+
+    def __init__(self, keys: Sequence[KeyModels]) -> None:
+        """`keys` are all of them."""
+        self._whole: dict[str, bool] = {}
+        names: dict[str, list[str]] = {}
+        for key in keys:
+            self._whole[key.provider] = key.whole and self._whole.get(key.provider, True)
+            names.setdefault(key.provider, []).extend(key.models)
+        self._listed = {provider: Listing(found) for provider, found in names.items()}
+
+    def of(self, model: ModelRef) -> Use:
+        """Return whether one of the keys can use a model."""
+        if model.provider not in self._whole:
+            return Use.NO_KEY
+        if model.model in self._listed[model.provider]:
+            return Use.USABLE
+        return Use.LACKING if self._whole[model.provider] else Use.NOT_KNOWN
 
 
 def _nearest(wanted: str, keys: Sequence[KeyModels]) -> list[str]:
@@ -118,7 +129,7 @@ def fallbacks(model: ModelRef, listed: Sequence[str], known: KeyModels | None) -
         for other in map(parse_model, listed)
         if other.provider == model.provider
         and other != model
-        and (known is None or not known.whole or is_listed(other.model, known.models))
+        and (known is None or not known.whole or other.model in Listing(known.models))
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,14 +12,14 @@ from byokeep.keyvault.v1 import custody_pb2
 from byokeep.names import last_of, provider_id
 from byokeep.orchestrator.v1 import key_pb2
 
-from services.common.models import MAX_LISTED, is_listed
+from services.common.models import MAX_LISTED, Listing
 from services.orchestrator.policy import bounds
 from services.orchestrator.policy.keys import hint_of
 from services.orchestrator.policy.models import KeyModels
 from services.orchestrator.policy.refusals import deleted
 from services.orchestrator.policy.states import Action, AttemptKind, Verdict
 from services.orchestrator.store import checks, requests
-from services.orchestrator.store.database import Database, Row
+from services.orchestrator.store.database import Database, Row, Session
 from services.orchestrator.store.tenants import is_deleted
 
 
@@ -139,6 +140,20 @@ SELECT state IN ('QUEUED', 'RUNNING') AS open, end_time, failure, cause FROM att
 WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND kind = 'CHECK' AND key_version = %(version)s
 ORDER BY id DESC LIMIT 1
 """
+# Each key at another hour, so that those of one morning are not all asked the next.
+_OUTDATED = """
+SELECT used.tenant, used.key_id FROM (
+    SELECT DISTINCT tenant, key_id FROM review WHERE end_time > now() - interval '10 minutes') used
+WHERE (
+    SELECT max(check_time) FROM key_validation known
+    WHERE known.tenant = used.tenant AND known.key_id = used.key_id
+    ) < now() - make_interval(hours => 24, mins => abs(hashtext(used.key_id) %% 240))
+    AND NOT EXISTS (
+        SELECT FROM attempt
+        WHERE attempt.tenant = used.tenant AND attempt.key_id = used.key_id AND kind = 'CHECK'
+            AND create_time > now() - interval '24 hours')
+LIMIT %(limit)s
+"""
 _APPLIED = """
 UPDATE key_validation SET action = ''
 WHERE tenant = %(tenant)s AND key_id = %(key_id)s AND version = %(version)s
@@ -219,20 +234,25 @@ class KeyStore:
 
         Raises ByokeepError: REQUEST_ID_CONFLICT, and WRONG_STATE of a deleted tenant.
         """
-        asked = checks.Asked(
-            tenant,
-            last_of(key.name),
-            key.active_version,
-            provider_id(key.provider),
-            key.owner,
-            actor,
-        )
         async with self._database.transaction() as session:
             # Orders who asks; and the tenant's deletion erases what it finds.
             if await is_deleted(session, tenant):
                 raise deleted()
             if await requests.first_time(session, tenant, message):
-                await checks.ask(session, asked)
+                await _ask(session, tenant, key, actor)
+
+    async def outdated(self, limit: int) -> list[tuple[str, str]]:
+        """Return some (tenant, key id) whose reviews ended lately, and whose provider has not been
+        asked for a day or some hours more, nor was in vain."""
+        async with self._database.statement() as session:
+            found = await session.all(_OUTDATED, {"limit": limit})
+        return [(row.tenant, row.key_id) for row in found]
+
+    async def refresh(self, tenant: str, key: custody_pb2.ProviderKey, actor: str) -> None:
+        """Have the provider asked about the version that serves, though nobody asked for it."""
+        async with self._database.transaction() as session:
+            if not await is_deleted(session, tenant):
+                await _ask(session, tenant, key, actor)
 
     async def newest_check(self, tenant: str, key: custody_pb2.ProviderKey) -> Check | None:
         """Return the newest look at the version of a key that serves."""
@@ -278,14 +298,20 @@ class KeyStore:
         return [UsableModel(*row) for row in found], bool(cut)
 
     async def models(self, tenant: str, keys: Sequence[custody_pb2.ProviderKey]) -> list[KeyModels]:
-        """Return what is known of the models that the active versions of keys can use."""
-        versions = [(last_of(key.name), key.active_version) for key in keys]
+        """Return what is known of the models that the active versions of keys can use. Of each
+        provider the lists of a few keys are read: of the others nothing is known."""
+        read: Counter[int] = Counter()
+        versions = []
+        for key in keys:
+            read[key.provider] += 1
+            if read[key.provider] <= bounds.LISTS:
+                versions.append((last_of(key.name), key.active_version))
         found = await self.validations(tenant, versions)
         known = []
-        for key, version in zip(keys, versions, strict=True):
-            row = found.get(version)
+        for key in keys:
+            row = found.get((last_of(key.name), key.active_version))
             models = () if row is None else (row.models, row.check_time)
-            known.append(KeyModels(version[0], provider_id(key.provider), *models))
+            known.append(KeyModels(last_of(key.name), provider_id(key.provider), *models))
         return known
 
     async def list_without(
@@ -301,7 +327,7 @@ class KeyStore:
         }
         async with self._database.statement() as session:
             row = await session.one(_LIST_WITHOUT, parameters)
-        if row is None or is_listed(model, row.models):
+        if row is None or model in Listing(row.models):
             return None
         return KeyModels(last_of(key.name), provider_id(key.provider), row.models, row.check_time)
 
@@ -327,6 +353,13 @@ class KeyStore:
         parameters = {"tenant": tenant, "key_id": key_id, "after": after, "limit": limit}
         async with self._database.statement() as session:
             return [_use(row) for row in await session.all(_USES, parameters)]
+
+
+async def _ask(session: Session, tenant: str, key: custody_pb2.ProviderKey, actor: str) -> None:
+    asked = checks.Asked(
+        tenant, last_of(key.name), key.active_version, provider_id(key.provider), key.owner, actor
+    )
+    await checks.ask(session, asked)
 
 
 def _validation(row: Row) -> Validation:

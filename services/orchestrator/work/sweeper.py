@@ -39,6 +39,9 @@ _TICK_SECONDS: Final = 2.0
 _LACK_SECONDS: Final = SILENCE_SECONDS + 2.0
 _PAUSED_SECONDS: Final = 10.0
 _UNSCHEDULED_SECONDS: Final = 300.0
+_MODELS_SECONDS: Final = 60.0
+# Checks go before reviews: so many at once keep none waiting for long.
+_MODELS_AT_ONCE: Final = 20
 _DELETION_SECONDS: Final = 30.0
 _RETENTION_SECONDS: Final = 600.0
 _ACTOR: Final = "byokeep/orchestrator"
@@ -81,6 +84,7 @@ class Sweeper:
         background.every("waits", _TICK_SECONDS, self.lack, self._waits.sweep)
         background.every("paused-keys", _PAUSED_SECONDS, self.paused_keys)
         background.every("verdicts", _TICK_SECONDS, self._verdicts.apply_all)
+        background.every("model-lists", _MODELS_SECONDS, self.model_lists)
         background.every("deletions", _DELETION_SECONDS, self.deletions)
         background.every("unscheduled", _UNSCHEDULED_SECONDS, self.unscheduled)
         background.every("retention", _RETENTION_SECONDS, self.retention)
@@ -134,6 +138,16 @@ class Sweeper:
             key = custody_pb2.ProviderKey(state=custody_pb2.KEY_VERSION_STATE_DESTROYED)
         if usable(key) or key.state in ENDED:
             await self._waits.resume_key(paused.tenant, paused.key_id, key.active_version)
+
+    async def model_lists(self) -> None:
+        """Have providers asked once a day for the models of keys that reviews run on."""
+        outdated = await self._keys.outdated(_MODELS_AT_ONCE)
+        await each("outdated_key", outdated, lambda one: self._refresh(*one))
+
+    async def _refresh(self, tenant: str, key_id: str) -> None:
+        key = await self._keyvault.get(names.key_name(tenant, key_id))
+        if usable(key):
+            await self._keys.refresh(tenant, key, _ACTOR)
 
     async def unscheduled(self) -> None:
         """Have versions validated that were staged just before we stopped."""
