@@ -23,7 +23,7 @@ Reason = Literal[
 Status = Literal["added", "deleted", "modified", "renamed", "copied", "mode"]
 Unread = Literal["BINARY", "SUBMODULE", "POINTER", "NOT_SHOWN"]
 """Why nobody can read a file in its diff: it is binary, a commit of another repository, a pointer
-of Git LFS to content that is kept elsewhere, or only named."""
+of Git LFS or git-annex to content that is kept elsewhere, or only named."""
 
 MAX_PATH_BYTES: Final = 1024
 """Longest path taken, in UTF-8 bytes: a path is repeated in every chunk that shows its file."""
@@ -49,6 +49,8 @@ _COMMIT_OF_SUBMODULE: Final = re.compile(r"Subproject commit [0-9a-f]{40,64}(-di
 # The line that changes in each pointer of Git LFS that comes to mean something else. Its first may
 # have other names, come after blank lines, end in CR (git-lfs, lfs/pointer.go: DecodeFrom).
 _LFS_POINTER: Final = "oid sha256:"
+# What git-annex keeps in git: a symbolic link into .git, or this, where the file is unlocked.
+_ANNEX_POINTER: Final = re.compile(r"(?:(?:\.\./)*\.git(?:/.*)?)?/annex/objects/.+")
 # A path that leads out of the tree: absolute, of a drive, a URL, or with a part that git refuses.
 _OUTSIDE: Final = re.compile(r"/|[A-Za-z]:[/\\]|[A-Za-z][A-Za-z0-9+.-]*://|(?:.*/)?\.{0,2}(?:/|$)")
 # An undecodable byte is kept, as what it is in Latin-1.
@@ -426,7 +428,7 @@ def _unread(hunks: Sequence[Hunk]) -> Unread | None:
     lines = [line for hunk in hunks for line in hunk.lines]
     if lines and all(_COMMIT_OF_SUBMODULE.fullmatch(line.text) for line in lines):
         return "SUBMODULE"
-    if any(line.text.startswith(_LFS_POINTER) for line in lines):
+    if any(line.text.startswith(_LFS_POINTER) or _ANNEX_POINTER.match(line.text) for line in lines):
         return "POINTER"
     return None
 

@@ -50,7 +50,7 @@ from services.orchestrator.work.outcomes import (
 from services.orchestrator.work.sweeper import HELD_SECONDS, STALE_SECONDS
 from services.orchestrator.work.verdicts import Verdicts
 
-RUNS = int(os.environ.get("BYOKEEP_MODEL_RUNS", "12"))
+RUNS = int(os.environ.get("BYOKEEP_MODEL_RUNS", "8"))
 SEED = os.environ.get("BYOKEEP_MODEL_SEED")
 STEPS = 60
 PLACES, WAITING = 2, 4

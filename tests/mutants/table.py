@@ -877,13 +877,6 @@ MUTANTS = (
         (_OUTLIVED + "test_key_whose_rows_were_forged_or_hidden_is_ended",),
     ),
     Mutant(
-        "a key that can't be shown can't be revoked",
-        _OR + "api/keys.py",
-        '        """Revoke a key."""\n        rights = access.current()\n        await self._endable(',
-        '        """Revoke a key."""\n        rights = access.current()\n        await self._changeable(',
-        (_OUTLIVED + "test_key_whose_rows_were_forged_or_hidden_is_ended",),
-    ),
-    Mutant(
         "a user's key is revoked and destroyed by anybody",
         _OR + "api/keys.py",
         'if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):',

@@ -98,7 +98,7 @@ def test_a_lost_stream_is_taken_up_again(edge, byokeep):
     [("critical", 0), ("high", 1), ("medium", 1), ("low", 1), ("info", 1), (None, 0)],
 )
 def test_fail_on(edge, byokeep, threshold, code):
-    edge.states = [COMPLETED]
+    edge.states = [COMPLETED | {"dropped_findings": 0}]
     more = ("--fail-on", threshold) if threshold else ()
     assert submit(byokeep, *more).code == code
 
@@ -183,7 +183,7 @@ UNREAD = [
     review_pb2.UnreadPart(path="logo\x1b.png", reason=review_pb2.UNREAD_REASON_BINARY),
     review_pb2.UnreadPart(path="lib", reason=review_pb2.UNREAD_REASON_SUBMODULE),
 ]
-PARTLY = COMPLETED | {"unread": UNREAD, "unread_count": 2}
+PARTLY = COMPLETED | {"unread": UNREAD, "unread_count": 2, "dropped_findings": 0}
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,25 @@ def test_a_gate_fails_on_what_nobody_read(edge, byokeep, options, code, form):
     assert shown.code == code
 
 
-def test_what_was_read_whole_passes_the_gate(edge, byokeep):
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ("", 0),
+        ("--fail-on critical", 8),
+        ("--fail-on critical --no-fail-on-unread", 0),
+        ("--fail-on high", 1),
+    ],
+)
+def test_a_finding_that_was_dropped_passes_no_gate_in_silence(edge, byokeep, options, code):
+    """A diff that talks the model into a wrong line would hide what it found."""
     edge.states = [COMPLETED]
+    ran = submit(byokeep, *options.split())
+    assert ran.code == code
+    assert ("1 finding dropped" in ran.err) is (code == 8)
+
+
+def test_what_was_read_whole_passes_the_gate(edge, byokeep):
+    edge.states = [COMPLETED | {"dropped_findings": 0}]
     assert submit(byokeep, "--fail-on-unread", "--fail-on", "critical").code == 0
 
 
@@ -738,6 +755,9 @@ def test_how_far_it_is_is_told(edge, byokeep):
     said = submit(byokeep).err
     for part in ("number 4 in the queue", "a runner gets the key", "the provider reads chunk 2"):
         assert part in said
+    running = {"state": review_pb2.REVIEW_STATE_RUNNING, "progress": calling}
+    shown = byokeep("review", "show", edge.add_review(**running))
+    assert "now    the provider reads chunk 2" in shown.out
 
 
 def test_policies_are_shown_and_set(edge, byokeep):

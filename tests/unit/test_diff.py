@@ -258,6 +258,15 @@ def test_plain_diff_without_git_header() -> None:
             "x",
             "POINTER",
         ),
+        (HEAD + "@@ -0,0 +1 @@\n+/annex/objects/SHA256E-s3--00.bin\n", "x", "POINTER"),
+        (
+            "diff --git a/x b/x\nnew file mode 120000\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n"
+            "+../.git/annex/objects/f8/7K/SHA256E-s3--00/SHA256E-s3--00\n"
+            "\\ No newline at end of file\n",
+            "x",
+            "POINTER",
+        ),
+        (HEAD + "@@ -1 +1 @@\n-a\n+see /annex/objects/x\n", "x", None),
         (HEAD + "@@ -1 +1 @@\n-a\n+Subproject commit unknown\n", "x", None),
         (HEAD + "@@ -9 +9 @@\n-a\n+version https://git-lfs.github.com/spec/v1\n", "x", None),
         (HEAD + "@@ -9 +9 @@\n-a\n+ oid sha256:11\n", "x", None),

@@ -175,33 +175,19 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         self, request: key_pb2.RevokeKeyRequest, context: object
     ) -> key_pb2.RevokeKeyResponse:
         """Revoke a key."""
-        rights = access.current()
-        await self._endable(rights, request.name)
-        key = await self._keyvault.revoke(
-            custody_pb2.RevokeKeyRequest(
-                name=request.name,
-                request_id=request.request_id,
-                actor=rights.actor(),
-                etag=request.etag,
-            )
+        message = custody_pb2.RevokeKeyRequest(**await self._ending(request))
+        return key_pb2.RevokeKeyResponse(
+            key=await self._changed(await self._keyvault.revoke(message))
         )
-        return key_pb2.RevokeKeyResponse(key=await self._changed(key))
 
     async def DestroyKey(
         self, request: key_pb2.DestroyKeyRequest, context: object
     ) -> key_pb2.DestroyKeyResponse:
         """Destroy a key."""
-        rights = access.current()
-        await self._endable(rights, request.name)
-        key = await self._keyvault.destroy(
-            custody_pb2.DestroyKeyRequest(
-                name=request.name,
-                request_id=request.request_id,
-                actor=rights.actor(),
-                etag=request.etag,
-            )
+        message = custody_pb2.DestroyKeyRequest(**await self._ending(request))
+        return key_pb2.DestroyKeyResponse(
+            key=await self._changed(await self._keyvault.destroy(message))
         )
-        return key_pb2.DestroyKeyResponse(key=await self._changed(key))
 
     async def RollBackKey(
         self, request: key_pb2.RollBackKeyRequest, context: object
@@ -279,16 +265,25 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         rights.require_key_owner(key.owner, "name")
         return key
 
-    async def _endable(self, rights: access.Rights, name: str) -> None:
-        """Let a key that the caller may change be revoked or destroyed, also one that keyvault
-        can't show: whoever forges or hides its rows must not keep it alive."""
+    async def _ending(
+        self, request: key_pb2.RevokeKeyRequest | key_pb2.DestroyKeyRequest
+    ) -> dict[str, str]:
+        """Return what keyvault is told of a key that the caller may revoke or destroy, also one
+        that keyvault can't show: whoever forges or hides its rows must not keep it alive."""
+        rights = access.current()
         try:
-            await self._changeable(rights, name)
+            await self._changeable(rights, request.name)
         except ByokeepError as error:
             # keyvault's chain knows it. Whose it is can't be known then, and nobody can use it.
             if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):
                 raise
             rights.require_key_owner("", "name")
+        return {
+            "name": request.name,
+            "request_id": request.request_id,
+            "actor": rights.actor(),
+            "etag": request.etag,
+        }
 
     async def _validated(
         self,

@@ -171,7 +171,7 @@ class ReviewServicer(review_pb2_grpc.ReviewServiceServicer):
             raise ByokeepError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "WRONG_STATE",
-                "the review has ended already",
+                f"the review is {row.state} already",
                 state=row.state,
             )
         return review_pb2.CancelReviewResponse(review=self._message(row))

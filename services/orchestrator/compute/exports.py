@@ -57,7 +57,7 @@ _SEVERITIES = {
 _UNREAD = {
     UnreadReason.UNREAD_REASON_BINARY: "binary file",
     UnreadReason.UNREAD_REASON_SUBMODULE: "submodule: commits of another repository",
-    UnreadReason.UNREAD_REASON_POINTER: "pointer of Git LFS: its content is kept elsewhere",
+    UnreadReason.UNREAD_REASON_POINTER: "pointer of Git LFS or git-annex: its content is elsewhere",
     UnreadReason.UNREAD_REASON_NOT_SHOWN: "named in the diff without its text",
 }
 _LEVELS = {"critical": "error", "high": "error", "medium": "warning", "low": "note", "info": "note"}

@@ -102,9 +102,11 @@ TABLE: Final[Mapping[Reason, Row]] = {
     ),
     Reason.KEYVAULT_UNAVAILABLE: Row(
         Follows.WAIT,
-        "keyvault, or the backend of its key-encryption keys, did not answer." + _LATER,
-        "keyvault, or the backend of its key-encryption keys, does not answer; nothing is sent"
-        " meanwhile.",
+        "keyvault gave no lease: it, or the backend of its key-encryption keys, did not answer, or"
+        " it did not believe the orchestrator's grants." + _LATER,
+        "keyvault gives no lease, and nothing is sent meanwhile: it, or the backend of its"
+        " key-encryption keys, does not answer, or it does not believe the orchestrator's grants."
+        " Whoever runs byokeep sees which.",
         Holds.KEY,
     ),
     Reason.LEASE_CAP: Row(

@@ -70,7 +70,8 @@ FailOnUnreadOption = Annotated[
     bool | None,
     typer.Option(
         "--fail-on-unread/--no-fail-on-unread",
-        help="Exit 8 where a part of the diff is read by no model; default: with --fail-on.",
+        help="Exit 8 where a part of the diff is read by no model, or a finding was dropped;"
+        " default: with --fail-on.",
         show_default=False,
     ),
 ]

@@ -24,7 +24,7 @@ _WHY_FALLBACK = {
 _WHY_UNREAD = {
     "BINARY": "binary file",
     "SUBMODULE": "submodule: commits of another repository",
-    "POINTER": "pointer of Git LFS: its content is kept elsewhere",
+    "POINTER": "pointer of Git LFS or git-annex: its content is elsewhere",
     "NOT_SHOWN": "named in the diff without its text",
 }
 _MOST_NAMED = 20
@@ -123,6 +123,8 @@ def print_review(out: Output, review: review_pb2.Review) -> None:
         hint = f"  {clean(review.key_hint)}" if review.key_hint else ""
         hint += "  managed by the operator" if review.managed_key else ""
         out.print(f"key    {clean(review.key_id)} v{review.key_version}{hint}", style="dim")
+    if now := _now(review.progress):
+        out.print(f"now    {', '.join(now)}")
     if review.HasField("wait"):
         since = when(review.wait.since)
         out.hanging(

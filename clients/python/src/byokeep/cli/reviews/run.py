@@ -118,6 +118,12 @@ def finish(session: Session, review: Review, gate: Gate) -> None:
     if gate.severity is not None and at_least(review, gate.severity):
         session.out.note(f"there are findings of severity {gate.severity} or worse")
         raise typer.Exit(Exit.FAIL_ON)
+    if gate.unread and review.dropped_findings:
+        session.out.note(
+            f"{count(review.dropped_findings, 'finding')} dropped, of a severity that nobody knows;"
+            " --no-fail-on-unread passes"
+        )
+        raise typer.Exit(Exit.UNREAD)
     check_unread(session, review.unread_count, gate)
 
 

@@ -50,8 +50,7 @@ def model() -> None:
 @command()
 def list_(session: Session) -> None:
     """List the models that the tenant's keys can use, and which are chosen."""
-    connection = session.connection
-    models = _models(session)
+    models, cut = _models(session)
     settings = tenant_settings.read(session)
     if session.out.as_json:
         overrides = [message_dict(entry) for entry in settings.model_overrides]
@@ -70,8 +69,7 @@ def list_(session: Session) -> None:
         session.out.table(columns, rows)
     else:
         session.out.print("no model is known: none of the tenant's keys has been validated")
-    request = settings_pb2.ListModelsRequest(parent=connection.parent, page_size=1)
-    if connection.settings.ListModels(request).cut:
+    if cut:
         session.out.warn("a provider lists more models of a key than the 1,000 that are kept")
     _print_choice(session, settings, models)
 
@@ -161,10 +159,19 @@ def _need_choice(session: Session, repo: str | None, path: str | None) -> None:
         raise CliError(f"no model is chosen for those patterns{there}")
 
 
-def _models(session: Session) -> list[settings_pb2.Model]:
+def _models(session: Session) -> tuple[list[settings_pb2.Model], bool]:
+    """Return the models, and whether some provider lists more than are kept."""
     connection = session.connection
+    cut = False
+
+    def page(request: settings_pb2.ListModelsRequest) -> settings_pb2.ListModelsResponse:
+        nonlocal cut
+        answer = connection.settings.ListModels(request)
+        cut = cut or answer.cut
+        return answer
+
     request = settings_pb2.ListModelsRequest(parent=connection.parent, page_size=1000)
-    return list(pages(connection.settings.ListModels, request, "models"))
+    return list(pages(page, request, "models")), cut
 
 
 def _change(
@@ -190,7 +197,7 @@ def _print_changed(session: Session, settings: settings_pb2.Settings) -> None:
     if session.out.as_json:
         session.out.json(message_dict(settings))
     else:
-        _print_choice(session, settings, [] if settings.default_model else _models(session))
+        _print_choice(session, settings, [] if settings.default_model else _models(session)[0])
 
 
 def _print_choice(
