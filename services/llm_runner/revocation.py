@@ -26,8 +26,12 @@ if TYPE_CHECKING:  # only in its stubs
 log = logging.getLogger(__name__)
 
 KILL_SECONDS: Final = 5.0
-# Four heartbeats.
+# Four heartbeats: then no new call starts.
 _SILENCE_SECONDS: Final = 1.0
+# Then the stream is opened anew. Whoever asks a busy keyvault again before it could answer never
+# hears anything: each try in vain waits twice as long as the one before.
+_PATIENCE_SECONDS: Final = 2.0
+_MOST_PATIENCE_SECONDS: Final = 16.0
 _RECONNECT_SECONDS: Final = 0.2
 _REMEMBERED: Final = 4096
 
@@ -49,6 +53,8 @@ class RevocationWatch:
         self._leasing = 0
         self._settled = asyncio.Event()
         self._settled.set()
+        self._patience = _PATIENCE_SECONDS
+        self._quiet: asyncio.TimerHandle | None = None
         self._silent: asyncio.TimerHandle | None = None
 
     @property
@@ -58,8 +64,9 @@ class RevocationWatch:
 
     def close(self) -> None:
         """Kill nobody any more."""
-        if self._silent is not None:
-            self._silent.cancel()
+        for timer in (self._quiet, self._silent):
+            if timer is not None:
+                timer.cancel()
 
     @contextlib.asynccontextmanager
     async def leasing(self) -> AsyncIterator[None]:
@@ -100,6 +107,7 @@ class RevocationWatch:
                 await self._follow()
             except grpc.aio.AioRpcError as error:
                 code = error.code().name
+                self._patience = _PATIENCE_SECONDS
             except TimeoutError:
                 code = "SILENCE"
             except Exception:
@@ -118,13 +126,15 @@ class RevocationWatch:
         call = self._stub.WatchRevocations(
             lease_pb2.WatchRevocationsRequest(since=self._since), wait_for_ready=True
         )
+        patience, self._patience = self._patience, min(2 * self._patience, _MOST_PATIENCE_SECONDS)
         try:
             while True:
-                async with asyncio.timeout(_SILENCE_SECONDS):
+                async with asyncio.timeout(patience):
                     message = await call.read()
                 if not isinstance(message, lease_pb2.WatchRevocationsResponse):
                     return
                 self._heard(message)
+                patience = self._patience = _PATIENCE_SECONDS
         finally:
             call.cancel()
 
@@ -137,9 +147,10 @@ class RevocationWatch:
             self._revoked.extend(message.revocation.lease_ids)
             self._end(message.revocation.lease_ids)
         self._since = max(self._since, message.sequence)
-        if self._silent is not None:
-            self._silent.cancel()
-        self._silent = asyncio.get_running_loop().call_later(KILL_SECONDS, self._all_lost)
+        self.close()
+        loop = asyncio.get_running_loop()
+        self._quiet = loop.call_later(_SILENCE_SECONDS, self._lost, "SILENCE")
+        self._silent = loop.call_later(KILL_SECONDS, self._all_lost)
         if not self.healthy:
             self._healthy.set()
             logs.event(log, "revocations_heard", sequence=self._since)

@@ -82,6 +82,18 @@ def test_five_seconds_without_keyvault_kill_the_children(bench):
     assert not alive(attempt.pid)
 
 
+def test_a_keyvault_that_is_slow_to_speak_is_heard_in_the_end(bench):
+    """Shown to fail: where each try is given up after as long as the one before."""
+    heard = bench.log.read_text().count("revocations_heard")
+    bench.keyvault.slow_seconds = 3.0
+    bench.keyvault.mute = True
+    assert wait_for(lambda: "revocations_lost" in bench.log.read_text())
+    bench.keyvault.mute = False
+
+    assert wait_for(lambda: bench.log.read_text().count("revocations_heard") > heard, 30)
+    assert bench.review().finish().failure == review_pb2.FAILURE_REASON_UNSPECIFIED
+
+
 def test_a_lost_zygote_ends_the_service_after_its_attempts(bench):
     attempt = in_flight(bench)
 

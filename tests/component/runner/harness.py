@@ -59,6 +59,7 @@ class FakeKeyvault(lease_pb2_grpc.LeaseServiceServicer):
         self.wrong_recipient = False
         self.life_seconds = 300.0
         self.mute = False
+        self.slow_seconds = 0.0  # until a stream of revocations says its first word
         self.before_answer: Callable[[str], None] = lambda lease_id: None
         self.leases: dict[str, lease_pb2.LeaseKeyRequest] = {}
         self.releases: list[lease_pb2.ReleaseLeaseRequest] = []
@@ -97,6 +98,7 @@ class FakeKeyvault(lease_pb2_grpc.LeaseServiceServicer):
         revoked: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.watchers.append(revoked)
         message = lease_pb2.WatchRevocationsResponse
+        time.sleep(self.slow_seconds)
         yield message(sequence=1, resync=message.Resync(live_lease_ids=sorted(self.live)))
         while context.is_active() and not self.mute:
             try:
