@@ -187,6 +187,8 @@ class PickStore:
             for row in rows:
                 if row.id is not None:
                     (reviews if row.kind == AttemptKind.REVIEW else keys).append(row.id)
+        if not reviews and not keys:
+            return []
         async with self._database.statement() as session:
             # Keys first: somebody waits for each.
             return [*await load_keys(session, keys), *await load_reviews(session, reviews)]
