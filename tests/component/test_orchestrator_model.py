@@ -232,7 +232,8 @@ class Child:
         self.say(outcome=runner_pb2.Outcome(failure=failure, **values))
 
     def _log(self, what: str) -> None:
-        self.runner.world.provider.calls[self.review, self.todo[0]][-1] = what
+        if self.review:  # a look at a key costs nothing
+            self.runner.world.provider.calls[self.review, self.todo[0]][-1] = what
 
     def step(self, answer: str) -> None:
         """Do the next thing; `answer` is the provider's, where it is asked."""
@@ -732,6 +733,7 @@ async def test_whole_system_model(orchestrator_database_url: str) -> None:
 
 
 @pytest.mark.deep
+@pytest.mark.timeout(1200)
 async def test_whole_system_model_for_long(orchestrator_database_url: str) -> None:
     """The walk goes where it should, too."""
     first = random.randrange(1 << 32)
