@@ -113,11 +113,12 @@ test-observability: $(VENV) $(STUBS) ## alert rules, dashboard and metrics with 
 mutants: $(VENV) $(STUBS) ## remove each protection in a copy; its test must fail (half an hour)
 	$(BIN)/python -m tests.mutants
 
-lint: $(VENV) $(STUBS) build/image.binpb ## ruff, mypy --strict, import-linter, buf
+lint: $(VENV) $(STUBS) build/image.binpb ## ruff, mypy --strict, import-linter, sizes, buf
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/mypy services deploy docs $(PACKAGE)
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.sizes
 	$(BIN)/buf lint build/image.binpb --config protos/buf.yaml
 	$(BIN)/buf breaking build/image.binpb --against protos/baseline.binpb --config protos/buf.yaml
 

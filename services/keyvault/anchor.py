@@ -1,259 +1,132 @@
-"""The log of chain heads, and its anchor outside the database.
+"""The anchor: what the log's size and root were, kept outside the database, written by
+compare-and-set.
 
-Every second the heads of chains that grew become leaves of one append-only Merkle
-log, and the log's size and root are written where the database can't reach. A
-database that does not contain what its anchor says was rolled back: no lease is
-given until an operator says so. That verdict stands beside the position, so that no
-restart forgets it. A tick costs the same however long the log is.
+Replicas share one anchor. Each writes only over the version that it read before it looked at the
+database, so that an older position never overwrites a newer one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import logging
-import math
+import fcntl
+import hashlib
+import json
 import os
-import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Protocol
 
-import grpc
-from byokeep.encoding import fields
-from byokeep.keyvault.v1 import audit_pb2
+from services.common.config import ConfigError
+from services.keyvault import merkle
 
-from services.common import logs
-from services.common.background import each
-from services.common.errors import ByokeepError
-from services.keyvault import chain, merkle, position
-from services.keyvault.anchor_store import AnchorStore, Stored
-from services.keyvault.database import Connection, Database
-from services.keyvault.position import Position
-from services.keyvault.store import log as store
-
-log = logging.getLogger(__name__)
-TICK_SECONDS = 1.0
-#: A check that has not succeeded for so long is no check: leases stop.
-STALE_SECONDS = 60.0
+_ABSENT: Final = ""
 
 
-def stale(what: str) -> ByokeepError:
-    """Return the error for a check of the audit log that does not succeed, or not for a minute."""
-    return ByokeepError(
-        grpc.StatusCode.UNAVAILABLE,
-        "AUDIT_UNAVAILABLE",
-        f"keyvault's audit log could not be {what}; no lease is given",
-        retry_after_seconds=5.0,
-    )
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A position of the log: how many leaves, and the root over them."""
+
+    size: int = 0
+    root: bytes = merkle.EMPTY
+    #: How many operator's words there were: each makes the database, as it was, the truth.
+    generation: int = 0
+    #: When the last one was said, in seconds since 1970.
+    resume_time: int = 0
+    #: The database was found to contradict this, and no operator's word has ended that.
+    distrusted: bool = False
+
+    def text(self, deployment: str) -> str:
+        """Return the anchor's text."""
+        return json.dumps({"deployment": deployment, **asdict(self), "root": self.root.hex()})
 
 
-class Anchor:
-    """Extends the log, anchors it, and notices when the database went back."""
+def position(text: str | None, deployment: str) -> Position | None:
+    """Return the position of an anchor's text; None for none.
 
-    def __init__(self, database: Database, anchored: AnchorStore, deployment: str) -> None:
-        """Anchor a database's log in a store outside of it."""
-        self._database = database
-        self._store = anchored
-        self._deployment = deployment
-        self._frontier = merkle.Frontier()
-        self._ticking = asyncio.Lock()
-        self._held = -math.inf
-        self._owed: set[str] = set()
-        self.rolled_back = False
-        #: What is anchored, as this process knows it: the log's leaves are held against it.
-        self.position = Position()
-        #: When the last tick began that took in every head and is anchored.
-        self.taken = -math.inf
-
-    @property
-    def age(self) -> float:
-        """Seconds since the database and its anchor were found to agree; infinite before."""
-        return time.monotonic() - self._held
-
-    def refusal(self) -> ByokeepError | None:
-        """Return why no lease may be given now."""
-        if self.rolled_back:
-            return ByokeepError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "DATABASE_ROLLED_BACK",
-                "keyvault's database is not what its anchor says it was; no lease is given until"
-                " an operator has looked and says so",
-            )
-        if self.age > STALE_SECONDS:
-            return stale("anchored")
+    Raises:
+        ConfigError: it is no anchor, or another deployment's.
+    """
+    if text is None:
         return None
+    try:
+        data = json.loads(text)
+        if data["deployment"] != deployment:
+            raise ValueError
+        return Position(
+            int(data["size"]),
+            bytes.fromhex(data["root"]),
+            int(data["generation"]),
+            int(data["resume_time"]),
+            bool(data["distrusted"]),
+        )
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError("the anchor's text is not an anchor of this deployment") from None
 
-    def owe(self, name: str) -> None:
-        """Take a chain's head into the log at the next tick, whatever its row says of the log."""
-        self._owed.add(name)
 
-    async def distrust(self) -> None:
-        """Give no lease: the log's own leaves contradict the chains."""
-        if not self.rolled_back:
-            self.rolled_back = True
-            logs.event(log, "log_contradicts_chains", level=logging.CRITICAL)
-            await self._tell()
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The anchor's text, and the version that a write must name; `text` is None before the
+    first write. The version is the store's own: nobody else reads meaning into it."""
 
-    async def tick(self) -> None:
-        """Compare the database with the anchor; where it holds, extend both."""
-        async with self._ticking:
-            if self.rolled_back and await self._verdict_stands():
-                return
-            noticed = await self._tick()
-        if noticed:
-            logs.event(log, "database_rolled_back", level=logging.CRITICAL)
-            await self._tell()
+    text: str | None
+    version: str
 
-    async def resume(self, caller: str, reason: str) -> None:
-        """Take the database as it is for the truth again, on an operator's word.
 
-        Other replicas follow at their next tick.
+class AnchorStore(Protocol):
+    """Keeps one short text. Implementations raise ByokeepError (UNAVAILABLE) or OSError where
+    the store does not answer; leases stop when that lasts."""
 
-        Raises:
-            ByokeepError: ETAG_MISMATCH where another replica wrote the anchor meanwhile.
-        """
-        await self._note(audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED, caller, reason)
-        async with self._ticking:
-            async with self._database.transaction() as connection:
-                await store.lock(connection)
-                before = await self._store.read()
-                anchored = self._read(before) or Position()
-                self._frontier = await store.reset(connection)
-            accepted = Position(
-                accepted=self._frontier.size,
-                resumed=max(anchored.resumed, self.position.resumed) + 1,
-            )
-            if not await self._write(before, accepted):
-                raise _moved()
-            self.rolled_back = False
-            self._held = time.monotonic()
+    async def read(self) -> Stored:
+        """Return the text and its version."""
 
-    async def _tick(self) -> bool:
-        """Extend database and anchor; True where the one was just found to contradict the other."""
-        owed, began = set(self._owed), time.monotonic()
-        async with self._database.transaction() as connection:
-            await store.lock(connection)
-            before = await self._store.read()
-            anchored = self._read(before)
-            if anchored is not None and anchored.distrusted:
-                # Said before this process started, or by another replica.
-                self.position, self.rolled_back = anchored, True
+    async def write(self, text: str, after: Stored) -> bool:
+        """Store a text durably over `after`; False, and nothing is written, where that is not
+        the newest any more."""
+
+
+class FileAnchor:
+    """A file beside the keyring. Replicas that share it need a file system with locks."""
+
+    def __init__(self, file: Path) -> None:
+        """Keep the anchor in a file; a sibling `.lock` serializes writers."""
+        self._file = file
+        self._lock = file.with_suffix(".lock")
+
+    async def read(self) -> Stored:
+        """Return the file's text; None where there is no file."""
+        return await asyncio.to_thread(self._read)
+
+    async def write(self, text: str, after: Stored) -> bool:
+        """Replace the file whole, if it still is what `after` says."""
+        return await asyncio.to_thread(self._write, text, after)
+
+    def _read(self) -> Stored:
+        try:
+            text = self._file.read_text()
+        except FileNotFoundError:
+            return Stored(None, _ABSENT)
+        return Stored(text, hashlib.sha256(text.encode()).hexdigest())
+
+    def _write(self, text: str, after: Stored) -> bool:
+        descriptor = os.open(self._lock, os.O_WRONLY | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._read().version != after.version:
                 return False
-            resumed = self.rolled_back
-            holds = await self._holds(connection, anchored)
-            if holds:
-                extended, everything = await self._extend(connection, owed)
-        # After the commit: an anchor must never be ahead of its database.
-        if not holds:
-            self.position = anchored or Position(resumed=self.position.resumed)
-            self.rolled_back = True
-            return True
-        if resumed:  # what `distrust` said meanwhile stays said
-            self.rolled_back = False
-        self._frontier = extended
-        self._owed -= owed
-        self.position = anchored or self.position  # also where another replica is faster now
-        if await self._write(before, anchored or Position()):
-            self._held = time.monotonic()
-            if everything:
-                self.taken = began
-        return False
-
-    async def _tell(self) -> None:
-        """Put the verdict on the record: beside the anchor, and in the system chain."""
-
-        async def keep() -> None:
-            async with self._ticking:
-                await self._verdict_stands()
-
-        async def note() -> None:
-            await self._note(audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED, "", "")
-
-        # One place that does not answer must not keep it from the other.
-        await each("verdict", (keep, note), lambda step: step())
-
-    async def _verdict_stands(self) -> bool:
-        """Keep the verdict beside the anchor; False where an operator resumed leases elsewhere."""
-        before = await self._store.read()
-        anchored = self._read(before) or replace(self.position, distrusted=False)
-        if not anchored.distrusted:
-            if anchored.resumed != self.position.resumed:
-                return False
-            anchored = replace(anchored, distrusted=True)
-            await self._store.write(anchored.text(self._deployment), before)
-        self.position = anchored
+            self._replace(text)
         return True
 
-    async def _holds(self, connection: Connection, anchored: Position | None) -> bool:
-        size = await store.size(connection)
-        if anchored is None:
-            # A first start has neither; a database with a log must have had an anchor.
-            return size == 0
-        if anchored.resumed != self.position.resumed or not self._frontier.size:
-            # A start, or another replica's operator: what this process knew of the log is past.
-            loaded = await store.frontier(connection, anchored.size)
-            if loaded is None:
-                return False
-            self._frontier = loaded
-            self.position = anchored
-        if size < anchored.size or size < self._frontier.size:
-            return False
-        await self._follow(connection, anchored.size)
-        if self._frontier.size == anchored.size:
-            return hmac.compare_digest(self._frontier.root(), anchored.root)
-        # Another replica, or a crash before the anchor was written: the log went on.
-        past = await store.frontier(connection, anchored.size)
-        return past is not None and hmac.compare_digest(past.root(), anchored.root)
-
-    async def _follow(self, connection: Connection, end: int) -> None:
-        while self._frontier.size < end:
-            leaves = await store.leaves(connection, self._frontier.size, end)
-            if not leaves:
-                return
-            for leaf in leaves:
-                self._frontier.append(leaf)
-
-    async def _extend(self, connection: Connection, owed: set[str]) -> tuple[merkle.Frontier, bool]:
-        await self._follow(connection, await store.size(connection))
-        # A copy: where the transaction fails, no leaf stays that the log never had.
-        frontier = merkle.Frontier(self._frontier.size, self._frontier.roots())
-        new = []
-        heads = await store.unlogged(connection, owed)
-        for name, sequence, digest in heads:
-            # Blinded: who holds a checkpoint and one tenant's record learns nothing of others.
-            blind = os.urandom(32)
-            leaf = merkle.leaf_hash(fields(blind, name, sequence, digest))
-            index = frontier.size
-            nodes = frontier.append(leaf)
-            new.append(store.Leaf(index, name, sequence, blind, digest, leaf, nodes))
-        if new:
-            await store.add(connection, new)
-        return frontier, len(heads) < store.HEADS
-
-    async def _note(
-        self, kind: audit_pb2.AuditEventType.ValueType, caller: str, detail: str
-    ) -> None:
-        event = audit_pb2.AuditEvent(type=kind, caller=caller, detail=detail)
-        async with self._database.transaction() as connection:
-            head = await chain.lock(connection, chain.SYSTEM)
-            await chain.append(connection, head, self._deployment, [event])
-
-    def _read(self, stored: Stored) -> Position | None:
-        return position.read(stored.text, self._deployment)
-
-    async def _write(self, before: Stored, anchored: Position) -> bool:
-        """Anchor the log as it is committed; False where another replica was faster."""
-        new = replace(anchored, size=self._frontier.size, root=self._frontier.root())
-        text = new.text(self._deployment)
-        if text != before.text and not await self._store.write(text, before):
-            return False
-        self.position = new
-        return True
-
-
-def _moved() -> ByokeepError:
-    return ByokeepError(
-        grpc.StatusCode.ABORTED,
-        "ETAG_MISMATCH",
-        "another keyvault wrote the anchor at the same time; try again",
-        field="anchor",
-    )
+    def _replace(self, text: str) -> None:
+        # Whole or not at all, and on the disk before anyone relies on it.
+        temporary = self._file.with_suffix(".new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self._file)
+        folder = os.open(self._file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -12,12 +12,12 @@ from byokeep import checkpoint
 from byokeep.keyvault.v1 import audit_pb2
 
 from services.keyvault import merkle
-from services.keyvault.anchor import Anchor
+from services.keyvault.anchor import Position
 from services.keyvault.database import Connection, Database
-from services.keyvault.domain import not_found
-from services.keyvault.position import Position
+from services.keyvault.lifecycle import not_found
+from services.keyvault.log import Log
 from services.keyvault.signer import Signer
-from services.keyvault.store import log as store
+from services.keyvault.sql import log as sql
 
 TICK_SECONDS = 5.0
 #: A log that grows all the time gets a checkpoint a minute.
@@ -27,10 +27,10 @@ INTERVAL_SECONDS = 60.0
 class Checkpoints:
     """Signs positions of the log, and proves what they contain."""
 
-    def __init__(self, database: Database, anchor: Anchor, signer: Signer, deployment: str) -> None:
+    def __init__(self, database: Database, log: Log, signer: Signer, deployment: str) -> None:
         """Sign positions of an anchored log."""
         self._database = database
-        self._anchor = anchor
+        self._log = log
         self._signer = signer
         self._origin = checkpoint.origin_of(deployment)
         self._signed = 0
@@ -39,20 +39,20 @@ class Checkpoints:
     async def tick(self) -> None:
         """Sign the anchored position, if the log grew and the last checkpoint is a minute old."""
         due = time.monotonic() - self._time >= INTERVAL_SECONDS
-        if due and self._anchor.position.size > self._signed and not self._anchor.rolled_back:
+        if due and self._log.position.size > self._signed and not self._log.rolled_back:
             await self.now()
 
     async def now(self) -> tuple[Position, str] | None:
         """Take every head into the log and return its position, signed; None while the database
         contradicts its anchor."""
-        await self._anchor.tick()
-        if self._anchor.rolled_back:
+        await self._log.tick()
+        if self._log.rolled_back:
             return None
-        position = self._anchor.position
-        note = await store.checkpoint(self._database, position.size)
+        position = self._log.position
+        note = await sql.checkpoint(self._database, position.size)
         if note is None:
             note = await self._sign(position)
-            await store.add_checkpoint(self._database, position.size, note)
+            await sql.add_checkpoint(self._database, position.size, note)
         self._signed, self._time = position.size, time.monotonic()
         return position, note
 
@@ -78,7 +78,7 @@ class Checkpoints:
                 ),
             )
             if since_size:
-                older = await store.frontier(connection, since_size)
+                older = await sql.frontier(connection, since_size)
                 proof.since_root = older.root() if older else b""
         return proof
 
@@ -89,5 +89,5 @@ class Checkpoints:
 
 
 async def _hashes(connection: Connection, ranges: list[merkle.Range]) -> list[bytes]:
-    found = await store.nodes(connection, merkle.needed(ranges))
+    found = await sql.nodes(connection, merkle.needed(ranges))
     return [merkle.root_of(covered, found) for covered in ranges]

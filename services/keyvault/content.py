@@ -6,7 +6,8 @@ The data key is of this tenant and day alone, and wrapped by the epoch's KEK. Th
 way from here to a provider key: other KEKs (`content/…`, never `tenant/…`), so a
 provider key's wrapped data key put into this table by SQL does not open; and what is
 handed out is derived under a label of its own, so it is never a data key. A row moved to
-another tenant or epoch gives a key that opens nothing.
+another tenant or epoch gives a key that opens nothing. Whether the tenant is there, and was not
+destroyed, its state says, never these rows.
 
 Source: RFC 5869 (HKDF).
 """
@@ -23,9 +24,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from services.common import logs
 from services.common.errors import ByokeepError
-from services.keyvault import chain, epochs, kek
+from services.keyvault import epochs, kek, lifecycle
 from services.keyvault.database import Database
-from services.keyvault.store import epochs as store
+from services.keyvault.ledger import Ledger
+from services.keyvault.log import Log
+from services.keyvault.sql import epochs as sql
 
 log = logging.getLogger(__name__)
 _LABEL = "byokeep/content-key/v1"
@@ -37,12 +40,16 @@ class ContentKeys:
     def __init__(
         self,
         database: Database,
+        ledger: Ledger,
+        log_: Log,
         backends: kek.Backends,
         deployment: str,
         retention: datetime.timedelta,
     ) -> None:
         """Keep keys in a database, wrapped under the KEKs of epochs."""
         self._database = database
+        self._ledger = ledger
+        self._log = log_
         self._backends = backends
         self._deployment = deployment
         self._retention = retention
@@ -51,16 +58,18 @@ class ContentKeys:
         """Return (epoch, key) of a tenant; an empty epoch is the current one, made if need be.
 
         Raises:
-            ByokeepError: CONTENT_EXPIRED, EPOCH_MISSING, TENANT_KEY_MISSING, ROW_TAMPERED.
+            ByokeepError: CONTENT_EXPIRED, EPOCH_MISSING, TENANT_KEY_MISSING, ROW_TAMPERED,
+                STATE_TAMPERED, ROLLED_BACK.
         """
-        now = await store.now(self._database)
+        now = self._ledger.now()
         wanted = epoch or epochs.CONTENT.at(now)
         if self._over(wanted, now):
             raise _expired(wanted)
-        row = await store.content_key(self._database, tenant, wanted)
+        await self._check(tenant, wanted, made=not epoch)
+        row = await sql.content_key(self._database, tenant, wanted)
         if row is None and not epoch:
             await self._make(tenant, wanted)
-            row = await store.content_key(self._database, tenant, wanted)
+            row = await sql.content_key(self._database, tenant, wanted)
         if row is None:
             raise _expired(wanted)
         return wanted, await self._open(tenant, wanted, row)
@@ -71,19 +80,29 @@ class ContentKeys:
         except (ValueError, OverflowError):
             return True  # no day of the calendar, so no epoch that there ever was
 
+    async def _check(self, tenant: str, epoch: str, *, made: bool) -> None:
+        """Refuse a tenant that there is not, or not any more."""
+        shredded = tenant in self._log.system.shredded
+        try:
+            shredded = shredded or (await self._ledger.read(tenant)).state.shredded
+        except ByokeepError as error:
+            if error.reason != "TENANT_KEY_MISSING" or made:
+                raise
+            shredded = True
+        if shredded:
+            raise lifecycle.tenant_key_missing(tenant) if made else _expired(epoch)
+
     async def _make(self, tenant: str, epoch: str) -> None:
-        if not await store.has_chain(self._database, chain.tenant_chain(tenant)):
-            raise chain.tenant_key_missing(tenant)
         backend, name = self._backends.primary, kek.content_kek(epoch)
         try:
             data_key = await backend.generate_data_key(name)
         except kek.KekMissingError:
             raise epochs.missing(name) from None
         data_key.plaintext.wipe()
-        row = store.ContentRow(backend.name, data_key.kek_version, data_key.wrapped)
-        await store.insert_content_key(self._database, tenant, epoch, row)
+        row = sql.ContentRow(backend.name, data_key.kek_version, data_key.wrapped)
+        await sql.insert_content_key(self._database, tenant, epoch, row)
 
-    async def _open(self, tenant: str, epoch: str, row: store.ContentRow) -> bytes:
+    async def _open(self, tenant: str, epoch: str, row: sql.ContentRow) -> bytes:
         name = kek.content_kek(epoch)
         try:
             data_key = await self._backends.named(row.kek_backend).unwrap(name, row.wrapped_dek)

@@ -15,8 +15,8 @@ from byokeep.keyvault.v1 import audit_pb2
 
 from services.common import logs
 from services.common.errors import ByokeepError
-from services.keyvault import chain
-from services.keyvault.database import Database
+from services.keyvault.event import SYSTEM
+from services.keyvault.ledger import Ledger, Tenant
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
@@ -39,10 +39,9 @@ _OTHER = Kind("", "", "many kinds")
 class Denials:
     """Counts denials and writes them to the system chain."""
 
-    def __init__(self, database: Database, deployment: str) -> None:
-        """Write to a database's system chain."""
-        self._database = database
-        self._deployment = deployment
+    def __init__(self, ledger: Ledger) -> None:
+        """Write to a ledger's system chain."""
+        self._ledger = ledger
         self._counts: Counter[Kind] = Counter()
         self._written: dict[Kind, float] = {}
 
@@ -84,6 +83,8 @@ class Denials:
             )
             for kind, count in counts.items()
         ]
-        async with self._database.transaction() as connection:
-            head = await chain.lock(connection, chain.SYSTEM)
-            await chain.append(connection, head, self._deployment, events)
+
+        def add(system: Tenant) -> None:
+            system.events += events
+
+        await self._ledger.change(SYSTEM, add)

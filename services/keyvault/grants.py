@@ -27,7 +27,7 @@ from services.common.errors import ByokeepError
 
 log = logging.getLogger(__name__)
 MAX_LIFE_SECONDS = 60
-#: How far an orchestrator's clock may be from the database's.
+#: How far an orchestrator's clock may be from this process's.
 SKEW_SECONDS = 5
 _NANOS = 10**9
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -157,7 +157,7 @@ def _well_formed(grant: grant_pb2.Grant) -> bool:
 
 
 def check_time(grant: grant_pb2.Grant, now: datetime.datetime) -> None:
-    """Refuse a grant that is not valid at the database's time. Raises GrantRefusedError."""
+    """Refuse a grant that is not valid now. Raises GrantRefusedError."""
     since = now - _EPOCH
     nanos = (since.days * 86_400 + since.seconds) * _NANOS + since.microseconds * 1_000
     skew = SKEW_SECONDS * _NANOS

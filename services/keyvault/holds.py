@@ -1,28 +1,34 @@
 """Holds: all of a tenant's leases end now, and none is given until an operator resumes.
 
 A hold is reversible, so it touches no key version: what a tenant had is what it has when
-it is resumed. It is stored with a MAC over the event that set it, as states of versions
-are, and the reconcile pass holds row and chain against each other.
+it is resumed. It stands in the deployment's own row by name, and in the tenant's: either is enough
+to give no lease. Where the tenant's row is damaged the first one holds, and what is owed to the
+tenant's keys since (revoked or destroyed meanwhile) is carried out before the hold is lifted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from dataclasses import dataclass
+from typing import Final
 
-import grpc
-from byokeep.encoding import fields
-from byokeep.keyvault.v1 import audit_pb2, lease_pb2
+from byokeep.keyvault.v1 import audit_pb2
+from google.protobuf.message import DecodeError
 
 from services.common.errors import ByokeepError
-from services.keyvault import chain, domain
-from services.keyvault.custody import end_leases
-from services.keyvault.database import Connection, Database
-from services.keyvault.store import holds as store
-from services.keyvault.store import leases as lease_store
+from services.keyvault import custody, kek
+from services.keyvault.custody import Origin
+from services.keyvault.database import Database
+from services.keyvault.event import SYSTEM, Head, content_digest
+from services.keyvault.ledger import Ledger, Tenant, end_leases, part_of
+from services.keyvault.lifecycle import ENDED_BY, State, not_found
+from services.keyvault.log import Log
+from services.keyvault.sql import index
 
-_KINDS = {held: kind for kind, held in domain.HELD_AFTER.items()}
+#: Why nothing of a tenant's row may be believed.
+DAMAGED: Final = ("STATE_TAMPERED", "ROLLED_BACK")
+#: The deployment's own row names at most so many tenants that are held.
+_MOST_HELD: Final = 10_000
+_OWED: Final = Origin("keyvault", "asked for while the tenant's row was damaged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,114 +42,182 @@ class Word:
 class Holds:
     """Ends leases on an operator's word (see the module)."""
 
-    def __init__(self, database: Database, mac_key: bytes, deployment: str) -> None:
-        """Use keyvault's state MAC key."""
+    def __init__(
+        self, database: Database, ledger: Ledger, log: Log, backends: kek.Backends
+    ) -> None:
+        """Hold a ledger's tenants."""
         self._database = database
-        self._mac_key = mac_key
-        self._deployment = deployment
-
-    def check(self, tenant: str, hold: store.Hold | None) -> None:
-        """Refuse a lease of a tenant that is held.
-
-        Raises:
-            ByokeepError: TENANT_NOT_ACTIVE; STATE_TAMPERED where the MAC does not verify.
-        """
-        if hold is None:
-            return
-        held = self._said(tenant, hold)
-        if held is None:
-            raise ByokeepError(
-                grpc.StatusCode.DATA_LOSS,
-                "STATE_TAMPERED",
-                "what is stored of a hold of this tenant's leases fails its authentication;"
-                " no lease is given",
-                tenant=tenant,
-            )
-        if held:
-            raise ByokeepError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "TENANT_NOT_ACTIVE",
-                "an operator revoked this tenant's leases; none is given until one resumes it",
-                tenant=tenant,
-            )
+        self._ledger = ledger
+        self._log = log
+        self._backends = backends
 
     async def revoke_tenant(self, tenant: str, word: Word) -> int:
         """End every lease of a tenant and give none until it is resumed; return how many ended.
 
-        Said as often as it is asked: a row that says so already may be put back for a moment.
+        Said as often as it is asked: what lives by then ends.
 
         Raises:
             ByokeepError: TENANT_KEY_MISSING.
         """
-        async with self._database.transaction() as connection:
-            head = await chain.lock(connection, chain.tenant_chain(tenant))
-            ended = await end_leases(connection, tenant)
-            await self._say(connection, head, tenant, word, held=True, count=ended)
+
+        def hold(found: Tenant) -> int:
+            found.edit().held = True
+            ended = end_leases(found)
+            found.events.append(_said(word, held=True, detail=word.reason, count=ended))
+            return ended
+
+        head: Head | None = None
+        try:
+            ended, head = await self._ledger.change(tenant, hold)
+        except ByokeepError as error:
+            if error.reason not in DAMAGED:
+                raise
+        if head is None:
+            ended = await self._end_indexed(tenant)
+        await self._name(tenant, word, ended, damaged=head is None)
+        if head is not None:
+            await self._log.anchored(tenant, head)
         return ended
 
     async def resume_tenant(self, tenant: str, word: Word) -> bool:
         """Give leases to a tenant again; False where it was not held.
 
-        Raises ByokeepError: TENANT_KEY_MISSING.
+        Raises:
+            ByokeepError: TENANT_KEY_MISSING; STATE_TAMPERED, ROLLED_BACK: its row is still damaged.
         """
-        async with self._database.transaction() as connection:
-            head = await chain.lock(connection, chain.tenant_chain(tenant))
-            if self._said(tenant, await store.get(connection, tenant)) is False:
+        owed = await self.carry_out(tenant)
+
+        def resume(found: Tenant) -> bool:
+            if not found.state.held:
                 return False
-            await self._say(connection, head, tenant, word, held=False, count=0)
-        return True
+            found.edit().held = False
+            found.events.append(_said(word, held=False, detail=word.reason))
+            return True
+
+        def forget(system: Tenant) -> bool:
+            if tenant not in system.state.held:
+                return False
+            system.edit().held.remove(tenant)
+            system.events.append(_said(word, held=False, detail=tenant))
+            return True
+
+        resumed, head = await self._ledger.change(tenant, resume)
+        await self._log.anchored(tenant, head)
+        named, head = await self._ledger.change(SYSTEM, forget)
+        await self._log.anchored(SYSTEM, head)
+        return owed or resumed or named
 
     async def revoke_lease(self, lease_id: str, word: Word) -> bool:
         """End one lease; False where it had ended before. Raises ByokeepError: NOT_FOUND."""
-        async with self._database.transaction() as connection:
-            locked = (await lease_store.lock_leases(connection, [lease_id])).get(lease_id)
-            if locked is None:
-                raise domain.not_found("lease")
-            lease = locked.lease
-            ended = await lease_store.revoke(
-                connection, lease.tenant, None, None, lease_pb2.LEASE_OUTCOME_CANCELLED, lease_id
-            )
+        rows = await index.find(self._database, [lease_id])
+        if not rows:
+            raise not_found("lease")
+        tenant, body = rows[0][1], bytes(rows[0][-1] or b"")
+
+        def end(found: Tenant) -> bool:
+            lease = next((one for one in found.usage.leases if one.lease_id == lease_id), None)
+            if lease is None or lease.ended:
+                return False
+            found.ends = True
+            next(one for one in found.edit_usage().leases if one.lease_id == lease_id).ended = True
+            found.ended.append(lease_id)
             event = audit_pb2.AuditEvent(
                 type=audit_pb2.AUDIT_EVENT_TYPE_LEASE_REVOKED,
                 key_id=lease.key_id,
                 key_version=lease.version,
                 lease_id=lease_id,
-                grant_id=lease.grant_id,
-                review_id=lease.review_id,
-                attempt_id=lease.attempt_id,
-                fence=lease.fence,
                 caller=word.caller,
                 detail=word.reason,
             )
-            await chain.append(connection, locked.head, self._deployment, [event] * bool(ended))
-        return bool(ended)
+            # Of the stored event only where it is what keyvault wrote.
+            leased = _parsed(body)
+            if content_digest(leased) == lease.event_digest:
+                event.grant_id, event.review_id = leased.grant_id, leased.review_id
+                event.attempt_id, event.fence = leased.attempt_id, leased.fence
+            found.events.append(event)
+            return True
 
-    async def _say(
-        self,
-        connection: Connection,
-        head: chain.Head,
-        tenant: str,
-        word: Word,
-        *,
-        held: bool,
-        count: int,
-    ) -> None:
-        """Store what is said, with its event."""
-        event = audit_pb2.AuditEvent(
-            type=_KINDS[held], caller=word.caller, detail=word.reason, count=count
-        )
-        head = await chain.append(connection, head, self._deployment, [event])
-        mac = self._mac(tenant, head.sequence, held=held)
-        await store.put(connection, tenant, (held, head.sequence, mac))
+        ended, head = await self._ledger.change(tenant, end)
+        await self._log.anchored(tenant, head)
+        return ended
 
-    def _said(self, tenant: str, current: store.Hold | None) -> bool | None:
-        """Return what was said before; None where somebody else wrote it."""
-        if current is None:
+    async def carry_out(self, tenant: str) -> bool:
+        """Revoke or destroy what was to be while the tenant's row was damaged; False where nothing
+        was. Raises ByokeepError: STATE_TAMPERED, ROLLED_BACK: it still is."""
+        system = (await self._ledger.read(SYSTEM)).state
+        owed = [one for one in system.owed if one.tenant == tenant]
+        if not owed:
             return False
-        held, sequence, mac = current
-        sound = hmac.compare_digest(mac, self._mac(tenant, sequence, held=held))
-        return held if sound else None
 
-    def _mac(self, tenant: str, sequence: int, *, held: bool) -> bytes:
-        message = fields("byokeep/hold/v1", self._deployment, tenant, int(held), sequence)
-        return hmac.digest(self._mac_key, message, hashlib.sha256)
+        def act(found: Tenant) -> None:
+            for one in owed:
+                if found.key(one.key_id) is not None:
+                    after = State(one.state)
+                    custody.finish(found, one.key_id, _OWED, self._backends, after)
+
+        parts = {part_of(one.key_id) for one in owed}
+        _, head = await self._ledger.change(tenant, act, parts)
+        await self._log.anchored(tenant, head)
+
+        def forget(found: Tenant) -> None:
+            kept = [one for one in found.state.owed if one not in owed]
+            done = [one for one in found.state.owed if one in owed]
+            del found.edit().owed[:]
+            found.state.owed.extend(kept)
+            found.events += [
+                audit_pb2.AuditEvent(
+                    type=ENDED_BY[State(one.state)],
+                    key_id=one.key_id,
+                    caller=_OWED.caller,
+                    detail=tenant,
+                )
+                for one in done
+            ]
+
+        _, head = await self._ledger.change(SYSTEM, forget)
+        await self._log.anchored(SYSTEM, head)
+        return True
+
+    async def _name(self, tenant: str, word: Word, count: int, *, damaged: bool) -> None:
+        """Hold a tenant by name in the deployment's own row."""
+
+        def name(system: Tenant) -> None:
+            named = tenant in system.state.held
+            if not named and len(system.state.held) >= _MOST_HELD and not damaged:
+                return  # its own row holds it
+            if not named:
+                system.edit().held.append(tenant)
+            if damaged or not named:
+                system.events.append(_said(word, held=True, detail=tenant, count=count))
+
+        _, head = await self._ledger.change(SYSTEM, name)
+        await self._log.anchored(SYSTEM, head)
+
+    async def _end_indexed(self, tenant: str) -> int:
+        """End the leases of a tenant that the index knows, and tell the watchers."""
+        self._ledger.ends[tenant] += 1
+        async with self._database.transaction() as connection:
+            lease_ids = await index.of_tenant(connection, tenant)
+            if lease_ids:
+                await index.end(connection, lease_ids)
+        return len(lease_ids)
+
+
+def _said(word: Word, *, held: bool, detail: str, count: int = 0) -> audit_pb2.AuditEvent:
+    return audit_pb2.AuditEvent(
+        type=audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED
+        if held
+        else audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED,
+        caller=word.caller,
+        detail=detail,
+        count=count,
+    )
+
+
+def _parsed(body: bytes) -> audit_pb2.AuditEvent:
+    event = audit_pb2.AuditEvent()
+    try:
+        event.ParseFromString(body)
+    except DecodeError:
+        event.Clear()
+    return event

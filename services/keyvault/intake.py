@@ -32,12 +32,12 @@ from byokeep.sealing import MAX_WINDOW, SealContext
 
 from services.common.errors import ByokeepError, internal
 from services.common.secret import Secret
-from services.keyvault import domain, epochs, kek
+from services.keyvault import epochs, kek, lifecycle
 from services.keyvault.database import Database
 from services.keyvault.envelope import Context, EnvelopeError, decrypt, encrypt
 from services.keyvault.intake_child import READY
-from services.keyvault.store import epochs as epoch_store
-from services.keyvault.store import intake as store
+from services.keyvault.ledger import clock
+from services.keyvault.sql import intake as sql
 from services.keyvault.system_keys import SigningKey
 
 _REMAINING = datetime.timedelta(minutes=15)
@@ -71,12 +71,12 @@ class IntakeKeys:
         self._deployment = deployment
         self._making = asyncio.Lock()
         self._children = asyncio.Semaphore(_CHILDREN)
-        self._verified: set[store.IntakeKey] = set()
+        self._verified: set[sql.IntakeKey] = set()
 
     async def statement(self, suite: options_pb2.HpkeSuite.ValueType) -> options_pb2.SignedEnvelope:
         """Return the newest intake key of a suite, signed; make one where it would end soon."""
         async with self._making:
-            key = await store.newest(self._database, suite, _REMAINING)
+            key = await sql.newest(self._database, suite, _REMAINING)
             if key is None:
                 key = await self._make(suite)
             await self._verify(key)
@@ -104,7 +104,7 @@ class IntakeKeys:
         Raises:
             ByokeepError: INTAKE_KEY_EXPIRED, SEAL_INVALID, or as byokeep.keyshape refuses.
         """
-        key = await store.get(self._database, sealed.intake_key_id)
+        key = await sql.get(self._database, sealed.intake_key_id)
         if key is None or key.suite != sealed.suite:
             raise _expired()
         private = await self._private(key)
@@ -129,19 +129,19 @@ class IntakeKeys:
 
     async def forget_closed(self) -> None:
         """Delete intake keys whose window is over; their KEKs die with their epoch."""
-        await store.forget_closed(self._database)
+        await sql.forget_closed(self._database)
 
-    async def _make(self, suite: options_pb2.HpkeSuite.ValueType) -> store.IntakeKey:
+    async def _make(self, suite: options_pb2.HpkeSuite.ValueType) -> sql.IntakeKey:
         key_id = new_id("ink")
         private = hpke.PrivateKey.generate(suite)
         backend = self._backends.primary
-        now = (await epoch_store.now(self._database)).replace(microsecond=0)
+        now = clock().replace(microsecond=0)
         epoch = epochs.INTAKE.at(now)
         try:
             data_key = await backend.generate_data_key(kek.intake_kek(epoch))
         except kek.KekMissingError:
             raise epochs.missing(kek.intake_kek(epoch)) from None
-        key = store.IntakeKey(
+        key = sql.IntakeKey(
             key_id,
             suite,
             private.public_bytes,
@@ -155,22 +155,22 @@ class IntakeKeys:
         with data_key.plaintext as clear:
             sealed = encrypt(clear.reveal(), private.reveal(), self._context(key))
         key = replace(key, envelope=sealed)
-        await store.insert(self._database, key)
+        await sql.insert(self._database, key)
         return key
 
-    async def _verify(self, key: store.IntakeKey) -> None:
+    async def _verify(self, key: sql.IntakeKey) -> None:
         """Refuse to sign a public key that SQL put there: the envelope is bound to the row."""
         if key in self._verified:
             return
         private = await self._private(key)
         if private is None:
-            raise domain.row_tampered("intake key", key.key_id)
+            raise lifecycle.row_tampered("intake key", key.key_id)
         private.wipe()
         if len(self._verified) > _REMEMBERED:
             self._verified.clear()
         self._verified.add(key)
 
-    async def _private(self, key: store.IntakeKey) -> Secret | None:
+    async def _private(self, key: sql.IntakeKey) -> Secret | None:
         """Return the private part; None where it does not open: its KEK is gone, or by SQL."""
         name = kek.intake_kek(epochs.INTAKE.at(key.not_before))
         try:
@@ -180,7 +180,7 @@ class IntakeKeys:
         except (kek.KekMissingError, kek.UnwrapError, EnvelopeError):
             return None
 
-    def _context(self, key: store.IntakeKey) -> Context:
+    def _context(self, key: sql.IntakeKey) -> Context:
         row = fields(
             key.suite, key.public, int(key.not_before.timestamp()), int(key.not_after.timestamp())
         )

@@ -1,20 +1,27 @@
-"""Lease caps, held here so that a rogue orchestrator can't lift them. Pure.
+"""Lease caps, held here so that a rogue orchestrator can't lift them, and grants' single use. Pure.
 
-Windows are whole minutes and whole UTC days of the database's clock: counting is one
-addition, whatever the cap. Around the turn of a window twice a cap may pass.
+Windows are whole minutes and whole UTC days of this process's clock: counting is one addition,
+whatever the cap. Around the turn of a window twice a cap may pass. What was counted stands under
+the tenant's MAC, so that SQL can't reset it.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 from dataclasses import dataclass
+from typing import Final
 
 import grpc
+from byokeep.keyvault.v1 import grant_pb2, state_pb2
 
 from services.common.errors import ByokeepError
 
-_MINUTE = 60
-_DAY = 86_400
+_MINUTE: Final = 60
+_DAY: Final = 86_400
+_DIGEST: Final = 16
+_ENTRY: Final = _DIGEST + 4
+_MOST_GRANTS: Final = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,54 +33,78 @@ class Caps:
     per_day: int = 0
 
 
-@dataclass(slots=True)
-class Meter:
-    """What a tenant, or one key, has used. `minute` and `day` number the counted windows."""
-
-    in_flight: int = 0
-    minute: int = 0
-    minute_count: int = 0
-    day: int = 0
-    day_count: int = 0
-
-    def at(self, now: datetime.datetime) -> Meter:
-        """Return it with counts of windows that are over at zero. A clock that goes back
-        opens no window anew."""
-        minute, day = windows(now)
-        return Meter(
-            self.in_flight,
-            max(minute, self.minute),
-            self.minute_count if self.minute >= minute else 0,
-            max(day, self.day),
-            self.day_count if self.day >= day else 0,
-        )
-
-    def add(self) -> None:
-        """Count one lease."""
-        self.in_flight += 1
-        self.minute_count += 1
-        self.day_count += 1
+def count(meter: state_pb2.Meter, now: datetime.datetime) -> None:
+    """Count one lease. A clock that goes back opens no window anew."""
+    roll(meter, now)
+    meter.minute_count += 1
+    meter.day_count += 1
 
 
-def windows(now: datetime.datetime) -> tuple[int, int]:
-    """Return the numbers of the minute and the day that a time is in."""
+def roll(meter: state_pb2.Meter, now: datetime.datetime) -> None:
+    """Set counts of windows that are over to zero."""
     seconds = int(now.timestamp())
-    return seconds // _MINUTE, seconds // _DAY
+    if seconds // _MINUTE > meter.minute:
+        meter.minute, meter.minute_count = seconds // _MINUTE, 0
+    if seconds // _DAY > meter.day:
+        meter.day, meter.day_count = seconds // _DAY, 0
 
 
-def check(scope: str, caps: Caps, meter: Meter, now: datetime.datetime) -> None:
-    """Refuse one lease more where that is above a cap of `tenant` or `key`.
+def check(
+    scope: str, caps: Caps, live: int, meter: state_pb2.Meter, now: datetime.datetime
+) -> None:
+    """Refuse one lease more where that is above a cap of `tenant` or `key`, of which so many live;
+    the meter's windows are those of now.
 
     Raises:
         ByokeepError: LEASE_CAP, with the cap's name and when to try again.
     """
     seconds = now.timestamp()
-    if 0 < caps.in_flight <= meter.in_flight:
+    if 0 < caps.in_flight <= live:
         raise _cap(scope, "in_flight", caps.in_flight, "live at once", 1.0)
     if 0 < caps.per_minute <= meter.minute_count:
         raise _cap(scope, "per_minute", caps.per_minute, "in a minute", _left(seconds, _MINUTE))
     if 0 < caps.per_day <= meter.day_count:
         raise _cap(scope, "per_day", caps.per_day, "in a UTC day", _left(seconds, _DAY))
+
+
+def used(usage: state_pb2.TenantUsage, grant: grant_pb2.Grant) -> bool:
+    """Say whether a grant was redeemed, or can't be told from one that was."""
+    if grant.expire_time.seconds <= usage.grants_floor:
+        return True
+    digest = grant_digest(grant)
+    at = usage.grants.find(digest)
+    while at % _ENTRY and at >= 0:
+        at = usage.grants.find(digest, at + 1)
+    return at >= 0
+
+
+def redeem(
+    usage: state_pb2.TenantUsage, grant: grant_pb2.Grant, now: datetime.datetime, skew_seconds: int
+) -> None:
+    """Note that a grant is redeemed. Those that are over are forgotten, and those that end first
+    where there are too many: each that ends no later than one of them is refused from then on,
+    whatever some clock says."""
+    grants, ends = usage.grants, grant.expire_time.seconds
+    at = len(grants)
+    while at and _end(grants, at - _ENTRY) > ends:
+        at -= _ENTRY
+    grants = grants[:at] + grant_digest(grant) + ends.to_bytes(4, "big") + grants[at:]
+    over, first = int(now.timestamp()) - 2 * skew_seconds, 0
+    while first < len(grants) and (
+        _end(grants, first) <= over or len(grants) - first > _MOST_GRANTS * _ENTRY
+    ):
+        usage.grants_floor = max(usage.grants_floor, _end(grants, first))
+        first += _ENTRY
+    usage.grants = grants[first:]
+
+
+def grant_digest(grant: grant_pb2.Grant) -> bytes:
+    """Return what a redeemed grant is known by."""
+    return hashlib.sha256(grant.grant_id.encode()).digest()[:_DIGEST]
+
+
+def _end(grants: bytes, at: int) -> int:
+    return int.from_bytes(grants[at + _DIGEST : at + _ENTRY], "big")
 
 
 def _left(seconds: float, window: int) -> float:

@@ -12,7 +12,7 @@ from services.common.waiting import until_there
 from services.keyvault import system_keys
 from services.keyvault.config import Settings
 from services.keyvault.database import Database
-from services.keyvault.kek.configured import open_backends, open_signer
+from services.keyvault.kek.configured import open_anchor, open_backends, open_signer
 from services.keyvault.server import not_yet
 
 _CERTIFICATE: Final = re.compile(
@@ -69,10 +69,11 @@ async def bootstrap(settings: Settings) -> dict[str, Any]:
     try:
         await until_there(begin, _WAIT_SECONDS)
         with not_yet():
-            await system_keys.create(database, backends, settings.deployment)
+            anchored = open_anchor(settings, backends)
+            await system_keys.create(database, backends, settings.deployment, anchored)
             await system_keys.move(database, backends, settings.deployment)
-            public = await system_keys.public_keys(database, backends, settings.deployment)
             keys = await system_keys.load(database, backends, settings.deployment)
+            public = system_keys.public_keys(keys)
             signer = await open_signer(settings, backends, lambda: keys.audit_log)
     finally:
         await backends.close()

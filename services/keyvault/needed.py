@@ -2,7 +2,9 @@
 
 After a migration the old backend still holds the KEKs of epochs that are not over: they
 are not moved, for they end by themselves. keyvault does not start without a backend that
-something needs, instead of failing once that something is asked for.
+something needs, instead of failing once that something is asked for. Which backends ever wrapped
+something stands in the deployment's own row; what each still holds is counted over all tenants'
+states, when somebody asks, or a backend of that list is not configured.
 """
 
 from __future__ import annotations
@@ -11,11 +13,17 @@ import datetime
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from byokeep.keyvault.v1 import state_pb2
+
+from services.common.background import each
 from services.common.config import ConfigError
-from services.keyvault import epochs
+from services.keyvault import epochs, lifecycle
 from services.keyvault.database import Database
-from services.keyvault.store import epochs as epoch_store
-from services.keyvault.store import needed as store
+from services.keyvault.event import SYSTEM
+from services.keyvault.ledger import Ledger
+from services.keyvault.sql import epochs as epoch_sql
+from services.keyvault.sql import system_keys as system_sql
+from services.keyvault.sql import upkeep as sql
 
 
 @dataclass(slots=True)
@@ -40,19 +48,52 @@ class Need:
         return ", ".join(parts)
 
 
-async def needs(database: Database, retention: datetime.timedelta) -> dict[str, Need]:
-    """Return what each backend that a row names holds; content is kept for `retention`."""
-    found: dict[str, Need] = {}
-    for backend, count, tenants in await store.data_keys(database):
-        found[backend] = Need(data_keys=count, tenants=tenants)
-    for backend, count in await store.system_keys(database):
-        found.setdefault(backend, Need()).system_keys = count
-    for one in await epoch_store.all_keks(database):
-        if epochs.is_epoch(one.name):
-            need = found.setdefault(one.backend, Need())
-            end = epochs.close(one.name, retention)
+async def needs(
+    database: Database, ledger: Ledger, retention: datetime.timedelta
+) -> dict[str, Need]:
+    """Return what each backend holds; content is kept for `retention`. What a damaged tenant's row
+    names is not counted."""
+    found = await system_keys(database)
+
+    async def count(name: str) -> None:
+        living: dict[str, int] = {}
+        if name != SYSTEM:
+            for one in lifecycle.holdings((await ledger.read(name)).state):
+                living[one.backend] = living.get(one.backend, 0) + one.living
+        for backend, versions in living.items():
+            if versions:
+                need = found.setdefault(backend, Need())
+                need.data_keys += versions
+                need.tenants += 1
+
+    async for names in sql.names(database):
+        await each("needed_count", names, count)
+    for backend, epoch, not_after in await epoch_sql.needed(database):
+        end = _end(epoch, not_after, retention)
+        if end is not None and end > ledger.now():
+            need = found.setdefault(backend, Need())
             need.epochs_end = max(need.epochs_end or end, end)
     return found
+
+
+async def system_keys(database: Database) -> dict[str, Need]:
+    """Return what of keyvault's own each backend holds."""
+    return {
+        backend: Need(system_keys=count) for backend, count in await system_sql.counts(database)
+    }
+
+
+async def check(
+    database: Database,
+    ledger: Ledger,
+    system: state_pb2.SystemState,
+    usable: Collection[str],
+    retention: datetime.timedelta,
+) -> None:
+    """Refuse to go on without a backend that ever wrapped something and still is needed. The log
+    was looked at before. Raises ConfigError."""
+    if not set(system.backends) <= set(usable):
+        require(await needs(database, ledger, retention), usable)
 
 
 def require(found: dict[str, Need], usable: Collection[str]) -> None:
@@ -64,3 +105,16 @@ def require(found: dict[str, Need], usable: Collection[str]) -> None:
                 f" put {backend} into BYOKEEP_KEK_BACKENDS_READ; or, where it is gone for good and"
                 " what it held with it, into BYOKEEP_KEK_BACKENDS_LOST"
             )
+
+
+def _end(
+    epoch: str | None, not_after: datetime.datetime | None, retention: datetime.timedelta
+) -> datetime.datetime | None:
+    try:
+        if epoch is not None:
+            return epochs.content_close(epoch, retention)
+        if not_after is not None:
+            return epochs.intake_close(epochs.INTAKE.at(not_after))
+    except (ValueError, OverflowError):
+        pass  # a row that keyvault did not write
+    return None

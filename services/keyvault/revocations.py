@@ -14,7 +14,7 @@ from byokeep.keyvault.v1 import lease_pb2
 
 from services.common import deadline
 from services.keyvault.database import Database
-from services.keyvault.store import revocations as store
+from services.keyvault.sql import index
 
 HEARTBEAT_SECONDS = 0.25
 _REMEMBERED = 10_000
@@ -36,14 +36,14 @@ class Revocations:
 
     async def start(self) -> None:
         """Begin with what is revoked from now on: a watcher's resync says the rest."""
-        self._sequence = await store.newest(self._database)
+        self._sequence = await index.newest(self._database)
 
     async def read(self) -> None:
         """Read what is new and wake the watchers; a heartbeat where it could be read."""
         self._alive = False
         try:
             with deadline.within(_READ_SECONDS):
-                news = await store.news(self._database, self._sequence)
+                news = await index.news(self._database, self._sequence)
             for row in news:
                 self._recent.append((row[0], row[1], row[2]))
                 self._sequence = row[0]
@@ -55,8 +55,8 @@ class Revocations:
     async def watch(self, holder: str) -> AsyncIterator[Message]:
         """Yield a resync, then revocations of a holder's leases and heartbeats."""
         # The number first: what is revoked while the live leases are read is told again.
-        seen = await store.newest(self._database)
-        live = await store.live(self._database, holder)
+        seen = await index.newest(self._database)
+        live = await index.live(self._database, holder)
         yield Message(sequence=seen, resync=Message.Resync(live_lease_ids=live))
         while True:
             async with self._tick:
@@ -65,7 +65,7 @@ class Revocations:
                 continue  # no heartbeat: a watcher must not believe that all is told
             if self._recent and len(self._recent) == _REMEMBERED and self._recent[0][0] > seen + 1:
                 seen = self._sequence
-                live = await store.live(self._database, holder)
+                live = await index.live(self._database, holder)
                 yield Message(sequence=seen, resync=Message.Resync(live_lease_ids=live))
                 continue
             mine = [one[1] for one in self._recent if one[0] > seen and one[2] == holder]

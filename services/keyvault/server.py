@@ -26,7 +26,6 @@ from services.common.config import ConfigError
 from services.common.errors import ByokeepError
 from services.common.waiting import NotYetError, until_there
 from services.keyvault import (
-    anchor,
     checkpoints,
     denials,
     epochs,
@@ -34,14 +33,9 @@ from services.keyvault import (
     kek,
     metrics,
     needed,
-    reconcile,
-    retention,
     revocations,
-    rewrap,
-    rotation,
     system_keys,
 )
-from services.keyvault.anchor import Anchor
 from services.keyvault.checkpoints import Checkpoints
 from services.keyvault.config import Settings
 from services.keyvault.content import ContentKeys
@@ -49,6 +43,8 @@ from services.keyvault.custody import Custody
 from services.keyvault.database import Database
 from services.keyvault.denials import Denials
 from services.keyvault.epochs import Epochs
+from services.keyvault.event import SYSTEM
+from services.keyvault.heads import Heads
 from services.keyvault.holds import Holds
 from services.keyvault.intake import IntakeKeys
 from services.keyvault.kek.configured import (
@@ -57,25 +53,27 @@ from services.keyvault.kek.configured import (
     open_backends,
     open_signer,
 )
-from services.keyvault.leasing import Leasing
-from services.keyvault.reconcile import Reconcile
-from services.keyvault.redemption import Redemption
-from services.keyvault.releases import Releases
-from services.keyvault.retention import Retention
+from services.keyvault.lease import Leasing
+from services.keyvault.ledger import Ledger
+from services.keyvault.log import Log
+from services.keyvault.release import Releases
 from services.keyvault.revocations import Revocations
-from services.keyvault.rewrap import Rewrap
-from services.keyvault.rotation import Rotation
-from services.keyvault.service.admin import AdminService
-from services.keyvault.service.audit import AuditService
-from services.keyvault.service.content import ContentKeyService
-from services.keyvault.service.custody import CustodyService
-from services.keyvault.service.lease import LeaseService
-from services.keyvault.staging import Staging
-from services.keyvault.store.leases import Locked
-from services.keyvault.wraps import Wraps
+from services.keyvault.rpc.admin import Administered, AdminService
+from services.keyvault.rpc.audit import AuditService
+from services.keyvault.rpc.content import ContentKeyService
+from services.keyvault.rpc.custody import CustodyService
+from services.keyvault.rpc.lease import LeaseService
+from services.keyvault.shred import Shredding
+from services.keyvault.sql import index
+from services.keyvault.stage import Staging
+from services.keyvault.tenant_keys import TenantKeys
+from services.keyvault.upkeep import retention, work
+from services.keyvault.upkeep.retention import Retention
+from services.keyvault.upkeep.rewrap import Rewrap
+from services.keyvault.upkeep.trim import Trim
+from services.keyvault.upkeep.work import Upkeep
 
 Role = Literal["all", "data", "admin"]
-_SWEEP_SECONDS = 10.0
 _KEYS_SECONDS = 2.0
 _FORGET_SECONDS = 3600.0
 _LAST_SECONDS = 5.0
@@ -116,25 +114,18 @@ class App:
         self._role = role
         self._kept = datetime.timedelta(days=settings.content_retention_days)
         self._url = postgres.database_url(settings.database_url_file)
-        self._database = Database(self._url, settings.database_connections)
-        self._reading = Database(self._url, 1)
-        self._backends = open_backends(settings, self._database)
-        self._denials = Denials(self._database, settings.deployment)
-        anchored = open_anchor(settings, self._backends)
-        self._anchor = Anchor(self._database, anchored, settings.deployment)
-        common_metrics.follow_pool(self._database.stats)
-        metrics.ANCHOR_AGE.set_function(lambda: self._anchor.age)
-        metrics.ROLLED_BACK.set_function(lambda: self._anchor.rolled_back)
-        self._revocations = Revocations(self._database)
+        self.database = Database(self._url, settings.database_connections)
+        self.backends = open_backends(settings, self.database)
+        self._anchored = open_anchor(settings, self.backends)
         self._grant_keys = grants.GrantKeys(settings.grant_keys_dir)
+        common_metrics.follow_pool(self.database.stats)
         self.background = Background()
         self._began = False
 
     async def start(self) -> None:
         """Connect, open keyvault's own keys, look at the anchor, start what runs beside."""
         await until_there(lambda: postgres.probe(self._url, _REVISION, _MIGRATE))
-        await self._database.open()
-        await self._reading.open()
+        await self.database.open()
         await until_there(self._open_keys)
         self._wire()
         await until_there(self._first_look)
@@ -142,133 +133,127 @@ class App:
 
     async def _open_keys(self) -> None:
         settings = self._settings
-        usable = {*settings.lost_backends(), *(one.name for one in self._backends)}
         with not_yet():
-            needed.require(await needed.needs(self._database, self._kept), usable)
-            await self._backends.start()
-            self._keys = await system_keys.load(self._database, self._backends, settings.deployment)
-            self._signer = await open_signer(settings, self._backends, lambda: self._keys.audit_log)
-
-    async def _first_look(self) -> None:
-        """Let anchor and pass look once before anything is served."""
-        with not_yet():
-            await self._anchor.tick()
-            # What the pass fails of gives no lease, and must not keep an operator from seeing why.
-            await each("reconcile", (self._reconcile.once,), lambda step: step())
-            await self._revocations.start()
-        if self._role in ("all", "admin"):
-            # A backend that is away now must not keep the admin role from starting.
-            await each("epochs", (self._epochs.tick,), lambda step: step())
+            await self.backends.start()
+            self.keys = await system_keys.load(self.database, self.backends, settings.deployment)
+            self._signer = await open_signer(settings, self.backends, lambda: self.keys.audit_log)
 
     def _wire(self) -> None:
         """Put together what needs keyvault's own keys."""
-        settings, kept = self._settings, self._kept
-        self._intake = IntakeKeys(
-            self._database,
-            self._backends,
-            lambda: self._keys.intake_signing,
-            settings.deployment,
+        settings, database, backends = self._settings, self.database, self.backends
+        deployment, shred_after = settings.deployment, settings.shred_after_seconds
+        self.heads = Heads()
+        self.ledger = Ledger(database, self.heads, self.keys.macs, deployment, shred_after)
+        self.log = Log(
+            database, self._anchored, self.heads, self.ledger, self.keys.macs, deployment
         )
-        self._content = ContentKeys(self._database, self._backends, settings.deployment, kept)
-        self._epochs = Epochs(self._database, self._backends, settings.deployment, kept)
-        wraps = Wraps(self._keys.state_mac, settings.deployment)
-        self._reconcile = Reconcile(
-            self._database,
-            self._reading,
-            self._anchor,
-            self._keys.state_mac,
-            settings.deployment,
+        self._denials = Denials(self.ledger)
+        self._revocations = Revocations(database)
+        self._intake = IntakeKeys(database, backends, lambda: self.keys.intake_signing, deployment)
+        self._content = ContentKeys(
+            database, self.ledger, self.log, backends, deployment, self._kept
         )
-        self._custody = Custody(
-            self._database,
-            self._backends,
-            self._reconcile,
-            self._keys.state_mac,
-            settings.deployment,
-            settings.shred_after_seconds,
-        )
+        self.epochs = Epochs(database, self.ledger, self.log, backends, self._kept)
+        self._custody = Custody(self.ledger, self.log, backends)
         self._staging = Staging(
-            self._database,
-            self._backends,
+            database,
+            self.ledger,
+            self.log,
+            backends,
             self._intake,
-            self._custody,
-            wraps,
-            settings.deployment,
+            deployment,
             settings.intake_per_hour,
         )
-        self._rewrap = Rewrap(
-            self._database,
-            self._backends,
-            wraps,
-            settings.deployment,
-            settings.rewrap_rows_per_second,
-        )
-        self._holds = Holds(self._database, self._keys.state_mac, settings.deployment)
-        self._releases = Releases(self._database, self._custody, settings.deployment)
+        self._releases = Releases(database, self.ledger, backends)
         self._leasing = Leasing(
-            self._database,
-            self._backends,
-            Redemption(
-                self._database,
-                self._custody,
-                self._backends,
-                self._holds,
-                settings.deployment,
-                (settings.tenant_caps, settings.key_caps),
-                self._refusal,
-            ),
+            self.ledger,
+            self.log,
+            backends,
             self._grant_keys.trusted,
-            settings.deployment,
+            deployment,
+            (settings.tenant_caps, settings.key_caps),
             self._denials.note,
         )
-        self._checkpoints = Checkpoints(
-            self._database, self._anchor, self._signer, settings.deployment
+        self._checkpoints = Checkpoints(database, self.log, self._signer, deployment)
+        self._holds = Holds(database, self.ledger, self.log, backends)
+        self._tenant_keys = TenantKeys(self.ledger, self.log, backends)
+        self._shredding = Shredding(database, self.ledger, self.log, backends)
+        self.retention = Retention(
+            database, self.ledger, self.heads, self.log, settings.audit_retention_days
         )
-        self._rotation = Rotation(
-            self._database, self._backends, self._reconcile, wraps, settings.deployment
+        self.upkeep = self._upkeep()
+        metrics.ANCHOR_AGE.set_function(lambda: self.log.age)
+        metrics.ROLLED_BACK.set_function(lambda: self.log.rolled_back)
+
+    def _upkeep(self) -> Upkeep:
+        settings, data, admin = self._settings, self._serves("data"), self._serves("admin")
+        rewrap = Rewrap(
+            self.ledger, self.backends, settings.deployment, settings.rewrap_rows_per_second
         )
-        self._retention = Retention(
-            self._database,
-            self._reconcile.following,
-            settings.deployment,
-            settings.audit_retention_days,
+        trim = Trim(
+            self.ledger,
+            self.log,
+            self.backends,
+            self._tenant_keys,
+            self._shredding,
+            settings.shred_after_seconds,
         )
+        return Upkeep(
+            self.database,
+            self.ledger,
+            self.heads,
+            self.log,
+            self.keys.macs,
+            self.backends,
+            self._holds,
+            settings.shred_after_seconds,
+            releases=self._releases if data else None,
+            rewrap=rewrap if data else None,
+            trim=trim if admin else None,
+            shredding=self._shredding if admin else None,
+        )
+
+    async def _first_look(self) -> None:
+        """Look at the log before anything is served: what that fails of gives no lease, and must
+        not keep an operator from seeing why."""
+        with not_yet():
+            self.keys.choose((await self.ledger.stored(SYSTEM)).state)
+            await self.log.start()
+            await self._revocations.start()
+        usable = {*self._settings.lost_backends(), *(one.name for one in self.backends)}
+        await needed.check(self.database, self.ledger, self.log.system, usable, self._kept)
+        if self._serves("admin"):
+            # A backend that is away now must not keep the admin role from starting.
+            await each("epochs", (self.epochs.tick,), lambda step: step())
+
+    def _serves(self, role: Role) -> bool:
+        return self._role in ("all", role)
 
     def _run_beside(self) -> None:
         """Start what goes on beside the calls."""
         self._began = True
         run = self.background.every
+        self.background.run("log", self.log.run)
         run("denials", denials.TICK_SECONDS, self._denials.tick)
-        run("anchor", anchor.TICK_SECONDS, self._anchor.tick)
         run("checkpoints", checkpoints.TICK_SECONDS, self._checkpoints.tick)
-        run(
-            "reconcile",
-            reconcile.INTERVAL_SECONDS,
-            self._reconcile.once,
-            self._reconcile.save_if_due,
-        )
-        run("retention", retention.TICK_SECONDS, self._retention.tick)
+        run("upkeep", work.TICK_SECONDS, self.upkeep.tick)
+        run("scan", work.SCAN_SECONDS, self.upkeep.scan)
+        run("retention", retention.TICK_SECONDS, self.retention.tick)
         run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read, vital=True)
-        run("sweep", _SWEEP_SECONDS, self._releases.expire, self._custody.sweep)
         run("keys", _KEYS_SECONDS, self._follow_keys, self._grant_keys.follow)
-        if self._role in ("all", "data"):
-            run("rewrap", rewrap.TICK_SECONDS, self._rewrap.tick)
-        run("intake", _SWEEP_SECONDS, self._intake.forget_closed)
-        run("requests", _FORGET_SECONDS, self._custody.forget)
-        if self._role in ("all", "admin"):
-            run("rotation", rotation.TICK_SECONDS, self._rotation.tick)
-            run("jobs", _FORGET_SECONDS, self._rotation.forget, self._rotation.resweep)
-            run("epochs", epochs.TICK_SECONDS, self._epochs.tick)
+        run("forget", _FORGET_SECONDS, self._intake.forget_closed, self._forget)
+        if self._serves("admin"):
+            run("epochs", epochs.TICK_SECONDS, self.epochs.tick)
 
     async def missing(self) -> list[str]:
         """Name the database, and the KEK backends with the state of each, that do not answer."""
-        found = {backend.name: await backend.health() for backend in self._backends}
+        found = {backend.name: await backend.health() for backend in self.backends}
         away = [f"{name}: {health.state}" for name, health in found.items() if not health.ok]
-        return away if await self._database.answers() else ["database", *away]
+        return away if await self.database.answers() else ["database", *away]
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers of the role."""
-        if self._role in ("all", "data"):
+        if self._serves("data"):
             custody_pb2_grpc.add_CustodyServiceServicer_to_server(
                 CustodyService(self._custody, self._staging, self._intake), server
             )
@@ -278,31 +263,41 @@ class App:
             lease_pb2_grpc.add_LeaseServiceServicer_to_server(
                 LeaseService(self._leasing, self._releases, self._revocations), server
             )
-        if self._role in ("all", "admin"):
+        if self._serves("admin"):
             audit_pb2_grpc.add_AuditServiceServicer_to_server(
                 AuditService(
-                    self._database,
+                    self.database,
                     self._signer,
                     self._checkpoints,
-                    self._reconcile,
+                    self.ledger,
+                    self.log,
                     self._settings.deployment,
                 ),
                 server,
             )
-            admin_pb2_grpc.add_AdminServiceServicer_to_server(
-                AdminService(
-                    self._database,
-                    self._backends,
-                    self._custody,
-                    self._rotation,
-                    self._anchor,
-                    self._reconcile,
-                    self._holds,
-                    datetime.timedelta(days=self._settings.content_retention_days),
-                    self._settings.deployment,
-                ),
-                server,
-            )
+            admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin(), server)
+
+    def _admin(self) -> AdminService:
+        rotation = system_keys.Rotation(
+            self.database,
+            self.ledger,
+            self.log,
+            self.backends,
+            self.keys,
+            self._settings.deployment,
+        )
+        administered = Administered(
+            self.ledger,
+            self.log,
+            self._holds,
+            self._tenant_keys,
+            self._shredding,
+            rotation,
+            self.upkeep,
+        )
+        return AdminService(
+            self.database, self.backends, administered, self._kept, self._settings.deployment
+        )
 
     def denied(self, spiffe_id: str, method: str, reason: str) -> None:
         """Count a denial for the system chain."""
@@ -318,20 +313,23 @@ class App:
             with deadline.within(_LAST_SECONDS), contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_SECONDS):
                     await each("last_write", self._last_steps(), lambda step: step())
-        await self._backends.close()
-        await self._reading.close()
-        await self._database.close()
+        await self.backends.close()
+        await self.database.close()
 
     def _last_steps(self) -> tuple[Work, ...]:
         async def count() -> None:
             await self._denials.flush(0.0, everything=True)
 
-        return count, self._anchor.tick, self._reconcile.once, self._reconcile.save
+        return count, self.log.tick, self.log.save
 
-    def _refusal(self, locked: Locked) -> ByokeepError | None:
-        return self._anchor.refusal() or self._reconcile.refusal(locked)
+    async def _forget(self) -> None:
+        await index.forget(self.database)
 
     async def _follow_keys(self) -> None:
         await system_keys.refresh(
-            self._keys, self._database, self._backends, self._settings.deployment
+            self.keys,
+            self.database,
+            self.backends,
+            self._settings.deployment,
+            self.log.system,
         )

@@ -96,9 +96,10 @@ class Meter:
 class Tenant:
     """A tenant with an active key, prepared through keyvault's own API."""
 
-    def __init__(self, stack: Stack, address: str = "") -> None:
+    def __init__(self, stack: Stack, address: str = "", name: str = "demo") -> None:
         """Use a stack's keyvault, or one elsewhere, as its orchestrator and runner would."""
         self.stack = stack
+        self.name = name
         self.address = address or stack.address("keyvault")
         pem = (stack.root / "secrets" / "grant-signing.pem").read_bytes()
         private = serialization.load_pem_private_key(pem, None)
@@ -109,6 +110,8 @@ class Tenant:
         self.digest = hashlib.sha256(self.child.public_bytes).digest()
         self.key_id = new_id("key")
         self.deployment = ""
+        #: Leases that were given and not released.
+        self.given: list[str] = []
 
     def channel(self, role: str) -> grpc.aio.Channel:
         """Return a channel to keyvault with a role's certificate."""
@@ -121,7 +124,9 @@ class Tenant:
         """Create the tenant's key-encryption key, where it is not there."""
         stub = admin_pb2_grpc.AdminServiceStub(self.channel("operator"))
         await stub.CreateTenantKey(
-            admin_pb2.CreateTenantKeyRequest(tenant="tenants/demo", request_id=new_id("req"))
+            admin_pb2.CreateTenantKeyRequest(
+                tenant=f"tenants/{self.name}", request_id=new_id("req")
+            )
         )
 
     async def add_key(self) -> None:
@@ -130,8 +135,8 @@ class Tenant:
         answer = await stub.GetIntakeKey(custody_pb2.GetIntakeKeyRequest(suite=hpke.HYBRID_V1))
         statement = custody_pb2.IntakeStatement.FromString(answer.statement.payload)
         request_id = new_id("req")
-        context = sealing.SealContext("demo", "", "openai", self.key_id, "add", request_id)
-        name = key_name("demo", self.key_id)
+        context = sealing.SealContext(self.name, "", "openai", self.key_id, "add", request_id)
+        name = key_name(self.name, self.key_id)
         await stub.StageKey(
             custody_pb2.StageKeyRequest(
                 name=name,
@@ -156,19 +161,35 @@ class Tenant:
 
     def presenting(self, request: Callable[[], lease_pb2.LeaseKeyRequest]) -> Call:
         """Return a call that presents what `request` returns: a grant can be signed before."""
-        leases = lease_pb2_grpc.LeaseServiceStub(self.channel("runner"))
+        leases = self._leases = lease_pb2_grpc.LeaseServiceStub(self.channel("runner"))
 
         async def lease() -> object:
-            return await leases.LeaseKey(request())
+            answer = await leases.LeaseKey(request())
+            self.given.append(answer.lease_id)
+            return answer
 
         return lease
+
+    async def release(self) -> None:
+        """Release what was given: a tenant has no thousands of leases that live."""
+        given, self.given = self.given, []
+        await asyncio.gather(
+            *(
+                self._leases.ReleaseLease(
+                    lease_pb2.ReleaseLeaseRequest(
+                        lease_id=one, outcome=lease_pb2.LEASE_OUTCOME_COMPLETED
+                    )
+                )
+                for one in given
+            )
+        )
 
     def request(self) -> lease_pb2.LeaseKeyRequest:
         """Return a request with a new grant."""
         grant = grant_pb2.Grant(
             grant_id=new_id("gra"),
             deployment=self.deployment,
-            tenant="demo",
+            tenant=self.name,
             actor="bench",
             provider=provider_value("openai"),
             key_id=self.key_id,

@@ -76,6 +76,7 @@ async def _lease(stack: Stack, vault: VaultServer, seconds: float) -> Row:
             while time.perf_counter() < end:
                 signed += [tenant.request() for _ in range(20)]
                 parts["lease"] += await _timed(lease, 20)
+                await tenant.release()
                 parts["echo"] += await _timed(lambda: echo(payload), 20)
                 parts["decrypt"] += _timed_here(decrypt, 20)
                 parts["commit"] += _timed_here(lambda: _commit(connection), 20)

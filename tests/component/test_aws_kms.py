@@ -17,6 +17,7 @@ from services.keyvault.kek import (
 )
 from services.keyvault.kek.aws_kms import client
 from services.keyvault.kek.aws_kms.backend import KmsBackend
+from services.keyvault.ledger import ALL
 from tests.harness import keyvault as kv
 from tests.security.test_rewrap import kek_versions, rewrap, rotate
 
@@ -185,9 +186,8 @@ async def test_keyvault_moves_to_kms(keyvault_database_url, tmp_path, environmen
         assert await kv.try_lease(keyvault, key) == ""
         assert (await rewrap(keyvault)).done == 1
         assert await kv.try_lease(keyvault, key) == ""
-        assert await keyvault.sql("SELECT kek_backend, kek_version FROM key_version") == [
-            ("aws_kms", 1)
-        ]
+        (stored,) = (await keyvault.app.ledger.read("acme", ALL)).every_key()
+        assert [(one.kek_backend, one.kek_version) for one in stored.versions] == [("aws_kms", 1)]
         # Without trim the old KEK stays.
         assert await kek_versions(keyvault) == [1]
         assert await rotate(keyvault) == 2

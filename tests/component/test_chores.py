@@ -29,8 +29,8 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # What there is at least; each that there is has to die.
 CHORES = {
     "keyvault": {
-        *("anchor", "checkpoints", "denials", "epochs", "intake", "jobs", "keys", "reconcile"),
-        *("requests", "retention", "revocations", "rewrap", "rotation", "sweep"),
+        *("checkpoints", "denials", "epochs", "forget", "keys", "log"),
+        *("retention", "revocations", "scan", "upkeep"),
     },
     "orchestrator": {
         *("attempts", "dispatcher", "events", "grant-key", "heartbeat", "paused-keys", "retention"),

@@ -134,7 +134,7 @@ async def test_a_silent_runner_is_away_and_is_heard_again() -> None:
 
 async def test_why_there_is_no_room() -> None:
     async with town() as here:
-        assert here.fleet.lack(60) == ""  # it has only just begun to look
+        assert here.fleet.lack(60) is None  # it has only just begun to look
         first, second = FakeRunner(places=1), FakeRunner(places=1)
         await here.add(first)
         await here.add(second)

@@ -9,7 +9,10 @@ import pytest
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import custody_pb2
 
+from services.keyvault.custody import Request
+from services.keyvault.ledger import ALL
 from tests.harness import keyvault as kv
+from tests.harness.rows import copied, edit_part, put_back
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ async def test_a_retried_change_changes_nothing_more(keyvault):
 
 @pytest.mark.parametrize("method", ["Revoke", "Destroy", "RollBack"])
 async def test_of_two_changes_of_one_state_the_second_is_refused(keyvault, method):
-    """Shown to fail with an etag that is not compared under the chain's lock."""
+    """Shown to fail with an etag that is not compared under the tenant's lock."""
     key = await rotated(keyvault, await keyvault.add_active())
     requests = [request_for(method, key.name, etag=key.etag) for _ in range(2)]
     reasons = await asyncio.gather(
@@ -105,50 +108,65 @@ async def test_a_request_id_is_one_method_s_and_one_key_s(keyvault):
 
 
 @pytest.mark.parametrize("method", ["Revoke", "Destroy"])
-@pytest.mark.parametrize("content", ["another", "the same"])
-async def test_a_planted_note_keeps_no_change_from_being_made(keyvault, method, content):
-    """Shown to fail with notes that are believed without their MAC."""
+async def test_a_planted_request_keeps_no_key_from_ending(keyvault, method):
+    """A note that it was done already, planted by SQL, makes the tenant's state another one: the
+    change is refused, and owed until what is stored is keyvault's again.
+
+    Shown to fail with parts whose digests are not compared.
+    """
     key = await keyvault.add_active()
+    key_id = key.name.split("/")[3]
     request = request_for(method, key.name)
     digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-    await keyvault.sql(
-        "INSERT INTO change_request (tenant, key_id, method, request_id, digest, mac)"
-        " VALUES ('acme', %s, %s, %s, %s, %s)",
-        key.name.split("/")[3],
-        f"{method}Key",
-        request.request_id,
-        digest if content == "the same" else bytes(32),
-        bytes(32),
-    )
+    before = await copied(keyvault.app.database)
+
+    def plant(part) -> None:
+        planted = Request(f"{method}Key", request.request_id, digest, "").past()
+        next(one for one in part.keys if one.key_id == key_id).requests.append(planted)
+
+    await edit_part(keyvault.app.database, plant)
+    refused = await kv.refusal(getattr(keyvault.custody, f"{method}Key")(request))
+    assert refused == "STATE_TAMPERED"
+    assert await kv.try_lease(keyvault, key) == "STATE_TAMPERED"
+    await put_back(keyvault.app.database, before)
+    await keyvault.tick()
+    assert await kv.try_lease(keyvault, key) in ("TENANT_NOT_ACTIVE", "WRONG_STATE")
+    await keyvault.tend()
+    await keyvault.tick()
+    assert await kv.try_lease(keyvault, key) == "WRONG_STATE"
     changed = await call(keyvault, method, request)
     assert changed.state == custody_pb2.KeyVersionState.Value(
         f"KEY_VERSION_STATE_{'REVOKED' if method == 'Revoke' else 'DESTROYED'}"
     )
 
 
-async def test_a_refused_version_is_destroyed_though_its_row_was_forged(keyvault):
-    """Shown to fail with destroy_version trusting its row."""
+async def test_a_refused_version_is_destroyed_once_its_state_is_whole(keyvault):
+    """Shown to fail with parts whose digests are not compared."""
     key = await keyvault.stage()
-    await keyvault.sql("UPDATE key_version SET state = 99, state_mac = 'x'")
     verdict = custody_pb2.DestroyKeyVersionRequest(
         name=key.name, version=1, request_id=new_id("req"), actor="test"
     )
+    before = await copied(keyvault.app.database)
+
+    def activate(part) -> None:
+        part.keys[0].versions[0].state = custody_pb2.KEY_VERSION_STATE_ACTIVE
+
+    await edit_part(keyvault.app.database, activate)
+    refused = await kv.refusal(keyvault.custody.DestroyKeyVersion(verdict))
+    assert refused == "STATE_TAMPERED"
+    await put_back(keyvault.app.database, before)
     await keyvault.custody.DestroyKeyVersion(verdict)
-    assert await keyvault.sql("SELECT state, envelope, wrapped_dek FROM key_version") == [
-        (6, None, None)
-    ]
+    assert await keyvault.sql("SELECT count(*) FROM key_secret") == [(0,)]
 
 
-async def test_requests_are_forgotten_after_a_week(keyvault):
+async def test_a_key_remembers_its_last_sixteen_requests(keyvault):
+    """So that its state stays small, however often it is changed."""
     key = await keyvault.add_active()
-    await keyvault.change("RevokeKey", key.name)
-    await keyvault.sql(
-        "UPDATE change_request SET create_time = now() - interval '8 days'"
-        " WHERE request_id = (SELECT min(request_id) FROM change_request)"
-    )
-    before = await keyvault.sql("SELECT count(*) FROM change_request")
-    await keyvault.app._custody.forget()
-    assert (before, await keyvault.sql("SELECT count(*) FROM change_request")) == (
-        [(2,)],
-        [(1,)],
-    )
+    key_id = key.name.split("/")[3]
+    requests = [request_for("Revoke", key.name) for _ in range(17)]
+    for request in requests:
+        await call(keyvault, "Revoke", request)
+    found = await keyvault.app.ledger.read("acme", ALL)
+    kept = [one.id for one in found.key(key_id).requests]
+    ids = [Request("RevokeKey", one.request_id, b"", "").past().id for one in requests]
+    assert kept == ids[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 
 import grpc
 import pytest
@@ -71,12 +72,11 @@ async def test_there_is_no_way_back_after_the_grace(keyvault):
     """After 24 h the superseded version is destroyed, and before that sweep it can't return."""
     key = await keyvault.add_active(OLD)
     staged = await keyvault.stage(NEW, key_id=key.name.split("/")[3], operation="rotate")
+    clock = keyvault.app.ledger.now
+    keyvault.app.ledger.now = lambda: clock() - datetime.timedelta(hours=25)
     await keyvault.promote(staged.name, 2)
-    await keyvault.sql(
-        "UPDATE key_version SET state_time = now() - interval '25 hours' WHERE version = 1"
-    )
+    keyvault.app.ledger.now = clock
     assert await kv.refusal(keyvault.change("RollBackKey", key.name)) == "WRONG_STATE"
-    await keyvault.app._custody.sweep()
-    rows = await keyvault.sql("SELECT version, envelope IS NULL FROM key_version ORDER BY version")
-    assert rows == [(1, True), (2, False)]
+    await keyvault.tend()
+    assert await keyvault.sql("SELECT version FROM key_secret") == [(2,)]
     assert await _leased(keyvault, key.name) == (2, NEW)

@@ -34,8 +34,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from deploy.local.pki import CertificateAuthority
 from services.common import server
-from services.keyvault import chain, migrate
+from services.keyvault import lifecycle, migrate
 from services.keyvault.config import Settings
+from services.keyvault.event import link_hash, name_of
 from services.keyvault.kek.keyring import new_keyring
 from services.keyvault.server import App
 
@@ -238,13 +239,16 @@ class Keyvault:
         return list(answer.events)
 
     async def tick(self) -> None:
-        """Anchor, then reconcile: what its tasks do beside, done now."""
-        await self.app._anchor.tick()
-        await self.app._reconcile.once()
+        """Hold the database against its anchor, learn and anchor: what runs beside, done now."""
+        await self.app.log.tick()
+
+    async def tend(self) -> None:
+        """Do what is due of tenants now."""
+        await self.app.upkeep.tick()
 
     async def sql(self, statement: str, *parameters):
         """Run a statement as somebody with the database's password would."""
-        async with self.app._database.transaction() as connection:
+        async with self.app.database.transaction() as connection:
             cursor = await connection.execute(statement, parameters)
             return await cursor.fetchall() if cursor.description else cursor.rowcount
 
@@ -272,49 +276,43 @@ async def released(
     return await refusal(keyvault.leases().ReleaseLease(request))
 
 
-async def followed(keyvault: Keyvault) -> None:
-    """Anchor and pass twice: what was written before is in the log, and followed."""
-    await keyvault.tick()
-    await keyvault.tick()
-
-
 async def prune(keyvault: Keyvault) -> None:
     """Drop all that retention may drop now, as if it were old."""
     await keyvault.tick()
-    keyvault.app._retention._age = datetime.timedelta(days=-1)
-    await keyvault.app._retention.tick()
+    retention = keyvault.app.retention
+    retention._age, retention._settled_seconds = datetime.timedelta(days=-1), -1.0
+    await retention.tick()
 
 
 async def plant(keyvault: Keyvault, name: str = "tenants/acme", **event) -> None:
     """Append an event to a chain by SQL, well linked: anybody can compute its hash."""
-    query = "SELECT sequence, hash FROM chain WHERE chain = %s"
-    ((sequence, previous),) = await keyvault.sql(query, name)
+    query = "SELECT sequence, head_hash FROM tenant WHERE name = %s"
+    ((sequence, previous),) = await keyvault.sql(query, name_of(name))
     made = audit_pb2.AuditEvent(deployment=DEPLOYMENT, chain=name, sequence=sequence + 1, **event)
     if not made.HasField("event_time"):
         made.event_time.GetCurrentTime()
     body = made.SerializeToString()
-    digest = chain.link_hash(bytes(previous), body)
+    digest = link_hash(bytes(previous), body)
     await keyvault.sql(
-        "INSERT INTO audit_event (chain, sequence, key_id, body, previous_hash, hash)"
-        " VALUES (%s, %s, %s, %s, %s, %s)",
-        *(name, sequence + 1, made.key_id, body, bytes(previous), digest),
+        "INSERT INTO event (tenant, sequence, key_id, body, hash) VALUES (%s, %s, %s, %s, %s)",
+        *(name_of(name), sequence + 1, made.key_id, body, digest),
     )
     await keyvault.sql(
-        "UPDATE chain SET sequence = %s, hash = %s WHERE chain = %s", sequence + 1, digest, name
+        "UPDATE tenant SET sequence = %s, head_hash = %s WHERE name = %s",
+        *(sequence + 1, digest, name_of(name)),
     )
 
 
-async def swept(keyvault: Keyvault) -> str:
-    """Let the one sweep that there is run, and return how it ended."""
-    for _ in range(60):
-        await keyvault.sql(
-            "UPDATE kek_job SET due_time = now() WHERE due_time > now() + interval '1 second'"
-        )
+async def swept(keyvault: Keyvault, tenant: str = "acme", seconds: float = 60) -> bool:
+    """Wait until nothing that was destroyed of a tenant can be opened any more, as far as its
+    backend can; False where that does not come."""
+    for _ in range(int(seconds * 4)):
+        state = (await keyvault.app.ledger.read(tenant)).state
+        if not lifecycle.owed(state) and not lifecycle.trims(state):
+            return True
+        await keyvault.tend()
         await asyncio.sleep(0.25)
-        ((phase,),) = await keyvault.sql("SELECT phase FROM kek_job")
-        if phase in ("DONE", "PARTIAL", "FAILED"):
-            return str(phase)
-    raise AssertionError("the sweep does not end")
+    return False
 
 
 def grant_for(key: custody_pb2.ProviderKey, child: Child, **changes) -> grant_pb2.Grant:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from byokeep.ids import new_id
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2
@@ -12,27 +10,18 @@ from byokeep.names import last_of
 from services.keyvault import epochs, kek
 from tests.harness import keyvault as kv
 
-_COPY = "SELECT key_id, wrapped_dek, envelope FROM key_version ORDER BY key_id"
-
-
-async def _swept(keyvault) -> None:
-    """Wait for the shred sweep that a destruction queues: rotate, rewrap, trim."""
-    async with asyncio.timeout(60):
-        while await keyvault.sql("SELECT 1 FROM kek_job WHERE end_time IS NULL"):
-            await asyncio.sleep(0.2)
-    (job,) = await keyvault.sql("SELECT phase, failed FROM kek_job WHERE rewrap")
-    assert job == ("DONE", 0)
+_COPY = "SELECT key_id, wrapped_dek, envelope FROM key_secret ORDER BY key_id"
 
 
 async def test_shred_key(vault, deployment, tmp_path):
     """The destroyed key's data key can't be unwrapped any more, though its row was kept; the
     tenant's other key lives on, and the tombstone says what that is worth.
 
-    Shown to fail: with the sweep's trim left out of Rotation.
+    Shown to fail: with backend.trim left out of Trim._destroy.
     """
     settings = vault.settings(tmp_path, shred_after_seconds=0)
     async with kv.running(deployment, **settings) as keyvault:
-        backend = keyvault.app._backends.primary
+        backend = keyvault.app.backends.primary
         await keyvault.create_tenant("shredkey")
         gone = await keyvault.add_active(tenant="shredkey", name="gone")
         kept = await keyvault.add_active(tenant="shredkey", name="kept")
@@ -41,7 +30,7 @@ async def test_shred_key(vault, deployment, tmp_path):
         with await backend.unwrap(kek.tenant_kek("shredkey"), wrapped):
             pass
         await keyvault.change("DestroyKey", gone.name)
-        await _swept(keyvault)
+        assert await kv.swept(keyvault, "shredkey")
         with pytest.raises(kek.KekMissingError):
             await backend.unwrap(kek.tenant_kek("shredkey"), wrapped)
         assert await kv.try_lease(keyvault, kept) == ""
@@ -52,17 +41,19 @@ async def test_shred_key(vault, deployment, tmp_path):
         }
         # An older copy of the whole database holds survivors under the version that is gone, too.
         await keyvault.sql(
-            "UPDATE key_version SET wrapped_dek = %s WHERE key_id = %s",
+            "UPDATE key_secret SET wrapped_dek = %s WHERE key_id = %s",
             copies[last_of(kept.name)][0],
             last_of(kept.name),
         )
-        assert await kv.try_lease(keyvault, kept) == "UNDECRYPTABLE"
+        assert await kv.try_lease(keyvault, kept) == "ROW_TAMPERED"
+        with pytest.raises(kek.KekMissingError):
+            await backend.unwrap(kek.tenant_kek("shredkey"), bytes(copies[last_of(kept.name)][0]))
 
 
 async def test_shred_tenant(vault, deployment, tmp_path):
-    """Shown to fail: with backend.destroy left out of ShredTenant."""
+    """Shown to fail: with backend.destroy left out of Shredding."""
     async with kv.running(deployment, **vault.settings(tmp_path)) as keyvault:
-        backend = keyvault.app._backends.primary
+        backend = keyvault.app.backends.primary
         await keyvault.create_tenant("shredtenant")
         await keyvault.add_active(tenant="shredtenant")
         ((_, wrapped, _envelope),) = await keyvault.sql(_COPY)
@@ -72,8 +63,9 @@ async def test_shred_tenant(vault, deployment, tmp_path):
         assert (await keyvault.admin.ShredTenant(request)).shred == "immediate"
         with pytest.raises(kek.KekMissingError):
             await backend.unwrap(kek.tenant_kek("shredtenant"), bytes(wrapped))
-        # A tenant of the same name gets another KEK, which opens nothing of the old one.
-        await keyvault.create_tenant("shredtenant")
+        # No tenant of the same name is made again; a KEK of it would open nothing of the old one.
+        assert await kv.refusal(keyvault.create_tenant("shredtenant")) == "TENANT_KEY_MISSING"
+        await backend.create(kek.tenant_kek("shredtenant"))
         with pytest.raises(kek.UnwrapError):
             await backend.unwrap(kek.tenant_kek("shredtenant"), bytes(wrapped))
 
@@ -84,7 +76,7 @@ async def test_shred_intake_epoch(vault, deployment, tmp_path):
     Shown to fail: with the epoch's KEK left alive.
     """
     async with kv.running(deployment, **vault.settings(tmp_path)) as keyvault:
-        backend = keyvault.app._backends.primary
+        backend = keyvault.app.backends.primary
         await keyvault.create_tenant("epoch")
         await keyvault.stage(tenant="epoch")
         ((made, wrapped),) = await keyvault.sql("SELECT not_before, wrapped_dek FROM intake_key")

@@ -8,6 +8,7 @@ from byokeep.ids import new_id
 from services.keyvault import kek
 from services.keyvault.kek.vault.backend import VaultBackend
 from tests.harness import keyvault as kv
+from tests.harness import rows
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ async def test_transit_wrong_tenant(backend, tenants):
 
 async def test_swap_rows_of_two_tenants(vault, deployment, tmp_path):
     """Whoever writes the database puts one tenant's wrapped data key and envelope into
-    another's row: Vault refuses to open it there."""
+    another's row: keyvault gives it to no Vault; and had its state the digest of it, Vault would
+    refuse to open it there."""
     async with kv.running(deployment, **vault.settings(tmp_path)) as keyvault:
         for tenant in ("acme", "globex"):
             await keyvault.create_tenant(tenant)
@@ -58,9 +60,18 @@ async def test_swap_rows_of_two_tenants(vault, deployment, tmp_path):
         theirs = await keyvault.add_active("sk-proj-" + "z9Y8x7W6" * 6, tenant="globex")
         assert await kv.try_lease(keyvault, ours) == ""
         await keyvault.sql(
-            "UPDATE key_version AS v SET wrapped_dek = o.wrapped_dek, envelope = o.envelope"
-            " FROM key_version AS o WHERE v.tenant <> o.tenant"
+            "UPDATE key_secret AS v SET wrapped_dek = o.wrapped_dek, envelope = o.envelope"
+            " FROM key_secret AS o WHERE v.tenant <> o.tenant"
         )
+        assert await kv.try_lease(keyvault, ours) == "ROW_TAMPERED"
+        assert await kv.try_lease(keyvault, theirs) == "ROW_TAMPERED"
+        for key in (ours, theirs):
+            _, tenant, _, key_id = key.name.split("/")
+            query = "SELECT wrapped_dek, envelope FROM key_secret WHERE key_id = %s"
+            ((wrapped, envelope),) = await keyvault.sql(query, key_id)
+            await rows.store(
+                keyvault.app.ledger, (tenant, key_id, 1), bytes(wrapped), bytes(envelope)
+            )
         assert await kv.try_lease(keyvault, ours) == "ROW_TAMPERED"
         assert await kv.try_lease(keyvault, theirs) == "ROW_TAMPERED"
 
@@ -147,7 +158,7 @@ async def test_shred_kek_of_the_tenant_deleted_in_vault(vault, deployment, tmp_p
     async with kv.running(deployment, **vault.settings(tmp_path)) as keyvault:
         await keyvault.create_tenant("doomed")
         key = await keyvault.add_active(tenant="doomed")
-        await keyvault.app._backends.primary.destroy(kek.tenant_kek("doomed"))
+        await keyvault.app.backends.primary.destroy(kek.tenant_kek("doomed"))
         assert await kv.try_lease(keyvault, key) == "UNDECRYPTABLE"
         assert vault.status("transit/keys/byokeep-tenant-doomed", token=vault.root_token) == 404
 

@@ -11,7 +11,7 @@ from byokeep import dsse
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from services.keyvault.anchor_store import Stored
+from services.keyvault.anchor import Stored
 from services.keyvault.kek.vault.backend import VaultBackend
 from tests.harness import keyvault as kv
 
@@ -59,10 +59,12 @@ async def test_rollback_is_noticed_by_the_anchor_in_vault(own_vault, deployment,
         await keyvault.create_tenant()
         key = await keyvault.add_active()
         assert await kv.try_lease(keyvault, key) == ""
-        await keyvault.app._anchor.tick()
-        size = keyvault.app._anchor.position.size
+        await keyvault.tick()
+        size = keyvault.app.log.position.size
         assert size > 0
-        await keyvault.sql("DELETE FROM log_leaf WHERE index = %s", size - 1)
+    async with kv.database(deployment) as connection:
+        await connection.execute("DELETE FROM log_snapshot")
+        await connection.execute("DELETE FROM log_leaf WHERE index = %s", (size - 1,))
     async with kv.running(deployment, **settings) as keyvault:
         assert await kv.try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
         # The verdict stands beside the position, where SQL does not reach.
@@ -104,7 +106,7 @@ async def test_leases_stop_when_the_anchor_in_vault_can_not_be_read(
         await keyvault.create_tenant()
         key = await keyvault.add_active()
         assert await kv.try_lease(keyvault, key) == ""
-        monkeypatch.setattr("services.keyvault.anchor.STALE_SECONDS", 2.0)
+        monkeypatch.setattr("services.keyvault.log.STALE_SECONDS", 2.0)
         own_vault.seal()
         end = time.monotonic() + 60
         while (reason := await kv.try_lease(keyvault, key)) != "AUDIT_UNAVAILABLE":

@@ -59,7 +59,7 @@ async def test_vault_reconcile(own_vault, deployment, tmp_path):
     rights is found, whatever lease they name.
 
     Shown to fail without the header in `VaultBackend.unwrap`, and without `opened_for` in
-    `Leasing._open`: then every lease is an alarm."""
+    `Leasing._seal`: then every lease is an alarm."""
     vault = own_vault
     async with kv.running(deployment, **vault.settings(tmp_path)) as keyvault:
         for tenant in ("acme", "globex"):
@@ -74,7 +74,7 @@ async def test_vault_reconcile(own_vault, deployment, tmp_path):
         assert json.loads(ran.stdout)["openings"] == 3
 
         # A rogue with the data identity's token opens a data key from the database.
-        rows = await keyvault.sql("SELECT wrapped_dek FROM key_version WHERE tenant = 'acme'")
+        rows = await keyvault.sql("SELECT wrapped_dek FROM key_secret WHERE tenant = 'acme'")
         ciphertext = bytes(rows[0][0]).decode()
         token = vault.token("keyvault-data")
         path = "transit/decrypt/byokeep-tenant-acme"

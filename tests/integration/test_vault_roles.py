@@ -82,7 +82,7 @@ async def test_each_role_has_its_own_identity_alone(own_vault, deployment, tmp_p
 def _wrapped(database_url: str) -> str:
     """Return the data key that a reader of the database finds."""
     with psycopg.connect(database_url) as connection:
-        row = connection.execute("SELECT wrapped_dek FROM key_version").fetchone()
+        row = connection.execute("SELECT wrapped_dek FROM key_secret").fetchone()
     return bytes(row[0]).decode()
 
 

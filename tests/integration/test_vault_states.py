@@ -110,7 +110,7 @@ async def test_vault_states_a_standby_serves(keyvault, proxy, status, state):
     proxy.rule = lambda method, path: Answer(status) if path == "/v1/sys/health" else None
 
     async def standby() -> bool:
-        return (await keyvault.app._backends.primary.health()).state == state
+        return (await keyvault.app.backends.primary.health()).state == state
 
     await until(standby)
     assert not await keyvault.app.missing()
@@ -196,7 +196,7 @@ async def test_vault_error_text(keyvault, proxy, caplog, capfd):
             raise AssertionError("a lease was given")
         except grpc.RpcError as error:
             texts.append(f"{error!r} {error.details()} {error.trailing_metadata()}")
-        backend = keyvault.app._backends.primary
+        backend = keyvault.app.backends.primary
         for call in (
             backend.unwrap("tenant/acme", b"vault:v1:AAAA"),
             backend.generate_data_key("tenant/acme"),
@@ -223,7 +223,7 @@ async def test_sealed_restarted_and_gone(own_vault, deployment, tmp_path):
     async with kv.running(deployment, **vault.settings(tmp_path)) as keyvault:
         await keyvault.create_tenant()
         key = await keyvault.add_active()
-        backend = keyvault.app._backends.primary
+        backend = keyvault.app.backends.primary
 
         async def said(state: str) -> None:
             async def is_said() -> bool:

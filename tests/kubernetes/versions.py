@@ -8,6 +8,7 @@ import os
 import subprocess
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from deploy.docker.layout import SITE
 from deploy.kubernetes.edges import HERE
 from tests.kubernetes.manifests import Document, rendered
 
+EDGES = tomllib.loads((HERE / "upgrades.toml").read_text())["edges"]
 #: Zones with a service, and the database's table that a migration here adds to, where there is one.
-SERVICES: Mapping[str, str] = {"keyvault": "chain", "orchestrator": "review", "runner": ""}
+SERVICES: Mapping[str, str] = {"keyvault": "tenant", "orchestrator": "review", "runner": ""}
 #: What a cluster runs beside them, of every version the same.
 TOOLS = "tools"
 #: Versions made of this commit, with the migrations that they add.
@@ -75,7 +77,8 @@ def _commit(name: str) -> str:
 def build() -> list[str]:
     """Build the images of every version, and name them."""
     made = [images.build(zone, tag("dev")) for zone in (*SERVICES, TOOLS)]
-    made += [images.build(zone, tag("previous"), context=previous()) for zone in SERVICES]
+    if any("previous" in (edge["from"], edge["to"]) for edge in EDGES):
+        made += [images.build(zone, tag("previous"), context=previous()) for zone in SERVICES]
     for version, revisions in ADDED.items():
         made += [_with_migrations(zone, version, revisions) for zone in SERVICES]
     return made

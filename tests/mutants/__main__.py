@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.mutants import table, vault
+from tests.mutants import core, table, vault
 from tests.mutants.table import Mutant
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def main() -> None:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [
         one
-        for one in (*table.MUTANTS, *vault.MUTANTS)
+        for one in (*core.MUTANTS, *table.MUTANTS, *vault.MUTANTS)
         if wanted in f"{one.file} {one.tests} {one.what}"
     ]
     bad = 0

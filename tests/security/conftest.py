@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
+from services.keyvault import server
+from services.keyvault.upkeep.trim import TRIM_DELAY, Trim
 from tests.harness import keyvault as kv
 
 
@@ -17,3 +21,9 @@ async def keyvault(deployment):
     async with kv.running(deployment) as running:
         await running.create_tenant()
         yield running
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """What waits for leases that are being opened waits less here."""
+    monkeypatch.setattr(server, "Trim", functools.partial(Trim, delay=TRIM_DELAY / 20))

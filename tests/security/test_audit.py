@@ -11,8 +11,8 @@ from byokeep.checkpoint import open_checkpoint
 from byokeep.keyvault.v1 import audit_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from services.keyvault.store import audit as audit_store
 from tests.harness import keyvault as kv
+from tests.harness import rows
 from tests.harness.keyvault import try_lease
 
 
@@ -80,54 +80,48 @@ def _split(raw: bytes) -> list[str]:
     return [line.decode("utf-8", "replace") + "\n" for line in raw.split(b"\n") if line]
 
 
-async def test_audit_tamper_a_chain_that_was_cut(keyvault):
+async def test_audit_tamper_a_chain_that_was_cut(keyvault, deployment):
     """35. A tail that keyvault itself no longer has is found by a saved checkpoint.
 
-    Cut with full SQL, leaves and nodes included, and exported before anything notices.
-    Shown to fail: with `against` not given to the verifier.
+    Cut with full SQL, leaves and nodes included, and taken for the truth by an operator who was
+    led astray. Shown to fail: with `against` not given to the verifier.
     """
     await keyvault.add_active()
+    before = await rows.copied(keyvault.app.database, None)
+    await keyvault.add_active(name="second")
     _, saved = await receipt(keyvault)
     older = held(keyvault, saved)
-    await _cut(keyvault, older.head.sequence - 1)
-    async with keyvault.app._anchor._ticking:
-        short = await _export_unticked(keyvault)
-    with pytest.raises(VerificationError, match="older head counts") as caught:
-        verify(keyvault, short, older)
-    assert caught.value.sequence == older.head.sequence
+    await rows.put_back(keyvault.app.database, before)
+    # Nobody else is led astray.
+    assert await kv.refusal(_first(keyvault)) == "ROLLED_BACK"
+    async with kv.running(deployment) as astray:
+        await astray.admin.ResumeLeases(kv.admin_pb2.ResumeLeasesRequest(reason="a drill"))
+        short = await export(astray)
+        left = verify(astray, short).count
+        with pytest.raises(VerificationError, match="older head counts") as caught:
+            verify(astray, short, older)
+    assert caught.value.sequence == left + 1
 
 
-async def _cut(keyvault, sequence: int) -> None:
-    chain = "tenants/acme"
-    await keyvault.sql(
-        "DELETE FROM audit_event WHERE chain = %s AND sequence > %s", chain, sequence
-    )
-    await keyvault.sql("DELETE FROM log_leaf WHERE chain = %s AND sequence > %s", chain, sequence)
-    await keyvault.sql(
-        "UPDATE chain SET sequence = %s, logged_sequence = %s, hash = (SELECT hash FROM"
-        " audit_event e WHERE e.chain = %s AND e.sequence = %s) WHERE chain = %s",
-        sequence, sequence, chain, sequence, chain,
-    )  # fmt: skip
+async def _first(keyvault, chain: str = "tenants/acme"):
+    async for item in keyvault.audit.ExportEvents(audit_pb2.ExportEventsRequest(parent=chain)):
+        return item
 
 
-async def _export_unticked(keyvault) -> list[str]:
-    rows = await keyvault.sql(
-        "SELECT body, previous_hash, hash FROM audit_event WHERE chain = 'tenants/acme'"
-        " ORDER BY sequence"
-    )
-    links = [audit_pb2.ChainedEvent(body=b, previous_hash=p, hash=h) for b, p, h in rows]
-    service = keyvault.app
-    from services.keyvault.service.audit import AuditService
+async def test_audit_tamper_events_that_were_deleted(keyvault):
+    """35. Events gone by SQL are missing in the export, whose head counts them.
 
-    audit = AuditService(
-        service._database,
-        service._signer,
-        service._checkpoints,
-        service._reconcile,
-        kv.DEPLOYMENT,
-    )
-    head = await audit._sign("tenants/acme", len(rows), links[-1].hash, 0)
-    return [*map(auditlog.event_line, links), auditlog.head_line(head)]
+    Shown to fail: with a head of the last event that is stored in AuditService._head.
+    """
+    await keyvault.add_active()
+    lines = await export(keyvault)
+    for where in ("sequence = 2", "sequence <= 2", "sequence >= 3"):
+        whole = await rows.copied(keyvault.app.database)
+        await keyvault.sql(f"DELETE FROM event WHERE tenant = 'acme' AND {where}")
+        with pytest.raises(VerificationError):
+            verify(keyvault, await export(keyvault))
+        await rows.put_back(keyvault.app.database, whole)
+    assert len(await export(keyvault)) == len(lines)
 
 
 async def test_audit_tamper_an_old_export_for_a_new_one(keyvault):
@@ -178,10 +172,10 @@ async def test_a_head_without_its_proof(keyvault):
 async def test_checkpoints_are_kept_once_a_minute(keyvault):
     """A log that grows gets a checkpoint; all of them are of one log, and on demand a new one."""
     trusted = pinned(keyvault)
-    await keyvault.app._anchor.tick()
+    await keyvault.tick()
     await keyvault.app._checkpoints.tick()
     await keyvault.add_active()
-    await keyvault.app._anchor.tick()
+    await keyvault.tick()
     await keyvault.app._checkpoints.tick()
     first = await keyvault.audit.ListCheckpoints(audit_pb2.ListCheckpointsRequest())
     assert len(first.checkpoints) == 1
@@ -211,8 +205,7 @@ async def test_no_checkpoint_of_a_log_that_contradicts_its_anchor(keyvault, depl
 async def test_audit_fail_closed_disk_full(keyvault):
     """35. PostgreSQL has no room for the event: no key is released, and nothing is half-done.
 
-    Shown to fail: with the event of store.leases._REDEEM written in a statement of its own
-    after the commit.
+    Shown to fail: with events written in a statement of their own after the commit.
     """
     key = await keyvault.add_active()
     await keyvault.sql(
@@ -220,27 +213,12 @@ async def test_audit_fail_closed_disk_full(keyvault):
         " $$ BEGIN RAISE disk_full; END $$"
     )
     await keyvault.sql(
-        "CREATE TRIGGER full_disk BEFORE INSERT ON audit_event"
-        " FOR EACH ROW EXECUTE FUNCTION full_disk()"
+        "CREATE TRIGGER full_disk BEFORE INSERT ON event FOR EACH ROW EXECUTE FUNCTION full_disk()"
     )
     assert await try_lease(keyvault, key) in ("AUDIT_UNAVAILABLE", "DEPENDENCY_UNAVAILABLE")
     assert await keyvault.sql("SELECT count(*) FROM lease") == [(0,)]
-    await keyvault.sql("DROP TRIGGER full_disk ON audit_event")
+    await keyvault.sql("DROP TRIGGER full_disk ON event")
     assert await try_lease(keyvault, key) == ""
-
-
-async def _age(keyvault, days: int) -> None:
-    """Let retention see a chain that is some days older than it is."""
-    import datetime
-
-    keyvault.app._retention._age = datetime.timedelta(days=-days)
-
-
-async def _prune(keyvault) -> None:
-    """Drop all that retention may drop now, as if it were old."""
-    await keyvault.tick()
-    await _age(keyvault, 1)
-    await keyvault.app._retention.tick()
 
 
 async def test_retention_is_stated_by_the_chain(keyvault):
@@ -250,7 +228,7 @@ async def test_retention_is_stated_by_the_chain(keyvault):
     """
     await keyvault.add_active()
     _, saved = await receipt(keyvault)
-    await _prune(keyvault)
+    await kv.prune(keyvault)
     lines = await export(keyvault)
     result = verify(keyvault, lines)
     assert (result.dropped, result.count) == (3, 1)
@@ -263,75 +241,38 @@ async def test_retention_is_stated_by_the_chain(keyvault):
     assert caught.value.sequence == 1
 
 
-async def test_reconcile_works_after_retention(keyvault, deployment):
-    """2. What retention keeps is enough: a revoked key restored by SQL is frozen, by a process
-    that never saw the dropped events, and what was frozen stays so.
+async def test_what_is_put_back_is_refused_after_retention(keyvault, deployment):
+    """2. What retention keeps is enough: a revoked key restored by SQL is refused, by a process
+    that never saw the dropped events; once the tenant is whole again it goes on.
 
-    Shown to fail: with `_needed` saying no, the start found the chain's states missing and
-    froze every key.
+    Shown to fail: with a process that knows no head before it read an event.
     """
     key, other = await keyvault.add_active(), await keyvault.add_active(name="second")
-    third = await keyvault.add_active(name="third")
-    columns = "state, state_sequence, state_mac"
-    where = "WHERE key_id = %s"
-    key_id = key.name.split("/")[3]
-    before = (await keyvault.sql(f"SELECT {columns} FROM key_version {where}", key_id))[0]
+    before = await rows.copied(keyvault.app.database)
     await keyvault.change("RevokeKey", key.name)
-    await keyvault.change("RevokeKey", third.name)
-    await _prune(keyvault)
-    assert (await keyvault.sql("SELECT count(*) FROM audit_event WHERE chain LIKE 't%%'"))[0][0] < 3
-    await keyvault.sql("DELETE FROM reconcile_part")
-    await keyvault.sql(
-        f"UPDATE key_version SET ({columns}) = (%s, %s, %s) {where}", *before, key_id
-    )
+    await kv.prune(keyvault)
+    ((left,),) = await keyvault.sql("SELECT count(*) FROM event WHERE tenant = 'acme'")
+    assert left < 3
+    after = await rows.copied(keyvault.app.database)
+    await keyvault.sql("DELETE FROM log_snapshot")
+    await rows.put_back(keyvault.app.database, before)
     async with kv.running(deployment) as fresh:
-        assert await try_lease(fresh, key) == "RECONCILE_MISMATCH"
+        assert await try_lease(fresh, key) == "ROLLED_BACK"
+        assert await try_lease(fresh, other) == "ROLLED_BACK"
+        await rows.put_back(fresh.app.database, after)
+        assert await try_lease(fresh, key) == "WRONG_STATE"
         assert await try_lease(fresh, other) == ""
-        await fresh.tick()
-        await fresh.tick()
-        assert fresh.app._reconcile.frozen() == 1
-        await _prune(fresh)
-        await fresh.sql("DELETE FROM reconcile_part")
-    async with kv.running(deployment) as later:
-        await later.sql("DELETE FROM reconcile_part")
-        later.app._reconcile._forget()
-        await later.app._reconcile.once()
-        assert await try_lease(later, key) == "RECONCILE_MISMATCH"
-        assert await try_lease(later, other) == ""
-
-
-async def test_a_chain_is_followed_from_its_start_beside_retention(keyvault, monkeypatch):
-    """Events go between the look at where they begin and their reading: the chain is read again,
-    and not called damaged. Shown to fail without the second look."""
-    key = await keyvault.add_active()
-    await keyvault.tick()
-    following, pruned, late = keyvault.app._reconcile.following, audit_store.pruned, [True]
-
-    async def and_then_dropped(database, name):
-        found = await pruned(database, name)
-        if late and late.pop():
-            await _prune(keyvault)
-        return found
-
-    monkeypatch.setattr(audit_store, "pruned", and_then_dropped)
-    await following._from_start("tenants/acme")
-    assert "tenants/acme" not in following.broken
-    await keyvault.tick()
-    assert await try_lease(keyvault, key) == ""
 
 
 async def test_retention_that_the_chain_does_not_state(keyvault, deployment):
-    """2. Events deleted by SQL, with the end of retention moved by SQL, freeze the tenant.
+    """2. Events deleted by SQL make no export that is believed; keyvault needs none of them.
 
-    Shown to fail: with `explained` always true in Following._from_start.
+    Shown to fail: with an export that starts at the first event there is.
     """
     key = await keyvault.add_active()
-    await keyvault.app._anchor.tick()
-    await keyvault.sql(
-        "UPDATE chain SET pruned_sequence = 2, pruned_hash = (SELECT hash FROM audit_event e"
-        " WHERE e.chain = chain.chain AND e.sequence = 2) WHERE chain = 'tenants/acme'"
-    )
-    await keyvault.sql("DELETE FROM audit_event WHERE chain = 'tenants/acme' AND sequence <= 2")
-    await keyvault.sql("DELETE FROM log_leaf WHERE false")
+    await keyvault.tick()
+    await keyvault.sql("DELETE FROM event WHERE tenant = 'acme' AND sequence <= 2")
     async with kv.running(deployment) as fresh:
-        assert await try_lease(fresh, key) in ("RECONCILE_MISMATCH", "DATABASE_ROLLED_BACK")
+        assert await try_lease(fresh, key) == ""
+        with pytest.raises(VerificationError):
+            verify(fresh, await export(fresh))

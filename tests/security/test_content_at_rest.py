@@ -220,13 +220,9 @@ async def test_content_at_rest_after_its_epoch(keyvault, monkeypatch) -> None:
     assert await opened() == b"a diff"
     now = epochs.content_close(key.epoch, datetime.timedelta(days=90))
 
-    async def then(database):
-        return now
-
     with monkeypatch.context() as clock:
-        clock.setattr(epochs.store, "now", then)
-        clock.setattr(epochs, "clock", lambda: now)
-        await keyvault.app._epochs.tick()
+        clock.setattr(keyvault.app.ledger, "now", lambda: now)
+        await keyvault.app.epochs.tick()
         assert await opened() == "CONTENT_EXPIRED"
     # The databases as they are, were the clock turned back.
     assert await opened() == "CONTENT_EXPIRED"
@@ -236,10 +232,9 @@ async def test_content_at_rest_after_its_epoch(keyvault, monkeypatch) -> None:
     # And where it is not: backend local, a backup with the KEK, the keyring.
     await restore("local_kek", backup_of_kek)
     with monkeypatch.context() as clock:
-        clock.setattr(epochs.store, "now", then)
-        clock.setattr(epochs, "clock", lambda: now)
+        clock.setattr(keyvault.app.ledger, "now", lambda: now)
         assert await opened() == "CONTENT_EXPIRED"
-    backend = keyvault.app._backends.primary
+    backend = keyvault.app.backends.primary
     assert backend.shred == "none"
     ((wrapped,),) = await keyvault.sql("SELECT wrapped_dek FROM content_key")
     with await backend.unwrap(name, wrapped) as data_key:

@@ -15,6 +15,7 @@ from byokeep.sealing import MAX_WINDOW
 
 from services.common import server
 from services.keyvault import content, epochs, kek
+from services.keyvault import intake as intake_keys
 from services.keyvault.server import App
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import refusal, try_lease
@@ -39,19 +40,19 @@ def no_ticks(monkeypatch):
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(keyvault, monkeypatch):
     """keyvault's time, which a test may move on."""
 
     class Clock:
         later = datetime.timedelta()
 
-    read, ours = epochs.store.now, epochs.clock
+    real = keyvault.app.ledger.now
 
-    async def now(database):
-        return await read(database) + Clock.later
+    def now() -> datetime.datetime:
+        return real() + Clock.later
 
-    monkeypatch.setattr(epochs.store, "now", now)
-    monkeypatch.setattr(epochs, "clock", lambda: ours() + Clock.later)
+    monkeypatch.setattr(keyvault.app.ledger, "now", now)
+    monkeypatch.setattr(intake_keys, "clock", now)
     return Clock
 
 
@@ -101,7 +102,7 @@ async def test_epochs_are_made_ahead(keyvault, clock):
     """The next hours and days are there, once, and the system chain says so."""
     hours, days = await keks(keyvault, "intake"), await keks(keyvault, "content")
     assert (len(hours), len(days)) == (epochs.INTAKE.ahead + 1, epochs.CONTENT.ahead + 1)
-    await keyvault.app._epochs.tick()
+    await keyvault.app.epochs.tick()
     created = [
         event.kek
         for event in await keyvault.events("system")
@@ -111,7 +112,7 @@ async def test_epochs_are_made_ahead(keyvault, clock):
     clock.later = datetime.timedelta(hours=epochs.INTAKE.ahead)
     assert await refusal(intake(keyvault)) == ""
     clock.later += datetime.timedelta(hours=1)
-    await keyvault.app._epochs.tick()
+    await keyvault.app.epochs.tick()
     assert hours & await keks(keyvault, "intake") < hours
 
 
@@ -123,10 +124,10 @@ async def test_an_ended_epoch_dies(keyvault, clock):
     key = await ask(keyvault)
     name = kek.content_kek(key.epoch)
     clock.later = DAY * 90
-    await keyvault.app._epochs.tick()
+    await keyvault.app.epochs.tick()
     assert await ask(keyvault, epoch=key.epoch) == key
     clock.later = DAY * 91
-    await keyvault.app._epochs.tick()
+    await keyvault.app.epochs.tick()
     assert await refusal(ask(keyvault, epoch=key.epoch)) == "CONTENT_EXPIRED"
     assert name not in await keks(keyvault, "content")
     assert await keyvault.sql("SELECT * FROM content_key WHERE epoch = %s", key.epoch) == []
@@ -141,7 +142,7 @@ async def test_an_ended_epoch_dies(keyvault, clock):
 async def test_an_ended_epoch_is_refused_by_time_alone(keyvault, clock):
     """Though the admin role did not come to destroy it, or an old database brought it back.
 
-    Shown to fail: with the comparison with the database's time taken out of ContentKeys.get.
+    Shown to fail: with the look at the time taken out of ContentKeys.get.
     """
     key = await ask(keyvault)
     clock.later = DAY * 91
@@ -153,26 +154,25 @@ async def test_a_restored_row_of_a_destroyed_epoch(keyvault, clock):
     key = await ask(keyvault)
     ((tenant, epoch, *row),) = await keyvault.sql("SELECT * FROM content_key")
     await keyvault.sql("DELETE FROM local_kek WHERE name = %s", kek.content_kek(epoch))
-    keyvault.app._backends.primary._cache.clear()
+    keyvault.app.backends.primary._cache.clear()
     assert (tenant, epoch, row[0]) == ("acme", key.epoch, "local")
     assert await refusal(ask(keyvault, epoch=epoch)) == "CONTENT_EXPIRED"
 
 
-async def test_an_epoch_that_is_not_there(keyvault):
+async def test_an_epoch_that_is_not_there(keyvault, deployment):
     """With the admin role away too long, the data role says what is missing, and never makes it.
 
     Shown to fail: with a `backend.create` before generate_data_key.
     """
     await keyvault.sql("DELETE FROM local_kek WHERE name <> 'system'")
-    await keyvault.sql("DELETE FROM epoch_kek")
     assert await refusal(ask(keyvault)) == "EPOCH_MISSING"
     with pytest.raises(grpc.RpcError) as refused:
         await intake(keyvault)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
     assert error_info(refused.value).reason == "EPOCH_MISSING"
     assert await keks(keyvault, "intake") == set()
-    await keyvault.app._epochs.tick()
-    assert (await ask(keyvault)).epoch
+    async with kv.running(deployment):
+        assert (await ask(keyvault)).epoch
     assert await refusal(intake(keyvault)) == ""
 
 
@@ -194,36 +194,24 @@ async def in_role(deployment, role, name):
 async def test_the_data_role_makes_no_epoch(keyvault, deployment):
     """The admin role makes them, a data role beside it only uses them."""
     await keyvault.sql("DELETE FROM local_kek WHERE name <> 'system'")
-    await keyvault.sql("DELETE FROM epoch_kek")
     async with in_role(deployment, "data", "anchor.json") as data:
         assert await refusal(ask(data)) == "EPOCH_MISSING"
         async with in_role(deployment, "admin", "anchor.json"):
             assert (await ask(data)).epoch
 
 
-async def test_a_kek_that_an_older_database_does_not_know_dies_too(keyvault, deployment, clock):
-    """After a restore the KEKs made since are in the backend alone: they are taken in.
-
-    Shown to fail: without Epochs._adopt.
-    """
-    await keyvault.sql("DELETE FROM epoch_kek")
-    clock.later = DAY * 5
-    async with kv.running(deployment, anchor_file=deployment.folder / "other") as second:
-        names = {row[0] for row in await second.sql("SELECT name FROM epoch_kek")}
-        assert await keks(keyvault, "content") <= names
-
-
-async def test_a_kek_that_no_row_names_dies_too(keyvault, clock, monkeypatch):
-    """Its epoch is over, its row is gone (a crash, a restore, SQL), and the backend fails at
-    first: it is looked for until it is found, and destroyed.
+async def test_a_kek_that_is_over_dies_though_its_backend_fails_at_first(
+    keyvault, clock, monkeypatch
+):
+    """No row says which KEKs there are: what is over is looked for by its name, also where the
+    backend fails at first, until it is found, and destroyed.
 
     Shown to fail: with epochs that are over not looked for; with a KEK that could not be looked
     for taken as looked for.
     """
     day = min(await keks(keyvault, "content"))
-    await keyvault.sql("DELETE FROM epoch_kek WHERE name = %s", day)
     clock.later = DAY * 92
-    backend, failed = keyvault.app._backends.primary, []
+    backend, failed = keyvault.app.backends.primary, []
     real = backend.newest
 
     async def fails_once(name):
@@ -234,7 +222,7 @@ async def test_a_kek_that_no_row_names_dies_too(keyvault, clock, monkeypatch):
 
     monkeypatch.setattr(backend, "newest", fails_once)
     for _ in range(40):
-        await keyvault.app._epochs.tick()
+        await keyvault.app.epochs.tick()
         if day not in await keks(keyvault, "content"):
             break
     assert failed
@@ -255,15 +243,19 @@ def test_no_statement_outlives_its_epoch():
 
 
 async def test_a_shredded_tenants_content_is_unreadable(keyvault):
-    """Shown to fail: without forget_tenant in ShredTenant."""
+    """Shown to fail: with ContentKeys._check left out."""
     await keyvault.create_tenant("other")
     key, other = await ask(keyvault), await ask(keyvault, "other")
     await keyvault.admin.ShredTenant(
         admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
     )
+    for table in ("content_key", "local_kek"):
+        assert not await keyvault.sql(
+            f"SELECT 1 FROM {table} WHERE position('acme' in {table}::text) > 0"
+        )
     assert await refusal(ask(keyvault, epoch=key.epoch)) == "CONTENT_EXPIRED"
     assert await ask(keyvault, "other", other.epoch) == other
-    assert (await ask(keyvault)).key != key.key
+    assert await refusal(ask(keyvault)) == "TENANT_KEY_MISSING"
 
 
 async def test_no_way_from_a_provider_key_to_a_content_key(keyvault):
@@ -274,7 +266,7 @@ async def test_no_way_from_a_provider_key_to_a_content_key(keyvault):
     """
     await keyvault.add_active()
     key = await ask(keyvault)
-    await keyvault.sql("UPDATE content_key SET wrapped_dek = (SELECT wrapped_dek FROM key_version)")
+    await keyvault.sql("UPDATE content_key SET wrapped_dek = (SELECT wrapped_dek FROM key_secret)")
     assert await refusal(ask(keyvault, epoch=key.epoch)) == "ROW_TAMPERED"
 
 
@@ -282,7 +274,7 @@ async def test_no_way_from_a_content_key_to_a_provider_key(keyvault):
     """And the other way round: the lease finds no key that opens."""
     provider_key = await keyvault.add_active()
     await ask(keyvault)
-    await keyvault.sql("UPDATE key_version SET wrapped_dek = (SELECT wrapped_dek FROM content_key)")
+    await keyvault.sql("UPDATE key_secret SET wrapped_dek = (SELECT wrapped_dek FROM content_key)")
     assert await try_lease(keyvault, provider_key) == "ROW_TAMPERED"
     assert provider_key.state == custody_pb2.KEY_VERSION_STATE_ACTIVE
 

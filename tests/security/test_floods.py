@@ -13,7 +13,7 @@ import grpc
 import psutil
 import pytest
 from byokeep.errors import error_info
-from byokeep.keyvault.v1 import custody_pb2
+from byokeep.keyvault.v1 import audit_pb2, custody_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2, settings_pb2
 from byokeep.runner.v1 import runner_pb2, runner_pb2_grpc
 from byokeep.transport import TlsFiles, aio_channel, channel_credentials, channel_options
@@ -24,6 +24,7 @@ from services.common.background import Background
 from services.orchestrator.store.reviews import ReviewRow, ReviewStore, SealedFindings
 from tests.harness import keyvault as kv
 from tests.harness import orchestrator as harness
+from tests.harness.parts import Replica, Shared
 from tests.harness.replica import replicas
 
 _SUBMIT = "/byokeep.orchestrator.v1.ReviewService/SubmitReview"
@@ -522,3 +523,31 @@ async def test_a_probe_is_answered_in_a_flood(tmp_path: Path) -> None:
         for opened in channels:
             await opened.close()
         await health.stop(None)
+
+
+async def test_an_anchor_that_is_away_is_not_hammered(tmp_path, keyvault_database_url):
+    """Whoever waits for an answer has a tick come at once, and then each at its time.
+
+    Shown to fail: with `_wake` set again after each tick in Log.anchored.
+    """
+    shared = Shared(keyvault_database_url, tmp_path)
+    await Replica(shared).create_system()
+    replica, tries = Replica(shared), []
+    await replica.start()
+    await replica.create_tenant("acme")
+
+    async def away(*_) -> bool:
+        tries.append(1)
+        raise OSError
+
+    shared.anchor.write = away
+    running = asyncio.create_task(replica.log.run())
+    event = audit_pb2.AuditEvent(type=audit_pb2.AUDIT_EVENT_TYPE_STATE_RESEALED)
+    _, head = await replica.ledger.change("acme", lambda found: found.events.append(event))
+    waiting = [replica.log.anchored("acme", head) for _ in range(50)]
+    refused = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {one.reason for one in refused} == {"AUDIT_UNAVAILABLE"}
+    assert 2 <= len(tries) <= 20
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await replica.close()

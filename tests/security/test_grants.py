@@ -9,14 +9,13 @@ import grpc
 import pytest
 from byokeep import dsse
 from byokeep.errors import error_info
-from byokeep.keyvault.v1 import audit_pb2, grant_pb2
+from byokeep.keyvault.v1 import audit_pb2, custody_pb2, grant_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from services.keyvault import domain
-from services.keyvault.store import keys
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import Child, grant_for, lease_request, refusal, try_lease
 
+_WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 UNIFORM = (grpc.StatusCode.PERMISSION_DENIED, "GRANT_REFUSED", "the grant was refused")
 
 
@@ -134,8 +133,7 @@ async def test_grant_mutation_is_on_the_record(keyvault):
 async def test_grant_race(keyvault):
     """26. 50 redemptions of one grant at once: exactly one succeeds.
 
-    Shown to fail: with a fresh grant id stored with each lease; neither the look at used grants
-    nor the unique constraint is missed while the other is there.
+    Shown to fail: without the look at used grants in Leasing._may_lease.
     """
     key = await keyvault.add_active()
     child = Child()
@@ -215,26 +213,26 @@ async def test_rogue_orchestrator_in_flight_cap(deployment):
         assert reasons == ["", "", "", "LEASE_CAP", "LEASE_CAP"]
 
 
-async def test_a_revocation_that_commits_first_wins(keyvault):
-    """A lease that waits for the tenant's lock sees what the revocation did meanwhile.
+async def test_a_revocation_that_commits_first_wins(keyvault, deployment):
+    """A lease that waits for the tenant's lock sees what a revocation at another replica did
+    meanwhile.
 
-    Shown to fail: without FOR UPDATE in _LOCK, and with _VERSIONS read by the same statement
-    that waits: PostgreSQL then returns the version as it was before the wait.
+    Shown to fail: without FOR UPDATE in _ROWS_TO_WRITE, and with _PARTS read by the same statement
+    that waits: PostgreSQL then returns the parts as they were before the wait.
     """
     key = await keyvault.add_active()
-    child = Child()
-    request = lease_request(keyvault.deployment, grant_for(key, child), child)
-    waiting: asyncio.Task[str]
-    async with keyvault.app._database.transaction() as connection:
-        await connection.execute("SELECT 1 FROM chain WHERE chain = 'tenants/acme' FOR UPDATE")
-        waiting = asyncio.create_task(refusal(keyvault.leases().LeaseKey(request)))
-        await asyncio.sleep(0.3)
-        stored = await keys.get(connection, "acme", key.name.split("/")[3])
-        mac_key = keyvault.app._keys.state_mac
-        version = domain.with_state(
-            stored.versions[0], domain.State.REVOKED, stored.versions[0].state_sequence
-        )
-        mac = domain.state_mac(mac_key, kv.DEPLOYMENT, stored, version)
-        await connection.execute("UPDATE chain SET sequence = sequence WHERE chain <> 'system'")
-        await connection.execute("UPDATE key_version SET state = 5, state_mac = %s", (mac,))
-    assert await waiting == "WRONG_STATE"
+    async with kv.running(deployment) as second, kv.database(deployment) as watching:
+
+        async def waiting(number: int) -> None:
+            async with asyncio.timeout(30):
+                while (await (await watching.execute(_WAITING)).fetchone())[0] < number:
+                    await asyncio.sleep(0.02)
+
+        async with keyvault.app.database.transaction() as connection:
+            await connection.execute("SELECT 1 FROM tenant WHERE name = 'acme' FOR UPDATE")
+            revoked = asyncio.create_task(second.change("RevokeKey", key.name))
+            await waiting(1)
+            lease = asyncio.create_task(try_lease(keyvault, key))
+            await waiting(2)
+        assert await lease == "WRONG_STATE"
+        assert (await revoked).state == custody_pb2.KEY_VERSION_STATE_REVOKED

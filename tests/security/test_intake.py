@@ -14,7 +14,7 @@ from byokeep.keyshape import KeyFormatError, check_key
 from byokeep.keyvault.v1 import custody_pb2
 
 from services.keyvault import epochs, intake
-from services.keyvault.store import intake as intake_store
+from services.keyvault.sql import intake as intake_store
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import refusal
 
@@ -65,7 +65,7 @@ async def test_intake_replay(keyvault):
     for what, seal in REPLAYS.items():
         request = await keyvault.stage_request(seal=seal)
         assert await refusal(keyvault.custody.StageKey(request)) == "SEAL_INVALID", what
-    assert await keyvault.sql("SELECT count(*) FROM key_version") == [(0,)]
+    assert await keyvault.sql("SELECT count(*) FROM key_secret") == [(0,)]
 
 
 async def test_intake_replay_to_another_tenant(keyvault):
@@ -80,7 +80,7 @@ async def test_intake_replay_to_another_tenant(keyvault):
 async def test_intake_replay_of_a_closed_window(keyvault, monkeypatch):
     """47. After its window an intake key takes nothing, and is deleted.
 
-    Shown to fail: with store.get not looking at the window.
+    Shown to fail: with sql.intake.get not looking at the window.
     """
     # A key that is older than it may be: its row can't be made so, the window is sealed with it.
     monkeypatch.setattr(intake, "MAX_WINDOW", -datetime.timedelta(minutes=6))
@@ -108,12 +108,8 @@ async def test_intake_replay_of_a_closed_epoch(keyvault, monkeypatch):
     epoch = epochs.INTAKE.at(statement.not_before.ToDatetime(datetime.UTC))
     later = epochs.intake_close(epoch)
 
-    async def then(database):
-        return later
-
-    monkeypatch.setattr(epochs.store, "now", then)
-    monkeypatch.setattr(epochs, "clock", lambda: later)
-    await keyvault.app._epochs.tick()
+    monkeypatch.setattr(keyvault.app.ledger, "now", lambda: later)
+    await keyvault.app.epochs.tick()
     left = await keyvault.sql("SELECT name FROM local_kek WHERE name = %s", f"intake/{epoch}")
     assert left == []
     assert await keyvault.sql("SELECT count(*) FROM intake_key") == [(1,)]
@@ -141,7 +137,7 @@ async def test_intake_keys_live_an_hour_and_are_shared(keyvault, deployment):
 async def test_intake_oracle(deployment):
     """48. A caller that feeds many keys is stopped, per tenant; refused keys count too.
 
-    Shown to fail: with Staging._begin not counting.
+    Shown to fail: with Staging._count not counting.
     """
     async with kv.running(deployment, intake_per_hour=3) as keyvault:
         await keyvault.create_tenant()
@@ -169,10 +165,10 @@ async def test_intake_oracle_repeats_count(deployment):
     async with kv.running(deployment, intake_per_hour=2) as keyvault:
         await keyvault.create_tenant()
         refused = await keyvault.stage_request("short", seal=seal_unchecked)
-        before = await intake_store.recent(keyvault.app._database, "acme", refused.actor)
+        before = await intake_store.recent(keyvault.app.database, "acme", refused.actor)
         reasons = [await refusal(keyvault.custody.StageKey(refused)) for _ in range(4)]
         assert reasons == ["KEY_LENGTH"] * 4
-        after = await intake_store.recent(keyvault.app._database, "acme", refused.actor)
+        after = await intake_store.recent(keyvault.app.database, "acme", refused.actor)
         assert (before, after) == ((0, 0), (1, 1))
         reasons = []
         for number in range(12):
@@ -206,7 +202,7 @@ async def test_the_same_request_at_once_is_one_key(keyvault):
     request = await keyvault.stage_request()
     answers = await asyncio.gather(*(keyvault.custody.StageKey(request) for _ in range(4)))
     assert {answer.version for answer in answers} == {1}
-    assert await keyvault.sql("SELECT count(*) FROM key_version") == [(1,)]
+    assert await keyvault.sql("SELECT count(*) FROM key_secret") == [(1,)]
 
 
 def test_the_intake_child_gets_no_environment(monkeypatch):
@@ -285,7 +281,7 @@ async def test_no_ciphertext_of_intake_is_kept(keyvault):
     await keyvault.custody.StageKey(request)
     stored = await keyvault.sql("SELECT to_jsonb(r)::text FROM intake_request r")
     assert request.sealed_key.ciphertext.hex()[:64] not in stored[0][0]
-    recent = await intake_store.recent(keyvault.app._database, "acme", request.actor)
+    recent = await intake_store.recent(keyvault.app.database, "acme", request.actor)
     assert recent == (1, 1)
 
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from services.common import logs
 from services.common.secret import Secret
-from services.keyvault import chain
+from services.keyvault.event import GENESIS, link_hash
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import refusal, try_lease
 
@@ -81,14 +81,13 @@ def test_a_secret_shows_nothing():
 async def test_audit_fail_closed(keyvault):
     """35. The audit event can't be written: no key is released, and nothing is half-done.
 
-    Shown to fail: with the event of store.leases._REDEEM written in a statement of its
-    own after the commit.
+    Shown to fail: with the event written in a transaction of its own, after the commit.
     """
     key = await keyvault.add_active()
-    await keyvault.sql("ALTER TABLE audit_event ADD CONSTRAINT full_disk CHECK (false) NOT VALID")
+    await keyvault.sql("ALTER TABLE event ADD CONSTRAINT full_disk CHECK (false) NOT VALID")
     assert await try_lease(keyvault, key) == "AUDIT_UNAVAILABLE"
     assert await keyvault.sql("SELECT count(*) FROM lease") == [(0,)]
-    await keyvault.sql("ALTER TABLE audit_event DROP CONSTRAINT full_disk")
+    await keyvault.sql("ALTER TABLE event DROP CONSTRAINT full_disk")
     assert await try_lease(keyvault, key) == ""
 
 
@@ -101,10 +100,10 @@ async def test_audit_export_is_whole_and_signed(keyvault):
     """35. An export is a chain from the start to a signed head."""
     await keyvault.add_active()
     *events, last = await _export(keyvault)
-    previous = chain.GENESIS
+    previous = GENESIS
     for item in events:
         assert item.event.previous_hash == previous
-        previous = chain.link_hash(previous, item.event.body)
+        previous = link_hash(previous, item.event.body)
         assert item.event.hash == previous
     pinned = {
         key_id: Ed25519PublicKey.from_public_bytes(kv.base64.b64decode(raw))

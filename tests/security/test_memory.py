@@ -84,7 +84,7 @@ class Scanned:
         backend = LocalBackend(database, load_keyring(self._keyring, {}), DEPLOYMENT)
         found = {}
         for tenant, key_id, version, wrapped in await database.all(
-            "SELECT tenant, key_id, version, wrapped_dek FROM key_version"
+            "SELECT tenant, key_id, version, wrapped_dek FROM key_secret"
         ):
             with await backend.unwrap(kek.tenant_kek(tenant), bytes(wrapped)) as data_key:
                 found[f"data key {key_id}/{version}"] = bytes(data_key.reveal())

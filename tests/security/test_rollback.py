@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
 import sqlalchemy
-from byokeep import merkle
-from byokeep.encoding import fields
+from byokeep.auditlog import VerificationError
 from byokeep.keyvault.v1 import audit_pb2
 
-from services.keyvault.anchor_store import FileAnchor
-from services.keyvault.following import Following
+from services.keyvault.anchor import FileAnchor
+from services.keyvault.log import Log
 from tests.harness import keyvault as kv
+from tests.harness import rows
 from tests.harness.keyvault import try_lease
+from tests.security.test_audit import export, verify
 
 
 class Backup:
@@ -45,9 +47,9 @@ class Backup:
 
 async def test_rollback_row_whole_database_from_a_backup(postgres, deployment):
     """2. The whole database is restored from a backup: noticed at the start, said with its
-    reason, given again on an operator's word; and what the backup revived stays on the record.
+    reason, given again on an operator's word; and that word stays on the record.
 
-    Shown to fail: with Anchor._holds returning True, the revoked key was leased.
+    Shown to fail: without the comparison of roots in Log._tick, the revoked key was leased.
     """
     backup = Backup(postgres, deployment.database_url)
     async with kv.running(deployment) as keyvault:
@@ -63,12 +65,22 @@ async def test_rollback_row_whole_database_from_a_backup(postgres, deployment):
             assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
             await keyvault.admin.ResumeLeases(kv.admin_pb2.ResumeLeasesRequest(reason="a drill"))
             assert await try_lease(keyvault, key) == ""
-            kinds = [event.type for event in await keyvault.events("system")]
-            assert audit_pb2.AUDIT_EVENT_TYPE_ROLLBACK_DETECTED in kinds
+            said = [
+                event.detail
+                for event in await keyvault.events("system")
+                if event.type == audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED
+            ]
+            assert said == ["a drill"]
         async with kv.running(deployment) as keyvault:
             assert await try_lease(keyvault, key) == ""
     finally:
         backup.drop()
+
+
+def _contradict(deployment) -> None:
+    """Let the anchor say what the database never was."""
+    file = deployment.folder / "anchor.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"root": "00" * 32}))
 
 
 async def test_a_resume_reaches_every_replica(keyvault, deployment):
@@ -77,19 +89,21 @@ async def test_a_resume_reaches_every_replica(keyvault, deployment):
     Shown to fail: with a verdict that stands whatever the anchor says.
     """
     key = await keyvault.add_active()
-    await keyvault.app._anchor.tick()
+    await keyvault.tick()
     async with kv.running(deployment) as other:
-        await keyvault.app._anchor.distrust()
-        await other.app._anchor.distrust()
+        _contradict(deployment)
+        await keyvault.tick()
+        await other.tick()
         assert await try_lease(other, key) == "DATABASE_ROLLED_BACK"
+        assert await try_lease(keyvault, key) == "DATABASE_ROLLED_BACK"
         await keyvault.admin.ResumeLeases(kv.admin_pb2.ResumeLeasesRequest(reason="a drill"))
         await other.tick()
         assert await try_lease(other, key) == ""
         assert await try_lease(keyvault, key) == ""
         # Heads that were in the log before are in the resumed one, too.
-        chains = await keyvault.sql("SELECT count(*) FROM chain WHERE logged_sequence = 0")
-        await other.app._anchor.tick()
-        assert chains == [(0,)]
+        await other.tick()
+        sealed = await keyvault.sql("SELECT DISTINCT tenant FROM log_leaf WHERE generation = 1")
+        assert {row[0] for row in sealed} == {"", "acme"}
 
 
 async def test_two_replicas_extend_one_log(keyvault, deployment):
@@ -109,15 +123,13 @@ async def test_two_replicas_extend_one_log(keyvault, deployment):
         watcher = asyncio.create_task(watch(done))
         for number in range(6):
             await keyvault.stage(name=f"key-{number}")
-            await asyncio.gather(
-                *(one.app._anchor.tick() for one in (keyvault, other) for _ in range(3))
-            )
+            await asyncio.gather(*(one.tick() for one in (keyvault, other) for _ in range(3)))
         done.set()
         await watcher
         assert sizes == sorted(sizes)
         for one in (keyvault, other):
             await one.tick()
-            assert not one.app._anchor.rolled_back
+            assert not one.app.log.rolled_back
         indexes = await keyvault.sql("SELECT index FROM log_leaf ORDER BY index")
         assert [row[0] for row in indexes] == list(range(len(indexes)))
 
@@ -132,186 +144,137 @@ async def test_an_older_position_does_not_overwrite_a_newer_one(tmp_path):
     assert (await first.read()).text == "2"
 
 
-async def test_frozen_on_every_replica_and_after_a_restart(keyvault, deployment):
-    """2. What one replica froze is frozen on the others within a pass, and after a restart,
-    from the snapshot and without it.
+async def test_refused_on_every_replica_and_after_a_restart(keyvault, deployment):
+    """2. What was put back is refused on every replica, and after a restart, with the snapshot of
+    the log and without it; for as long as it is there.
 
-    Shown to fail: without the reading of RECONCILE_MISMATCH events in Following._state.
+    Shown to fail: with heads of what this process wrote alone.
     """
-    key, columns = await keyvault.add_active(), "state, state_sequence, state_mac"
-    before = (await keyvault.sql(f"SELECT {columns} FROM key_version"))[0]
+    key = await keyvault.add_active()
+    before = await rows.copied(keyvault.app.database)
     await keyvault.change("RevokeKey", key.name)
-    now = (await keyvault.sql(f"SELECT {columns} FROM key_version"))[0]
+    now = await rows.copied(keyvault.app.database)
     async with kv.running(deployment) as other:
-        await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *before)
-        await keyvault.app._reconcile.once()
-        # Even where the row is put right again: it was altered.
-        await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *now)
-        await keyvault.app._anchor.tick()
-        await other.tick()
-        asked = await other.app._custody.get(*key.name.split("/")[1::2])
-        refusal = other.app._reconcile._differences.refusal(asked, None, 0)
-        assert refusal.reason == "RECONCILE_MISMATCH"
-        frozen = [e for e in await other.events() if e.reason == "RECONCILE_MISMATCH"]
-        assert len(frozen) == 1
-    for statement in ("SELECT 1", "DELETE FROM reconcile_part"):
+        await rows.put_back(keyvault.app.database, before)
+        assert await try_lease(keyvault, key) == "ROLLED_BACK"
+        assert await try_lease(other, key) == "ROLLED_BACK"
+        await keyvault.app.log.save()
+    for statement in ("SELECT 1", "DELETE FROM log_snapshot"):
         await keyvault.sql(statement)
         async with kv.running(deployment) as restarted:
-            refusal = restarted.app._reconcile._differences.refusal(asked, None, 0)
-            assert refusal.reason == "RECONCILE_MISMATCH"
+            assert await try_lease(restarted, key) == "ROLLED_BACK"
+    await rows.put_back(keyvault.app.database, now)
+    assert await try_lease(keyvault, key) == "WRONG_STATE"
 
 
-async def _links_read(monkeypatch, deployment) -> int:
-    """Start a keyvault; return how many links it had to follow."""
-    read = 0
-    take = Following._take
+async def _leaves_read(monkeypatch, deployment) -> int:
+    """Start a keyvault; return how many leaves of the log it had to read."""
+    read = set()
+    wrote = Log.wrote
 
-    def counted(self, *arguments):
-        nonlocal read
-        read += 1
-        return take(self, *arguments)
+    def counted(self, leaf):
+        read.add(leaf.index)
+        return wrote(self, leaf)
 
-    monkeypatch.setattr(Following, "_take", counted)
-    async with kv.running(deployment):
-        pass
-    monkeypatch.setattr(Following, "_take", take)
-    return read
+    with monkeypatch.context() as patched:
+        patched.setattr(Log, "wrote", counted)
+        async with kv.running(deployment):
+            return len(read)
 
 
 async def test_a_start_does_not_follow_everything_again(deployment, monkeypatch):
     """What was verified is kept under a MAC; a start reads only what came after.
 
-    Forged, or mixed from two snapshots, it counts for nothing: everything is followed again.
-    Shown to fail: with the MAC not compared in Following._restore.
+    Forged, or mixed from two snapshots, it counts for nothing: everything is read again.
+    Shown to fail: with the MAC not compared in snapshot.opened.
     """
     async with kv.running(deployment) as keyvault:
         await keyvault.create_tenant()
         for number in range(4):
             await keyvault.add_active(name=f"key-{number}")
-        old = await keyvault.sql("SELECT data FROM reconcile_part WHERE part = 2")
-        assert old == []
-    assert await _links_read(monkeypatch, deployment) == 0
+        assert await keyvault.sql("SELECT part FROM log_snapshot") == []
+    assert await _leaves_read(monkeypatch, deployment) == 0
     for damage in (
-        "UPDATE reconcile_part SET data = set_byte(data, 40, 255 - get_byte(data, 40))"
+        "UPDATE log_snapshot SET data = set_byte(data, 40, 255 - get_byte(data, 40))"
         " WHERE part = 0",
-        "UPDATE reconcile_part SET data = data || '\\x00' WHERE part = 3",
-        "DELETE FROM reconcile_part WHERE part = 17",
-        "DELETE FROM reconcile_part",
+        "UPDATE log_snapshot SET data = data || '\\x00' WHERE part = 1",
+        "DELETE FROM log_snapshot WHERE part = 1",
+        "DELETE FROM log_snapshot",
     ):
-        async with kv.running(deployment) as keyvault:
-            keyvault.app._reconcile.save = _nothing
-            await keyvault.sql(damage)
-        assert await _links_read(monkeypatch, deployment) >= 9
-
-
-async def _nothing() -> None:
-    pass
+        async with kv.database(deployment) as connection:
+            await connection.execute(damage)
+        assert await _leaves_read(monkeypatch, deployment) >= 5
 
 
 async def test_an_older_snapshot_put_back_revives_nothing(deployment):
     """2. Rows, chain and snapshot of before a revocation, put back together, are refused: the
     log has more than they.
 
-    Shown to fail: with the end of a chain not held against its leaves.
+    Shown to fail: with a start that reads no leaf after its snapshot.
     """
-    tables = ("chain", "audit_event", "key_version", "reconcile_part")
     async with kv.running(deployment) as keyvault:
         await keyvault.create_tenant()
         key = await keyvault.add_active()
         await keyvault.tick()
-        await keyvault.app._reconcile.save()
-        for table in tables:
-            await keyvault.sql(f"CREATE TABLE backup_{table} AS SELECT * FROM {table}")
+        await keyvault.app.log.save()
+        before = await rows.copied(keyvault.app.database, None)
         await keyvault.change("RevokeKey", key.name)
-    async with kv.database(deployment) as connection:
-        for table in reversed(tables):
-            await connection.execute(f"DELETE FROM {table}")
-        for table in tables:
-            await connection.execute(f"INSERT INTO {table} SELECT * FROM backup_{table}")
+    async with kv.database(deployment) as connection, connection.transaction():
+        tables = ("tenant", "tenant_part", "key_secret", "event", "log_snapshot")
+        await before.put_back(connection, *tables)
     async with kv.running(deployment) as keyvault:
-        assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
+        assert await try_lease(keyvault, key) == "ROLLED_BACK"
 
 
 async def test_a_cut_chain_is_noticed_while_keyvault_runs(keyvault):
-    """2. The end of a chain that was followed is gone, and no row with it: noticed in a pass.
+    """2. A head that was moved back is no head that keyvault wrote: refused at once.
 
-    Shown to fail: with Reconcile._check_heads returning early.
+    Shown to fail: with the head not in Ledger._mac.
     """
     key = await keyvault.add_active()
+    await keyvault.sql("UPDATE tenant SET sequence = sequence - 1 WHERE name = 'acme'")
+    assert await try_lease(keyvault, key) == "STATE_TAMPERED"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM log_leaf WHERE index = 0",
+        "DELETE FROM log_leaf WHERE index = (SELECT max(index) FROM log_leaf)",
+        "UPDATE log_leaf SET blind = sha256(blind) WHERE tenant = 'acme'",
+        "UPDATE log_leaf SET leaf_hash = sha256(leaf_hash) WHERE tenant = 'acme'",
+        "UPDATE log_leaf SET head_hash = sha256(head_hash) WHERE tenant = 'acme'",
+        "UPDATE log_leaf SET sequence = sequence + 1 WHERE tenant = 'acme'",
+        "UPDATE log_leaf SET generation = 1 WHERE tenant = 'acme'",
+        "UPDATE log_leaf SET tenant = 'other' WHERE tenant = 'acme'",
+        "UPDATE log_leaf SET index = -1 - index",
+    ],
+)
+async def test_altered_leaves_are_noticed_at_a_start(keyvault, deployment, damage):
+    """2. Leaves that are gone, or say something else: a start holds them against the anchor.
+
+    Shown to fail: without the blind in Log.wrote, and without the comparison of roots.
+    """
+    key = await keyvault.add_active()
+    await keyvault.create_tenant("other")
     await keyvault.tick()
-    await keyvault.sql("UPDATE chain SET sequence = sequence - 1 WHERE chain = 'tenants/acme'")
-    await keyvault.app._reconcile.once()
-    assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
-
-
-async def test_leaves_that_are_gone_are_noticed_at_a_start(keyvault, deployment):
-    """2. Leaves deleted by SQL, with the log's nodes left: a start holds leaves against the anchor.
-
-    Caught twice, by the gap and by the root: see the next test for the root alone.
-    """
-    key = await keyvault.add_active()
-    await keyvault.app._anchor.tick()
-    await keyvault.create_tenant("other")
-    await keyvault.app._anchor.tick()
-    await keyvault.sql("DELETE FROM log_leaf WHERE index = 0")
+    await keyvault.sql(damage)
     async with kv.running(deployment) as restarted:
         assert await try_lease(restarted, key) == "DATABASE_ROLLED_BACK"
 
 
-async def test_leaves_that_were_altered_are_noticed_at_a_start(keyvault, deployment):
-    """2. A leaf that names the same head under another blind is not what was anchored.
+async def test_altered_nodes_prove_nothing(keyvault, deployment):
+    """35. The log's nodes serve proofs alone: altered ones make none that is believed, and stop
+    nothing.
 
-    Shown to fail: without the comparison of roots in Following.log.
+    Shown to fail: with a frontier that is read from nodes.
     """
     key = await keyvault.add_active()
-    await keyvault.app._anchor.tick()
-    await keyvault.create_tenant("other")
-    await keyvault.app._anchor.tick()
-    found = await keyvault.sql(
-        "SELECT index, sequence, head_hash FROM log_leaf WHERE chain = 'tenants/acme'"
-    )
-    index, sequence, digest = found[0]
-    blind = b"another".ljust(32)
-    # An even size: every leaf is under a node, which stays as it is.
-    while (await keyvault.sql("SELECT count(*) FROM log_leaf"))[0][0] % 2:
-        await keyvault.create_tenant("another")
-        await keyvault.app._anchor.tick()
-    forged = merkle.leaf_hash(fields(blind, "tenants/acme", sequence, digest))
-    await keyvault.sql(
-        "UPDATE log_leaf SET blind = %s, leaf_hash = %s WHERE index = %s",
-        blind,
-        forged,
-        index,
-    )
-    async with kv.running(deployment) as restarted:
-        assert await try_lease(restarted, key) == "DATABASE_ROLLED_BACK"
-
-
-async def test_nodes_that_were_altered_are_noticed_at_a_start(keyvault, deployment):
-    """2. The frontier is read from nodes: altered ones do not give the anchored root.
-
-    Shown to fail: with Anchor._holds not comparing roots.
-    """
-    key = await keyvault.add_active()
-    await keyvault.change("RevokeKey", (await keyvault.add_active(name="other")).name)
-    while (await keyvault.sql("SELECT count(*) FROM log_leaf"))[0][0] < 2:
-        await keyvault.create_tenant("other")
-        await keyvault.app._anchor.tick()
+    while (await keyvault.sql("SELECT count(*) FROM log_leaf"))[0][0] < 4:
+        await keyvault.add_active(name="another")
+    verify(keyvault, await export(keyvault))
     await keyvault.sql("UPDATE log_node SET hash = sha256(hash)")
-    await keyvault.sql("UPDATE log_leaf SET leaf_hash = sha256(leaf_hash)")
+    with pytest.raises(VerificationError):
+        verify(keyvault, await export(keyvault))
     async with kv.running(deployment) as restarted:
-        assert await try_lease(restarted, key) == "DATABASE_ROLLED_BACK"
-
-
-async def test_a_row_restored_between_two_looks_is_found(keyvault):
-    """2. A row that is what it was when last compared, although its chain says otherwise.
-
-    Shown to fail: with Pages.touch doing nothing.
-    """
-    key, columns = await keyvault.add_active(), "state, state_sequence, state_mac"
-    await keyvault.tick()
-    before = (await keyvault.sql(f"SELECT {columns} FROM key_version"))[0]
-    await keyvault.change("RevokeKey", key.name)
-    await keyvault.sql(f"UPDATE key_version SET ({columns}) = (%s, %s, %s)", *before)
-    await keyvault.tick()
-    assert await try_lease(keyvault, key) == "RECONCILE_MISMATCH"
+        assert await try_lease(restarted, key) == ""

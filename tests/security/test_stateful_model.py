@@ -28,9 +28,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from services.keyvault import chain
-from services.keyvault.domain import STATE_AFTER
-from services.keyvault.store import audit as audit_store
+from services.keyvault.event import GENESIS, link_hash
+from services.keyvault.ledger import ALL
+from services.keyvault.lifecycle import STATE_AFTER
+from services.keyvault.sql import events
 from tests.harness import keyvault as kv
 from tests.harness.keyvault import Child, grant_for, lease_request, refusal, released
 
@@ -250,30 +251,31 @@ class Custody(RuleBasedStateMachine):
 
     async def _agrees(self) -> None:
         """States, live leases, counters and the audit chain say what the model says."""
-        sql = self.keyvault.sql
-        rows = await sql(
-            "SELECT version, state, state_sequence FROM key_version WHERE tenant = %s"
-            " ORDER BY version",
-            self.tenant,
-        )
-        assert [kv_state(state) for _, state, _ in rows] == self.model.states
+        sql, app = self.keyvault.sql, self.keyvault.app
+        tenant = await app.ledger.read(self.tenant, ALL)
+        versions = [one for key in tenant.every_key() for one in key.versions]
+        assert [kv_state(one.state) for one in versions] == self.model.states
         live = await sql(
             "SELECT lease_id FROM lease WHERE tenant = %s AND end_time IS NULL", self.tenant
         )
         assert {one for (one,) in live} == set(self.model.leases)
-        meters = await sql("SELECT in_flight FROM lease_meter WHERE tenant = %s", self.tenant)
-        assert {number for (number,) in meters} <= {len(self.model.leases)}
-        leased, previous, states = 0, chain.GENESIS, {}
-        links = audit_store.links(self.keyvault.app._database, chain.tenant_chain(self.tenant))
-        async for sequence, body, before, digest in links:
-            assert (before, digest) == (previous, chain.link_hash(previous, body))
+        counted = {one.lease_id for one in tenant.usage.leases if not one.ended}
+        assert counted == set(self.model.leases)
+        secrets = await sql("SELECT version FROM key_secret WHERE tenant = %s", self.tenant)
+        destroyed = self.model.with_state("DESTROYED")
+        assert not {number for (number,) in secrets} & set(destroyed)
+        assert len(secrets) == len(self.model.states) - len(destroyed)
+        leased, previous, states = 0, GENESIS, {}
+        async for sequence, body, digest in events.links(app.database, self.tenant):
+            assert digest == link_hash(previous, body)
             previous = digest
             event = audit_pb2.AuditEvent.FromString(body)
             leased += event.type == audit_pb2.AUDIT_EVENT_TYPE_LEASED
             # Of version 0: the key as a whole.
             if event.type in STATE_AFTER and event.key_version:
                 states[event.key_version] = (STATE_AFTER[event.type], sequence)
-        assert states == {version: (state, sequence) for version, state, sequence in rows}
+        assert previous == tenant.head.hash
+        assert states == {one.version: (one.state, one.state_sequence) for one in versions}
         ((stored,),) = await sql("SELECT count(*) FROM lease WHERE tenant = %s", self.tenant)
         assert leased == stored
 
@@ -285,8 +287,8 @@ def kv_state(number: int) -> str:
 
 @pytest.mark.timeout(3600)
 def test_stateful_model(deployment):
-    """46. Shown to fail: with used grants not looked for and no unique constraint; without _UNCOUNT
-    in _REVOKE; with State.SUPERSEDED leased for review; without revoke in Custody.apply."""
+    """46. Shown to fail: with used grants not looked for; with State.SUPERSEDED leased for review;
+    without end_leases in custody.apply."""
     with asyncio.Runner() as runner:
         machine = type("Machine", (Custody,), {"loop": runner.get_loop(), "deployment": deployment})
         run_state_machine_as_test(

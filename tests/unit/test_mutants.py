@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import table, vault
+from tests.mutants import core, table, vault
 
 _ROOT = Path(__file__).resolve().parents[2]
-_MUTANTS = (*table.MUTANTS, *vault.MUTANTS)
+_MUTANTS = (*core.MUTANTS, *table.MUTANTS, *vault.MUTANTS)
 
 
 @pytest.mark.parametrize("mutant", _MUTANTS, ids=lambda one: one.what)

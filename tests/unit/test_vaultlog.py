@@ -81,7 +81,7 @@ def test_openings_of_one_namespace():
 
 
 def test_moves_between_backends_need_the_chains_word():
-    move = entry(lease="job_1")
+    move = entry(lease="move_key_1")
     later = leased(lease="", time=NOW + datetime.timedelta(minutes=3), kind="REWRAPPED")
     assert found([move], later) == []
     assert len(found([move], leased())) == 1

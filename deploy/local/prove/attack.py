@@ -21,20 +21,7 @@ class NotShownError(Exception):
     """Something else stood in the way, so that an attack shows nothing; the text says what."""
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """An attack that is carried out and whose end is to be waited for.
-
-    ``look`` returns what stopped it, or None as long as nothing has; it raises
-    GotThroughError where it got through.
-    """
-
-    look: Callable[[], str | None]
-    seconds: float
-    what: str
-
-
-Run = Callable[["Attacker"], "str | Waiting"]
+Run = Callable[["Attacker"], str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,12 @@ from deploy.local.prove import (
     rows,
     traces,
 )
-from deploy.local.prove.attack import Attack, GotThroughError, Group, NotShownError, Waiting
+from deploy.local.prove.attack import Attack, GotThroughError, Group, NotShownError
 from deploy.local.prove.attacker import Attacker
 from deploy.local.state import throwaway_state
 from deploy.local.supervisor import LocalStack
 
-# What breaks something comes last. An attack that has to wait begins early.
+# What breaks something comes last.
 GROUPS = (
     rows.GROUP,
     identity.GROUP,
@@ -41,7 +41,6 @@ GROUPS = (
     restore.GROUP,
 )
 _WIDTH = 56
-_POLL_SECONDS = 1.0
 
 
 def listing() -> int:
@@ -95,12 +94,11 @@ def attack_stack(stack: LocalStack, groups: Sequence[Group], console: Console) -
 
 
 class _Round:
-    """One round of attacks: what was stopped, what was not, what is still to be waited for."""
+    """One round of attacks: what was stopped, what was not."""
 
     def __init__(self, attacker: Attacker, console: Console) -> None:
         self._attacker = attacker
         self._console = console
-        self._waiting: list[tuple[Attack, Waiting, float]] = []
         self._stopped = 0
         self._through: list[Attack] = []
 
@@ -108,10 +106,7 @@ class _Round:
         """Carry all of them out."""
         started = time.monotonic()
         for group in groups:
-            if any(attack.disruptive for attack in group.attacks):
-                self._wait()
             self._group(group)
-        self._wait()
         count = self._stopped + len(self._through)
         attacks = "1 attack" if count == 1 else f"{count} attacks"
         text = f"{attacks}, {self._stopped} stopped, in {time.monotonic() - started:.0f} s"
@@ -139,35 +134,7 @@ class _Round:
         except Exception as error:
             self._failed(attack, error)
             return
-        if isinstance(outcome, Waiting):
-            self._waiting.append((attack, outcome, time.monotonic() + outcome.seconds))
-            self._say("…", "yellow", attack, f"done; {outcome.what} has {outcome.seconds:.0f} s")
-        else:
-            self._passed(attack, outcome)
-
-    def _wait(self) -> None:
-        """Look until each that waits is stopped, or its time is over."""
-        while self._waiting:
-            attack, waiting, deadline = self._waiting.pop(0)
-            self._console.print()
-            try:
-                stopped = self._until(attack, waiting, deadline)
-            except Exception as error:
-                self._failed(attack, error)
-            else:
-                self._passed(attack, stopped)
-
-    def _until(self, attack: Attack, waiting: Waiting, deadline: float) -> str:
-        with self._console.status("") as status:
-            while (stopped := waiting.look()) is None:
-                left = deadline - time.monotonic()
-                if left < 0:
-                    raise GotThroughError(
-                        f"{waiting.what} did not stop it within {waiting.seconds:.0f} s"
-                    )
-                status.update(f"{attack.what}: {waiting.what} has {left:.0f} s left")
-                time.sleep(_POLL_SECONDS)
-        return stopped
+        self._passed(attack, outcome)
 
     def _passed(self, attack: Attack, how: str) -> None:
         self._stopped += 1

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from services.common.config import ConfigError
-from services.keyvault.anchor_store import AnchorStore, FileAnchor
+from services.keyvault.anchor import AnchorStore, FileAnchor
 from services.keyvault.config import Settings
 from services.keyvault.database import Database
 from services.keyvault.kek import Backend, Backends

@@ -269,13 +269,13 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         self, request: key_pb2.RevokeKeyRequest | key_pb2.DestroyKeyRequest
     ) -> dict[str, str]:
         """Return what keyvault is told of a key that the caller may revoke or destroy, also one
-        that keyvault can't show: whoever forges or hides its rows must not keep it alive."""
+        that keyvault can't show: whoever damages what is stored of it must not keep it alive."""
         rights = access.current()
         try:
             await self._changeable(rights, request.name)
         except ByokeepError as error:
-            # keyvault's chain knows it. Whose it is can't be known then, and nobody can use it.
-            if error.reason not in ("STATE_TAMPERED", "NOT_FOUND"):
+            # keyvault keeps the end and carries it out. Whose key it is can't be known then.
+            if error.reason not in ("STATE_TAMPERED", "ROLLED_BACK", "NOT_FOUND"):
                 raise
             rights.require_key_owner("", "name")
         return {

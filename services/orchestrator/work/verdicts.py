@@ -16,9 +16,7 @@ from services.orchestrator.store.waits import WaitStore
 log = logging.getLogger(__name__)
 # Repeating these can't help: the version is gone, was promoted by other means, or keyvault
 # carried this out for an older state of our database.
-_SETTLED = frozenset(
-    {"NOT_FOUND", "WRONG_STATE", "ROW_TAMPERED", "STATE_TAMPERED", "REQUEST_ID_CONFLICT"}
-)
+_SETTLED = frozenset({"NOT_FOUND", "WRONG_STATE", "REQUEST_ID_CONFLICT"})
 
 
 class Verdicts:

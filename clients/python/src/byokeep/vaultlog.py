@@ -37,7 +37,7 @@ class Access:
     path: str
     #: Tenant whose key it was; "" for keyvault's own, an intake key's or a content key's.
     tenant: str
-    #: What the header named: a lease, or a job that moves keys between backends.
+    #: What the header named: a lease, or a key that moves between backends (`move_…`).
     purpose: str
     #: How many data keys it opened; 0 where it took out a key-encryption key.
     opened: int
@@ -111,7 +111,7 @@ def _fault(access: Access, chains: Chains, used: set[str]) -> str:
         return f"{access.opened} data keys were opened at once, which keyvault never does"
     if not access.purpose:
         return "no lease is named"
-    if access.purpose.startswith("job_"):
+    if access.purpose.startswith("move_"):
         end = chains.moves.get(access.tenant)
         moved = end is not None and access.time <= end + WINDOW
         return "" if moved else "a move between backends is named that the chain does not have"

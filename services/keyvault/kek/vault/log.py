@@ -11,7 +11,7 @@ import contextlib
 
 from byokeep.ids import public_key_id
 
-from services.keyvault.anchor_store import Stored
+from services.keyvault.anchor import Stored
 from services.keyvault.kek.vault import states
 from services.keyvault.kek.vault.session import Session
 

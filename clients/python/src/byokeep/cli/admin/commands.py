@@ -29,7 +29,7 @@ def admin() -> None:
 @app.command(epilog=examples("byokeep admin status"))
 @command()
 def status(session: Session) -> None:
-    """Say how keyvault is: backend, leases, reconcile pass, tenants out of service."""
+    """Say how keyvault is: backend, leases, its anchor, tenants out of service."""
     answer = session.connection.admin.GetStatus(admin_pb2.GetStatusRequest())
     suspended = suspended_tenants(session)
     if session.out.as_json:
@@ -37,7 +37,7 @@ def status(session: Session) -> None:
         return
     healthy = "answers" if answer.kek_backend_healthy else "does not answer"
     leases = "given" if answer.leases_allowed else f"refused: {clean(answer.refusal_reason)}"
-    reconcile = when(answer.reconcile_time) if answer.HasField("reconcile_time") else "not yet"
+    anchored = when(answer.reconcile_time) if answer.HasField("reconcile_time") else "not yet"
     out = session.out
     out.print(f"deployment   {clean(answer.deployment)}")
     state = f" ({clean(answer.kek_backend_detail)})" if answer.kek_backend_detail else ""
@@ -46,7 +46,7 @@ def status(session: Session) -> None:
     )
     out.print(f"leases       {leases}; live now: {answer.live_leases}")
     out.print(f"tenants      {answer.tenants}")
-    out.print(f"reconcile    {reconcile}; frozen keys: {answer.frozen_keys}")
+    out.print(f"anchor       agreed with the database {anchored}")
     _print_held(session, answer)
     if suspended is None:
         out.print("suspended    not known: the orchestrator does not say")
@@ -54,7 +54,8 @@ def status(session: Session) -> None:
         out.print(f"suspended    tenant {name} gets no new lease", style="yellow")
         out.print(f"    → byokeep tenant suspend {name} --resume", style="cyan")
     out.print(
-        f"rewrap jobs  {answer.open_kek_jobs} open; undecryptable keys: {answer.undecryptable_keys}"
+        f"rewraps      {answer.open_kek_jobs} tenants open;"
+        f" undecryptable keys: {answer.undecryptable_keys}"
     )
 
 
@@ -113,9 +114,7 @@ def resume_leases(
 
 
 def _print_held(session: Session, answer: admin_pb2.GetStatusResponse) -> None:
-    for name in sorted(
-        {*answer.held_tenants, *answer.contradicted_tenants, *answer.broken_tenants}
-    ):
+    for name in sorted({*answer.held_tenants, *answer.broken_tenants}):
         session.out.print(f"held         tenant {clean(name)} gets no lease", style="bold red")
         session.out.print(f"    → {clean(way_out(answer, name))}", style="cyan")
 

@@ -33,10 +33,11 @@ Trim = Annotated[
 
 
 class SystemKey(StrEnum):
-    """Signing keys of keyvault's own."""
+    """Keys of keyvault's own."""
 
     INTAKE_SIGNING = "intake-signing"
     AUDIT_LOG = "audit-log"
+    STATE_MAC = "state-mac"
 
 
 @app.command(
@@ -161,15 +162,19 @@ def list_keks(session: Session) -> None:
 @command()
 def rotate_system_key(
     session: Session,
-    kind: Annotated[SystemKey, typer.Argument(metavar="KIND", help="intake-signing or audit-log.")],
+    kind: Annotated[
+        SystemKey,
+        typer.Argument(metavar="KIND", help="intake-signing, audit-log or state-mac."),
+    ],
     activate: Annotated[
-        str, typer.Option(metavar="KEY_ID", help="Let this prepared key sign.")
+        str, typer.Option(metavar="KEY_ID", help="Have this prepared key used.")
     ] = "",
 ) -> None:
-    """Rotate a signing key of keyvault's own, in two steps.
+    """Rotate a key of keyvault's own, in two steps.
 
     First it prints the new public key: add it to every client's trust.json and keep the old
-    one there. Then repeat the command with --activate, and the new key signs.
+    one there. Then repeat the command with --activate, and the new key signs. The key state-mac
+    has no public part: no client knows it.
     """
     admin, number = session.connection.admin, _kind(kind)
     if activate:
@@ -177,7 +182,8 @@ def rotate_system_key(
         if session.out.as_json:
             session.out.json({})
         else:
-            session.out.print(f"{activate} signs; keep the older keys in trust.json")
+            keep = "" if kind is SystemKey.STATE_MAC else "; keep the older keys in trust.json"
+            session.out.print(f"{activate} is in use{keep}")
         return
     answer = admin.PrepareSystemKey(admin_pb2.PrepareSystemKeyRequest(kind=number))
     key_id, public = clean(answer.key_id), base64.b64encode(answer.public_key).decode()
@@ -185,7 +191,10 @@ def rotate_system_key(
     if session.out.as_json:
         session.out.json({field: {key_id: public}})
         return
-    session.out.print(f'add to "{field}" of every trust.json:  "{key_id}": "{public}"')
+    if kind is SystemKey.STATE_MAC:
+        session.out.print(f"{key_id} is ready")
+    else:
+        session.out.print(f'add to "{field}" of every trust.json:  "{key_id}": "{public}"')
     session.out.note(f"then: byokeep admin rotate-system-key {kind.value} --activate {key_id}")
 
 

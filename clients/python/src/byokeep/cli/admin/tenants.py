@@ -386,9 +386,9 @@ def resume_hint(name: str) -> str:
 def way_out(status: admin_pb2.GetStatusResponse, name: str) -> str:
     """Return how a tenant that gets no lease gets some again; empty where it is not held."""
     if name in status.broken_tenants:
-        return "its audit chain was altered: find out by whom; it needs a new tenant, and new keys"
-    if name in status.contradicted_tenants:
-        return f"byokeep admin revoke-tenant {name} --reason TEXT, then {resume_hint(name)}"
+        return (
+            "its stored state is not what keyvault wrote last: find out who changed it, put it back"
+        )
     return resume_hint(name) if name in status.held_tenants else ""
 
 

@@ -91,6 +91,10 @@ _WAIT_HINTS: Mapping[str, str] = {
 _OTHER_KEY = (
     "name another with --key; byokeep key assign and unassign --repo PATTERN change a repository's"
 )
+_DAMAGED = (
+    "an operator finds out who changed it, and puts it back: byokeep admin status names every"
+    " tenant of which that is so"
+)
 
 HINTS: Mapping[str, str] = {
     "KEY_EXISTS": "byokeep key rotate {key}; of a revoked one: byokeep key destroy {key}, then add",
@@ -113,8 +117,10 @@ HINTS: Mapping[str, str] = {
     "PLAN_LACKS_FEATURE": "an operator changes the plan: byokeep tenant set-plan TENANT PLAN",
     "REQUEST_ID_CONFLICT": "leave --request-id out, or use a new one",
     "ETAG_MISMATCH": "somebody else changed it meanwhile: look again, then repeat",
-    "RECONCILE_MISMATCH": "a frozen key: byokeep key rotate {key}; a tenant: an operator revokes"
-    " and resumes it, byokeep admin revoke-tenant --help",
+    "KEY_LIMIT": "byokeep key list, then byokeep key destroy KEY of those that are not needed",
+    "ROW_TAMPERED": "byokeep key rotate {key}; an operator looks who writes keyvault's database",
+    "ROLLED_BACK": _DAMAGED,
+    "STATE_TAMPERED": _DAMAGED,
     "DATABASE_ROLLED_BACK": "an operator looks into it, then: byokeep admin resume-leases"
     " --reason TEXT",
     "DIFF_TOO_LARGE": "review a part of it; byokeep limit show tells the ceiling",

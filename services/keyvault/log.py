@@ -1,0 +1,434 @@
+"""The log of all tenants' heads, and its anchor outside the database.
+
+Every second the heads that grew become leaves of one append-only Merkle log, whose size and root
+are written where the database can't reach. What the anchor bears out this process knows from then
+on (`heads`); a database that does not contain what its anchor says was rolled back, and no lease is
+given until an operator says so. Each leaf has a blind that only keyvault can make, so that SQL can
+plant none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import grpc
+from byokeep.encoding import fields
+from byokeep.keyvault.v1 import audit_pb2, state_pb2
+
+from services.common import logs
+from services.common.background import each
+from services.common.errors import ByokeepError
+from services.keyvault import anchor, merkle, snapshot
+from services.keyvault.anchor import AnchorStore, Position, Stored
+from services.keyvault.database import Connection, Database
+from services.keyvault.event import SYSTEM, Head, chain_of
+from services.keyvault.heads import Heads
+from services.keyvault.ledger import Ledger, Macs, Tenant
+from services.keyvault.lifecycle import stale
+from services.keyvault.sql import ledger as ledger_sql
+from services.keyvault.sql import log as sql
+from services.keyvault.sql.log import Leaf
+
+log = logging.getLogger(__name__)
+TICK_SECONDS: Final = 1.0
+SAVE_SECONDS: Final = 600.0
+#: What this process knows is too old after so long: leases stop.
+STALE_SECONDS: Final = 10.0
+#: After an operator's word nothing irreversible is done for so long.
+QUIET_SECONDS: Final = 86_400
+_ANSWER_SECONDS: Final = 8.0
+_BATCH: Final = 1_000
+
+
+class _ContradictionError(Exception):
+    """The database is not what its anchor says it was."""
+
+
+class Log:
+    """Extends the log, anchors it, and learns from it (see the module)."""
+
+    def __init__(
+        self,
+        database: Database,
+        store: AnchorStore,
+        heads: Heads,
+        ledger: Ledger,
+        macs: Macs,
+        deployment: str,
+    ) -> None:
+        """Anchor a database's log in a store outside of it."""
+        self._database = database
+        self._store = store
+        self._heads = heads
+        self._ledger = ledger
+        self._macs = macs
+        self._deployment = deployment
+        self._ticking = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._ticked = asyncio.Condition()
+        self._frontier: merkle.Frontier | None = None
+        self._saved = time.monotonic()
+        #: When the last tick began that succeeded, by this process's own steady clock.
+        self.fresh = -math.inf
+        self.rolled_back = False
+        #: What is anchored, as this process knows it.
+        self.position = Position()
+        #: The deployment's own state, of the last tick.
+        self.system = state_pb2.SystemState()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the database and its anchor were found to agree; infinite before."""
+        return time.monotonic() - self.fresh
+
+    @property
+    def quiet(self) -> bool:
+        """Whether an operator's word is so new that nothing irreversible is to be done."""
+        since = self._ledger.now().timestamp() - self.position.resume_time
+        return self.rolled_back or since < QUIET_SECONDS
+
+    def refusal(self) -> ByokeepError | None:
+        """Return why no lease may be given now."""
+        if self.rolled_back:
+            return ByokeepError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "DATABASE_ROLLED_BACK",
+                "keyvault's database is not what its anchor says it was; no lease is given until"
+                " an operator has looked and says so",
+            )
+        return stale("anchored") if self.age > STALE_SECONDS else None
+
+    def held(self, tenant: str) -> bool:
+        """Say whether the deployment's own row holds a tenant, by name or by what it is owed."""
+        return (
+            tenant in self.system.held
+            or tenant in self.system.shredded
+            or any(one.tenant == tenant for one in self.system.owed)
+        )
+
+    async def run(self) -> None:
+        """Tick every second, and at once where somebody waits for it; never ends."""
+        while True:
+            try:
+                async with asyncio.timeout(TICK_SECONDS):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            await each("log", (self.tick, self._save_if_due), lambda step: step())
+
+    async def anchored(self, name: str, head: Head) -> None:
+        """Wait until the anchor covers a head: from then on it is never forgotten.
+
+        Raises:
+            ByokeepError: AUDIT_UNAVAILABLE where that is not known to be so.
+        """
+        generation = self._heads.generation
+        if not self._heads.logged(name).covers(head):
+            if not self._heads.get(name).covers(head):
+                # Read, not written, by this process: it is owed to the log all the same.
+                self._heads.remember(name, head)
+            # Once: where a tick fails, the next one comes at its time.
+            self._wake.set()
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS), self._ticked:
+                while not self._heads.logged(name).covers(head):
+                    lost = not self._heads.get(name).covers(head)
+                    # Where the database was rolled back nothing is anchored before an operator.
+                    if lost or self.rolled_back or self._heads.generation != generation:
+                        raise stale("extended")
+                    await self._ticked.wait()
+        except TimeoutError:
+            raise stale("anchored") from None
+        if self._heads.generation != generation:
+            raise stale("extended")
+
+    async def tick(self) -> None:
+        """Hold the database against the anchor, learn what is new, add what is owed, anchor."""
+        began = time.monotonic()
+        lost: dict[str, list[bytes]] = {}
+        try:
+            async with self._ticking:
+                if await self._tick(lost):
+                    self.fresh = began
+        except _ContradictionError as error:
+            await self._distrust(str(error))
+        finally:
+            async with self._ticked:
+                self._ticked.notify_all()
+        await each("event_lost", lost.items(), self._tell_lost)
+
+    async def resume(self, caller: str, reason: str) -> None:
+        """Take the database as it is for the truth, on an operator's word: every row that is
+        authentic is sealed by a leaf of a new generation. Other replicas follow at their next tick.
+
+        Raises:
+            ByokeepError: ETAG_MISMATCH where another replica wrote the anchor meanwhile.
+        """
+        async with self._ticking:
+            async with self._database.transaction() as connection:
+                await sql.lock(connection)
+                before = await self._store.read()
+                anchored = self._read(before) or Position()
+                frontier, completed = await self._rebuilt(connection)
+                generation = anchored.generation + 1
+                start, new = frontier.size, list[Leaf]()
+                async for name, head in self._ledger.reseal(connection, generation):
+                    new.append(self._leaf(frontier.size, name, head))
+                    completed += frontier.append(new[-1].leaf_hash)
+                await sql.reset(connection, start)
+                await sql.add(connection, start, new, completed)
+            position = Position(
+                frontier.size, frontier.root(), generation, int(self._ledger.now().timestamp())
+            )
+            if not await self._store.write(position.text(self._deployment), before):
+                raise _moved()
+            self.rolled_back = False
+        await self.tick()
+        event = audit_pb2.AuditEvent(
+            type=audit_pb2.AUDIT_EVENT_TYPE_LEASES_RESUMED, caller=caller, detail=reason
+        )
+        _, head = await self._ledger.change(SYSTEM, lambda system: system.events.append(event))
+        await self.anchored(SYSTEM, head)
+
+    async def start(self) -> None:
+        """Look at the anchor for the first time; then owe to the log what no leaf names."""
+        await self.tick()
+        if not self.rolled_back:
+            await self.scan()
+
+    async def scan(self) -> None:
+        """Owe heads to the log that no leaf names, as a process that died may have left them."""
+        after: str | None = None
+        while True:
+            async with self._database.transaction() as connection:
+                rows = await ledger_sql.heads(connection, after, _BATCH)
+            unnamed = [
+                row[0] for row in rows if Head(*row[1:]).sequence > self._heads.get(row[0]).sequence
+            ]
+            await each("unlogged_head", unnamed, self._owe)
+            if len(rows) < _BATCH:
+                return
+            after = rows[-1][0]
+
+    async def save(self) -> None:
+        """Keep what is known, so that the next start need not read the whole log."""
+        async with self._ticking:
+            if self.rolled_back or self._frontier is None:
+                return
+            head = {
+                "generation": self._heads.generation,
+                "leaves": self._frontier.size,
+                "roots": [root.hex() for root in self._frontier.roots()],
+            }
+            parts = snapshot.seal(
+                self._macs.current, self._macs.keys[self._macs.current], head, [*self._heads.dump()]
+            )
+            async with self._database.transaction() as connection:
+                await sql.lock(connection)
+                await sql.save(connection, parts)
+            self._saved = time.monotonic()
+
+    async def _save_if_due(self) -> None:
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            await self.save()
+
+    async def _owe(self, name: str) -> None:
+        tenant = await self._ledger.read(name)
+        if not self._heads.get(name).covers(tenant.head):
+            self._heads.remember(name, tenant.head)
+
+    async def _tick(self, lost: dict[str, list[bytes]]) -> bool:
+        """Do one tick; True where it succeeded."""
+        async with self._database.transaction() as connection:
+            await sql.lock(connection)
+            before = await self._store.read()
+            anchored = self._read(before)
+            if anchored is None:
+                if await sql.size(connection):
+                    raise _ContradictionError("there is a log, and no anchor")
+                anchored = Position()
+            if anchored.generation != self._heads.generation:
+                for name in list(self._heads.owed):
+                    lost[name] = self._heads.lose(name)
+                self._heads.forget(anchored.generation)
+                self._frontier = None
+            if anchored.distrusted:
+                # Said before this process started, or by another replica.
+                self.position, self.rolled_back = anchored, True
+                return False
+            if self._frontier is None:
+                self._frontier = await self._restored(connection, anchored)
+            learned = await self._read_leaves(connection, self._frontier, anchored.size)
+            if self._frontier.root() != anchored.root:
+                self._frontier = None
+                raise _ContradictionError("the leaves are not those that were anchored")
+            self.rolled_back = False
+            await self._learn(connection, learned, lost)
+            frontier = merkle.Frontier(self._frontier.size, self._frontier.roots())
+            added = await self._extend(connection, frontier)
+        # Another replica's leaves, or an operator's word, may have changed what is known of it.
+        self.system = (await self._ledger.read(SYSTEM)).state
+        self.position = anchored
+        new = replace(anchored, size=frontier.size, root=frontier.root())
+        # After the commit: an anchor must never be ahead of its database.
+        if new != anchored and not await self._store.write(new.text(self._deployment), before):
+            self._wake.set()
+            return False
+        self.position, self._frontier = new, frontier
+        async with self._database.transaction() as connection:
+            await self._learn(connection, added, lost)
+        return True
+
+    async def _restored(self, connection: Connection, anchored: Position) -> merkle.Frontier:
+        """Return the frontier of the snapshot, with whose heads this process begins; an empty one
+        where there is none that keyvault wrote."""
+        opened = snapshot.opened(self._macs.keys, await sql.snapshot(connection))
+        if opened is not None:
+            head, parts = opened
+            if head["generation"] == anchored.generation and head["leaves"] <= anchored.size:
+                self._heads.load(parts)
+                roots = [bytes.fromhex(root) for root in head["roots"]]
+                return merkle.Frontier(head["leaves"], roots)
+        return merkle.Frontier()
+
+    async def _read_leaves(
+        self, connection: Connection, frontier: merkle.Frontier, end: int
+    ) -> list[Leaf]:
+        """Read leaves up to an end, and append them. Raises _ContradictionError."""
+        found: dict[str, Leaf] = {}
+        while frontier.size < end:
+            leaves = await sql.leaves(connection, frontier.size, end)
+            if not leaves:
+                raise _ContradictionError("leaves are missing")
+            for leaf in leaves:
+                if leaf.index != frontier.size or not self.wrote(leaf):
+                    raise _ContradictionError("a leaf is missing, or not what keyvault wrote")
+                frontier.append(leaf.leaf_hash)
+                if leaf.generation == self._heads.generation:
+                    found[leaf.tenant] = leaf
+        return list(found.values())
+
+    async def _learn(
+        self, connection: Connection, leaves: Sequence[Leaf], lost: dict[str, list[bytes]]
+    ) -> None:
+        for leaf in leaves:
+            head = Head(leaf.generation, leaf.sequence, leaf.head_hash)
+            if bodies := await self._heads.learn(connection, leaf.tenant, head):
+                lost[leaf.tenant] = bodies
+
+    async def _extend(self, connection: Connection, frontier: merkle.Frontier) -> list[Leaf]:
+        """Append what another keyvault added beyond the anchor, and the heads that are owed."""
+        start, taken = frontier.size, list[Leaf]()
+        completed = list[tuple[int, int, bytes]]()
+        while leaves := await sql.leaves(connection, frontier.size, frontier.size + _BATCH):
+            for leaf in leaves:
+                if leaf.index != frontier.size or not self.wrote(leaf):
+                    break
+                completed += frontier.append(leaf.leaf_hash)
+                taken.append(leaf)
+            if frontier.size < leaves[-1].index + 1:
+                break
+        newest = {one.tenant: one for one in taken if one.generation == self._heads.generation}
+        new = []
+        for name, owed in self._heads.owed.items():
+            there = newest.get(name)
+            if there is None or there.sequence < owed.head.sequence:
+                new.append(self._leaf(frontier.size, name, owed.head))
+                completed += frontier.append(new[-1].leaf_hash)
+        if frontier.size > start:
+            await sql.add(connection, start + len(taken), new, completed)
+        return [*newest.values(), *new]
+
+    async def _rebuilt(
+        self, connection: Connection
+    ) -> tuple[merkle.Frontier, list[tuple[int, int, bytes]]]:
+        """Return the frontier of the leaves that keyvault wrote, up to the first that it did not,
+        and every node over them."""
+        frontier, completed = merkle.Frontier(), list[tuple[int, int, bytes]]()
+        while leaves := await sql.leaves(connection, frontier.size, frontier.size + _BATCH):
+            for leaf in leaves:
+                if leaf.index != frontier.size or not self.wrote(leaf):
+                    return frontier, completed
+                completed += frontier.append(leaf.leaf_hash)
+        return frontier, completed
+
+    def _leaf(self, index: int, name: str, head: Head) -> Leaf:
+        blind = self._blind(self._macs.current, index, name, head)
+        return Leaf(
+            index,
+            head.generation,
+            name,
+            head.sequence,
+            head.hash,
+            blind,
+            merkle.leaf_hash(fields(blind, chain_of(name), head.sequence, head.hash)),
+        )
+
+    def wrote(self, leaf: Leaf) -> bool:
+        """Say whether keyvault wrote a leaf, with any of its keys."""
+        head = Head(leaf.generation, leaf.sequence, leaf.head_hash)
+        written = any(
+            hmac.compare_digest(leaf.blind, self._blind(key, leaf.index, leaf.tenant, head))
+            for key in self._macs.keys
+        )
+        named = fields(leaf.blind, chain_of(leaf.tenant), leaf.sequence, leaf.head_hash)
+        return written and hmac.compare_digest(leaf.leaf_hash, merkle.leaf_hash(named))
+
+    def _blind(self, key_id: str, index: int, name: str, head: Head) -> bytes:
+        message = fields(
+            "byokeep/log/v1",
+            self._deployment,
+            index,
+            head.generation,
+            name,
+            head.sequence,
+            head.hash,
+        )
+        return hmac.digest(self._macs.keys[key_id], message, "sha256")
+
+    async def _distrust(self, why: str) -> None:
+        """Give no lease, and say so beside the anchor: no restart forgets it."""
+        self.rolled_back = True
+        logs.event(log, "database_rolled_back", level=logging.CRITICAL, what=why)
+        before = await self._store.read()
+        anchored = self._read(before)
+        if anchored is not None and not anchored.distrusted:
+            distrusted = replace(anchored, distrusted=True)
+            await self._store.write(distrusted.text(self._deployment), before)
+
+    async def _tell_lost(self, lost: tuple[str, list[bytes]]) -> None:
+        """Put events on the record that this process wrote, and that another branch is without."""
+        name, bodies = lost
+        if not bodies:
+            return
+        logs.event(log, "tenant_forked", level=logging.CRITICAL, tenant=name)
+
+        def add(system: Tenant) -> None:
+            system.events += [
+                audit_pb2.AuditEvent(
+                    type=audit_pb2.AUDIT_EVENT_TYPE_EVENT_LOST, detail=name, lost=body
+                )
+                for body in bodies
+            ]
+
+        await self._ledger.change(SYSTEM, add)
+
+    def _read(self, stored: Stored) -> Position | None:
+        return anchor.position(stored.text, self._deployment)
+
+
+def _moved() -> ByokeepError:
+    return ByokeepError(
+        grpc.StatusCode.ABORTED,
+        "ETAG_MISMATCH",
+        "another keyvault wrote the anchor at the same time; try again",
+        field="anchor",
+    )

@@ -1,0 +1,297 @@
+"""Tenants' rows, their parts and secrets, and the one statement that writes a change."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from services.keyvault.database import Connection, Database, Row
+from services.keyvault.event import Link
+
+_COLUMNS = """
+SELECT name, generation, sequence, head_hash, state, usage, mac_key_id, mac FROM tenant
+WHERE name = ANY(%s) ORDER BY name
+"""
+_ROWS_TO_READ = _COLUMNS
+# Rows are locked in one order everywhere. What the statements after it read is therefore what the
+# last holder of the lock left behind.
+_ROWS_TO_WRITE = _COLUMNS + " FOR UPDATE"
+_PARTS = """
+SELECT p.tenant, p.part, p.state, p.usage FROM unnest(%s::text[], %s::int[]) AS w (tenant, part)
+JOIN tenant_part p ON p.tenant = w.tenant AND p.part = w.part
+"""
+_ALL_PARTS = "SELECT tenant, part, state, usage FROM tenant_part WHERE tenant = ANY(%s)"
+_SECRETS = """
+SELECT s.tenant, s.key_id, s.version, s.wrapped_dek, s.envelope
+FROM unnest(%s::text[], %s::text[], %s::int[]) AS w (tenant, key_id, version)
+JOIN key_secret s ON s.tenant = w.tenant AND s.key_id = w.key_id AND s.version = w.version
+"""
+_CREATE = """
+INSERT INTO tenant (name, generation, sequence, head_hash, state, usage, mac_key_id, mac)
+VALUES (%s, 0, 0, '', '', '', '', '')
+"""
+# What stands beyond a locked head already, keyvault did not write: it must not keep a key from
+# being revoked. `state` and `due_time` are NULL where they stay: a lease changes no indexed column
+# (a HOT update), and no state.
+_WRITE = """
+WITH own AS (
+    SELECT * FROM unnest(
+        %(names)b::text[], %(read)b::bigint[], %(generations)b::bigint[], %(sequences)b::bigint[],
+        %(hashes)b::bytea[], %(states)b::bytea[], %(usages)b::bytea[], %(mac_keys)b::text[],
+        %(macs)b::bytea[], %(dues)b::timestamptz[]
+    ) AS i (name, read, generation, sequence, hash, state, usage, mac_key, mac, due)
+), added AS (
+    INSERT INTO event (tenant, sequence, key_id, body, hash)
+    SELECT * FROM unnest(%(event_names)b::text[], %(event_sequences)b::bigint[],
+                         %(event_keys)b::text[], %(bodies)b::bytea[], %(event_hashes)b::bytea[])
+    ON CONFLICT (tenant, sequence) DO UPDATE SET (key_id, body, hash)
+        = (excluded.key_id, excluded.body, excluded.hash)
+), changed AS (
+    INSERT INTO tenant_part (tenant, part, state, usage)
+    SELECT * FROM unnest(%(part_names)b::text[], %(parts)b::int[], %(part_states)b::bytea[],
+                         %(part_usages)b::bytea[])
+    ON CONFLICT (tenant, part) DO UPDATE SET (state, usage) = (excluded.state, excluded.usage)
+), used AS (
+    UPDATE tenant_part p SET usage = i.usage
+    FROM unnest(%(used_names)b::text[], %(used_parts)b::int[], %(used_usages)b::bytea[])
+        AS i (tenant, part, usage)
+    WHERE p.tenant = i.tenant AND p.part = i.part
+), leased AS (
+    INSERT INTO lease (lease_id, tenant, key_id, version, holder, sequence, expire_time)
+    SELECT * FROM unnest(%(lease_ids)b::text[], %(lease_names)b::text[], %(lease_keys)b::text[],
+                         %(lease_versions)b::int[], %(holders)b::text[],
+                         %(lease_sequences)b::bigint[], %(expires)b::timestamptz[])
+), written AS (
+UPDATE tenant t SET generation = i.generation, sequence = i.sequence, head_hash = i.hash,
+    state = coalesce(i.state, t.state), usage = i.usage, mac_key_id = i.mac_key, mac = i.mac,
+    due_time = coalesce(i.due, t.due_time)
+FROM own i WHERE t.name = i.name AND t.sequence = i.read RETURNING 1
+)
+SELECT 1 / (count(*) = %(tenants)s)::int FROM written
+"""
+_RESEAL = """
+UPDATE tenant t SET generation = %s, mac_key_id = %s, mac = i.mac
+FROM unnest(%s::text[], %s::bytea[]) AS i (name, mac) WHERE t.name = i.name
+"""
+_PUT_SECRETS = """
+INSERT INTO key_secret (tenant, key_id, version, wrapped_dek, envelope)
+SELECT * FROM unnest(%s::text[], %s::text[], %s::int[], %s::bytea[], %s::bytea[])
+ON CONFLICT (tenant, key_id, version) DO UPDATE SET (wrapped_dek, envelope)
+    = (excluded.wrapped_dek, excluded.envelope)
+"""
+_DROP_SECRETS = """
+DELETE FROM key_secret s
+USING unnest(%s::text[], %s::text[], %s::int[]) AS w (tenant, key_id, version)
+WHERE s.tenant = w.tenant AND s.key_id = w.key_id AND s.version = w.version
+"""
+_DROP_ALL_SECRETS = "DELETE FROM key_secret WHERE tenant = %s"
+_NAMES = """
+SELECT DISTINCT name FROM tenant WHERE (%(after)s::text IS NULL OR name > %(after)s)
+ORDER BY name LIMIT %(limit)s
+"""
+_HEADS = """
+SELECT name, generation, sequence, head_hash FROM tenant
+WHERE (%(after)s::text IS NULL OR name > %(after)s) ORDER BY name LIMIT %(limit)s
+"""
+_PUT_OFF = "UPDATE tenant SET due_time = %s WHERE name = %s AND sequence = %s RETURNING 1"
+_COUNT = "SELECT count(*) FROM tenant WHERE name <> ''"
+
+
+@dataclass(slots=True)
+class Write:
+    """What one transaction writes: columns, row by row."""
+
+    names: list[str] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    states: list[bytes | None] = field(default_factory=list)
+    usages: list[bytes] = field(default_factory=list)
+    mac_keys: list[str] = field(default_factory=list)
+    macs: list[bytes] = field(default_factory=list)
+    dues: list[datetime.datetime | None] = field(default_factory=list)
+    event_names: list[str] = field(default_factory=list)
+    event_sequences: list[int] = field(default_factory=list)
+    event_keys: list[str] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+    event_hashes: list[bytes] = field(default_factory=list)
+    part_names: list[str] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
+    part_states: list[bytes] = field(default_factory=list)
+    part_usages: list[bytes] = field(default_factory=list)
+    used_names: list[str] = field(default_factory=list)
+    used_parts: list[int] = field(default_factory=list)
+    used_usages: list[bytes] = field(default_factory=list)
+    lease_ids: list[str] = field(default_factory=list)
+    lease_names: list[str] = field(default_factory=list)
+    lease_keys: list[str] = field(default_factory=list)
+    lease_versions: list[int] = field(default_factory=list)
+    holders: list[str] = field(default_factory=list)
+    lease_sequences: list[int] = field(default_factory=list)
+    expires: list[datetime.datetime] = field(default_factory=list)
+
+    def events(self, name: str, links: Sequence[Link]) -> None:
+        """Add a tenant's events."""
+        for one in links:
+            self.event_names.append(name)
+            self.event_sequences.append(one.sequence)
+            self.event_keys.append(one.key_id)
+            self.bodies.append(one.body)
+            self.event_hashes.append(one.hash)
+
+    def row(
+        self,
+        name: str,
+        read: int,
+        head: tuple[int, int, bytes],
+        state: bytes | None,
+        usage: bytes,
+        mac: tuple[str, bytes],
+        due: datetime.datetime | None,
+    ) -> None:
+        """Add a tenant's row: generation, sequence and hash of its head, and the MAC with its
+        key's id."""
+        self.names.append(name)
+        self.read.append(read)
+        self.generations.append(head[0])
+        self.sequences.append(head[1])
+        self.hashes.append(head[2])
+        self.states.append(state)
+        self.usages.append(usage)
+        self.mac_keys.append(mac[0])
+        self.macs.append(mac[1])
+        self.dues.append(due)
+
+    def part(self, name: str, number: int, state: bytes, usage: bytes) -> None:
+        """Add a part whose state changed."""
+        self.part_names.append(name)
+        self.parts.append(number)
+        self.part_states.append(state)
+        self.part_usages.append(usage)
+
+    def used(self, name: str, number: int, usage: bytes) -> None:
+        """Add a part of which only the usage changed."""
+        self.used_names.append(name)
+        self.used_parts.append(number)
+        self.used_usages.append(usage)
+
+    def lease(
+        self,
+        lease_id: str,
+        name: str,
+        key_id: str,
+        version: int,
+        holder: str,
+        sequence: int,
+        expire_time: datetime.datetime,
+    ) -> None:
+        """Add a lease to the index."""
+        self.lease_ids.append(lease_id)
+        self.lease_names.append(name)
+        self.lease_keys.append(key_id)
+        self.lease_versions.append(version)
+        self.holders.append(holder)
+        self.lease_sequences.append(sequence)
+        self.expires.append(expire_time)
+
+
+#: Tenant, key id, version.
+SecretName = tuple[str, str, int]
+
+
+async def rows(connection: Connection, names: Collection[str], *, lock: bool) -> list[Row]:
+    """Return (name, generation, sequence, head hash, state, usage, MAC key's id, MAC)."""
+    statement = _ROWS_TO_WRITE if lock else _ROWS_TO_READ
+    return await (await connection.execute(statement, (list(names),), binary=True)).fetchall()
+
+
+async def load(
+    connection: Connection,
+    names: Collection[str],
+    some: Collection[tuple[str, int]],
+    every: Collection[str],
+    wanted: Collection[SecretName],
+    *,
+    lock: bool,
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return rows as `rows` does; (tenant, part, state, usage) of some parts, and of every part of
+    some tenants; (tenant, key id, version, wrapped data key, envelope) of versions. In a pipeline
+    that is one round trip; the rows are locked before the rest is read."""
+    statement = _ROWS_TO_WRITE if lock else _ROWS_TO_READ
+    cursors = [await connection.execute(statement, (list(names),), binary=True)]
+    if some:
+        columns = [one[0] for one in some], [one[1] for one in some]
+        cursors.append(await connection.execute(_PARTS, columns, binary=True))
+    if every:
+        cursors.append(await connection.execute(_ALL_PARTS, (list(every),), binary=True))
+    if wanted:
+        cursors.append(await connection.execute(_SECRETS, _columns(wanted), binary=True))
+    fetched = [await cursor.fetchall() for cursor in cursors]
+    stored = fetched.pop() if wanted else []
+    return fetched[0], [row for rows_ in fetched[1:] for row in rows_], stored
+
+
+async def create(connection: Connection, name: str) -> None:
+    """Add an empty row, to be written in the same transaction."""
+    await connection.execute(_CREATE, (name,))
+
+
+async def write(connection: Connection, change: Write) -> None:
+    """Write a change. It fails, as a whole, where a row is not what was read of it."""
+    values = {name: getattr(change, name) for name in Write.__slots__}
+    await connection.execute(_WRITE, {**values, "tenants": len(change.names)})
+
+
+async def reseal(
+    connection: Connection, generation: int, mac_key: str, macs: Sequence[tuple[str, bytes]]
+) -> None:
+    """Write the generation and the MAC of rows, by name."""
+    names, values = [one[0] for one in macs], [one[1] for one in macs]
+    await connection.execute(_RESEAL, (generation, mac_key, names, values))
+
+
+async def put_secrets(connection: Connection, new: dict[SecretName, tuple[bytes, bytes]]) -> None:
+    """Store (wrapped data key, envelope) of versions."""
+    wrapped, envelopes = [one[0] for one in new.values()], [one[1] for one in new.values()]
+    await connection.execute(_PUT_SECRETS, (*_columns(new), wrapped, envelopes))
+
+
+async def drop_secrets(connection: Connection, gone: Collection[SecretName]) -> None:
+    """Delete what is stored of versions."""
+    await connection.execute(_DROP_SECRETS, _columns(gone))
+
+
+async def drop_all_secrets(connection: Connection, tenant: str) -> None:
+    """Delete what is stored of every version of a tenant's keys."""
+    await connection.execute(_DROP_ALL_SECRETS, (tenant,))
+
+
+async def heads(connection: Connection, after: str | None, limit: int) -> list[Row]:
+    """Return (name, generation, sequence, head hash) of rows after a name; None: from the first."""
+    parameters = {"after": after, "limit": limit}
+    return await (await connection.execute(_HEADS, parameters, binary=True)).fetchall()
+
+
+async def names(connection: Connection, after: str | None, limit: int) -> list[str]:
+    """Return names after one, in order; None: from the first, which is the deployment's own."""
+    cursor = await connection.execute(_NAMES, {"after": after, "limit": limit})
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def put_off(
+    database: Database, name: str, sequence: int, due_time: datetime.datetime | None
+) -> None:
+    """Say when a tenant, as it was read, is to be looked at again."""
+    await database.all(_PUT_OFF, (due_time, name, sequence))
+
+
+async def count(database: Database) -> int:
+    """Return how many tenants there are."""
+    row = await database.one(_COUNT)
+    return int(row[0]) if row else 0
+
+
+def _columns(wanted: Collection[SecretName]) -> tuple[list[str], list[str], list[int]]:
+    return [one[0] for one in wanted], [one[1] for one in wanted], [one[2] for one in wanted]

@@ -1,0 +1,48 @@
+"""Which tenants are to be looked at, as their rows hint."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import AsyncIterator, Collection
+
+from services.keyvault.database import Database
+
+_PAGE = 1000
+# By the index of `due_time`: by that of the names every row would be looked at.
+_DUE = """
+WITH found AS MATERIALIZED (
+    SELECT name, sequence FROM tenant WHERE due_time <= %s
+    UNION SELECT name, sequence FROM tenant WHERE name = ANY(%s::text[])
+)
+SELECT name, sequence FROM found WHERE name > %s ORDER BY name LIMIT %s
+"""
+_NAMES = """
+SELECT name FROM tenant WHERE %(after)s::text IS NULL OR name > %(after)s
+ORDER BY name LIMIT %(limit)s
+"""
+_HASTEN = """
+UPDATE tenant SET due_time = %(due)s
+WHERE name = %(name)s AND sequence = %(sequence)s AND due_time > %(due)s
+RETURNING 1
+"""
+
+
+async def due(
+    database: Database, now: datetime.datetime, watched: Collection[str], after: str
+) -> list[tuple[str, int]]:
+    """Return (name, sequence) of tenants after a name that are due now, or are watched; by name."""
+    rows = await database.all(_DUE, (now, list(watched), after, _PAGE))
+    return [(row[0], row[1]) for row in rows]
+
+
+async def names(database: Database) -> AsyncIterator[list[str]]:
+    """Yield all names, a thousand at a time, by name; that of the deployment's own row too."""
+    after: str | None = None
+    while rows := await database.all(_NAMES, {"after": after, "limit": _PAGE}):
+        yield [row[0] for row in rows]
+        after = rows[-1][0]
+
+
+async def hasten(database: Database, name: str, sequence: int, due_time: datetime.datetime) -> None:
+    """Let a tenant, as it was read, be looked at no later than a time."""
+    await database.all(_HASTEN, {"due": due_time, "name": name, "sequence": sequence})

@@ -1,1 +1,0 @@
-"""SQL of keyvault: rows in and out, no rules."""

@@ -1,0 +1,1 @@
+"""What keyvault does beside its calls, level-triggered: it follows from tenants' states alone."""

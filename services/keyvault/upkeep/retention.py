@@ -1,0 +1,147 @@
+"""Retention: old events are dropped, and the chain says so.
+
+An event RETENTION_PRUNED states up to which link events were dropped, and that link's hash; so
+does the tenant's state. An export then starts after the dropped events, and is believed only with
+that event in it. Events are evidence alone: keyvault needs none of them again, but those that lead
+from a head that some process remembers. So an event goes only where a leaf of the log covered it a
+day ago.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hmac
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from byokeep.keyvault.v1 import audit_pb2
+
+from services.common.background import each
+from services.keyvault.database import Database
+from services.keyvault.event import GENESIS, Head, link_hash
+from services.keyvault.heads import Heads
+from services.keyvault.ledger import Ledger, Tenant
+from services.keyvault.log import Log
+from services.keyvault.sql import events, upkeep
+from services.keyvault.sql import log as log_sql
+
+TICK_SECONDS: Final = 3600.0
+_SETTLED_SECONDS: Final = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Where a chain is cut off: number and hash of the last event that is dropped."""
+
+    sequence: int
+    hash: bytes
+
+
+class Retention:
+    """Drops events that are older than a number of days; 0 days: none, ever."""
+
+    def __init__(
+        self,
+        database: Database,
+        ledger: Ledger,
+        heads: Heads,
+        log: Log,
+        days: int,
+        settled_seconds: float = _SETTLED_SECONDS,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Drop events of a ledger's tenants. `steady` is a clock that never goes back."""
+        self._database = database
+        self._ledger = ledger
+        self._heads = heads
+        self._log = log
+        self._age = datetime.timedelta(days=days)
+        self._settled_seconds = settled_seconds
+        self._steady = steady
+        #: (when, size of the anchored log then), oldest first.
+        self._sizes: deque[tuple[float, int]] = deque()
+        self._settled = 0
+
+    async def tick(self) -> None:
+        """Look at every chain once."""
+        if not self._age or self._log.quiet or self._log.refusal() is not None:
+            return
+        now = self._steady()
+        self._sizes.append((now, self._log.position.size))
+        while self._sizes and self._sizes[0][0] <= now - self._settled_seconds:
+            self._settled = self._sizes.popleft()[1]
+        if self._settled:
+            async for names in upkeep.names(self._database):
+                await each("retention", names, self._chain)
+
+    async def _chain(self, name: str) -> None:
+        tenant = await self._ledger.read(name)
+        cut = await self._plan(tenant)
+        if cut is not None:
+            await self._cut(tenant, cut)
+        before = tenant.state.pruned_sequence if cut is None else cut.sequence
+        while before and await events.drop(self._database, name, before):
+            pass
+
+    async def _plan(self, tenant: Tenant) -> _Cut | None:
+        """Walk a chain link by link to its known head, and decide what is dropped.
+
+        Raises LookupError where the links don't lead there: what somebody altered is not dropped
+        with the trace of it.
+        """
+        cutoff = self._ledger.now() - self._age
+        high = await self._settled_sequence(tenant.name)
+        at, digest = tenant.state.pruned_sequence, tenant.state.pruned_hash or GENESIS
+        if high <= at:
+            return None
+        cut: _Cut | None = None
+        young = False
+        async for sequence, body, _ in events.links(self._database, tenant.name, at):
+            if at == tenant.head.sequence:
+                break
+            if sequence != at + 1:
+                raise LookupError("the chain does not verify")
+            at, digest = sequence, link_hash(digest, body)
+            young = young or at > high or _time(body) >= cutoff
+            if not young:
+                cut = _Cut(at, digest)
+            elif cut is None:
+                return None
+        known = tenant.head
+        if at != known.sequence or not hmac.compare_digest(digest, known.hash):
+            raise LookupError("the chain does not verify")
+        return cut
+
+    async def _settled_sequence(self, name: str) -> int:
+        """Return up to which event a leaf covered a chain a day ago."""
+        async with self._database.transaction() as connection:
+            leaf = await log_sql.newest_leaf(connection, name, self._settled)
+        logged: Head = self._heads.logged(name)
+        # Whatever somebody put in that leaf's place, it can't be above what the anchor bears out.
+        return min(leaf.sequence, logged.sequence) if leaf is not None else 0
+
+    async def _cut(self, tenant: Tenant, cut: _Cut) -> None:
+        before = tenant.state.pruned_sequence
+        event = audit_pb2.AuditEvent(
+            type=audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED,
+            pruned_sequence=cut.sequence,
+            pruned_hash=cut.hash,
+        )
+
+        def prune(found: Tenant) -> None:
+            # Not where another replica did so just now.
+            if found.state.pruned_sequence == before:
+                state = found.edit()
+                state.pruned_sequence, state.pruned_hash = cut.sequence, cut.hash
+                found.events.append(event)
+
+        _, head = await self._ledger.change(tenant.name, prune)
+        # What is dropped can't be told again: no other branch may come first.
+        await self._log.anchored(tenant.name, head)
+
+
+def _time(body: bytes) -> datetime.datetime:
+    return audit_pb2.AuditEvent.FromString(body).event_time.ToDatetime(datetime.UTC)

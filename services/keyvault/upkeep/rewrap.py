@@ -1,0 +1,304 @@
+"""Rewrap, in the data role: data keys below a tenant's target are wrapped again, in batches.
+
+A batch is read, then wrapped by the backend outside of any transaction, then swapped in one change
+of the tenant: a version that changed since it was read stays as it is. Within the primary backend
+a data key is wrapped again; a version that another backend holds moves instead: it gets a fresh
+data key and a new envelope (docs/decisions/0006). What is not the ciphertext that the state
+names is given to no backend. All that says what is left stands in the state: whoever is killed
+leaves nothing behind. Leases go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from byokeep.keyvault.v1 import audit_pb2, state_pb2
+
+from services.common import logs
+from services.common.secret import Secret
+from services.keyvault import kek, lifecycle
+from services.keyvault.envelope import (
+    Context,
+    EnvelopeError,
+    UnknownEnvelopeError,
+    decrypt,
+    encrypt,
+)
+from services.keyvault.ledger import Ledger, Tenant, part_of, secret_digest
+from services.keyvault.lifecycle import RETRY_SECONDS, State
+from services.keyvault.sql.ledger import SecretName
+
+log = logging.getLogger(__name__)
+_BATCH: Final = 500
+# A version that moves costs calls of its own: fewer in a batch, some of them at once.
+_MOVES: Final = 64
+_AT_ONCE: Final = 8
+_NONE: Final = (b"", b"")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrap:
+    """A version as it was read."""
+
+    tenant: str
+    owner: str
+    provider: str
+    key_id: str
+    version: int
+    backend: str
+    digest: bytes
+
+    @property
+    def name(self) -> SecretName:
+        return self.tenant, self.key_id, self.version
+
+
+@dataclass(frozen=True, slots=True)
+class _Swap:
+    """What its ciphertext becomes, and the version of the KEK that wraps that."""
+
+    secret: tuple[bytes, bytes]
+    kek_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why it can't be wrapped again: an ErrorReason name."""
+
+    reason: str
+
+
+class Rewrap:
+    """Wraps towards tenants' targets (see the module)."""
+
+    def __init__(
+        self, ledger: Ledger, backends: kek.Backends, deployment: str, rows_per_second: int
+    ) -> None:
+        """Rewrap a ledger's versions, at most so many a second."""
+        self._ledger = ledger
+        self._backends = backends
+        self._deployment = deployment
+        self._rows_per_second = max(1, rows_per_second)
+        # Small enough that the pace is held within every quarter of a second.
+        self._limit = min(_BATCH, max(1, self._rows_per_second // 4))
+
+    async def tend(self, tenant: Tenant) -> bool:
+        """Wrap all of a tenant's versions that are below its target and may be tried; False where
+        there was none. Raises KekUnavailableError: the rest stays as it is."""
+        worked = False
+        while batch := await self._batch(tenant.name):
+            started = time.monotonic()
+            if not await self._work(tenant.name, batch):
+                return False  # all of them changed meanwhile: the next round looks again
+            worked = True
+            pace = len(batch) / self._rows_per_second - (time.monotonic() - started)
+            await asyncio.sleep(max(0.0, pace))
+        return worked
+
+    def _left(self, tenant: Tenant) -> bool:
+        state = tenant.state
+        primary = self._backends.primary.name
+        return not state.shredded and state.target_backend == primary and lifecycle.left(state)
+
+    async def _batch(self, name: str) -> list[_Wrap]:
+        """Return the next versions to be wrapped again."""
+        tenant = await self._ledger.read(name)
+        if not self._left(tenant):
+            return []
+        found: list[_Wrap] = []
+        for number in _parts_left(tenant.state):
+            part = await self._ledger.read(name, {number})
+            if not self._left(part):
+                return []
+            found += _candidates(part)
+            if len(found) >= self._limit:
+                break
+        moves = any(one.backend != tenant.state.target_backend for one in found)
+        return found[: min(self._limit, _MOVES) if moves else self._limit]
+
+    async def _work(self, name: str, batch: Sequence[_Wrap]) -> int:
+        """Wrap a batch again; return how many versions were swapped, or marked."""
+        parts = {part_of(one.key_id) for one in batch}
+        names = [one.name for one in batch]
+        tenant = await self._ledger.read(name, parts, names)
+        target = tenant.state.target_backend, tenant.state.target_version
+        sound = [one for one in batch if _is(one, tenant)]
+        odd = [one for one in batch if not _is(one, tenant)]
+        results: dict[SecretName, _Swap | _Failure] = {}
+        results |= await self._rewrapped(
+            name, [one for one in sound if one.backend == target[0]], tenant
+        )
+        results |= await self._moved([one for one in sound if one.backend != target[0]], tenant)
+
+        def swap(found: Tenant) -> tuple[int, int]:
+            return self._swap(found, batch, results, target)
+
+        suspects = [one.name for one in odd]
+        (done, failed), _ = await self._ledger.change(name, swap, parts, suspects)
+        return done + failed
+
+    def _swap(
+        self,
+        found: Tenant,
+        batch: Sequence[_Wrap],
+        results: Mapping[SecretName, _Swap | _Failure],
+        target: tuple[str, int],
+    ) -> tuple[int, int]:
+        """Put new ciphertexts in their places, and mark what failed; return how many of each."""
+        state, done, failures = found.state, 0, list[tuple[_Wrap, str]]()
+        if state.shredded or (state.target_backend, state.target_version) != target:
+            return 0, 0
+        for one in batch:
+            version = _living(found, one)
+            if version is None or lifecycle.at_target(state, version):
+                continue
+            if not hmac.compare_digest(version.secret_digest, one.digest):
+                continue  # somebody else wrapped it again
+            result = results.get(one.name)
+            if result is None:
+                # It was not what the state names. Here both are locked: they change together.
+                if _is(one, found):
+                    continue
+                result = _Failure("ROW_TAMPERED")
+            if isinstance(result, _Failure):
+                failures.append((one, result.reason))
+            elif lifecycle.may_store(state, target[0], result.kek_version):
+                _put(found, one, target[0], result)
+                done += 1
+        for one, reason in failures:
+            version = lifecycle.version_of(found.edit_key(one.key_id), one.version)
+            version.unopened_time = int(found.now.timestamp())
+            version.unopened_reason = reason
+            _report(one, reason)
+        if done or failures:
+            found.events.append(
+                audit_pb2.AuditEvent(
+                    type=audit_pb2.AUDIT_EVENT_TYPE_REWRAPPED,
+                    caller="keyvault",
+                    detail=f"{target[0]} v{target[1]}",
+                    count=done,
+                    reason=failures[0][1] if failures else "",
+                )
+            )
+        return done, len(failures)
+
+    async def _rewrapped(
+        self, name: str, batch: Sequence[_Wrap], tenant: Tenant
+    ) -> dict[SecretName, _Swap | _Failure]:
+        if not batch:
+            return {}
+        secrets = [tenant.secrets[one.name] for one in batch]
+        backend = self._backends.primary
+        try:
+            results = await backend.rewrap(kek.tenant_kek(name), [one[0] for one in secrets])
+        except kek.KekMissingError:
+            return {one.name: _Failure("UNDECRYPTABLE") for one in batch}
+        return {
+            one.name: _Swap((result.wrapped, secret[1]), result.kek_version)
+            if isinstance(result, kek.Rewrapped)
+            else _Failure(result.reason)
+            for one, secret, result in zip(batch, secrets, results, strict=True)
+        }
+
+    async def _moved(
+        self, batch: Sequence[_Wrap], tenant: Tenant
+    ) -> dict[SecretName, _Swap | _Failure]:
+        at_once = asyncio.Semaphore(_AT_ONCE)
+
+        async def move(one: _Wrap) -> _Swap | _Failure:
+            async with at_once:
+                return await self._move(one, *tenant.secrets[one.name])
+
+        results = await asyncio.gather(*(move(one) for one in batch))
+        return {one.name: result for one, result in zip(batch, results, strict=True)}
+
+    async def _move(self, one: _Wrap, wrapped: bytes, envelope: bytes) -> _Swap | _Failure:
+        name = kek.tenant_kek(one.tenant)
+        context = Context(
+            self._deployment, one.tenant, one.owner, one.provider, one.key_id, one.version
+        )
+        reason = "UNDECRYPTABLE"
+        try:
+            with kek.opened_for(f"move_{one.key_id}"):
+                opened = await self._backends.named(one.backend).unwrap(name, wrapped)
+            with opened as old:
+                plaintext = Secret(decrypt(old.reveal(), envelope, context))
+            with plaintext:
+                fresh = await self._backends.primary.generate_data_key(name)
+                with fresh.plaintext as new:
+                    moved = encrypt(new.reveal(), plaintext.reveal(), context)
+            return _Swap((fresh.wrapped, moved), fresh.kek_version)
+        except (kek.KekMissingError, UnknownEnvelopeError):
+            pass
+        except (kek.UnwrapError, EnvelopeError):
+            reason = "ROW_TAMPERED"
+        return _Failure(reason)
+
+
+def _parts_left(state: state_pb2.TenantState) -> list[int]:
+    return [
+        part.part
+        for part in state.parts
+        if any(
+            one.living
+            and (one.backend != state.target_backend or one.oldest < state.target_version)
+            for one in part.holdings
+        )
+    ]
+
+
+def _candidates(tenant: Tenant) -> Iterator[_Wrap]:
+    """Yield the versions of the parts that were read that are to be wrapped again now."""
+    tried = tenant.now.timestamp() - RETRY_SECONDS
+    for key in tenant.every_key():
+        for one in key.versions:
+            if lifecycle.state_of(one) is State.DESTROYED or lifecycle.at_target(tenant.state, one):
+                continue
+            if one.unopened_time <= tried:
+                yield _Wrap(
+                    tenant.name,
+                    key.owner,
+                    key.provider,
+                    key.key_id,
+                    one.version,
+                    one.kek_backend,
+                    one.secret_digest,
+                )
+
+
+def _is(one: _Wrap, tenant: Tenant) -> bool:
+    """Say whether what was read of a version is the ciphertext that its state names."""
+    digest = secret_digest(*tenant.secrets.get(one.name, _NONE))
+    return hmac.compare_digest(digest, one.digest)
+
+
+def _living(tenant: Tenant, one: _Wrap) -> state_pb2.VersionState | None:
+    key = tenant.key(one.key_id)
+    found = [version for version in key.versions if version.version == one.version] if key else []
+    return found[0] if found and lifecycle.state_of(found[0]) is not State.DESTROYED else None
+
+
+def _put(found: Tenant, one: _Wrap, backend: str, swap: _Swap) -> None:
+    version = lifecycle.version_of(found.edit_key(one.key_id), one.version)
+    version.kek_backend, version.kek_version = backend, swap.kek_version
+    version.secret_digest = secret_digest(*swap.secret)
+    version.unopened_time, version.unopened_reason = 0, ""
+    found.put[one.name] = swap.secret
+
+
+def _report(one: _Wrap, reason: str) -> None:
+    logs.event(
+        log,
+        "rewrap_failed",
+        level=logging.ERROR,
+        tenant=one.tenant,
+        key=one.key_id,
+        version=one.version,
+        reason=reason,
+    )

@@ -1,0 +1,524 @@
+"""The rules of keyvault's trust core and its upkeep, each taken out, and the test that must notice."""
+
+from __future__ import annotations
+
+from tests.mutants.table import Mutant
+
+_KV = "services/keyvault/"
+_RULES = "tests/security/test_core_rules.py::"
+_PURE = "tests/unit/test_lifecycle.py::"
+_WRITTEN = _RULES + "test_what_keyvault_did_not_write_is_refused_at_once"
+_OLD = _RULES + "test_an_older_row_with_all_that_belongs_to_it_is_rolled_back"
+_LED = _RULES + "test_a_newer_row_is_believed_only_where_the_events_lead_to_it"
+_LATE = _RULES + "test_nothing_is_opened_after_an_end_or_a_long_pause"
+_ONCE = _RULES + "test_a_grant_is_redeemed_once_whoever_is_asked"
+_NAMED = _RULES + "test_the_deployments_own_row_holds_a_tenant_by_name"
+_LOGGED = _RULES + "test_a_log_that_is_not_what_was_anchored_stops_every_lease"
+_WORD = _RULES + "test_an_operators_word_seals_rows_as_they_are_and_forgets_the_rest"
+_ANSWERED = _RULES + "test_a_change_is_answered_once_the_anchor_covers_it_and_not_before"
+_CAP = _RULES + "test_a_cap_holds_over_replicas_and_restarts"
+
+MUTANTS = (
+    # A tenant is one object under one MAC.
+    Mutant(
+        "a row's MAC is not looked at",
+        _KV + "ledger.py",
+        "        if not expected or not hmac.compare_digest(mac, expected):\n",
+        "        if not expected:\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "an empty MAC of a key that there is not is right",
+        _KV + "ledger.py",
+        "        if not expected or not hmac.compare_digest(mac, expected):\n",
+        "        if not hmac.compare_digest(mac, expected):\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "the MAC is of no name",
+        _KV + "ledger.py",
+        "            self._deployment,\n            name,\n            head.generation,\n",
+        "            self._deployment,\n            head.generation,\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "the MAC is of no generation",
+        _KV + "ledger.py",
+        "            name,\n            head.generation,\n            head.sequence,\n",
+        "            name,\n            head.sequence,\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "the MAC is of no state",
+        _KV + "ledger.py",
+        "            head.hash,\n            state_digest,\n            usage_digest,\n        )\n",
+        "            head.hash,\n            usage_digest,\n        )\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "the MAC is of no usage",
+        _KV + "ledger.py",
+        "            head.hash,\n            state_digest,\n            usage_digest,\n        )\n",
+        "            head.hash,\n            state_digest,\n        )\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "a part that is missing is none",
+        _KV + "ledger.py",
+        "            if sum(row[0] == number for row in rows) != 1:\n"
+        "                raise lifecycle.tampered(tenant.name)\n",
+        "            if number not in stored:\n"
+        "                digest = None\n"
+        "                tenant.parts[number] = Part(state_pb2.PartState(), state_pb2.PartUsage())\n"
+        "                continue\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "a part's state is not held against its digest",
+        _KV + "ledger.py",
+        "                hmac.compare_digest(hashlib.sha256(state).digest(), digest)\n",
+        "                True\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "a part's usage is not held against its digest",
+        _KV + "ledger.py",
+        '                and hmac.compare_digest(usage_digest, usages.get(number, b""))\n',
+        "",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "any ciphertext is opened",
+        _KV + "lease.py",
+        "        if ledger.secret_digest(*secret) != version.secret_digest:\n",
+        "        if False:\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "ciphertext that is not what the state names is on no record",
+        _KV + "lease.py",
+        '            if isinstance(error, ByokeepError) and error.reason == "ROW_TAMPERED":\n',
+        "            if False:\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "a head names a state and no usage",
+        _KV + "ledger.py",
+        "hashlib.sha256(state_digest + usage_digest).digest()",
+        "hashlib.sha256(state_digest).digest()",
+        (_RULES + "test_every_change_names_its_state_and_usage_in_its_last_event",),
+    ),
+    # It is the newest.
+    Mutant(
+        "an older row is believed",
+        _KV + "heads.py",
+        "        if not newer or not await leads(connection, name, known, row):\n",
+        "        if newer and not await leads(connection, name, known, row):\n",
+        (_OLD,),
+    ),
+    Mutant(
+        "a row above the known head is believed",
+        _KV + "heads.py",
+        "        if not newer or not await leads(connection, name, known, row):\n",
+        "        if not newer:\n",
+        (_LED,),
+    ),
+    Mutant(
+        "events between heads may be missing",
+        _KV + "heads.py",
+        "        if not rows:\n            return False\n",
+        "        if not rows:\n            return True\n",
+        (_LED,),
+    ),
+    Mutant(
+        "events between heads need not lead to the row's",
+        _KV + "heads.py",
+        "    return sequence == newer.sequence and hmac.compare_digest(digest, newer.hash)\n",
+        "    return sequence == newer.sequence\n",
+        (_LED,),
+    ),
+    Mutant(
+        "what the log has is not known",
+        _KV + "heads.py",
+        "        self._logged[name] = leaf\n",
+        "",
+        (_OLD, _ANSWERED),
+    ),
+    Mutant(
+        "a tenant that is gone never was",
+        _KV + "ledger.py",
+        "            if self._heads.knows(name):\n"
+        "                raise lifecycle.rolled_back(name)\n"
+        "            raise lifecycle.tenant_key_missing(name)\n",
+        "            raise lifecycle.tenant_key_missing(name)\n",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "a known name is created again",
+        _KV + "ledger.py",
+        "            if self._heads.knows(name):\n"
+        "                raise lifecycle.rolled_back(name)\n"
+        "            head = Head(",
+        "            head = Head(",
+        (_RULES + "test_a_name_is_not_created_again",),
+    ),
+    Mutant(
+        "what this process committed it does not remember",
+        _KV + "ledger.py",
+        "            self._heads.remember(name, one.head, one.bodies)\n",
+        "",
+        (_ANSWERED,),
+    ),
+    # The log and its anchor.
+    Mutant(
+        "leaves need not be what was anchored",
+        _KV + "log.py",
+        "            if self._frontier.root() != anchored.root:\n",
+        "            if False:\n",
+        (_RULES + "test_a_root_that_is_not_the_anchors_stops_every_lease",),
+    ),
+    Mutant(
+        "leaves that are missing are forgiven",
+        _KV + "log.py",
+        '                raise _ContradictionError("leaves are missing")\n',
+        "                break\n",
+        (_LOGGED, "tests/security/test_stateful_attacker.py"),
+    ),
+    Mutant(
+        "leaves are taken for what they say",
+        _KV + "log.py",
+        "        return written and hmac.compare_digest(leaf.leaf_hash, merkle.leaf_hash(named))\n",
+        "        return True\n",
+        (_LOGGED, _RULES + "test_a_leaf_that_somebody_plants_is_none"),
+    ),
+    Mutant(
+        "a leaf's blind may be anybody's",
+        _KV + "log.py",
+        "        return written and hmac.compare_digest(leaf.leaf_hash, merkle.leaf_hash(named))\n",
+        "        return hmac.compare_digest(leaf.leaf_hash, merkle.leaf_hash(named))\n",
+        (_RULES + "test_a_leaf_that_somebody_plants_is_none",),
+    ),
+    Mutant(
+        "a contradiction is forgotten with its process",
+        _KV + "log.py",
+        "            await self._store.write(distrusted.text(self._deployment), before)\n",
+        "            pass\n",
+        ("tests/security/test_rollback.py", _LOGGED),
+    ),
+    Mutant(
+        "a log without an anchor is a new one",
+        _KV + "log.py",
+        "                if await sql.size(connection):\n",
+        "                if False:\n",
+        ("tests/security/test_rows.py::test_a_lost_anchor_is_not_forgotten",),
+    ),
+    Mutant(
+        "a tick that lost the anchor succeeded",
+        _KV + "log.py",
+        "            self._wake.set()\n            return False\n",
+        "            self._wake.set()\n",
+        (_ANSWERED,),
+    ),
+    Mutant(
+        "heads that no leaf names are left",
+        _KV + "log.py",
+        "        if not self.rolled_back:\n            await self.scan()\n",
+        "",
+        (_RULES + "test_a_start_owes_to_the_log_what_no_leaf_names",),
+    ),
+    Mutant(
+        "leases go on while the database contradicts its anchor",
+        _KV + "log.py",
+        "        if self.rolled_back:\n            return ByokeepError(\n",
+        "        if False:\n            return ByokeepError(\n",
+        (_LOGGED,),
+    ),
+    Mutant(
+        "leases go on whatever a tick's age",
+        _KV + "log.py",
+        '        return stale("anchored") if self.age > STALE_SECONDS else None\n',
+        "        return None\n",
+        (_RULES + "test_no_lease_on_a_tick_that_is_too_old",),
+    ),
+    Mutant(
+        "an operator's word seals what is not authentic",
+        _KV + "ledger.py",
+        '                    logs.failure(log, "row_not_sealed", error, tenant=name)\n'
+        "                    continue\n",
+        '                    logs.failure(log, "row_not_sealed", error, tenant=name)\n'
+        "                    raise\n",
+        (_WORD,),
+    ),
+    Mutant(
+        "an operator's word raises no generation",
+        _KV + "log.py",
+        "            generation = anchored.generation + 1\n",
+        "            generation = anchored.generation\n",
+        (_WORD,),
+    ),
+    Mutant(
+        "another replica's word is not heard",
+        _KV + "log.py",
+        "            if anchored.generation != self._heads.generation:\n",
+        "            if False:\n",
+        (_WORD,),
+    ),
+    Mutant(
+        "what is irreversible goes on after an operator's word",
+        _KV + "log.py",
+        "        return self.rolled_back or since < QUIET_SECONDS\n",
+        "        return self.rolled_back\n",
+        (_WORD,),
+    ),
+    # A lease.
+    Mutant(
+        "grants: redeemed as often as one likes",
+        _KV + "lease.py",
+        "        if limits.used(tenant.usage, grant) or limits.grant_digest(grant) in self._redeemed:\n",
+        "        if False:\n",
+        (_ONCE,),
+    ),
+    Mutant(
+        "grants: a process forgets what it redeemed",
+        _KV + "lease.py",
+        " or limits.grant_digest(grant) in self._redeemed:\n",
+        ":\n",
+        (_RULES + "test_a_process_remembers_what_it_redeemed_whatever_branch_counts",),
+    ),
+    Mutant(
+        "grants: time is not looked at",
+        _KV + "lease.py",
+        "        check_time(grant, tenant.now)\n",
+        "",
+        (_RULES + "test_time_is_the_processs_own",),
+    ),
+    Mutant(
+        "grants: any provider and owner",
+        _KV + "lease.py",
+        "        if (provider_value(key.provider), key.owner) != (grant.provider, grant.owner):\n",
+        "        if False:\n",
+        ("tests/security/test_grants.py::test_grant_mutation_signed",),
+    ),
+    Mutant(
+        "a version of any state is leased",
+        _KV + "lease.py",
+        "        _check_state(grant, version)\n",
+        "",
+        (_RULES + "test_what_one_replica_ends_the_other_does_not_give",),
+    ),
+    Mutant(
+        "a held tenant is leased",
+        _KV + "lease.py",
+        "        if tenant.state.held or self._log.held(tenant.name):\n",
+        "        if False:\n",
+        (_NAMED,),
+    ),
+    Mutant(
+        "a hold by name holds nothing",
+        _KV + "log.py",
+        "            tenant in self.system.held\n            or tenant in self.system.shredded\n",
+        "            tenant in self.system.shredded\n",
+        (_NAMED,),
+    ),
+    Mutant(
+        "a tenant that was shredded by name is leased",
+        _KV + "log.py",
+        "            or tenant in self.system.shredded\n",
+        "",
+        (_NAMED,),
+    ),
+    Mutant(
+        "a tenant is leased before what it is owed was carried out",
+        _KV + "log.py",
+        "            or any(one.tenant == tenant for one in self.system.owed)\n",
+        "",
+        (_NAMED,),
+    ),
+    Mutant(
+        "caps are not held",
+        _KV + "lease.py",
+        "        self._check_caps(tenant, grant.key_id)\n",
+        "",
+        (_CAP,),
+    ),
+    Mutant(
+        "no cap: in_flight",
+        _KV + "limits.py",
+        "    if 0 < caps.in_flight <= live:\n",
+        "    if False:\n",
+        (_PURE + "test_a_cap_is_held_exactly", _CAP),
+    ),
+    Mutant(
+        "a lease is not told from one that ended",
+        _KV + "lease.py",
+        "            if not one.ended and one.expire_millis > tenant.now.timestamp() * 1_000\n",
+        "",
+        (
+            "tests/security/test_rogue_orchestrator.py::test_whatever_ends_a_lease_gives_its_place_back",
+        ),
+    ),
+    Mutant(
+        "a key is opened after an end that this process knows of",
+        _KV + "lease.py",
+        " or self._ledger.ends[tenant] != redeemed.ends:\n",
+        ":\n",
+        (_LATE,),
+    ),
+    Mutant(
+        "a key is opened by a process that was stopped since its tick",
+        _KV + "lease.py",
+        "        if late or self._log.age > STALE_SECONDS or",
+        "        if late or",
+        (_LATE,),
+    ),
+    Mutant(
+        "a failed lease stays alive",
+        _KV + "lease.py",
+        "            lambda tenant: ended_early(tenant, redeemed.lease, kind, failure.reason),\n",
+        "            lambda tenant: None,\n",
+        (_LATE,),
+    ),
+    Mutant(
+        "a version that does not open is not marked",
+        _KV + "release.py",
+        "            version.unopened_reason = reason\n",
+        "            version.unopened_reason = ''\n",
+        (_RULES + "test_a_lost_kek_is_no_other_key",),
+    ),
+    Mutant(
+        "the KEK is asked before the header is checked",
+        _KV + "lease.py",
+        "        check_header(envelope)\n",
+        "",
+        ("tests/security/test_fuzz.py::test_fuzz_envelope_no_kek_call",),
+    ),
+    Mutant(
+        "anybody ends a lease",
+        _KV + "release.py",
+        "        if (place.holder if lease is None else lease.holder) != end.holder:\n",
+        "        if False:\n",
+        ("tests/component/test_keyvault.py::test_another_runner_can_not_release_a_lease",),
+    ),
+    Mutant(
+        "a single rejected review retires a key",
+        _KV + "release.py",
+        "        if rejected and event.purpose == grant_pb2.LEASE_PURPOSE_VALIDATION:\n",
+        "        if rejected:\n",
+        ("tests/component/test_keyvault.py::test_a_single_rejected_review_does_not_retire_a_key",),
+    ),
+    # Single use and caps, as they are kept.
+    Mutant(
+        "a grant that can't be told from a used one is taken",
+        _KV + "limits.py",
+        "    if grant.expire_time.seconds <= usage.grants_floor:\n        return True\n",
+        "",
+        (_PURE + "test_a_full_list_refuses_what_it_can_not_tell_from_a_used_grant",),
+    ),
+    Mutant(
+        "a grant is refused by its end before it is over",
+        _KV + "limits.py",
+        "    over, first = int(now.timestamp()) - 2 * skew_seconds, 0\n",
+        "    over, first = int(now.timestamp()) - 1, 0\n",
+        (_PURE + "test_a_grant_that_is_over_is_forgotten_and_refused_by_its_end",),
+    ),
+    Mutant(
+        "a clock that goes back opens a window anew",
+        _KV + "limits.py",
+        "    if seconds // _DAY > meter.day:\n",
+        "    if seconds // _DAY != meter.day:\n",
+        (_PURE + "test_a_clock_that_goes_back_opens_no_window_anew",),
+    ),
+    # What a key may become.
+    Mutant(
+        "a version that was replaced is promoted again",
+        _KV + "lifecycle.py",
+        "    if state is not State.PENDING:\n",
+        "    if state in (State.REVOKED, State.DESTROYED):\n",
+        (_PURE + "test_only_a_pending_version_is_promoted",),
+    ),
+    Mutant(
+        "what was replaced before keeps its way back",
+        _KV + "lifecycle.py",
+        "        elif state_of(one) in (State.SUPERSEDED, State.NEEDS_REKEY):\n",
+        "        elif state_of(one) in (State.NEEDS_REKEY,):\n",
+        (_PURE + "test_a_promotion",),
+    ),
+    Mutant(
+        "a key is rolled back after its grace",
+        _KV + "lifecycle.py",
+        "    if not previous or _grace_end(previous[-1]) < now.timestamp():\n",
+        "    if not previous:\n",
+        (_PURE + "test_a_rollback_within_its_grace_and_not_after_it",),
+    ),
+    Mutant(
+        "the end of a key is of its active version",
+        _KV + "lifecycle.py",
+        "        if state_of(one) not in (after, State.DESTROYED)\n    ]\n",
+        "        if state_of(one) is State.ACTIVE\n    ]\n",
+        (_PURE + "test_the_end_of_a_key_is_of_every_version",),
+    ),
+    Mutant(
+        "a key that is gone gets a new version",
+        _KV + "lifecycle.py",
+        "    if state is State.REVOKED:\n",
+        "    if False:\n",
+        (_PURE + "test_no_version_is_added_to_a_key_that_is_gone",),
+    ),
+    Mutant(
+        "a change is not held against its etag",
+        _KV + "lifecycle.py",
+        "    if wanted and wanted != etag(key):\n",
+        "    if False:\n",
+        (_PURE + "test_an_etag_is_of_one_revision",),
+    ),
+    Mutant(
+        "a request id with other content is taken for the same",
+        _KV + "custody.py",
+        "            if one.content != past.content:\n",
+        "            if False:\n",
+        (_RULES + "test_the_same_request_is_carried_out_once",),
+    ),
+    Mutant(
+        "what a damaged tenant is owed is lost",
+        _KV + "custody.py",
+        "                await self._owe(tenant, key_id, origin, after)\n",
+        "                pass\n",
+        (_RULES + "test_an_end_asked_of_a_damaged_tenant_is_kept_and_holds_it",),
+    ),
+    # Upkeep: what follows from a state.
+    Mutant(
+        "something is stored under a KEK version that is about to be destroyed",
+        _KV + "lifecycle.py",
+        "    return kek_version >= max(kek.trimming, kek.trimmed)\n",
+        "    return kek_version >= kek.trimmed\n",
+        (_PURE + "test_nothing_is_stored_where_a_kek_is_about_to_be_destroyed",),
+    ),
+    Mutant(
+        "a destroyed version is owed no trim",
+        _KV + "lifecycle.py",
+        "                holding.destroyed = max(holding.destroyed, one.kek_version)\n",
+        "",
+        (_PURE + "test_what_a_part_says_of_its_keys",),
+    ),
+    Mutant(
+        "a trim of the version itself is enough",
+        _KV + "lifecycle.py",
+        "        if one.destroyed and one.destroyed >= kek_of(state, one.backend).trimmed:\n",
+        "        if one.destroyed and one.destroyed > kek_of(state, one.backend).trimmed:\n",
+        (_PURE + "test_a_destroyed_version_is_owed_a_trim_until_its_kek_version_is_gone",),
+    ),
+    Mutant(
+        "what another backend holds is where it is to be",
+        _KV + "lifecycle.py",
+        "one.living and (one.backend != state.target_backend or one.oldest < state.target_version)",
+        "one.living and one.oldest < state.target_version",
+        (_PURE + "test_what_is_left_to_be_wrapped",),
+    ),
+    Mutant(
+        "nothing is due where a destroyed version is owed a trim",
+        _KV + "lifecycle.py",
+        "        times.append(state.owed_since + shred_after)\n",
+        "        pass\n",
+        (_PURE + "test_when_something_is_to_be_done",),
+    ),
+)

@@ -1,0 +1,471 @@
+"""What attacked keyvault's core once, or would have: one test each, by its name."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from byokeep.ids import new_id
+from byokeep.keyvault.v1 import admin_pb2, audit_pb2, state_pb2
+
+from services.common.errors import ByokeepError
+from services.keyvault import custody, kek
+from services.keyvault.database import Database
+from services.keyvault.event import SYSTEM, link_hash
+from services.keyvault.ledger import ALL, part_of
+from services.keyvault.lifecycle import State
+from services.keyvault.limits import Caps
+from tests.harness import keyvault as kv
+from tests.harness import rows
+from tests.harness.parts import ORIGIN, Replica, Shared
+
+TENANT, OTHER, KEY = "acme", "other", "key_a"
+VALUE, OTHERS = "sk-ours", "sk-theirs"
+FEW = Caps(in_flight=2, per_minute=1000, per_day=1000)
+
+
+@pytest.fixture
+async def shared(keyvault_database_url, tmp_path):
+    """A database with two tenants, a key each."""
+    made = Shared(keyvault_database_url, tmp_path)
+    await Replica(made).create_system()
+    async with _started(made) as replica:
+        for tenant, value in ((TENANT, VALUE), (OTHER, OTHERS)):
+            await replica.create_tenant(tenant)
+            await replica.add(tenant, KEY, value)
+    return made
+
+
+@asynccontextmanager
+async def _started(shared: Shared, caps: Caps | None = None):
+    replica = Replica(shared, caps)
+    await replica.start()
+    try:
+        yield replica
+    finally:
+        await replica.close()
+
+
+@pytest.fixture
+async def replica(shared):
+    async with _started(shared, FEW) as started:
+        yield started
+
+
+@pytest.fixture
+async def second(shared):
+    """Another process on the same database."""
+    async with _started(shared) as started:
+        yield started
+
+
+async def _sql(one: Replica, statement: str, *parameters):
+    async with one.database.transaction() as connection:
+        cursor = await connection.execute(statement, parameters)
+        return await cursor.fetchall() if cursor.description else []
+
+
+async def _lease(one: Replica, grant=None, tenant: str = TENANT) -> str:
+    """Return the key that is given, or the reason why none is."""
+    try:
+        return (await one.lease(grant or one.grant(tenant, KEY, 1)))[1]
+    except ByokeepError as error:
+        return error.reason
+
+
+async def _end(one: Replica, after: State = State.REVOKED) -> None:
+    def act(found) -> None:
+        custody.finish(found, KEY, ORIGIN, one.backends, after)
+
+    _, head = await one.ledger.change(TENANT, act, {part_of(KEY)})
+    await one.anchored(TENANT, head)
+
+
+async def _chain(one: Replica, name: str = TENANT) -> list[audit_pb2.AuditEvent]:
+    """The chain of a name, whose links lead to its head."""
+    found = await _sql(one, "SELECT body FROM event WHERE tenant = %s ORDER BY sequence", name)
+    digest = bytes(32)
+    for (body,) in found:
+        digest = link_hash(digest, bytes(body))
+    assert digest == (await one.ledger.read(name)).head.hash
+    return [audit_pb2.AuditEvent.FromString(bytes(body)) for (body,) in found]
+
+
+@pytest.mark.parametrize(
+    "reset",
+    [
+        "UPDATE tenant SET usage = '' WHERE name = 'acme'",
+        "UPDATE tenant_part SET usage = '' WHERE tenant = 'acme'",
+        "UPDATE tenant t SET usage = o.usage FROM tenant o WHERE o.name = 'other'"
+        " AND t.name = 'acme'",
+    ],
+)
+async def test_usage_that_is_reset(replica, reset):
+    """Caps and single use rest on the MAC. Shown to fail without the usage in Ledger._mac."""
+    before = await rows.copied(replica.database)
+    assert [await _lease(replica) for _ in range(3)] == [VALUE, VALUE, "LEASE_CAP"]
+    full = await rows.copied(replica.database)
+    await _sql(replica, reset)
+    assert await _lease(replica) == "STATE_TAMPERED"
+    await rows.put_back(replica.database, before, "tenant_part")
+    assert await _lease(replica) == "STATE_TAMPERED"
+    await rows.put_back(replica.database, full)
+    assert await _lease(replica) == "LEASE_CAP"
+
+
+async def test_usage_that_is_put_back(shared, replica):
+    """A lease moves the head: the row of before it is old. A process that is started since knows
+    so from the log. Shown to fail with heads that leases don't move."""
+    before = await rows.copied(replica.database)
+    grant = replica.grant(TENANT, KEY, 1)
+    assert await _lease(replica, grant) == VALUE
+    await replica.log.tick()
+    await rows.put_back(replica.database, before)
+    assert await _lease(replica, grant) == "ROLLED_BACK"
+    async with _started(shared) as fresh:
+        assert await _lease(fresh, grant) == "ROLLED_BACK"
+        assert await _lease(fresh, tenant=OTHER) == OTHERS
+
+
+async def test_a_lease_whose_index_row_is_gone(replica, second):
+    """The grant stays redeemed, and the lease counts on. Shown to fail with single use by table
+    `lease`."""
+    grant = replica.grant(TENANT, KEY, 1)
+    assert await _lease(replica, grant) == VALUE
+    await _sql(replica, "DELETE FROM lease")
+    assert await _lease(replica, grant) == "GRANT_REFUSED"
+    assert await _lease(second, grant) == "GRANT_REFUSED"
+    assert [await _lease(replica) for _ in range(2)] == [VALUE, "LEASE_CAP"]
+
+
+@pytest.mark.parametrize("hours", [-48, 48])
+async def test_postgresqls_clock_replaced(postgres, shared, replica, hours):
+    """Whose time it is the process says. Shown to fail with times of the database's."""
+    over = replica.grant(TENANT, KEY, 1)
+    over.issue_time.seconds -= 120
+    over.expire_time.seconds -= 120
+    # Names are PostgreSQL's own first, whatever stands in the search path: not by this.
+    await _sql(replica, _CLOCK.format("public", "now", "pg_catalog.now", hours))
+    ((name,),) = await _sql(replica, "SELECT current_database()")
+    with postgres.connect(name) as superuser:
+        superuser.execute(f'ALTER DATABASE "{name}" SET search_path = public, pg_catalog')
+        for function in ("now", "clock_timestamp", "statement_timestamp"):
+            superuser.execute(f"ALTER FUNCTION pg_catalog.{function}() RENAME TO {function}_")
+            clock = _CLOCK.format("pg_catalog", function, f"pg_catalog.{function}_", hours)
+            superuser.execute(clock)
+    async with _started(shared, FEW) as late:
+        ((theirs,),) = await _sql(late, "SELECT extract(epoch FROM now())")
+        ours = late.ledger.now().timestamp()
+        assert abs(float(theirs) - ours) > 3600
+        assert await _lease(late, over) == "GRANT_REFUSED"
+        assert [await _lease(late) for _ in range(3)] == [VALUE, VALUE, "LEASE_CAP"]
+        await late.releases.expire(TENANT)
+        assert await _lease(late) == "LEASE_CAP"
+        assert abs((await _chain(late))[-1].event_time.seconds - ours) < 120
+
+
+_CLOCK = (
+    "CREATE FUNCTION {}.{}() RETURNS timestamptz LANGUAGE sql AS"
+    " $$ SELECT {}() + interval '{} hours' $$"
+)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        # Swapped between tenants.
+        "UPDATE tenant_part m SET state = o.state, usage = o.usage FROM tenant_part o"
+        " WHERE o.tenant <> m.tenant",
+        "UPDATE tenant_part m SET state = o.state FROM tenant_part o WHERE o.tenant <> m.tenant",
+        # Another tenant's.
+        "DELETE FROM tenant_part WHERE tenant = 'acme'; UPDATE tenant_part SET tenant = 'acme'",
+        # Gone.
+        "DELETE FROM tenant_part WHERE tenant = 'acme'",
+        # There twice.
+        "ALTER TABLE tenant_part DROP CONSTRAINT tenant_part_pkey;"
+        " INSERT INTO tenant_part SELECT * FROM tenant_part WHERE tenant = 'acme'",
+        "ALTER TABLE tenant_part DROP CONSTRAINT tenant_part_pkey; INSERT INTO tenant_part"
+        " SELECT tenant, part, '', '' FROM tenant_part WHERE tenant = 'acme'",
+    ],
+)
+async def test_a_part_that_is_not_the_tenants_one(replica, damage):
+    """Shown to fail without digests of parts, and with the first of two rows."""
+    assert await _lease(replica) == VALUE
+    for statement in damage.split("; "):
+        await _sql(replica, statement)
+    assert await _lease(replica) == "STATE_TAMPERED"
+    with pytest.raises(ByokeepError) as caught:
+        await replica.ledger.read(TENANT, ALL)
+    assert caught.value.reason == "STATE_TAMPERED"
+
+
+@pytest.mark.parametrize("old", [True, False])
+async def test_two_rows_of_one_tenant(replica, old):
+    """None of them is believed, be one genuine. Shown to fail with the first that is."""
+    before = await rows.copied(replica.database)
+    await _end(replica)
+    await _sql(replica, "ALTER TABLE tenant DROP CONSTRAINT tenant_pkey CASCADE")
+    places = ", ".join(["%s"] * len(before.rows["tenant"][0]))
+    row = before.rows["tenant"][0]
+    if not old:
+        ((row),) = await _sql(replica, "SELECT * FROM tenant WHERE name = 'acme'")
+    await _sql(replica, f"INSERT INTO tenant VALUES ({places})", *row)
+    await rows.put_back(replica.database, before, "key_secret")
+    assert await _lease(replica) == "STATE_TAMPERED"
+    with pytest.raises(ByokeepError):
+        await _end(replica)
+    assert await _lease(replica, tenant=OTHER) == OTHERS
+
+
+@pytest.mark.parametrize("what", ["wrapped_dek", "envelope", "wrapped_dek, envelope"])
+async def test_ciphertext_of_another_version(replica, what):
+    """Old ciphertext under the new version's number is given to no KEK. Shown to fail without
+    secret_digest in Leasing._may_lease: the backend was asked."""
+    asked = []
+    backend = replica.backends.primary
+    unwrap = backend.unwrap
+
+    async def counted(*arguments):
+        asked.append(arguments)
+        return await unwrap(*arguments)
+
+    backend.unwrap = counted
+    assert await replica.add(TENANT, KEY, "sk-second") == 2
+    old = ", ".join(f"o.{name}" for name in what.split(", "))
+    await _sql(
+        replica,
+        f"UPDATE key_secret m SET ({what}) = ROW ({old}) FROM key_secret o"
+        " WHERE m.version = 2 AND o.version = 1 AND o.tenant = 'other' AND m.tenant = 'acme'",
+    )
+    assert await _lease(replica, replica.grant(TENANT, KEY, 2)) == "ROW_TAMPERED"
+    assert asked == []
+    last = (await _chain(replica))[-1]
+    assert (last.type, last.reason, last.key_version) == (
+        audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED,
+        "ROW_TAMPERED",
+        2,
+    )
+
+
+async def test_a_tenant_of_an_hour_ago_with_its_events(shared, replica, second):
+    """Row, parts, ciphertext, events and index, all genuine. Shown to fail without heads."""
+    before = await rows.copied(replica.database)
+    await _end(replica)
+    await rows.put_back(replica.database, before)
+    assert await _lease(replica) == "ROLLED_BACK"
+    # One that did not do it, from its next look at the log on.
+    await second.log.tick()
+    assert await _lease(second) == "ROLLED_BACK"
+    async with _started(shared) as fresh:
+        assert await _lease(fresh) == "ROLLED_BACK"
+        assert fresh.log.refusal() is None
+        assert await _lease(fresh, tenant=OTHER) == OTHERS
+
+
+async def test_an_event_planted_past_the_head(replica):
+    """It keeps nothing from being written, and is overwritten. Shown to fail without ON CONFLICT
+    in the statement that writes a change."""
+    await _sql(
+        replica,
+        "INSERT INTO event SELECT name, sequence + n, '', 'x', 'x' FROM tenant,"
+        " generate_series(1, 3) n",
+    )
+    assert await _lease(replica) == VALUE
+    await _end(replica)
+    assert await _lease(replica) == "WRONG_STATE"
+    kinds = [one.type for one in await _chain(replica)]
+    assert kinds[-3:] == [
+        audit_pb2.AUDIT_EVENT_TYPE_LEASED,
+        audit_pb2.AUDIT_EVENT_TYPE_REVOKED,
+        audit_pb2.AUDIT_EVENT_TYPE_REVOKED,
+    ]
+
+
+async def test_a_leaf_planted_past_the_end(shared, replica, second):
+    """The log goes on over it, for whoever runs and whoever starts. Shown to fail with leaves
+    that need no blind: the tenant's own head was not the newest any more."""
+    await _sql(
+        replica,
+        "INSERT INTO log_leaf SELECT (SELECT max(index) FROM log_leaf) + n, 0, 'acme', 999,"
+        " sha256('x'), sha256('x'), sha256('x') FROM generate_series(1, 3) n",
+    )
+    await _end(replica)
+    for one in (replica, second):
+        await one.log.tick()
+        assert one.log.refusal() is None
+        assert await _lease(one) == "WRONG_STATE"
+    async with _started(shared) as fresh:
+        assert fresh.log.refusal() is None
+        assert await _lease(fresh) == "WRONG_STATE"
+        assert await _lease(fresh, tenant=OTHER) == OTHERS
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [("tenant", "ROLLED_BACK"), ("tenant_part", "STATE_TAMPERED"), ("key_secret", "ROW_TAMPERED")],
+)
+async def test_rows_put_back_between_two_statements(replica, table, reason):
+    """For a moment, while a lease waits for its tenant's lock: what it reads then is held against
+    the row, and that against what is known. Shown to fail without heads, and without digests."""
+    before = await rows.copied(replica.database)
+    await _wrap_again(replica)
+    after = await rows.copied(replica.database)
+    own = Database(replica.shared.url, 1)
+    await own.open()
+    try:
+        async with own.transaction() as connection:
+            await connection.execute("SELECT 1 FROM tenant WHERE name = 'acme' FOR UPDATE")
+            waiting = asyncio.create_task(_lease(replica))
+            while not await _sql(replica, "SELECT 1 FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+            await before.put_back(connection, table)
+        assert await waiting == reason
+        await rows.put_back(own, after, table)
+        assert await _lease(replica) == VALUE
+    finally:
+        await own.close()
+
+
+async def _wrap_again(replica: Replica) -> None:
+    place = TENANT, KEY, 1
+    wrapped, envelope = (await replica.ledger.read(TENANT, (), [place])).secrets[place]
+    (result,) = await replica.backends.primary.rewrap(kek.tenant_kek(TENANT), [wrapped])
+    await rows.store(replica.ledger, place, result.wrapped, envelope)
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("tenant", "state"), ("tenant", "usage"), ("tenant_part", "state"), ("tenant_part", "usage")],
+)
+async def test_a_state_that_is_truncated_or_of_a_future_format(replica, table, column):
+    """By SQL neither counts. Shown to fail with a MAC over what was parsed."""
+    assert await _lease(replica) == VALUE
+    name = "name" if table == "tenant" else "tenant"
+    whole = await rows.copied(replica.database)
+    for value in (
+        f"substr({column}, 1, length({column}) - 1)",
+        f"substr({column}, 1, 1)",
+        # Field 4000, which no message here has.
+        f"{column} || '\\x80fa0101'",
+        "decode('ff', 'hex')",
+    ):
+        await _sql(replica, f"UPDATE {table} SET {column} = {value} WHERE {name} = 'acme'")
+        assert await _lease(replica) == "STATE_TAMPERED", value
+        await rows.put_back(replica.database, whole)
+
+
+async def test_what_a_newer_keyvault_wrote_is_kept(replica, second):
+    """A field that this one does not know, under the MAC, outlives its changes: two versions run
+    side by side while one is rolled out."""
+    future = bytes.fromhex("80fa0107")
+
+    def write(found) -> None:
+        for message in (found.edit(), found.edit_usage(), found.parts[part_of(KEY)].edit()):
+            message.MergeFromString(future)
+        found.edit_key(KEY).MergeFromString(future)
+        found.events.append(audit_pb2.AuditEvent(type=audit_pb2.AUDIT_EVENT_TYPE_STATE_RESEALED))
+
+    await second.ledger.change(TENANT, write, ALL)
+    assert await _lease(replica) == VALUE
+    await _end(replica)
+    found = await second.ledger.read(TENANT, ALL)
+    part = found.parts[part_of(KEY)]
+    for message in (found.state, found.usage, part.state, part.state.keys[0]):
+        assert future in message.SerializeToString()
+
+
+async def test_a_tenant_that_was_deleted_is_not_made_again(keyvault, deployment):
+    """With its row gone, its name is known; by whoever starts too. Shown to fail with Heads.knows
+    false: a tenant of no history took its place."""
+    key = await keyvault.add_active()
+    whole = await rows.copied(keyvault.app.database)
+    await keyvault.sql("DELETE FROM tenant WHERE name = 'acme'")
+    made = "SELECT 1 FROM tenant WHERE name = 'acme'"
+    assert await kv.refusal(keyvault.create_tenant()) == "ROLLED_BACK"
+    assert await keyvault.sql(made) == []
+    async with kv.running(deployment) as fresh:
+        assert await kv.refusal(fresh.create_tenant()) == "ROLLED_BACK"
+        assert await fresh.sql(made) == []
+        assert await kv.try_lease(fresh, key) == "ROLLED_BACK"
+    await rows.put_back(keyvault.app.database, whole)
+    assert await kv.try_lease(keyvault, key) == ""
+
+
+async def test_a_damaged_tenant_is_stopped_by_name(keyvault, deployment):
+    """A revocation that meets a damaged row is kept and carried out; a hold and a shred need no
+    row. Shown to fail without what the deployment's own row holds by name."""
+    key = await keyvault.add_active()
+    assert await kv.try_lease(keyvault, key) == ""
+    whole = await rows.copied(keyvault.app.database)
+    await keyvault.sql("UPDATE tenant SET mac = '' WHERE name = 'acme'")
+    assert await kv.refusal(keyvault.change("RevokeKey", key.name)) == "STATE_TAMPERED"
+    word = {"tenant": "tenants/acme", "reason": "incident 7"}
+    await keyvault.admin.RevokeTenant(admin_pb2.RevokeTenantRequest(**word))
+    assert await keyvault.sql("SELECT 1 FROM lease WHERE end_time IS NULL") == []
+    # Whole again it is held; the revocation comes before the end of that.
+    await rows.put_back(keyvault.app.database, whole)
+    async with kv.running(deployment) as fresh:
+        assert await kv.try_lease(fresh, key) == "TENANT_NOT_ACTIVE"
+        await fresh.admin.ResumeTenant(admin_pb2.ResumeTenantRequest(**word))
+        await fresh.tick()
+        assert await kv.try_lease(fresh, key) == "WRONG_STATE"
+        shown = await fresh.custody.GetKey(kv.custody_pb2.GetKeyRequest(name=key.name))
+        assert [one.state for one in shown.key.versions] == [State.REVOKED]
+        whole = await rows.copied(fresh.app.database)
+        await fresh.sql("UPDATE tenant SET mac = '' WHERE name = 'acme'")
+        shred = admin_pb2.ShredTenantRequest(tenant="tenants/acme", request_id=new_id("req"))
+        await fresh.admin.ShredTenant(shred)
+        assert await fresh.sql("SELECT 1 FROM local_kek WHERE name = 'tenant/acme'") == []
+        await rows.put_back(fresh.app.database, whole)
+        await fresh.tick()
+        assert await kv.try_lease(fresh, key) == "TENANT_NOT_ACTIVE"
+        await fresh.app.upkeep.scan()
+        state = (await fresh.app.ledger.read("acme")).state
+        assert isinstance(state, state_pb2.TenantState)
+        assert state.shredded
+        assert await kv.refusal(fresh.create_tenant()) == "TENANT_KEY_MISSING"
+
+
+async def test_a_forked_row(replica, second):
+    """Two processes on two copies of a row: the anchored branch counts, what is lost is told in
+    the deployment's own chain, and no process redeems a grant twice. Shown to fail without what
+    Heads.learn returns, and without what Leasing redeemed itself."""
+    before = await rows.copied(replica.database)
+    mine = replica.grant(TENANT, KEY, 1)
+    assert await _lease(replica, mine) == VALUE
+    lost = (await _chain(replica))[-1]
+    await rows.put_back(replica.database, before)
+    theirs = second.grant(TENANT, KEY, 1)
+    assert await _lease(second, theirs) == VALUE
+    assert await _lease(replica, mine) == "ROLLED_BACK"
+    await second.log.tick()
+    # The first tick finds out, and the next ones have it on record.
+    await replica.log.tick()
+    await replica.log.tick()
+    told = [
+        (one.detail, audit_pb2.AuditEvent.FromString(one.lost).lease_id)
+        for one in await _chain(replica, SYSTEM)
+        if one.type == audit_pb2.AUDIT_EVENT_TYPE_EVENT_LOST
+    ]
+    assert told == [(TENANT, lost.lease_id)]
+    assert await _lease(replica, mine) == "GRANT_REFUSED"
+    assert await _lease(replica, theirs) == "GRANT_REFUSED"
+    assert [await _lease(replica) for _ in range(2)] == [VALUE, "LEASE_CAP"]
+    assert lost.lease_id not in [one.lease_id for one in await _chain(replica)]
+
+
+async def test_an_operators_word_that_a_replica_has_not_heard(replica, second):
+    """Between the word and a replica's next tick that one changes nothing: what it wrote of before
+    would be of another past. Shown to fail where rows keep their generation until they change."""
+    running = asyncio.create_task(replica.log.run())
+    await replica.log.resume("operator", "a test")
+    running.cancel()
+    with pytest.raises(ByokeepError) as refused:
+        await _end(second)
+    assert refused.value.reason == "AUDIT_UNAVAILABLE"
+    assert await _lease(second) == "AUDIT_UNAVAILABLE"
+    await second.log.tick()
+    await _end(second)
+    await replica.log.tick()
+    assert await _lease(replica) == await _lease(second) == "WRONG_STATE"
