@@ -185,6 +185,8 @@ class Child:
         self.go = self.accepted = self.ended = False
         self.call = 0  # the sequence number of what announced it
         self.open = False
+        self.made = 0  # the place of its call among those of the chunk
+        self.stored = runner.world.stored  # as its attempt was picked
 
     def say(self, **message: Any) -> int:
         self.sequence += 1
@@ -233,7 +235,7 @@ class Child:
 
     def _log(self, what: str) -> None:
         if self.review:  # a look at a key costs nothing
-            self.runner.world.provider.calls[self.review, self.todo[0]][-1] = what
+            self.runner.world.provider.calls[self.review, self.todo[0]][self.made] = what
 
     def step(self, answer: str) -> None:
         """Do the next thing; `answer` is the provider's, where it is asked."""
@@ -252,7 +254,7 @@ class Child:
         elif self.call and not self.open and self.acked >= self.call:
             self.open = True
             if self.review:
-                self.runner.world.called(self.review, self.todo[0])
+                self.made = self.runner.world.called(self.review, self.todo[0], self.stored)
         elif self.open:
             self._answer(answer)
 
@@ -349,16 +351,23 @@ class World:
             versions=[{"version": 1, "state": custody_pb2.KEY_VERSION_STATE_ACTIVE}],
         )
         self.ambiguous_retried = False
+        #: The chunks of reviews whose findings were stored before the last pick.
+        self.stored: set[tuple[str, str]] = set()
         self.paid_twice: list[tuple[str, str, list[str]]] = []
 
-    def called(self, review: str, chunk: str) -> None:
-        """The provider is asked: nothing may be that it answered, or may have answered, before."""
+    def called(self, review: str, chunk: str, stored: set[tuple[str, str]]) -> int:
+        """The provider is asked: for nothing that it answered, or may have answered, before. Where
+        the tenant wants lost answers again: for nothing whose answer was `stored` as the attempt
+        was picked. Until it is, an answer that the provider gave is lost with whoever holds it.
+
+        Return which of the chunk's calls it is: one that was given up may still go on.
+        """
         before = self.provider.calls[review, chunk]
-        paid = [one for one in before if one != "refused"]
-        if paid and not (self.ambiguous_retried and "answered" not in paid):
+        paid = any(one != "refused" for one in before)
+        if (review, chunk) in stored if self.ambiguous_retried else paid:
             self.paid_twice.append((review, chunk, list(before)))
-        # Until somebody stored it, an answer may be lost on its way.
         before.append("open")
+        return len(before) - 1
 
     # As the fleet.
 
@@ -584,6 +593,8 @@ class System:
                 assert after[row.id].state == row.state
 
     async def _pick(self, worker: int) -> None:
+        stored = await self.sql("SELECT review_id, chunk_id FROM chunk_done")
+        self.world.stored = {(one.review_id, one.chunk_id) for one in stored}
         await self.workers[worker].pick()
         await self.settled()
 
@@ -726,8 +737,9 @@ async def _explored(url: str, seeds: Iterable[int]) -> Counter[str]:
 
 async def test_whole_system_model(orchestrator_database_url: str) -> None:
     """Shown to fail where an unfinished call is forgotten by who fences an attempt off, where a
-    call whose answer was lost is made again though the tenant does not want that, where a pick
-    does not count what runs, and where a cancelled review keeps its attempt."""
+    call whose answer was lost is made again though the tenant does not want that, where a runner
+    is not told which chunks are done, where a pick does not count what runs, and where a cancelled
+    review keeps its attempt."""
     first = random.randrange(1 << 32)
     await _explored(orchestrator_database_url, range(first, first + RUNS))
 
