@@ -267,7 +267,8 @@ class Ledger:
                 await self._aside(connection, found.values())
                 done = await self._write(connection, found.values())
             await self._committed(done)
-        return result, self._heads.get(name) if not done else done[0].head
+        # Where nothing was written, what was read: somebody else may have, and is not anchored yet.
+        return result, done[0].head if done else _whole(found[name]).head
 
     async def group(
         self,
