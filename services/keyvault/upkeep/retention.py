@@ -80,9 +80,7 @@ class Retention:
     async def _chain(self, name: str) -> None:
         tenant = await self._ledger.read(name)
         cut = await self._plan(tenant)
-        if cut is not None:
-            await self._cut(tenant, cut)
-        before = tenant.state.pruned_sequence if cut is None else cut.sequence
+        before = tenant.state.pruned_sequence if cut is None else await self._cut(tenant, cut)
         while before and await events.drop(self._database, name, before):
             pass
 
@@ -123,7 +121,8 @@ class Retention:
         # Whatever somebody put in that leaf's place, it can't be above what the anchor bears out.
         return min(leaf.sequence, logged.sequence) if leaf is not None else 0
 
-    async def _cut(self, tenant: Tenant, cut: _Cut) -> None:
+    async def _cut(self, tenant: Tenant, cut: _Cut) -> int:
+        """Put a cut on record; return up to which event the chain is cut off by then."""
         before = tenant.state.pruned_sequence
         event = audit_pb2.AuditEvent(
             type=audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED,
@@ -131,16 +130,18 @@ class Retention:
             pruned_hash=cut.hash,
         )
 
-        def prune(found: Tenant) -> None:
-            # Not where another replica did so just now.
+        def prune(found: Tenant) -> int:
+            # Not where another replica did so just now, elsewhere perhaps.
             if found.state.pruned_sequence == before:
                 state = found.edit()
                 state.pruned_sequence, state.pruned_hash = cut.sequence, cut.hash
                 found.events.append(event)
+            return int(found.state.pruned_sequence)
 
-        _, head = await self._ledger.change(tenant.name, prune)
+        pruned, head = await self._ledger.change(tenant.name, prune)
         # What is dropped can't be told again: no other branch may come first.
         await self._log.anchored(tenant.name, head)
+        return pruned
 
 
 def _time(body: bytes) -> datetime.datetime:
