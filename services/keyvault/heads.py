@@ -35,13 +35,22 @@ class Owed:
         """The newest of them."""
         return self.commits[-1][0]
 
-    def settle(self, leaf: Head) -> bool:
-        """Drop what a leaf covers; False where the leaf is none of these heads."""
+    async def settle(self, connection: Connection, name: str, leaf: Head) -> bool:
+        """Drop what a leaf covers; False where it is of another past. What is committed meanwhile
+        stays owed."""
+        known, newest = len(self.commits), self.head
+        if newest.generation != leaf.generation:
+            return False
         for number, (head, _) in enumerate(self.commits):
             if (head.sequence, head.hash) == (leaf.sequence, leaf.hash):
                 del self.commits[: number + 1]
                 return True
-        return False
+        if newest.sequence > leaf.sequence:
+            return await leads(connection, name, leaf, newest)
+        if not await leads(connection, name, newest, leaf):
+            return False
+        del self.commits[:known]
+        return True
 
 
 class Heads:
@@ -96,22 +105,15 @@ class Heads:
         the log's branch is without: what is anchored wins."""
         if name in self._logged and self._logged[name].covers(leaf):
             return []
-        self._logged[name] = leaf
         owed = self.owed.get(name)
-        if owed is None:
-            return []
-        if owed.head.generation == leaf.generation:
-            if owed.settle(leaf):
-                if not owed.commits:
-                    del self.owed[name]
-                return []
-            if owed.head.sequence > leaf.sequence:
-                if await leads(connection, name, leaf, owed.head):
-                    return []
-            elif await leads(connection, name, owed.head, leaf):
-                del self.owed[name]
-                return []
-        return self.lose(name)
+        settled = owed is None or await owed.settle(connection, name, leaf)
+        # Only now: a look that failed before this is repeated as a whole.
+        self._logged[name] = leaf
+        if not settled:
+            return self.lose(name)
+        if owed is not None and not owed.commits:
+            del self.owed[name]
+        return []
 
     def lose(self, name: str) -> list[bytes]:
         """Forget what this process wrote of a tenant; return the events."""

@@ -14,7 +14,7 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -29,7 +29,7 @@ from services.keyvault import anchor, merkle, snapshot
 from services.keyvault.anchor import AnchorStore, Position, Stored
 from services.keyvault.database import Connection, Database
 from services.keyvault.event import SYSTEM, Head, chain_of
-from services.keyvault.heads import Heads
+from services.keyvault.heads import Heads, leads
 from services.keyvault.ledger import Ledger, Macs, Tenant
 from services.keyvault.lifecycle import stale
 from services.keyvault.sql import ledger as ledger_sql
@@ -73,7 +73,10 @@ class Log:
         self._ticking = asyncio.Lock()
         self._wake = asyncio.Event()
         self._ticked = asyncio.Condition()
+        #: Over the leaves that were learned from.
         self._frontier: merkle.Frontier | None = None
+        #: Events that this process wrote and that another branch is without, until that is told.
+        self._lost: dict[str, list[bytes]] = {}
         self._saved = time.monotonic()
         #: When the last tick began that succeeded, by this process's own steady clock.
         self.fresh = -math.inf
@@ -147,23 +150,31 @@ class Log:
                     await self._ticked.wait()
         except TimeoutError:
             raise stale("anchored") from None
-        if self._heads.generation != generation:
+        # By its number alone it might be of a branch that lost.
+        if self._heads.generation != generation or not await self._has(name, head):
             raise stale("extended")
+
+    async def _has(self, name: str, head: Head) -> bool:
+        """Say whether what is known of the log goes through a head."""
+        logged = self._heads.logged(name)
+        if (logged.sequence, logged.hash) == (head.sequence, head.hash):
+            return True
+        async with self._database.transaction() as connection:
+            return await leads(connection, name, head, logged)
 
     async def tick(self) -> None:
         """Hold the database against the anchor, learn what is new, add what is owed, anchor."""
         began = time.monotonic()
-        lost: dict[str, list[bytes]] = {}
         try:
             async with self._ticking:
-                if await self._tick(lost):
+                if await self._tick():
                     self.fresh = began
         except _ContradictionError as error:
             await self._distrust(str(error))
         finally:
             async with self._ticked:
                 self._ticked.notify_all()
-        await each("event_lost", lost.items(), self._tell_lost)
+            await each("event_lost", list(self._lost), self._tell_lost)
 
     async def resume(self, caller: str, reason: str) -> None:
         """Take the database as it is for the truth, on an operator's word: every row that is
@@ -245,7 +256,7 @@ class Log:
         if not self._heads.get(name).covers(tenant.head):
             self._heads.remember(name, tenant.head)
 
-    async def _tick(self, lost: dict[str, list[bytes]]) -> bool:
+    async def _tick(self) -> bool:
         """Do one tick; True where it succeeded."""
         async with self._database.transaction() as connection:
             await sql.lock(connection)
@@ -257,7 +268,7 @@ class Log:
                 anchored = Position()
             if anchored.generation != self._heads.generation:
                 for name in list(self._heads.owed):
-                    lost[name] = self._heads.lose(name)
+                    self._lose(name, self._heads.lose(name))
                 self._heads.forget(anchored.generation)
                 self._frontier = None
             if anchored.distrusted:
@@ -266,13 +277,14 @@ class Log:
                 return False
             if self._frontier is None:
                 self._frontier = await self._restored(connection, anchored)
-            learned = await self._read_leaves(connection, self._frontier, anchored.size)
-            if self._frontier.root() != anchored.root:
-                self._frontier = None
+            frontier = self._frontier.copy()
+            learned = await self._read_leaves(connection, frontier, anchored.size)
+            if frontier.root() != anchored.root:
                 raise _ContradictionError("the leaves are not those that were anchored")
             self.rolled_back = False
-            await self._learn(connection, learned, lost)
-            frontier = merkle.Frontier(self._frontier.size, self._frontier.roots())
+            await self._learn(connection, learned)
+            # Only now: what fails before this is read, and learned, again.
+            self._frontier = frontier.copy()
             added = await self._extend(connection, frontier)
         # Another replica's leaves, or an operator's word, may have changed what is known of it.
         self.system = (await self._ledger.read(SYSTEM)).state
@@ -282,9 +294,9 @@ class Log:
         if new != anchored and not await self._store.write(new.text(self._deployment), before):
             self._wake.set()
             return False
-        self.position, self._frontier = new, frontier
         async with self._database.transaction() as connection:
-            await self._learn(connection, added, lost)
+            await self._learn(connection, added)
+        self.position, self._frontier = new, frontier
         return True
 
     async def _restored(self, connection: Connection, anchored: Position) -> merkle.Frontier:
@@ -316,36 +328,53 @@ class Log:
                     found[leaf.tenant] = leaf
         return list(found.values())
 
-    async def _learn(
-        self, connection: Connection, leaves: Sequence[Leaf], lost: dict[str, list[bytes]]
-    ) -> None:
+    async def _learn(self, connection: Connection, leaves: Sequence[Leaf]) -> None:
         for leaf in leaves:
-            head = Head(leaf.generation, leaf.sequence, leaf.head_hash)
-            if bodies := await self._heads.learn(connection, leaf.tenant, head):
-                lost[leaf.tenant] = bodies
+            bodies = await self._heads.learn(connection, leaf.tenant, leaf.head)
+            self._lose(leaf.tenant, bodies)
+
+    def _lose(self, name: str, bodies: Sequence[bytes]) -> None:
+        if bodies:
+            self._lost.setdefault(name, []).extend(bodies)
 
     async def _extend(self, connection: Connection, frontier: merkle.Frontier) -> list[Leaf]:
         """Append what another keyvault added beyond the anchor, and the heads that are owed."""
-        start, taken = frontier.size, list[Leaf]()
+        start, newest = frontier.size, dict[str, Leaf]()
         completed = list[tuple[int, int, bytes]]()
         while leaves := await sql.leaves(connection, frontier.size, frontier.size + _BATCH):
             for leaf in leaves:
-                if leaf.index != frontier.size or not self.wrote(leaf):
+                if leaf.index != frontier.size or not await self._follows(connection, leaf, newest):
                     break
                 completed += frontier.append(leaf.leaf_hash)
-                taken.append(leaf)
+                if leaf.generation == self._heads.generation:
+                    newest[leaf.tenant] = leaf
             if frontier.size < leaves[-1].index + 1:
                 break
-        newest = {one.tenant: one for one in taken if one.generation == self._heads.generation}
-        new = []
-        for name, owed in self._heads.owed.items():
-            there = newest.get(name)
-            if there is None or there.sequence < owed.head.sequence:
-                new.append(self._leaf(frontier.size, name, owed.head))
+        end, new = frontier.size, list[Leaf]()
+        for name, owed in list(self._heads.owed.items()):
+            head, there = owed.head, newest.get(name)
+            # What does not lead on from a leaf that is taken is lost once that is anchored.
+            if there is None or (
+                there.sequence < head.sequence and await leads(connection, name, there.head, head)
+            ):
+                new.append(self._leaf(frontier.size, name, head))
                 completed += frontier.append(new[-1].leaf_hash)
         if frontier.size > start:
-            await sql.add(connection, start + len(taken), new, completed)
+            await sql.add(connection, end, new, completed)
         return [*newest.values(), *new]
+
+    async def _follows(
+        self, connection: Connection, leaf: Leaf, newest: Mapping[str, Leaf]
+    ) -> bool:
+        """Say whether keyvault wrote a leaf beyond the anchor, and its head goes on from the one
+        before: a leaf of a branch that lost may have been kept, to be put there later."""
+        if not self.wrote(leaf):
+            return False
+        taken = newest.get(leaf.tenant)
+        before = taken.head if taken is not None else self._heads.logged(leaf.tenant)
+        return leaf.generation != before.generation or await leads(
+            connection, leaf.tenant, before, leaf.head
+        )
 
     async def _rebuilt(
         self, connection: Connection
@@ -374,9 +403,8 @@ class Log:
 
     def wrote(self, leaf: Leaf) -> bool:
         """Say whether keyvault wrote a leaf, with any of its keys."""
-        head = Head(leaf.generation, leaf.sequence, leaf.head_hash)
         written = any(
-            hmac.compare_digest(leaf.blind, self._blind(key, leaf.index, leaf.tenant, head))
+            hmac.compare_digest(leaf.blind, self._blind(key, leaf.index, leaf.tenant, leaf.head))
             for key in self._macs.keys
         )
         named = fields(leaf.blind, chain_of(leaf.tenant), leaf.sequence, leaf.head_hash)
@@ -404,9 +432,9 @@ class Log:
             distrusted = replace(anchored, distrusted=True)
             await self._store.write(distrusted.text(self._deployment), before)
 
-    async def _tell_lost(self, lost: tuple[str, list[bytes]]) -> None:
+    async def _tell_lost(self, name: str) -> None:
         """Put events on the record that this process wrote, and that another branch is without."""
-        name, bodies = lost
+        bodies = self._lost.pop(name, [])
         if not bodies:
             return
         logs.event(log, "tenant_forked", level=logging.CRITICAL, tenant=name)
@@ -419,7 +447,11 @@ class Log:
                 for body in bodies
             ]
 
-        await self._ledger.change(SYSTEM, add)
+        try:
+            await self._ledger.change(SYSTEM, add)
+        except BaseException:
+            self._lost[name] = bodies + self._lost.pop(name, [])
+            raise
 
     def _read(self, stored: Stored) -> Position | None:
         return anchor.position(stored.text, self._deployment)

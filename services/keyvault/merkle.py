@@ -53,6 +53,10 @@ class Frontier:
         self.size += 1
         return completed
 
+    def copy(self) -> Frontier:
+        """Return one that can be appended to apart."""
+        return Frontier(self.size, self._roots)
+
     def roots(self) -> list[bytes]:
         """Return the roots, widest subtree first."""
         return list(self._roots)

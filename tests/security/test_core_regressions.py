@@ -10,12 +10,16 @@ from byokeep.ids import new_id
 from byokeep.keyvault.v1 import admin_pb2, audit_pb2, state_pb2
 
 from services.common.errors import ByokeepError
-from services.keyvault import custody, kek
-from services.keyvault.database import Database
+from services.keyvault import custody, kek, lifecycle
+from services.keyvault.database import Database, unreachable
 from services.keyvault.event import SYSTEM, link_hash
 from services.keyvault.ledger import ALL, part_of
 from services.keyvault.lifecycle import State
 from services.keyvault.limits import Caps
+from services.keyvault.sql import events as event_sql
+from services.keyvault.sql import log as log_sql
+from services.keyvault.upkeep import retention
+from services.keyvault.upkeep.retention import Retention
 from tests.harness import keyvault as kv
 from tests.harness import rows
 from tests.harness.parts import ORIGIN, Replica, Shared
@@ -469,3 +473,252 @@ async def test_an_operators_word_that_a_replica_has_not_heard(replica, second):
     await _end(second)
     await replica.log.tick()
     assert await _lease(replica) == await _lease(second) == "WRONG_STATE"
+
+
+@asynccontextmanager
+async def _ticking(one: Replica):
+    """Let a process's log tick as it does in service."""
+    running = asyncio.create_task(one.log.run())
+    try:
+        yield
+    finally:
+        running.cancel()
+
+
+_REVOKE = custody.Request("RevokeKey", "req_1", b"revoked" * 4, "")
+
+
+async def _revoke(one: Replica) -> None:
+    """As the RPC does it: answered once it can't be forgotten any more."""
+
+    def decide(key, found):
+        return lifecycle.end(key, State.REVOKED)
+
+    await one.custody.change(TENANT, KEY, ORIGIN, decide, _REVOKE)
+
+
+def _once(function, error: Exception):
+    """A function that fails once, before it works again."""
+    left = [error]
+
+    async def failing(*arguments, **named):
+        if left:
+            raise left.pop()
+        return await function(*arguments, **named)
+
+    return failing
+
+
+async def test_a_repeated_request_is_answered_by_another_process(replica, second):
+    """Whoever wrote it died before it was anchored: the repetition changes nothing, and waits for
+    that all the same. Shown to fail with what is known, in the place of what was read, as the head
+    that Ledger.change returns: the answered revocation was gone with an old row."""
+    before = await rows.copied(replica.database)
+    dies = asyncio.create_task(_revoke(second))
+    while not second.heads.owed:
+        await asyncio.sleep(0.01)
+    dies.cancel()
+    async with _ticking(replica):
+        await _revoke(replica)
+    await rows.put_back(replica.database, before)
+    assert await _lease(replica) == "ROLLED_BACK"
+
+
+async def test_a_change_of_a_branch_that_lost_is_not_answered(replica, second):
+    """The other branch is longer, so that its head covers by its number. Shown to fail without
+    Log._has: the revocation was answered, and leases went on."""
+    before = await rows.copied(replica.database)
+    revoked = asyncio.create_task(_revoke(replica))
+    while not replica.heads.owed:
+        await asyncio.sleep(0.01)
+    await rows.put_back(replica.database, before)
+    assert [await _lease(second) for _ in range(3)] == [VALUE] * 3
+    await second.log.tick()
+    async with _ticking(replica):
+        with pytest.raises(ByokeepError) as refused:
+            await revoked
+    assert refused.value.reason == "AUDIT_UNAVAILABLE"
+
+
+@pytest.mark.parametrize("branch", [True, False])
+async def test_a_leaf_that_was_kept(shared, replica, second, branch):
+    """Of a tick whose anchor was not written, at an index that another one left free: genuine, and
+    of a branch that lost, or old. Shown to fail without Log._follows: it was anchored over a
+    revocation that was answered, and nobody said that one is lost."""
+    before = await rows.copied(replica.database, None)
+    # The other tenant's leaf comes first.
+    assert await _lease(second, tenant=OTHER) == OTHERS
+    assert [await _lease(second) for _ in range(4)] == [VALUE] * 4
+
+    async def lost(*_) -> bool:
+        return False
+
+    second.log._store = _Store(shared.anchor, lost)
+    await second.log.tick()
+    second.log._store = shared.anchor
+    kept = await rows.copied(replica.database, None)
+    await rows.put_back(replica.database, before if branch else kept)
+    if not branch:
+        await _sql(replica, "DELETE FROM log_leaf WHERE index >= %s", len(before.rows["log_leaf"]))
+    await _end(replica)
+    ((end,),) = await _sql(replica, "SELECT max(index) + 1 FROM log_leaf")
+    leaf = next(row for row in kept.rows["log_leaf"] if row[0] == end and row[2] == TENANT)
+    places = ", ".join(["%s"] * len(leaf))
+    await _sql(replica, f"INSERT INTO log_leaf VALUES ({places})", *leaf)
+    await replica.log.tick()
+    old = rows.Copy(TENANT)
+    old.rows = {
+        table: [row for row in kept.rows[table] if row[0] == TENANT] for table in rows.OF_TENANT
+    }
+    await rows.put_back(replica.database, old)
+    await second.log.tick()
+    async with _started(shared) as fresh:
+        assert [await _lease(one) for one in (replica, second, fresh)] == ["ROLLED_BACK"] * 3
+        assert fresh.log.refusal() is None
+
+
+class _Store:
+    """An anchor's store with another `write`."""
+
+    def __init__(self, store, write) -> None:
+        self.read, self.write = store.read, write
+
+
+async def test_a_log_whose_reading_is_cut_short(shared, replica, monkeypatch):
+    """A connection that ends between two batches, by an attacker or by chance: nothing of the first
+    one is passed over. Shown to fail with a frontier that is ahead of what was learned: every row
+    of the tenants in it was believed."""
+    before = await rows.copied(replica.database)
+    await _end(replica)
+    ((size,),) = await _sql(replica, "SELECT max(index) + 1 FROM log_leaf")
+    await replica.create_tenant("third")
+    await rows.put_back(replica.database, before)
+    monkeypatch.setattr(log_sql, "_BATCH", size)
+    reads, leaves = [], log_sql.leaves
+
+    async def cut(connection, start, end):
+        reads.append(start)
+        if len(reads) == 2:
+            raise unreachable()
+        return await leaves(connection, start, end)
+
+    monkeypatch.setattr(log_sql, "leaves", cut)
+    fresh = Replica(shared)
+    with pytest.raises(ByokeepError):
+        await fresh.start()
+    try:
+        await fresh.log.start()
+        assert fresh.log.refusal() is None
+        assert await _lease(fresh) == "ROLLED_BACK"
+    finally:
+        await fresh.close()
+
+
+async def test_a_tick_that_ends_once_the_anchor_is_written(replica, second):
+    """It took another process's leaf, and learns of it by the next one. Shown to fail with the
+    frontier of what was anchored: the revocation was never learned."""
+    before = await rows.copied(replica.database)
+    revoked = asyncio.create_task(_revoke(second))
+    while not second.heads.owed:
+        await asyncio.sleep(0.01)
+
+    async def too_late(*_) -> bool:
+        return False
+
+    second.log._store = _Store(second.shared.anchor, too_late)
+    await second.log.tick()
+    revoked.cancel()
+    transaction = replica.database.transaction
+
+    async def write(text, after) -> bool:
+        def ended():
+            replica.database.transaction = transaction
+            raise unreachable()
+
+        replica.database.transaction = ended
+        return await replica.shared.anchor.write(text, after)
+
+    replica.log._store = _Store(replica.shared.anchor, write)
+    with pytest.raises(ByokeepError):
+        await replica.log.tick()
+    replica.log._store = replica.shared.anchor
+    await replica.log.tick()
+    await rows.put_back(replica.database, before)
+    assert await _lease(replica) == "ROLLED_BACK"
+
+
+async def test_a_tick_that_ends_while_it_learns_of_a_fork(replica, second, monkeypatch):
+    """The anchored branch counts all the same, and what is lost is told. Shown to fail with heads
+    that are learned before they are compared: the next tick anchored the branch that had lost, over
+    a revocation that was answered."""
+    before = await rows.copied(replica.database)
+    assert [await _lease(second) for _ in range(4)] == [VALUE] * 4
+    branch = await rows.copied(replica.database)
+    await rows.put_back(replica.database, before)
+    await _end(replica)
+    monkeypatch.setattr(event_sql, "bodies", _once(event_sql.bodies, unreachable()))
+    with pytest.raises(ByokeepError):
+        await second.log.tick()
+    for one in (second, second, replica):
+        await one.log.tick()
+    assert [await _lease(one) for one in (replica, second)] == ["WRONG_STATE"] * 2
+    await rows.put_back(replica.database, branch)
+    assert [await _lease(one) for one in (replica, second)] == ["ROLLED_BACK"] * 2
+    told = [one.detail for one in await _chain(replica, SYSTEM) if one.lost]
+    assert told == [TENANT] * 4
+
+
+async def test_a_lease_while_a_leaf_is_learned(replica, second, monkeypatch):
+    """What is committed while a tick compares an older head stays owed, and known. Shown to fail
+    where all that is owed goes with it: the row of before could be put back for an hour."""
+    assert await _lease(replica) == VALUE
+    assert await _lease(second) == VALUE
+    await second.log.tick()
+    bodies = event_sql.bodies
+
+    async def slow(*arguments):
+        monkeypatch.setattr(event_sql, "bodies", bodies)
+        before.append(await rows.copied(replica.database))
+        given.append(await _record(replica))
+        return await bodies(*arguments)
+
+    before, given = [], []
+    monkeypatch.setattr(event_sql, "bodies", slow)
+    await replica.log.tick()
+    assert replica.heads.get(TENANT) == given[0]
+    await rows.put_back(replica.database, before[0])
+    with pytest.raises(ByokeepError) as refused:
+        await replica.ledger.read(TENANT)
+    assert refused.value.reason == "ROLLED_BACK"
+
+
+async def _record(one: Replica):
+    event = audit_pb2.AuditEvent(type=audit_pb2.AUDIT_EVENT_TYPE_STATE_RESEALED)
+    _, head = await one.ledger.change(TENANT, lambda found: found.events.append(event))
+    return head
+
+
+async def test_two_processes_that_cut_a_chain_off(replica, second):
+    """Each planned another cut, as their clocks have it: what is dropped is what the state says.
+    Shown to fail where each drops what it planned: links were missing, and no export of that chain
+    verified any more."""
+    links = [row async for row in event_sql.links(replica.database, TENANT)]
+    cuts = [retention._Cut(row[0], bytes(row[2])) for row in links[:2]]
+
+    def retains(one: Replica, cut) -> Retention:
+        made = Retention(one.database, one.ledger, one.heads, one.log, 1)
+
+        async def plan(_):
+            if one is second:
+                await first._chain(TENANT)
+            return cut
+
+        made._plan = plan
+        return made
+
+    first, late = retains(replica, cuts[0]), retains(second, cuts[1])
+    async with _ticking(replica), _ticking(second):
+        await late._chain(TENANT)
+    found = await second.ledger.read(TENANT)
+    left = await _sql(replica, "SELECT min(sequence) FROM event WHERE tenant = 'acme'")
+    assert left == [(found.state.pruned_sequence + 1,)]

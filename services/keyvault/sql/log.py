@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from services.keyvault.database import Connection, Database, Row
+from services.keyvault.event import Head
 from services.keyvault.merkle import Frontier, Node, nodes_of
 
 _BATCH = 10_000
@@ -68,6 +69,11 @@ class Leaf:
     head_hash: bytes
     blind: bytes
     leaf_hash: bytes
+
+    @property
+    def head(self) -> Head:
+        """The head that it stands for."""
+        return Head(self.generation, self.sequence, self.head_hash)
 
 
 async def lock(connection: Connection) -> None:
