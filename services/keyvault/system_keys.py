@@ -12,6 +12,7 @@ first, and which of them are current is said by `choose`, once that row was read
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 STATE_MAC, INTAKE_SIGNING, AUDIT_LOG = "state_mac", "intake_signing", "audit_log"
 _KINDS: Final = (STATE_MAC, INTAKE_SIGNING, AUDIT_LOG)
 _PREFIX: Final = {STATE_MAC: "smk", INTAKE_SIGNING: "isk", AUDIT_LOG: "alk"}
+#: Every process has opened a key so long after it was made.
+_OPENED_SECONDS: Final = 5.0
 #: Kind and id.
 _Name = tuple[str, str]
 
@@ -218,6 +221,9 @@ class Rotation:
             ByokeepError: NOT_FOUND.
         """
         await self._refresh()
+        if kind == STATE_MAC:
+            # Whoever has not opened it yet would find the log to be of somebody else.
+            await asyncio.sleep(_OPENED_SECONDS)
 
         def act(system: Tenant) -> None:
             found = [one for one in system.state.keys if (one.kind, one.key_id) == (kind, key_id)]

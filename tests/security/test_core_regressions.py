@@ -722,3 +722,22 @@ async def test_two_processes_that_cut_a_chain_off(replica, second):
     found = await second.ledger.read(TENANT)
     left = await _sql(replica, "SELECT min(sequence) FROM event WHERE tenant = 'acme'")
     assert left == [(found.state.pruned_sequence + 1,)]
+
+
+async def test_a_mac_key_that_is_activated_at_once(keyvault, deployment):
+    """A replica that has not opened it yet reads nothing that it authenticates. Shown to fail
+    without the wait in Rotation.activate: the replica found leaves that were not keyvault's, and no
+    lease was given anywhere before an operator's word."""
+    key = await keyvault.add_active()
+    kind = admin_pb2.SYSTEM_KEY_KIND_STATE_MAC
+    async with kv.running(deployment) as replica:
+        made = await keyvault.admin.PrepareSystemKey(admin_pb2.PrepareSystemKeyRequest(kind=kind))
+        activate = admin_pb2.ActivateSystemKeyRequest(kind=kind, key_id=made.key_id)
+        await keyvault.admin.ActivateSystemKey(activate)
+        await keyvault.app._follow_keys()
+        assert keyvault.app.keys.macs.current == made.key_id
+        assert await kv.try_lease(keyvault, key) == ""
+        for one in (keyvault, replica):
+            await one.app.log.tick()
+            assert not one.app.log.rolled_back
+            assert await kv.try_lease(one, key) == ""
