@@ -30,7 +30,7 @@ from services.common.errors import ByokeepError
 from services.keyvault import event, lifecycle
 from services.keyvault.database import Connection, Database, Row
 from services.keyvault.event import Head
-from services.keyvault.heads import Heads
+from services.keyvault.heads import Heads, leads
 from services.keyvault.sql import index
 from services.keyvault.sql import ledger as sql
 from services.keyvault.sql.ledger import SecretName
@@ -554,6 +554,8 @@ class Ledger:
             known = self._heads.get(name)
             if (known.sequence, known.hash) != (one.before.sequence, one.before.hash):
                 async with self._database.transaction() as connection:
+                    if known.covers(one.head) and await leads(connection, name, one.head, known):
+                        continue  # the log was faster than the commit's answer
                     await self._heads.admit(connection, name, one.before)
             self._heads.remember(name, one.head, one.bodies)
 

@@ -741,3 +741,23 @@ async def test_a_mac_key_that_is_activated_at_once(keyvault, deployment):
             await one.app.log.tick()
             assert not one.app.log.rolled_back
             assert await kv.try_lease(one, key) == ""
+
+
+async def test_a_commit_whose_answer_is_late(replica, second):
+    """Another process went on from it, and the log has that already: nothing was put back. Shown
+    to fail without that case in Ledger._committed: ROLLED_BACK was said of a change that stands."""
+    transaction = replica.database.transaction
+
+    @asynccontextmanager
+    async def late():
+        async with transaction() as connection:
+            yield connection
+        replica.database.transaction = transaction
+        await _record(second)
+        for one in (second, replica):
+            await one.log.tick()
+
+    replica.database.transaction = late
+    await _record(replica)
+    assert replica.heads.get(TENANT) == (await second.ledger.read(TENANT)).head
+    assert await _lease(replica) == VALUE
