@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from byokeep.merkle import EMPTY
+
 from services.common.config import ConfigError
-from services.keyvault import merkle
 
 _ABSENT: Final = ""
 
@@ -27,7 +28,7 @@ class Position:
     """A position of the log: how many leaves, and the root over them."""
 
     size: int = 0
-    root: bytes = merkle.EMPTY
+    root: bytes = EMPTY
     #: How many operator's words there were: each makes the database, as it was, the truth.
     generation: int = 0
     #: When the last one was said, in seconds since 1970.

@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from byokeep.encoding import fields
-from byokeep.keyvault.v1 import audit_pb2, lease_pb2, state_pb2
+from byokeep.keyvault.v1 import audit_pb2, state_pb2
 from google.protobuf.message import DecodeError, Message
 
 from services.common import logs
@@ -257,13 +257,10 @@ class Ledger:
             ByokeepError: as `read`, or as `decide`; then nothing is changed.
         """
 
-        def decide_one(found: Mapping[str, Tenant | ByokeepError]) -> T:
-            return decide(_whole(found[name]))
-
         async with self._held([name]):
             async with self._database.transaction() as connection:
                 found = await self._load(connection, {name: parts}, secrets, lock=True)
-                result = decide_one(found)
+                result = decide(_whole(found[name]))
                 await self._aside(connection, found.values())
                 done = await self._write(connection, found.values())
             await self._committed(done)
@@ -282,8 +279,8 @@ class Ledger:
             async with self._database.pipelined() as connection:
                 found = await self._load(connection, wanted, secrets, lock=True)
                 result = decide(found)
+                await self._aside(connection, found.values())
                 done = await self._write(connection, found.values())
-                await self._index(connection, found.values())
             await self._committed(done)
         return result
 
@@ -309,9 +306,7 @@ class Ledger:
         process changes a tenant once at a time."""
         async with AsyncExitStack() as stack:
             for name in sorted(names):
-                lock = self._locks.get(name)
-                if lock is None:
-                    lock = self._locks[name] = asyncio.Lock()
+                lock = self._locks.setdefault(name, asyncio.Lock())
                 await stack.enter_async_context(lock)
             yield
 
@@ -526,6 +521,7 @@ class Ledger:
         self, connection: Connection, tenants: Iterable[Tenant | ByokeepError]
     ) -> None:
         """Write what goes with the changes: ciphertexts, and the index of leases."""
+        closed: list[str] = []
         for tenant in tenants:
             if isinstance(tenant, Tenant):
                 if tenant.put:
@@ -534,13 +530,7 @@ class Ledger:
                     await sql.drop_secrets(connection, tenant.dropped)
                 if tenant.ended:
                     await index.end(connection, tenant.ended)
-                if tenant.closed:
-                    await index.close(connection, tenant.closed)
-
-    async def _index(
-        self, connection: Connection, tenants: Iterable[Tenant | ByokeepError]
-    ) -> None:
-        closed = [one for own in tenants if isinstance(own, Tenant) for one in own.closed]
+                closed += tenant.closed
         if closed:
             await index.close(connection, closed)
 
@@ -603,7 +593,3 @@ def end_leases(
             tenant.ended.append(lease.lease_id)
             ended += 1
     return ended
-
-
-#: What a lease that nobody released came to.
-UNKNOWN_OUTCOME: Final = lease_pb2.LEASE_OUTCOME_UNSPECIFIED

@@ -21,6 +21,7 @@ from typing import Final
 import grpc
 from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2, state_pb2
+from byokeep.merkle import leaf_hash
 
 from services.common import logs
 from services.common.background import each
@@ -200,7 +201,12 @@ class Log:
                 frontier.size, frontier.root(), generation, int(self._ledger.now().timestamp())
             )
             if not await self._store.write(position.text(self._deployment), before):
-                raise _moved()
+                raise ByokeepError(
+                    grpc.StatusCode.ABORTED,
+                    "ETAG_MISMATCH",
+                    "another keyvault wrote the anchor at the same time; try again",
+                    field="anchor",
+                )
             self.rolled_back = False
         await self.tick()
         event = audit_pb2.AuditEvent(
@@ -398,7 +404,7 @@ class Log:
             head.sequence,
             head.hash,
             blind,
-            merkle.leaf_hash(fields(blind, chain_of(name), head.sequence, head.hash)),
+            leaf_hash(fields(blind, chain_of(name), head.sequence, head.hash)),
         )
 
     def wrote(self, leaf: Leaf) -> bool:
@@ -408,7 +414,7 @@ class Log:
             for key in self._macs.keys
         )
         named = fields(leaf.blind, chain_of(leaf.tenant), leaf.sequence, leaf.head_hash)
-        return written and hmac.compare_digest(leaf.leaf_hash, merkle.leaf_hash(named))
+        return written and hmac.compare_digest(leaf.leaf_hash, leaf_hash(named))
 
     def _blind(self, key_id: str, index: int, name: str, head: Head) -> bytes:
         message = fields(
@@ -455,12 +461,3 @@ class Log:
 
     def _read(self, stored: Stored) -> Position | None:
         return anchor.position(stored.text, self._deployment)
-
-
-def _moved() -> ByokeepError:
-    return ByokeepError(
-        grpc.StatusCode.ABORTED,
-        "ETAG_MISMATCH",
-        "another keyvault wrote the anchor at the same time; try again",
-        field="anchor",
-    )

@@ -9,20 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from byokeep.merkle import EMPTY, leaf_hash, node_hash
-
-__all__ = [
-    "EMPTY",
-    "Frontier",
-    "Node",
-    "Range",
-    "consistency",
-    "inclusion",
-    "leaf_hash",
-    "needed",
-    "nodes_of",
-    "root_of",
-]
+from byokeep.merkle import EMPTY, node_hash
 
 #: (level, index)
 Node = tuple[int, int]

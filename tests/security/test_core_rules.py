@@ -10,11 +10,12 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
+from byokeep import merkle
 from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2, state_pb2
 
 from services.common.errors import ByokeepError
-from services.keyvault import custody, kek, merkle
+from services.keyvault import custody, kek
 from services.keyvault.anchor import Stored
 from services.keyvault.event import SYSTEM, chain_of
 from services.keyvault.ledger import ALL, part_of
