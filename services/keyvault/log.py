@@ -170,12 +170,12 @@ class Log:
             async with self._ticking:
                 if await self._tick():
                     self.fresh = began
+                await each("event_lost", list(self._lost), self._tell_lost)
         except _ContradictionError as error:
             await self._distrust(str(error))
         finally:
             async with self._ticked:
                 self._ticked.notify_all()
-            await each("event_lost", list(self._lost), self._tell_lost)
 
     async def resume(self, caller: str, reason: str) -> None:
         """Take the database as it is for the truth, on an operator's word: every row that is
@@ -440,9 +440,6 @@ class Log:
 
     async def _tell_lost(self, name: str) -> None:
         """Put events on the record that this process wrote, and that another branch is without."""
-        bodies = self._lost.pop(name, [])
-        if not bodies:
-            return
         logs.event(log, "tenant_forked", level=logging.CRITICAL, tenant=name)
 
         def add(system: Tenant) -> None:
@@ -450,14 +447,11 @@ class Log:
                 audit_pb2.AuditEvent(
                     type=audit_pb2.AUDIT_EVENT_TYPE_EVENT_LOST, detail=name, lost=body
                 )
-                for body in bodies
+                for body in self._lost[name]
             ]
 
-        try:
-            await self._ledger.change(SYSTEM, add)
-        except BaseException:
-            self._lost[name] = bodies + self._lost.pop(name, [])
-            raise
+        await self._ledger.change(SYSTEM, add)
+        del self._lost[name]
 
     def _read(self, stored: Stored) -> Position | None:
         return anchor.position(stored.text, self._deployment)
