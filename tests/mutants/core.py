@@ -6,6 +6,7 @@ from tests.mutants.table import Mutant
 
 _KV = "services/keyvault/"
 _RULES = "tests/security/test_core_rules.py::"
+_ATTACKS = "tests/security/test_core_regressions.py::"
 _PURE = "tests/unit/test_lifecycle.py::"
 _WRITTEN = _RULES + "test_what_keyvault_did_not_write_is_refused_at_once"
 _OLD = _RULES + "test_an_older_row_with_all_that_belongs_to_it_is_rolled_back"
@@ -218,6 +219,36 @@ MUTANTS = (
         "            self._wake.set()\n            return False\n",
         "            self._wake.set()\n",
         (_ANSWERED,),
+    ),
+    Mutant(
+        "a head is answered for by its number alone",
+        _KV + "log.py",
+        " or not await self._has(name, head):\n",
+        ":\n",
+        (_ATTACKS + "test_a_change_of_a_branch_that_lost_is_not_answered",),
+    ),
+    Mutant(
+        "a leaf beyond the anchor goes on from anything",
+        _KV + "log.py",
+        "        return leaf.generation != before.generation or await leads(\n"
+        "            connection, leaf.tenant, before, leaf.head\n"
+        "        )\n",
+        "        return bool(before)\n",
+        (_ATTACKS + "test_a_leaf_that_was_kept",),
+    ),
+    Mutant(
+        "leaves count as learned before they are",
+        _KV + "log.py",
+        "            frontier = self._frontier.copy()\n",
+        "            frontier = self._frontier\n",
+        (_ATTACKS + "test_a_log_whose_reading_is_cut_short",),
+    ),
+    Mutant(
+        "a change that changed nothing is as old as what was known",
+        _KV + "ledger.py",
+        "done[0].head if done else _whole(found[name]).head\n",
+        "done[0].head if done else self._heads.get(name)\n",
+        (_ATTACKS + "test_a_repeated_request_is_answered_by_another_process",),
     ),
     Mutant(
         "heads that no leaf names are left",
