@@ -343,7 +343,7 @@ class Ledger:
             if self._heads.knows(name):
                 raise lifecycle.rolled_back(name)
             raise lifecycle.tenant_key_missing(name)
-        if len(rows) > 1:
+        if len(rows) > 1 or None in rows[0]:
             raise lifecycle.tampered(name)
         _, generation, sequence, digest, state, usage, mac_key, mac = rows[0]
         head = Head(generation, sequence, digest)
@@ -380,7 +380,7 @@ class Ledger:
             if digest is None:
                 tenant.parts[number] = Part(state_pb2.PartState(), state_pb2.PartUsage())
                 continue
-            if sum(row[0] == number for row in rows) != 1:
+            if sum(row[0] == number and None not in row for row in rows) != 1:
                 raise lifecycle.tampered(tenant.name)
             state, usage = stored[number]
             usage_digest = hashlib.sha256(usage).digest()

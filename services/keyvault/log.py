@@ -227,9 +227,7 @@ class Log:
         while True:
             async with self._database.transaction() as connection:
                 rows = await ledger_sql.heads(connection, after, _BATCH)
-            unnamed = [
-                row[0] for row in rows if Head(*row[1:]).sequence > self._heads.get(row[0]).sequence
-            ]
+            unnamed = [name for name, at in rows if at > self._heads.get(name).sequence]
             await each("unlogged_head", unnamed, self._owe)
             if len(rows) < _BATCH:
                 return

@@ -66,7 +66,7 @@ MUTANTS = (
     Mutant(
         "a part that is missing is none",
         _KV + "ledger.py",
-        "            if sum(row[0] == number for row in rows) != 1:\n"
+        "            if sum(row[0] == number and None not in row for row in rows) != 1:\n"
         "                raise lifecycle.tampered(tenant.name)\n",
         "            if number not in stored:\n"
         "                digest = None\n"

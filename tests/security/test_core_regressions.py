@@ -761,3 +761,17 @@ async def test_a_commit_whose_answer_is_late(replica, second):
     await _record(replica)
     assert replica.heads.get(TENANT) == (await second.ledger.read(TENANT)).head
     assert await _lease(replica) == VALUE
+
+
+@pytest.mark.parametrize("column", ["sequence", "mac", "state", "head_hash"])
+async def test_a_row_that_is_null_stops_its_tenant_alone(shared, replica, column):
+    """No start, and no operator's word, fails of it. Shown to fail with a row that is compared as
+    it comes: TypeError, for all."""
+    await _sql(replica, f"ALTER TABLE tenant ALTER {column} DROP NOT NULL")
+    await _sql(replica, f"UPDATE tenant SET {column} = NULL WHERE name = 'acme'")
+    async with _started(shared) as fresh:
+        assert await _lease(fresh) == "STATE_TAMPERED"
+        assert await _lease(fresh, tenant=OTHER) == OTHERS
+        async with _ticking(fresh):
+            await fresh.log.resume("operator", "a test")
+        assert await _lease(fresh, tenant=OTHER) == OTHERS

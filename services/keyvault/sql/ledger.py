@@ -91,7 +91,7 @@ SELECT DISTINCT name FROM tenant WHERE (%(after)s::text IS NULL OR name > %(afte
 ORDER BY name LIMIT %(limit)s
 """
 _HEADS = """
-SELECT name, generation, sequence, head_hash FROM tenant
+SELECT name, greatest(sequence, 0) FROM tenant
 WHERE (%(after)s::text IS NULL OR name > %(after)s) ORDER BY name LIMIT %(limit)s
 """
 _PUT_OFF = "UPDATE tenant SET due_time = %s WHERE name = %s AND sequence = %s RETURNING 1"
@@ -269,7 +269,7 @@ async def drop_all_secrets(connection: Connection, tenant: str) -> None:
 
 
 async def heads(connection: Connection, after: str | None, limit: int) -> list[Row]:
-    """Return (name, generation, sequence, head hash) of rows after a name; None: from the first."""
+    """Return (name, sequence) of rows after a name; None: from the first."""
     parameters = {"after": after, "limit": limit}
     return await (await connection.execute(_HEADS, parameters, binary=True)).fetchall()
 
