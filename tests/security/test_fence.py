@@ -10,7 +10,7 @@ import pytest
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from services.orchestrator.store import attempts
+from services.orchestrator.store import attempts, endings
 from services.orchestrator.work.dispatcher import ORPHANED_SECONDS
 from services.orchestrator.work.execution import Execution
 from tests.harness.orchestrator import (
@@ -145,6 +145,44 @@ async def test_call_under_way_is_not_repeated_when_its_worker_falls_silent(stack
         review_pb2.RetryReviewRequest(name=review.name, request_id=request_id())
     )
     assert (await stack.ended(again.review)).calls_started == 2
+
+
+async def test_call_that_begins_as_its_silent_worker_is_fenced_off_is_not_repeated(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker stores a call after the sweeper has looked, and before it holds the attempt. Shown
+    by a look for an open call in `_STALE` itself: the review is QUEUED, its call made again."""
+    leased, go, in_call = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def silent(talk: Conversation) -> None:
+        await talk.accept("c1")
+        leased.set()
+        await go.wait()
+        await talk.call("c1")
+        in_call.set()
+        await talk.cancelled.wait()
+        await talk.end(review_pb2.FAILURE_REASON_CHILD_LOST, ambiguous_call=True)
+
+    # One pause, between the statement's snapshot and its lock.
+    slow = endings._STALE.replace("FOR UPDATE", "AND (SELECT pg_sleep(1)) IS NOT NULL FOR UPDATE")
+    monkeypatch.setattr(endings, "_STALE", slow)
+    stack.runner.scripts = [silent]
+    review = await stack.submit()
+    async with asyncio.timeout(20):
+        await leased.wait()
+    await stack.app.background.end("heartbeat")
+    ((attempt,),) = await stack.sql("SELECT id FROM attempt")
+    await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
+    fencing = asyncio.create_task(stack.app.sweeper.fence_off(attempt))
+    await stack.until("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+    go.set()
+    async with asyncio.timeout(20):
+        await in_call.wait()
+        assert not fencing.done()
+        await fencing
+    ended = await stack.ended(review)
+    assert ended.failure == review_pb2.FAILURE_REASON_AMBIGUOUS
+    assert (ended.ambiguous_calls, ended.calls_started, ended.attempts) == (1, 1, 1)
 
 
 async def test_worker_that_lives_keeps_its_attempt(stack: Stack) -> None:

@@ -196,13 +196,14 @@ _STALE_IDS: Final = f"""
         AND (heartbeat_time < now() - make_interval(secs => %(held)s) OR NOT ({IN_CALL}))
     ORDER BY heartbeat_time LIMIT 100"""  # noqa: S608 - constants
 _STALE: Final = """
-    SELECT a.kind, EXISTS (
-        SELECT FROM provider_call c WHERE c.attempt_id = a.id AND c.finish_time IS NULL
-        ) AS unfinished_call
-    FROM attempt a
-    WHERE a.id = %(id)s AND a.state = 'RUNNING'
-        AND a.heartbeat_time < now() - make_interval(secs => %(seconds)s)
+    SELECT kind FROM attempt
+    WHERE id = %(id)s AND state = 'RUNNING'
+        AND heartbeat_time < now() - make_interval(secs => %(seconds)s)
     FOR UPDATE SKIP LOCKED"""
+# Asked once the attempt is locked, and no call of it can begin. What locks it can't ask: it sees
+# calls as they were when it began to look, though the attempt as it is.
+_UNFINISHED_CALL: Final = """
+    SELECT 1 FROM provider_call WHERE attempt_id = %(id)s AND finish_time IS NULL LIMIT 1"""
 
 
 class EndingStore:
@@ -255,7 +256,8 @@ class EndingStore:
             attempt: AnyAttempt
             if row.kind == AttemptKind.REVIEW:
                 (attempt,) = await load_reviews(session, [attempt_id])
-                ending = after_review(attempt, row.unfinished_call)
+                unfinished = await session.one(_UNFINISHED_CALL, {"id": attempt_id}) is not None
+                ending = after_review(attempt, unfinished)
                 await _end_review(session, attempt, ending, Trail())
             else:
                 (attempt,) = await load_keys(session, [attempt_id])
