@@ -756,8 +756,8 @@ MUTANTS = (
     Mutant(
         "a living worker is fenced off",
         _OR + "store/endings.py",
-        "AND a.heartbeat_time < now() - make_interval(secs => %(seconds)s)",
-        "AND %(seconds)s > 0",
+        "AND heartbeat_time < now() - make_interval(secs => %(seconds)s)\n    FOR UPDATE",
+        "AND %(seconds)s > 0\n    FOR UPDATE",
         (_SEC + "test_fence.py::test_worker_that_lives_keeps_its_attempt",),
     ),
     Mutant(

@@ -278,6 +278,8 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
             if error.reason not in ("STATE_TAMPERED", "ROLLED_BACK", "NOT_FOUND"):
                 raise
             rights.require_key_owner("", "name")
+            if error.reason == "NOT_FOUND":
+                raise
         return {
             "name": request.name,
             "request_id": request.request_id,
