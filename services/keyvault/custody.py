@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -71,7 +71,7 @@ class Custody:
 
         def act(found: Tenant) -> Key:
             key = _there(found, key_id)
-            if done_before(key, request) is None:
+            if done_before(key.requests, request) is None:
                 lifecycle.check_etag(key, request.etag)
                 if changes := decide(key, found):
                     apply(found, key_id, changes, origin, self._backends)
@@ -95,7 +95,7 @@ class Custody:
 
         def act(found: Tenant) -> Key:
             key = _there(found, key_id)
-            if done_before(key, request) is None:
+            if done_before(key.requests, request) is None:
                 lifecycle.check_etag(key, request.etag)
                 remember(found.edit_key(key_id).requests, request.past())
             finish(found, key_id, origin, self._backends, after)
@@ -198,11 +198,13 @@ def finish(
         tenant.dropped |= {(tenant.name, key_id, one.version) for one in key.versions}
 
 
-def done_before(key: Key, request: Request) -> state_pb2.PastRequest | None:
+def done_before(
+    requests: Sequence[state_pb2.PastRequest], request: Request
+) -> state_pb2.PastRequest | None:
     """Return what is kept of a request that was carried out before. Raises ByokeepError:
     REQUEST_ID_CONFLICT where it was of other content."""
     past = request.past()
-    for one in key.requests:
+    for one in requests:
         if one.id == past.id:
             if one.content != past.content:
                 raise lifecycle.id_conflict()

@@ -21,7 +21,7 @@ from services.keyvault.lifecycle import WHOLE, State
 from services.keyvault.log import Log
 from services.keyvault.sql import epochs as epoch_sql
 from services.keyvault.sql import ledger as sql
-from services.keyvault.tenant_keys import done_before, untrimmed
+from services.keyvault.tenant_keys import untrimmed
 
 #: The deployment's own row names at most so many tenants that were shredded while damaged.
 _MOST_SHREDDED: Final = 10_000
@@ -99,7 +99,7 @@ class Shredding:
         await self._log.anchored(tenant, head)
 
     def _shred(self, found: Tenant, request: Request | None, origin: Origin) -> int:
-        past = done_before(found.state, request) if request is not None else None
+        past = custody.done_before(found.state.requests, request) if request else None
         if past is not None:
             return past.version
         destroyed = 0

@@ -200,7 +200,7 @@ def _done(tenant: Tenant, order: Order) -> tuple[Key, int] | None:
     """Return what a request became that was carried out before. Raises ByokeepError:
     REQUEST_ID_CONFLICT."""
     key = tenant.key(order.key_id)
-    past = done_before(key, order.request()) if key is not None else None
+    past = done_before(key.requests, order.request()) if key is not None else None
     return (key, past.version) if key is not None and past is not None else None
 
 

@@ -79,7 +79,7 @@ class TenantKeys:
             ByokeepError: TENANT_KEY_MISSING; STATE_TAMPERED, ROLLED_BACK; REQUEST_ID_CONFLICT.
         """
         found = await self._living(tenant)
-        past = done_before(found.state, request)
+        past = custody.done_before(found.state.requests, request)
         if past is not None:
             await self._log.anchored(tenant, found.head)
             return past.version
@@ -102,7 +102,7 @@ class TenantKeys:
             ByokeepError: as `rotate`.
         """
         found = await self._living(tenant)
-        if done_before(found.state, request) is not None:
+        if custody.done_before(found.state.requests, request) is not None:
             await self._log.anchored(tenant, found.head)
             return
         aim = await self.aim(tenant)
@@ -114,7 +114,7 @@ class TenantKeys:
         )
 
         def order(found: Tenant, new: bool) -> None:
-            if done_before(found.state, request) is None:
+            if custody.done_before(found.state.requests, request) is None:
                 self._target(found, aim.version, trim=trim)
                 _clear_unopened(found)
                 _note(found, request, _event(kind, backend, aim, caller), aim.version)
@@ -264,21 +264,9 @@ def minimum(state: state_pb2.TenantState, one: state_pb2.KekState) -> int:
     return state.target_version
 
 
-def done_before(state: state_pb2.TenantState, request: Request) -> state_pb2.PastRequest | None:
-    """Return what is kept of a request that was carried out before. Raises ByokeepError:
-    REQUEST_ID_CONFLICT where it was of other content."""
-    past = request.past()
-    for one in state.requests:
-        if one.id == past.id:
-            if one.content != past.content:
-                raise lifecycle.id_conflict()
-            return one
-    return None
-
-
 def _note(found: Tenant, request: Request, event: audit_pb2.AuditEvent, version: int) -> int:
     """Put what was asked on record, and remember it; return the version that it came to."""
-    past = done_before(found.state, request)
+    past = custody.done_before(found.state.requests, request)
     if past is not None:
         return past.version
     custody.remember(found.edit().requests, request.past(version))
