@@ -21,6 +21,8 @@ from services.keyvault.lifecycle import rolled_back, stale
 from services.keyvault.sql import events as sql
 
 _NAMES_IN_PART: Final = 10_000
+#: A head that this process wrote, and the events that led to it.
+Commit = tuple[Head, Sequence[bytes]]
 
 
 @dataclass(slots=True)
@@ -28,7 +30,7 @@ class Owed:
     """What this process committed of a tenant, or relies on, and no leaf is known to cover yet:
     heads, oldest first, each with the events that led to it."""
 
-    commits: list[tuple[Head, Sequence[bytes]]] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
 
     @property
     def head(self) -> Head:
@@ -100,9 +102,9 @@ class Heads:
         """Note what this process committed, or relies on: it is owed to the log."""
         self.owed.setdefault(name, Owed()).commits.append((head, bodies))
 
-    async def learn(self, connection: Connection, name: str, leaf: Head) -> list[bytes]:
-        """Take in a leaf that the anchor bears out. Returns events that this process wrote and that
-        the log's branch is without: what is anchored wins."""
+    async def learn(self, connection: Connection, name: str, leaf: Head) -> list[Commit]:
+        """Take in a leaf that the anchor bears out. Returns what this process wrote and the log's
+        branch is without: what is anchored wins."""
         if name in self._logged and self._logged[name].covers(leaf):
             return []
         owed = self.owed.get(name)
@@ -115,10 +117,10 @@ class Heads:
             del self.owed[name]
         return []
 
-    def lose(self, name: str) -> list[bytes]:
-        """Forget what this process wrote of a tenant; return the events."""
+    def lose(self, name: str) -> list[Commit]:
+        """Forget what this process wrote of a tenant, and no leaf is known to cover; return it."""
         owed = self.owed.pop(name, None)
-        return [body for _, bodies in owed.commits for body in bodies] if owed is not None else []
+        return owed.commits if owed is not None else []
 
     def dump(self) -> Iterator[bytes]:
         """Yield the log's newest heads, in parts of 10,000 names."""

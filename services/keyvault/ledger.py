@@ -69,6 +69,8 @@ class Macs:
 
     current: str
     keys: dict[str, bytes]
+    #: Every one that is stored was looked at: what none of them made is not keyvault's.
+    complete: bool = True
 
 
 @dataclass(slots=True)

@@ -30,8 +30,8 @@ from services.keyvault import anchor, merkle, snapshot
 from services.keyvault.anchor import AnchorStore, Position, Stored
 from services.keyvault.database import Connection, Database
 from services.keyvault.event import SYSTEM, Head, chain_of
-from services.keyvault.heads import Heads, leads
-from services.keyvault.ledger import Ledger, Macs, Tenant
+from services.keyvault.heads import Commit, Heads, leads
+from services.keyvault.ledger import Ledger, Macs
 from services.keyvault.lifecycle import stale
 from services.keyvault.sql import ledger as ledger_sql
 from services.keyvault.sql import log as sql
@@ -76,8 +76,9 @@ class Log:
         self._ticked = asyncio.Condition()
         #: Over the leaves that were learned from.
         self._frontier: merkle.Frontier | None = None
-        #: Events that this process wrote and that another branch is without, until that is told.
-        self._lost: dict[str, list[bytes]] = {}
+        #: What this process committed and what is anchored was not found to cover, until it is
+        #: looked at once more, and told.
+        self._lost: dict[str, list[Commit]] = {}
         self._saved = time.monotonic()
         #: When the last tick began that succeeded, by this process's own steady clock.
         self.fresh = -math.inf
@@ -170,7 +171,7 @@ class Log:
             async with self._ticking:
                 if await self._tick():
                     self.fresh = began
-                await each("event_lost", list(self._lost), self._tell_lost)
+                    await each("event_lost", list(self._lost), self._tell_lost)
         except _ContradictionError as error:
             await self._distrust(str(error))
         finally:
@@ -334,12 +335,12 @@ class Log:
 
     async def _learn(self, connection: Connection, leaves: Sequence[Leaf]) -> None:
         for leaf in leaves:
-            bodies = await self._heads.learn(connection, leaf.tenant, leaf.head)
-            self._lose(leaf.tenant, bodies)
+            lost = await self._heads.learn(connection, leaf.tenant, leaf.head)
+            self._lose(leaf.tenant, lost)
 
-    def _lose(self, name: str, bodies: Sequence[bytes]) -> None:
-        if bodies:
-            self._lost.setdefault(name, []).extend(bodies)
+    def _lose(self, name: str, commits: Sequence[Commit]) -> None:
+        if commits:
+            self._lost.setdefault(name, []).extend(commits)
 
     async def _extend(self, connection: Connection, frontier: merkle.Frontier) -> list[Leaf]:
         """Append what another keyvault added beyond the anchor, and the heads that are owed."""
@@ -406,11 +407,14 @@ class Log:
         )
 
     def wrote(self, leaf: Leaf) -> bool:
-        """Say whether keyvault wrote a leaf, with any of its keys."""
+        """Say whether keyvault wrote a leaf, with any of its keys. Raises ByokeepError:
+        AUDIT_UNAVAILABLE where it may be with one that this process could not open yet."""
         written = any(
             hmac.compare_digest(leaf.blind, self._blind(key, leaf.index, leaf.tenant, leaf.head))
             for key in self._macs.keys
         )
+        if not written and not self._macs.complete:
+            raise stale("authenticated")
         named = fields(leaf.blind, chain_of(leaf.tenant), leaf.sequence, leaf.head_hash)
         return written and hmac.compare_digest(leaf.leaf_hash, leaf_hash(named))
 
@@ -437,18 +441,18 @@ class Log:
             await self._store.write(distrusted.text(self._deployment), before)
 
     async def _tell_lost(self, name: str) -> None:
-        """Put events on the record that this process wrote, and that another branch is without."""
-        logs.event(log, "tenant_forked", level=logging.CRITICAL, tenant=name)
-
-        def add(system: Tenant) -> None:
-            system.events += [
-                audit_pb2.AuditEvent(
-                    type=audit_pb2.AUDIT_EVENT_TYPE_EVENT_LOST, detail=name, lost=body
-                )
-                for body in self._lost[name]
-            ]
-
-        await self._ledger.change(SYSTEM, add)
+        """Put events on the record that this process wrote, and that the branch that is anchored is
+        without. What an operator's word took in, of whatever generation, is not lost."""
+        anchored, lost = self._heads.logged(name), list[bytes]()
+        async with self._database.transaction() as connection:
+            for head, bodies in self._lost[name]:
+                if not await leads(connection, name, head, anchored):
+                    lost += bodies
+        if lost:
+            logs.event(log, "tenant_forked", level=logging.CRITICAL, tenant=name)
+            kind = audit_pb2.AUDIT_EVENT_TYPE_EVENT_LOST
+            told = [audit_pb2.AuditEvent(type=kind, detail=name, lost=body) for body in lost]
+            await self._ledger.change(SYSTEM, lambda system: system.events.extend(told))
         del self._lost[name]
 
     def _read(self, stored: Stored) -> Position | None:

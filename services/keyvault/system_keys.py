@@ -164,6 +164,7 @@ async def refresh(
     """Open keys that were made since, before anything is authenticated with them; use those that
     were activated."""
     new = await sql.names(database) - keys.opened.keys() - keys.unopened
+    keys.macs.complete = not new
     if new:
         rows = [row for row in await sql.rows(database) if (row[0], row[1]) in new]
         opened, _ = await _open(backends, deployment, rows)
@@ -172,6 +173,7 @@ async def refresh(
         for (kind, key_id), raw in opened.items():
             if kind == STATE_MAC:
                 keys.macs.keys[key_id] = raw
+        keys.macs.complete = True
     keys.choose(system)
 
 

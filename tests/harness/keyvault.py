@@ -280,7 +280,7 @@ async def prune(keyvault: Keyvault) -> None:
     """Drop all that retention may drop now, as if it were old."""
     await keyvault.tick()
     retention = keyvault.app.retention
-    retention._age, retention._settled_seconds = datetime.timedelta(days=-1), -1.0
+    retention._age = datetime.timedelta(days=-1)
     await retention.tick()
 
 

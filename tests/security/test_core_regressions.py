@@ -447,16 +447,21 @@ async def test_a_forked_row(replica, second):
     # The first tick finds out, and the next ones have it on record.
     await replica.log.tick()
     await replica.log.tick()
-    told = [
-        (one.detail, audit_pb2.AuditEvent.FromString(one.lost).lease_id)
-        for one in await _chain(replica, SYSTEM)
-        if one.type == audit_pb2.AUDIT_EVENT_TYPE_EVENT_LOST
-    ]
+    told = [(name, event.lease_id) for name, event in await _lost(replica)]
     assert told == [(TENANT, lost.lease_id)]
     assert await _lease(replica, mine) == "GRANT_REFUSED"
     assert await _lease(replica, theirs) == "GRANT_REFUSED"
     assert [await _lease(replica) for _ in range(2)] == [VALUE, "LEASE_CAP"]
     assert lost.lease_id not in [one.lease_id for one in await _chain(replica)]
+
+
+async def _lost(one: Replica) -> list[tuple[str, audit_pb2.AuditEvent]]:
+    """Return which events were told to be lost, and of which tenants."""
+    return [
+        (told.detail, audit_pb2.AuditEvent.FromString(told.lost))
+        for told in await _chain(one, SYSTEM)
+        if told.type == audit_pb2.AUDIT_EVENT_TYPE_EVENT_LOST
+    ]
 
 
 async def test_an_operators_word_that_a_replica_has_not_heard(replica, second):
@@ -724,6 +729,16 @@ async def test_two_processes_that_cut_a_chain_off(replica, second):
     assert left == [(found.state.pruned_sequence + 1,)]
 
 
+async def test_no_event_is_cut_off_that_no_leaf_covers(replica):
+    """However old it is: it may still have to lead on from what is anchored. Shown to fail where
+    its age alone decides."""
+    old = Retention(replica.database, replica.ledger, replica.heads, replica.log, -1)
+    logged = replica.heads.logged(TENANT)
+    await _record(replica)
+    cut = await old._plan(await replica.ledger.read(TENANT))
+    assert cut == retention._Cut(logged.sequence, logged.hash)
+
+
 async def test_a_mac_key_that_is_activated_at_once(keyvault, deployment):
     """A replica that has not opened it yet reads nothing that it authenticates. Shown to fail
     without the wait in Rotation.activate: the replica found leaves that were not keyvault's, and no
@@ -741,6 +756,49 @@ async def test_a_mac_key_that_is_activated_at_once(keyvault, deployment):
             await one.app.log.tick()
             assert not one.app.log.rolled_back
             assert await kv.try_lease(one, key) == ""
+
+
+async def test_a_mac_key_that_a_replica_can_not_open_yet(keyvault, deployment, monkeypatch):
+    """Its KEK backend is away while the key is made and taken up elsewhere. The leaves are of
+    nobody that it knows, until it can look. Shown to fail without Macs.complete: it found the
+    database rolled back, and no lease was given anywhere before an operator's word."""
+    key = await keyvault.add_active()
+    kind = admin_pb2.SYSTEM_KEY_KIND_STATE_MAC
+    async with kv.running(deployment) as replica:
+
+        async def away(*_):
+            raise kek.KekUnavailableError("local", "unreachable", "gone")
+
+        with monkeypatch.context() as gone:
+            gone.setattr(replica.app.backends.primary, "unwrap", away)
+            made = await keyvault.admin.PrepareSystemKey(
+                admin_pb2.PrepareSystemKeyRequest(kind=kind)
+            )
+            with pytest.raises(kek.KekUnavailableError):
+                await replica.app._follow_keys()
+            activate = admin_pb2.ActivateSystemKeyRequest(kind=kind, key_id=made.key_id)
+            await keyvault.admin.ActivateSystemKey(activate)
+            await keyvault.app._follow_keys()
+            assert await kv.try_lease(keyvault, key) == ""
+            await keyvault.app.log.tick()
+            with pytest.raises(ByokeepError, match="authenticated"):
+                await replica.app.log.tick()
+        await replica.app._follow_keys()
+        await replica.app.log.tick()
+        assert not replica.app.log.rolled_back
+        assert await kv.try_lease(replica, key) == ""
+
+
+async def test_an_operators_word_beside_what_another_replica_owes(replica, second):
+    """The word takes in what that replica committed: nothing is lost. Shown to fail where what is
+    owed at a new generation is told as lost: EVENT_LOST was said of what the chain has."""
+    head = await _record(second)
+    async with _ticking(replica):
+        await replica.log.resume("operator", "restored")
+    await second.log.tick()
+    assert second.heads.generation == 1
+    assert second.heads.logged(TENANT).sequence == head.sequence
+    assert await _lost(replica) == []
 
 
 async def test_a_commit_whose_answer_is_late(replica, second):

@@ -3,17 +3,13 @@
 An event RETENTION_PRUNED states up to which link events were dropped, and that link's hash; so
 does the tenant's state. An export then starts after the dropped events, and is believed only with
 that event in it. Events are evidence alone: keyvault needs none of them again, but those that lead
-from a head that some process remembers. So an event goes only where a leaf of the log covered it a
-day ago.
+on from a head that no leaf of the log covers yet. So an event goes only where one does.
 """
 
 from __future__ import annotations
 
 import datetime
 import hmac
-import time
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,15 +17,13 @@ from byokeep.keyvault.v1 import audit_pb2
 
 from services.common.background import each
 from services.keyvault.database import Database
-from services.keyvault.event import GENESIS, Head, link_hash
+from services.keyvault.event import GENESIS, link_hash
 from services.keyvault.heads import Heads
 from services.keyvault.ledger import Ledger, Tenant
 from services.keyvault.log import Log
 from services.keyvault.sql import events, upkeep
-from services.keyvault.sql import log as log_sql
 
 TICK_SECONDS: Final = 3600.0
-_SETTLED_SECONDS: Final = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,38 +38,21 @@ class Retention:
     """Drops events that are older than a number of days; 0 days: none, ever."""
 
     def __init__(
-        self,
-        database: Database,
-        ledger: Ledger,
-        heads: Heads,
-        log: Log,
-        days: int,
-        settled_seconds: float = _SETTLED_SECONDS,
-        steady: Callable[[], float] = time.monotonic,
+        self, database: Database, ledger: Ledger, heads: Heads, log: Log, days: int
     ) -> None:
-        """Drop events of a ledger's tenants. `steady` is a clock that never goes back."""
+        """Drop events of a ledger's tenants."""
         self._database = database
         self._ledger = ledger
         self._heads = heads
         self._log = log
         self._age = datetime.timedelta(days=days)
-        self._settled_seconds = settled_seconds
-        self._steady = steady
-        #: (when, size of the anchored log then), oldest first.
-        self._sizes: deque[tuple[float, int]] = deque()
-        self._settled = 0
 
     async def tick(self) -> None:
         """Look at every chain once."""
         if not self._age or self._log.quiet or self._log.refusal() is not None:
             return
-        now = self._steady()
-        self._sizes.append((now, self._log.position.size))
-        while self._sizes and self._sizes[0][0] <= now - self._settled_seconds:
-            self._settled = self._sizes.popleft()[1]
-        if self._settled:
-            async for names in upkeep.names(self._database):
-                await each("retention", names, self._chain)
+        async for names in upkeep.names(self._database):
+            await each("retention", names, self._chain)
 
     async def _chain(self, name: str) -> None:
         tenant = await self._ledger.read(name)
@@ -91,7 +68,7 @@ class Retention:
         with the trace of it.
         """
         cutoff = self._ledger.now() - self._age
-        high = await self._settled_sequence(tenant.name)
+        high = self._heads.logged(tenant.name).sequence
         at, digest = tenant.state.pruned_sequence, tenant.state.pruned_hash or GENESIS
         if high <= at:
             return None
@@ -112,14 +89,6 @@ class Retention:
         if at != known.sequence or not hmac.compare_digest(digest, known.hash):
             raise LookupError("the chain does not verify")
         return cut
-
-    async def _settled_sequence(self, name: str) -> int:
-        """Return up to which event a leaf covered a chain a day ago."""
-        async with self._database.transaction() as connection:
-            leaf = await log_sql.newest_leaf(connection, name, self._settled)
-        logged: Head = self._heads.logged(name)
-        # Whatever somebody put in that leaf's place, it can't be above what the anchor bears out.
-        return min(leaf.sequence, logged.sequence) if leaf is not None else 0
 
     async def _cut(self, tenant: Tenant, cut: _Cut) -> int:
         """Put a cut on record; return up to which event the chain is cut off by then."""
