@@ -10,6 +10,7 @@ import ctypes
 import os
 import resource
 import sys
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 _PR_GET_DUMPABLE = 3
@@ -36,9 +37,9 @@ def close_the_door() -> None:
         raise OSError("the kernel leaves this process open to others of its user")
 
 
-def control(option: int, value: int) -> int:
+def control(option: int, value: int, argument: Any = 0) -> int:
     """Call prctl(2) and return its result. Raises OSError where it fails; Linux only."""
-    result: int = -1 if _prctl is None else _prctl(option, value, 0, 0, 0)
+    result: int = -1 if _prctl is None else _prctl(option, value, argument, 0, 0)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -10,6 +10,7 @@ import resource
 import signal
 
 from services.common import hardening
+from services.llm_runner import cage
 
 CHANNEL_FD = 3
 
@@ -29,8 +30,8 @@ def become_child(parent: int, channel: int) -> None:
     """Turn a fresh fork into a child that dies with its parent and has one open descriptor.
 
     `parent` is the id of the process that forked; `channel` is moved to CHANNEL_FD, standard
-    input, output and error stay. Its memory is limited. Raises OSError where the parent is
-    already gone.
+    input, output and error stay. Its memory is limited, and so is what it may ask of the kernel.
+    Raises OSError where the parent is already gone.
     """
     hardening.control(hardening.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -42,3 +43,4 @@ def become_child(parent: int, channel: int) -> None:
     os.closerange(CHANNEL_FD + 1, _MAX_FDS)
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_CHILD_BYTES, _MAX_CHILD_BYTES))
     hardening.close_the_door()
+    cage.shut()

@@ -104,6 +104,16 @@ MUTANTS = (
         (_SEC + "test_no_dump.py::test_no_dump",),
     ),
     Mutant(
+        "the runner's child may ask the kernel for anything",
+        "services/llm_runner/process.py",
+        "    cage.shut()\n",
+        "",
+        (
+            _SEC + "test_one_shot_child.py::"
+            "test_a_caged_child_opens_nothing_starts_nothing_and_looks_into_nobody",
+        ),
+    ),
+    Mutant(
         "intake takes its order before its door is closed",
         _KV + "intake_child.py",
         "    hardening.close_the_door()\n",

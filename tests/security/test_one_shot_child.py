@@ -122,6 +122,66 @@ def test_the_child_has_its_channel_and_one_provider_connection_alone(bench):
     attempt.finish()
 
 
+_TRIES = """
+import ctypes, os, socket
+from services.llm_runner import process
+
+libc = ctypes.CDLL(None, use_errno=True)
+def raw(name, *arguments):
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+
+DUMPABLE, SEIZE, IO_URING_SETUP = 4, 0x4206, 425
+tries = {
+    "socket": lambda: socket.socket(),
+    "socketpair": lambda: socket.socketpair(),
+    "file": lambda: open("/dev/null"),
+    "listing": lambda: os.listdir("/"),
+    "memory file": lambda: os.memfd_create("one"),
+    "fork": lambda: os.fork() or os._exit(0),
+    "exec": lambda: os.execv("/bin/echo", ["echo", "exec: done"]),
+    "ptrace": lambda: raw("ptrace", SEIZE, parent, None, None),
+    "process_vm_readv": lambda: raw("process_vm_readv", parent, None, 0, None, 0, 0),
+    "pidfd": lambda: os.pidfd_open(parent),
+    "kill": lambda: os.kill(parent, 0),
+    "open door": lambda: raw("prctl", DUMPABLE, 1, 0, 0, 0),
+    "io_uring": lambda: raw("syscall", IO_URING_SETUP, 1, ctypes.create_string_buffer(120)),
+}
+parent, (_, channel) = os.getpid(), socket.socketpair()
+for name, attempt in tries.items():
+    if os.fork() == 0:
+        process.become_child(parent, channel.fileno())
+        try:
+            attempt()
+        except PermissionError:
+            os._exit(0)
+        except OSError as error:
+            os.write(1, f"{name}: {error}\\n".encode())
+            os._exit(0)
+        os.write(1, f"{name}: done\\n".encode())
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_a_caged_child_opens_nothing_starts_nothing_and_looks_into_nobody():
+    """Fails for each without cage.shut in become_child."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TRIES], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
+
+
+def test_the_child_of_an_attempt_is_caged(bench):
+    attempt = held_review(bench)
+
+    status = Path(f"/proc/{attempt.pid}/status").read_text()
+
+    assert "Seccomp:\t2" in status
+    bench.emulator.control.release()
+    attempt.finish()
+
+
 def test_the_child_has_no_new_privileges_no_core_and_no_identity(bench):
     """Fails without process.harden, and when the zygote gets the parent's environment."""
     attempt = held_review(bench)
