@@ -1,7 +1,7 @@
 """keyvault's database: a pool, transactions, and driver errors turned at one seam.
 
-SQL is written out where it is used in `store`: in this zone a reader should see
-the very statement. SQLAlchemy owns the schema and its migrations.
+SQL is written out in `sql`: in this zone a reader should see the very statement. SQLAlchemy owns
+the schema and its migrations.
 """
 
 from __future__ import annotations

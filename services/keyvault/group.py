@@ -1,7 +1,7 @@
 """Group commit: work that arrives while a transaction runs is done together in the next one.
 
-A commit costs the same for one lease as for fifty. Items that lock the same chain are
-never in two transactions of this process at once: the second could only wait.
+A commit costs the same for one lease as for fifty. Items that lock the same tenant are never in
+two transactions of this process at once: the second could only wait.
 """
 
 from __future__ import annotations

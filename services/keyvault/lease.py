@@ -1,8 +1,8 @@
 """Leases: a grant redeemed once, the key opened and sealed to one child, wiped here.
 
 The order matters. Signature and holder first (pure). Then, in one transaction for all that wait:
-time, state, single use, caps, the lease and its audit event. Only when those are durable, and this
-process is not out of date, is the key decrypted.
+single use, time, hold, binding, state, caps, the lease and its audit event. Only when those are
+durable, and this process is not out of date, is the key decrypted.
 """
 
 from __future__ import annotations
