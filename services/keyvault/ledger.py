@@ -482,7 +482,7 @@ class Ledger:
                 lease.version,
                 lease.holder,
                 lease.sequence,
-                _time(lease.expire_millis / 1_000),
+                datetime.datetime.fromtimestamp(lease.expire_millis / 1_000, datetime.UTC),
             )
         return _Done(tenant, tenant.head, head, [one.body for one in links])
 
@@ -515,9 +515,7 @@ class Ledger:
         first_lease = tenant.leased and len(tenant.usage.leases) == len(tenant.leased)
         if not tenant.name or not (tenant._state_changed or state_changed or first_lease):
             return None
-        now = tenant.now.timestamp()
-        due = lifecycle.due(tenant.state, tenant.usage, now, self._shred_after)
-        return _time(due) if due is not None else _NEVER
+        return lifecycle.due(tenant.state, tenant.usage, tenant.now, self._shred_after)
 
     async def _aside(
         self, connection: Connection, tenants: Iterable[Tenant | ByokeepError]
@@ -560,13 +558,6 @@ class _Done:
     before: Head
     head: Head
     bodies: list[bytes]
-
-
-_NEVER: Final = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
-
-
-def _time(seconds: float) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
 
 
 def _copy(message: M) -> M:

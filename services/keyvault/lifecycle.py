@@ -24,6 +24,7 @@ WHOLE_KEY: Final = 0
 OVERDUE_SECONDS: Final = 5
 #: A version that did not open is tried again after so long.
 RETRY_SECONDS: Final = 86_400
+NEVER: Final = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
 
 
 class State(IntEnum):
@@ -263,22 +264,27 @@ def owed(state: state_pb2.TenantState) -> dict[str, int]:
     return found
 
 
-def trims(state: state_pb2.TenantState) -> bool:
-    """Say whether KEK versions below the target are to be destroyed."""
-    if state.shredded:
-        return any(kek.trimmed != WHOLE for kek in state.keks)
-    if not state.trim:
-        return False
-    return any(
-        kek.trimmed < (state.target_version if kek.backend == state.target_backend else WHOLE)
-        for kek in state.keks
-    )
+def untrimmed(state: state_pb2.TenantState) -> list[state_pb2.KekState]:
+    """Return the tenant's KEKs of which something is to be destroyed."""
+    if not state.shredded and not state.trim:
+        return []
+    return [kek for kek in state.keks if kek.trimmed < minimum(state, kek)]
+
+
+def minimum(state: state_pb2.TenantState, kek: state_pb2.KekState) -> int:
+    """Return below which version a KEK is to be destroyed once nothing is left there."""
+    if state.shredded or kek.backend != state.target_backend:
+        return WHOLE
+    return state.target_version
 
 
 def due(
-    state: state_pb2.TenantState, usage: state_pb2.TenantUsage, now: float, shred_after: float
-) -> float | None:
-    """Return when something is to be done about a tenant, in seconds since 1970; None: never."""
+    state: state_pb2.TenantState,
+    usage: state_pb2.TenantUsage,
+    now: datetime.datetime,
+    shred_after: float,
+) -> datetime.datetime:
+    """Return when something is to be done about a tenant; `shred_after` is in seconds."""
     times = (
         [min(one.expire_millis for one in usage.leases) / 1_000 + OVERDUE_SECONDS]
         if usage.leases
@@ -287,9 +293,9 @@ def due(
     times += [part.grace_end + 1 for part in state.parts if part.grace_end]
     if not state.shredded and owed(state):
         times.append(state.owed_since + shred_after)
-    if trims(state) or (left(state) and not state.shredded):
-        times.append(now + RETRY_SECONDS if blocked(state) else now)
-    return min(times, default=None)
+    if untrimmed(state) or (left(state) and not state.shredded):
+        times.append(now.timestamp() + (RETRY_SECONDS if blocked(state) else 0))
+    return datetime.datetime.fromtimestamp(min(times), datetime.UTC) if times else NEVER
 
 
 # What is said where something is not so.

@@ -249,19 +249,8 @@ def _clear_unopened(found: Tenant) -> None:
 
 def untrimmed(state: state_pb2.TenantState, backends: kek.Backends) -> list[state_pb2.KekState]:
     """Return the tenant's KEKs of which something is to be destroyed that this keyvault can."""
-    if not state.shredded and not state.trim:
-        return []
     configured = {one.name for one in backends}
-    return [
-        one for one in state.keks if one.backend in configured and one.trimmed < minimum(state, one)
-    ]
-
-
-def minimum(state: state_pb2.TenantState, one: state_pb2.KekState) -> int:
-    """Return below which version a KEK is to be destroyed once nothing is left there."""
-    if state.shredded or one.backend != state.target_backend:
-        return WHOLE
-    return state.target_version
+    return [one for one in lifecycle.untrimmed(state) if one.backend in configured]
 
 
 def _note(found: Tenant, request: Request, event: audit_pb2.AuditEvent, version: int) -> int:

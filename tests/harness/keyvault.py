@@ -308,7 +308,7 @@ async def swept(keyvault: Keyvault, tenant: str = "acme", seconds: float = 60) -
     backend can; False where that does not come."""
     for _ in range(int(seconds * 4)):
         state = (await keyvault.app.ledger.read(tenant)).state
-        if not lifecycle.owed(state) and not lifecycle.trims(state):
+        if not lifecycle.owed(state) and not lifecycle.untrimmed(state):
             return True
         await keyvault.tend()
         await asyncio.sleep(0.25)

@@ -193,29 +193,31 @@ def test_a_tenant_without_a_target_has_nothing_left():
 def test_what_is_to_be_trimmed(state, expected):
     made = state_pb2.TenantState(**state)
     made.keks.add(backend="vault", version=4, trimmed=2)
-    assert lifecycle.trims(made) is expected
+    assert bool(lifecycle.untrimmed(made)) is expected
     made.keks[0].trimmed = WHOLE
-    assert not lifecycle.trims(made)
+    assert not lifecycle.untrimmed(made)
 
 
 def test_when_something_is_to_be_done():
     usage = state_pb2.TenantUsage()
 
-    def due(state: state_pb2.TenantState) -> float | None:
-        return lifecycle.due(state, usage, SECONDS, 30)
+    def due(state: state_pb2.TenantState) -> float:
+        """In seconds after NOW."""
+        return (lifecycle.due(state, usage, NOW, 30) - NOW).total_seconds()
 
-    assert due(tenant(key(A))) is None
-    assert due(tenant(key(S, A))) == SECONDS + DAY + 1
-    assert due(tenant(key(D, A), owed_since=SECONDS)) == SECONDS + 30
+    never = (lifecycle.NEVER - NOW).total_seconds()
+    assert due(tenant(key(A))) == never
+    assert due(tenant(key(S, A))) == DAY + 1
+    assert due(tenant(key(D, A), owed_since=SECONDS)) == 30
     aimed = tenant(key(A), target_backend="vault", target_version=2)
-    assert due(aimed) == SECONDS
+    assert due(aimed) == 0
     aimed.shredded = True
-    assert due(aimed) is None
+    assert due(aimed) == never
     blocked = tenant(key(A), target_backend="vault", target_version=2)
     blocked.parts[0].holdings[0].unopened = 1
-    assert due(blocked) == SECONDS + DAY
+    assert due(blocked) == DAY
     usage.leases.add(expire_millis=(SECONDS + 60) * 1_000)
-    assert due(tenant(key(A))) == SECONDS + 65
+    assert due(tenant(key(A))) == 65
 
 
 def grant(number: int, expires: int = SECONDS + 60) -> grant_pb2.Grant:

@@ -281,7 +281,7 @@ async def names(connection: Connection, after: str | None, limit: int) -> list[s
 
 
 async def put_off(
-    database: Database, name: str, sequence: int, due_time: datetime.datetime | None
+    database: Database, name: str, sequence: int, due_time: datetime.datetime
 ) -> None:
     """Say when a tenant, as it was read, is to be looked at again."""
     await database.all(_PUT_OFF, (due_time, name, sequence))

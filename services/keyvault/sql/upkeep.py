@@ -6,6 +6,7 @@ import datetime
 from collections.abc import AsyncIterator, Collection
 
 from services.keyvault.database import Database
+from services.keyvault.sql import ledger
 
 _PAGE = 1000
 # By the index of `due_time`: by that of the names every row would be looked at.
@@ -15,10 +16,6 @@ WITH found AS MATERIALIZED (
     UNION SELECT name, sequence FROM tenant WHERE name = ANY(%s::text[])
 )
 SELECT name, sequence FROM found WHERE name > %s ORDER BY name LIMIT %s
-"""
-_NAMES = """
-SELECT name FROM tenant WHERE %(after)s::text IS NULL OR name > %(after)s
-ORDER BY name LIMIT %(limit)s
 """
 _HASTEN = """
 UPDATE tenant SET due_time = %(due)s
@@ -38,9 +35,13 @@ async def due(
 async def names(database: Database) -> AsyncIterator[list[str]]:
     """Yield all names, a thousand at a time, by name; that of the deployment's own row too."""
     after: str | None = None
-    while rows := await database.all(_NAMES, {"after": after, "limit": _PAGE}):
-        yield [row[0] for row in rows]
-        after = rows[-1][0]
+    while True:
+        async with database.transaction() as connection:
+            found = await ledger.names(connection, after, _PAGE)
+        if not found:
+            return
+        yield found
+        after = found[-1]
 
 
 async def hasten(database: Database, name: str, sequence: int, due_time: datetime.datetime) -> None:

@@ -25,7 +25,7 @@ from services.keyvault.ledger import Ledger, Tenant, secret_digest
 from services.keyvault.lifecycle import State
 from services.keyvault.log import Log
 from services.keyvault.shred import Shredding
-from services.keyvault.tenant_keys import TenantKeys, minimum, untrimmed
+from services.keyvault.tenant_keys import TenantKeys, untrimmed
 
 log = logging.getLogger(__name__)
 #: A lease that read a version just before it was wrapped again has this long to open it with the
@@ -119,7 +119,7 @@ class Trim:
             return False
         target = _target(tenant)
         left = untrimmed(state, self._backends)
-        if any(one.trimming < minimum(state, one) for one in left):
+        if any(one.trimming < lifecycle.minimum(state, one) for one in left):
             await self._announce(tenant)
             return True
         if target not in self._since:
@@ -142,7 +142,7 @@ class Trim:
             names = {one.backend for one in untrimmed(found.state, self._backends)}
             for one in found.edit().keks:
                 if one.backend in names:
-                    one.trimming = max(one.trimming, minimum(found.state, one))
+                    one.trimming = max(one.trimming, lifecycle.minimum(found.state, one))
             found.events.append(self._event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_TRIMMING, found))
 
         _, head = await self._ledger.change(tenant.name, announce)
@@ -175,7 +175,7 @@ class Trim:
             names = {one.backend for one in untrimmed(found.state, self._backends)}
             for one in found.edit().keks:
                 if one.backend in names:
-                    one.trimmed = minimum(found.state, one)
+                    one.trimmed = lifecycle.minimum(found.state, one)
             found.edit().owed_since = 0
             event = self._event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_TRIMMED, found)
             event.shred = self._backends.shred_of(found.state.target_backend)

@@ -42,7 +42,6 @@ SCAN_SECONDS: Final = 3600.0
 #: A tenant that has not changed is looked at again after so long.
 _IDLE_SECONDS: Final = 10.0
 _MOST_IDLE: Final = 100_000
-_NEVER: Final = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
 _GRACE_IS_OVER: Final = Origin("keyvault", "grace is over")
 
 
@@ -139,8 +138,8 @@ class Upkeep:
             return
         self._put_aside(name, sequence)
         due = self._due(tenant)
-        if due is None or due > tenant.now:
-            await ledger_sql.put_off(self._database, name, tenant.head.sequence, due or _NEVER)
+        if due > tenant.now:
+            await ledger_sql.put_off(self._database, name, tenant.head.sequence, due)
 
     async def _look(self, name: str) -> None:
         """Look at one tenant: is it whole, sealed with the key in use, and is its hint right?"""
@@ -156,8 +155,7 @@ class Upkeep:
         # Of versions that were not tried the hint may not know, beside those that did not open.
         left = not tenant.state.shredded and lifecycle.left(tenant.state)
         due = tenant.now if left else self._due(tenant)
-        if due is not None:
-            await sql.hasten(self._database, name, tenant.head.sequence, due)
+        await sql.hasten(self._database, name, tenant.head.sequence, due)
         if name in self._log.system.shredded and self._shredding and not tenant.state.shredded:
             await self._shredding.shred_named(name)
         await asyncio.sleep(0)  # others have a turn
@@ -222,10 +220,8 @@ class Upkeep:
             if changes := lifecycle.expired(key, found.now):
                 custody.apply(found, key.key_id, changes, _GRACE_IS_OVER, self._backends)
 
-    def _due(self, tenant: Tenant) -> datetime.datetime | None:
-        now = tenant.now.timestamp()
-        due = lifecycle.due(tenant.state, tenant.usage, now, self._shred_after)
-        return datetime.datetime.fromtimestamp(due, datetime.UTC) if due is not None else None
+    def _due(self, tenant: Tenant) -> datetime.datetime:
+        return lifecycle.due(tenant.state, tenant.usage, tenant.now, self._shred_after)
 
     def _put_aside(self, name: str, sequence: int) -> None:
         if len(self._idle) >= _MOST_IDLE:
