@@ -214,17 +214,18 @@ def summary(number: int, part: state_pb2.PartState, digest: bytes) -> state_pb2.
     for key in part.keys:
         made.keys += lives(key)
         for one in key.versions:
+            state = state_of(one)
             holding = holdings.get(one.kek_backend)
             if holding is None:
                 holding = holdings[one.kek_backend] = made.holdings.add(backend=one.kek_backend)
-            if state_of(one) is State.DESTROYED:
+            if state is State.DESTROYED:
                 holding.destroyed = max(holding.destroyed, one.kek_version)
                 continue
             holding.living += 1
             holding.unopened += one.unopened_time > 0
             holding.oldest = min(holding.oldest or WHOLE, one.kek_version)
             holding.newest = max(holding.newest, one.kek_version)
-            if state_of(one) is State.SUPERSEDED:
+            if state is State.SUPERSEDED:
                 made.grace_end = min(made.grace_end or _grace_end(one), _grace_end(one))
     return made
 
@@ -242,12 +243,19 @@ def at_target(state: state_pb2.TenantState, version: state_pb2.VersionState) -> 
     )
 
 
+def left_of(state: state_pb2.TenantState, part: state_pb2.PartSummary) -> int:
+    """Return how many living versions of a part are in backends of which some are to be wrapped
+    again."""
+    return sum(
+        one.living
+        for one in part.holdings
+        if one.backend != state.target_backend or one.oldest < state.target_version
+    )
+
+
 def left(state: state_pb2.TenantState) -> bool:
     """Say whether living versions are to be wrapped again."""
-    return bool(state.target_backend) and any(
-        one.living and (one.backend != state.target_backend or one.oldest < state.target_version)
-        for one in holdings(state)
-    )
+    return bool(state.target_backend) and any(left_of(state, part) for part in state.parts)
 
 
 def blocked(state: state_pb2.TenantState) -> bool:

@@ -541,8 +541,8 @@ MUTANTS = (
     Mutant(
         "what another backend holds is where it is to be",
         _KV + "lifecycle.py",
-        "one.living and (one.backend != state.target_backend or one.oldest < state.target_version)",
-        "one.living and one.oldest < state.target_version",
+        "        if one.backend != state.target_backend or one.oldest < state.target_version\n",
+        "        if one.oldest < state.target_version\n",
         (_PURE + "test_what_is_left_to_be_wrapped",),
     ),
     Mutant(

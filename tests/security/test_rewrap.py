@@ -14,7 +14,7 @@ from byokeep.keyvault.v1 import admin_pb2, audit_pb2, custody_pb2, lease_pb2
 from byokeep.names import key_name
 
 from services.keyvault.kek import KekMissingError, UnwrapError
-from services.keyvault.ledger import clock
+from services.keyvault.ledger import ALL, clock
 from tests.harness import bulk, rows
 from tests.harness import keyvault as kv
 
@@ -202,6 +202,42 @@ async def test_a_row_that_changed_meanwhile_is_not_written(keyvault, monkeypatch
     last = await rewrap(keyvault)
     assert (last.done, last.failed, last.phase) == (2, 0, admin_pb2.KEK_JOB_PHASE_DONE)
     assert await keyvault.sql(stored, victim) == []
+
+
+async def test_a_target_that_moves_to_another_backend_meanwhile_is_left_to_whose_primary_it_is(
+    keyvault, monkeypatch
+):
+    """What this process's primary backend wraps is never noted as another's.
+
+    Shown to fail: without the second look at what is left in Rewrap._work.
+    """
+    await bulk.fill(keyvault, 3)
+    await rotate(keyvault)
+    ledger = keyvault.app.ledger
+    read = ledger.read
+
+    def aim(backend: str):
+        def decide(found):
+            state = found.edit()
+            state.target_backend, state.target_version = backend, 2
+            found.events.append(audit_pb2.AuditEvent(type=audit_pb2.AUDIT_EVENT_TYPE_REWRAPPED))
+
+        return ledger.change("acme", decide)
+
+    async def late(name, parts=(), secrets=()):
+        found = await read(name, parts, secrets)
+        if parts:
+            await aim("elsewhere")
+        return found
+
+    monkeypatch.setattr(ledger, "read", late)
+    await aim("local")
+    await keyvault.tend()
+    found = await read("acme", ALL)
+    wrapped = {
+        (one.kek_backend, one.kek_version) for key in found.every_key() for one in key.versions
+    }
+    assert (found.state.target_backend, wrapped) == ("elsewhere", {("local", 1)})
 
 
 async def test_what_is_staged_under_a_trimmed_version_is_staged_again(keyvault, monkeypatch):

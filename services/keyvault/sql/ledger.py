@@ -76,7 +76,7 @@ FROM unnest(%s::text[], %s::bytea[]) AS i (name, mac) WHERE t.name = i.name
 """
 _PUT_SECRETS = """
 INSERT INTO key_secret (tenant, key_id, version, wrapped_dek, envelope)
-SELECT * FROM unnest(%s::text[], %s::text[], %s::int[], %s::bytea[], %s::bytea[])
+SELECT * FROM unnest(%b::text[], %b::text[], %b::int[], %b::bytea[], %b::bytea[])
 ON CONFLICT (tenant, key_id, version) DO UPDATE SET (wrapped_dek, envelope)
     = (excluded.wrapped_dek, excluded.envelope)
 """

@@ -92,13 +92,18 @@ class Rewrap:
         """Wrap all of a tenant's versions that are below its target and may be tried; False where
         there was none. Raises KekUnavailableError: the rest stays as it is."""
         worked = False
-        while batch := await self._batch(tenant.name):
-            started = time.monotonic()
-            if not await self._work(tenant.name, batch):
-                return False  # all of them changed meanwhile: the next round looks again
-            worked = True
-            pace = len(batch) / self._rows_per_second - (time.monotonic() - started)
-            await asyncio.sleep(max(0.0, pace))
+        for parts in self._rounds(tenant):
+            found = list(_candidates(await self._ledger.read(tenant.name, parts)))
+            moves = any(one.backend != tenant.state.target_backend for one in found)
+            limit = min(self._limit, _MOVES) if moves else self._limit
+            for start in range(0, len(found), limit):
+                batch = found[start : start + limit]
+                started = time.monotonic()
+                if not await self._work(tenant.name, batch):
+                    return False  # all of them changed meanwhile: the next round looks again
+                worked = True
+                pace = len(batch) / self._rows_per_second - (time.monotonic() - started)
+                await asyncio.sleep(max(0.0, pace))
         return worked
 
     def _left(self, tenant: Tenant) -> bool:
@@ -106,42 +111,41 @@ class Rewrap:
         primary = self._backends.primary.name
         return not state.shredded and state.target_backend == primary and lifecycle.left(state)
 
-    async def _batch(self, name: str) -> list[_Wrap]:
-        """Return the next versions to be wrapped again."""
-        tenant = await self._ledger.read(name)
-        if not self._left(tenant):
-            return []
-        found: list[_Wrap] = []
-        for number in _parts_left(tenant.state):
-            part = await self._ledger.read(name, {number})
-            if not self._left(part):
-                return []
-            found += _candidates(part)
-            if len(found) >= self._limit:
-                break
-        moves = any(one.backend != tenant.state.target_backend for one in found)
-        return found[: min(self._limit, _MOVES) if moves else self._limit]
+    def _rounds(self, tenant: Tenant) -> Iterator[list[int]]:
+        """Yield parts with versions that are left: one, or as many as fill no more than a batch,
+        for each batch writes its parts whole."""
+        parts, room = list[int](), self._limit
+        for part in tenant.state.parts if self._left(tenant) else ():
+            left = lifecycle.left_of(tenant.state, part)
+            if parts and left > room:
+                yield parts
+                parts, room = [], self._limit
+            if left:
+                parts.append(part.part)
+                room -= left
+        if parts:
+            yield parts
 
     async def _work(self, name: str, batch: Sequence[_Wrap]) -> int:
         """Wrap a batch again; return how many versions were swapped, or marked."""
-        parts = {part_of(one.key_id) for one in batch}
-        names = [one.name for one in batch]
-        tenant = await self._ledger.read(name, parts, names)
+        tenant = await self._ledger.read(name, (), [one.name for one in batch])
+        if not self._left(tenant):
+            return 0
         target = tenant.state.target_backend, tenant.state.target_version
         sound = [one for one in batch if _is(one, tenant)]
-        odd = [one for one in batch if not _is(one, tenant)]
         results: dict[SecretName, _Swap | _Failure] = {}
         results |= await self._rewrapped(
             name, [one for one in sound if one.backend == target[0]], tenant
         )
         results |= await self._moved([one for one in sound if one.backend != target[0]], tenant)
 
-        def swap(found: Tenant) -> tuple[int, int]:
+        def swap(found: Tenant) -> int:
             return self._swap(found, batch, results, target)
 
-        suspects = [one.name for one in odd]
-        (done, failed), _ = await self._ledger.change(name, swap, parts, suspects)
-        return done + failed
+        parts = {part_of(one.key_id) for one in batch}
+        odd = [one.name for one in batch if one.name not in results]
+        worked, _ = await self._ledger.change(name, swap, parts, odd)
+        return worked
 
     def _swap(
         self,
@@ -149,14 +153,17 @@ class Rewrap:
         batch: Sequence[_Wrap],
         results: Mapping[SecretName, _Swap | _Failure],
         target: tuple[str, int],
-    ) -> tuple[int, int]:
-        """Put new ciphertexts in their places, and mark what failed; return how many of each."""
-        state, done, failures = found.state, 0, list[tuple[_Wrap, str]]()
+    ) -> int:
+        """Put new ciphertexts in their places, and mark what failed; return how many versions
+        changed."""
+        state, done, reasons = found.state, 0, list[str]()
         if state.shredded or (state.target_backend, state.target_version) != target:
-            return 0, 0
-        for one in batch:
-            version = _living(found, one)
-            if version is None or lifecycle.at_target(state, version):
+            return 0
+        wraps = {one.name: one for one in batch}
+        keys = [key for part in found.parts.values() for key in part.edit().keys]
+        for key_id, version in ((key.key_id, one) for key in keys for one in key.versions):
+            one = wraps.get((found.name, key_id, version.version))
+            if one is None or not _is_left(state, version):
                 continue
             if not hmac.compare_digest(version.secret_digest, one.digest):
                 continue  # somebody else wrapped it again
@@ -167,26 +174,27 @@ class Rewrap:
                     continue
                 result = _Failure("ROW_TAMPERED")
             if isinstance(result, _Failure):
-                failures.append((one, result.reason))
+                version.unopened_time = int(found.now.timestamp())
+                version.unopened_reason = result.reason
+                reasons.append(result.reason)
+                _report(one, result.reason)
             elif lifecycle.may_store(state, target[0], result.kek_version):
-                _put(found, one, target[0], result)
+                version.kek_backend, version.kek_version = target[0], result.kek_version
+                version.secret_digest = secret_digest(*result.secret)
+                version.unopened_time, version.unopened_reason = 0, ""
+                found.put[one.name] = result.secret
                 done += 1
-        for one, reason in failures:
-            version = lifecycle.version_of(found.edit_key(one.key_id), one.version)
-            version.unopened_time = int(found.now.timestamp())
-            version.unopened_reason = reason
-            _report(one, reason)
-        if done or failures:
+        if done or reasons:
             found.events.append(
                 audit_pb2.AuditEvent(
                     type=audit_pb2.AUDIT_EVENT_TYPE_REWRAPPED,
                     caller="keyvault",
                     detail=f"{target[0]} v{target[1]}",
                     count=done,
-                    reason=failures[0][1] if failures else "",
+                    reason=reasons[0] if reasons else "",
                 )
             )
-        return done, len(failures)
+        return done + len(reasons)
 
     async def _rewrapped(
         self, name: str, batch: Sequence[_Wrap], tenant: Tenant
@@ -241,26 +249,12 @@ class Rewrap:
         return _Failure(reason)
 
 
-def _parts_left(state: state_pb2.TenantState) -> list[int]:
-    return [
-        part.part
-        for part in state.parts
-        if any(
-            one.living
-            and (one.backend != state.target_backend or one.oldest < state.target_version)
-            for one in part.holdings
-        )
-    ]
-
-
 def _candidates(tenant: Tenant) -> Iterator[_Wrap]:
     """Yield the versions of the parts that were read that are to be wrapped again now."""
     tried = tenant.now.timestamp() - RETRY_SECONDS
     for key in tenant.every_key():
         for one in key.versions:
-            if lifecycle.state_of(one) is State.DESTROYED or lifecycle.at_target(tenant.state, one):
-                continue
-            if one.unopened_time <= tried:
+            if _is_left(tenant.state, one) and one.unopened_time <= tried:
                 yield _Wrap(
                     tenant.name,
                     key.owner,
@@ -278,18 +272,9 @@ def _is(one: _Wrap, tenant: Tenant) -> bool:
     return hmac.compare_digest(digest, one.digest)
 
 
-def _living(tenant: Tenant, one: _Wrap) -> state_pb2.VersionState | None:
-    key = tenant.key(one.key_id)
-    found = [version for version in key.versions if version.version == one.version] if key else []
-    return found[0] if found and lifecycle.state_of(found[0]) is not State.DESTROYED else None
-
-
-def _put(found: Tenant, one: _Wrap, backend: str, swap: _Swap) -> None:
-    version = lifecycle.version_of(found.edit_key(one.key_id), one.version)
-    version.kek_backend, version.kek_version = backend, swap.kek_version
-    version.secret_digest = secret_digest(*swap.secret)
-    version.unopened_time, version.unopened_reason = 0, ""
-    found.put[one.name] = swap.secret
+def _is_left(state: state_pb2.TenantState, version: state_pb2.VersionState) -> bool:
+    living = lifecycle.state_of(version) is not State.DESTROYED
+    return living and not lifecycle.at_target(state, version)
 
 
 def _report(one: _Wrap, reason: str) -> None:
