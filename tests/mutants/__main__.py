@@ -1,11 +1,13 @@
 """`python -m tests.mutants [FILTER]`: remove each protection in a copy, expect its test to fail.
 
-A mutant that survives (its test still passes), or that no longer applies (the text
-that it replaces is gone), fails the run.
+`--generic N` takes N of the trust core's generic mutants instead, in the order of `--seed`. A mutant
+that survives (its test still passes), or that no longer applies (the text that it replaces is gone),
+fails the run; a generic one that survives may be equal to the code that it was made of.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.mutants import core, table, vault
+from tests.mutants import core, generic, table, vault
 from tests.mutants.table import Mutant
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -47,12 +49,18 @@ def _verdict(copy: Path, mutant: Mutant) -> str:
 
 def main() -> None:
     """Run every mutant whose file or test has the filter in its name."""
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants")
+    parser.add_argument("filter", nargs="?", default="", help="part of a file, a test or a name")
+    parser.add_argument("--generic", type=int, default=0, metavar="N", help="so many generic ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the generic ones' order")
+    asked = parser.parse_args()
+    named = (*core.MUTANTS, *table.MUTANTS, *vault.MUTANTS)
     chosen = [
         one
-        for one in (*core.MUTANTS, *table.MUTANTS, *vault.MUTANTS)
-        if wanted in f"{one.file} {one.tests} {one.what}"
+        for one in (generic.mutants(asked.seed) if asked.generic else named)
+        if asked.filter in f"{one.file} {one.tests} {one.what}"
     ]
+    chosen = chosen[: asked.generic or None]
     bad = 0
     with tempfile.TemporaryDirectory(prefix="byokeep-mutants-") as folder:
         copy = Path(folder) / "tree"

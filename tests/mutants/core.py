@@ -552,4 +552,26 @@ MUTANTS = (
         "        pass\n",
         (_PURE + "test_when_something_is_to_be_done",),
     ),
+    # What is not known yet is not somebody else's, and what is known is not lost.
+    Mutant(
+        "a leaf of a MAC key that is not opened yet is nobody's",
+        _KV + "log.py",
+        "        if not written and not self._macs.complete:\n            raise",
+        "        if False:\n            raise",
+        (_ATTACKS + "test_a_mac_key_that_a_replica_can_not_open_yet",),
+    ),
+    Mutant(
+        "what an operator's word took in is told as lost",
+        _KV + "log.py",
+        "                if not await leads(connection, name, head, anchored):\n",
+        "                if True:\n",
+        (_ATTACKS + "test_an_operators_word_beside_what_another_replica_owes",),
+    ),
+    Mutant(
+        "retention asks for an event's age alone",
+        _KV + "upkeep/retention.py",
+        "young = young or at > high or ",
+        "young = young or ",
+        (_ATTACKS + "test_no_event_is_cut_off_that_no_leaf_covers",),
+    ),
 )
