@@ -70,8 +70,9 @@ clean: ## stop the stack; erase its data, .venv, build and generated stubs
 test: $(VENV) $(STUBS) ## unit, component and security tests, on a real PostgreSQL and real processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not deep" $(PYTEST_ARGS)
 
-test-deep: $(VENV) $(STUBS) ## the long rounds: memory scans, live certificates, kill -9, a million fuzzed inputs
-	BYOKEEP_FUZZ_INPUTS=1000000 $(BIN)/python -m pytest -n $(WORKERS) --dist load \
+test-deep: $(VENV) $(STUBS) ## the long rounds: memory scans, kill -9, a million fuzzed inputs; ATTACKS=2000
+	BYOKEEP_FUZZ_INPUTS=1000000 BYOKEEP_ATTACK_EXAMPLES="$(or $(ATTACKS),2000)" \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist load \
 		-m "deep or fuzz" $(PYTEST_ARGS)
 
 test-clients: $(VENV) $(STUBS) ## the packages as others install them: wheels, Go, TypeScript, byokeep.testing, CI
