@@ -79,7 +79,7 @@ def _damaged(chance: random.Random) -> bytes:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", range(_PARTS))
 def test_fuzz_export(part):
-    """Shown to fail: with RecursionError not caught in _record, or only ParseError in `end`."""
+    """Shown to fail: with RecursionError not caught in _record, or only ParseError in `_end`."""
     chance = random.Random(f"{SEED} {part}")
     for number in range(INPUTS // _PARTS):
         raw = _damaged(chance)

@@ -122,14 +122,14 @@ def test_a_truncated_tail_is_found_by_the_signed_head():
 
 def test_a_truncated_tail_with_a_new_head_is_found_by_an_older_one():
     """Whoever holds the signing key can sign a shorter chain; an older head gives it away."""
-    older = auditlog.read_head(chain(6).export(), TRUSTED)
+    older = auditlog.read_older(chain(6).export(), TRUSTED, "test").head
     with pytest.raises(VerificationError, match="older head counts 6") as caught:
         verify(chain(4).export(), TRUSTED, against=older)
     assert caught.value.sequence == 5
 
 
 def test_a_rewritten_past_is_found_by_an_older_head():
-    older = auditlog.read_head(chain(3).export(), TRUSTED)
+    older = auditlog.read_older(chain(3).export(), TRUSTED, "test").head
     rewritten = Chain(key=KEY)
     for _ in range(5):
         rewritten.add("STAGED", actor="another past")
@@ -139,12 +139,12 @@ def test_a_rewritten_past_is_found_by_an_older_head():
 
 
 def test_a_grown_chain_contains_its_older_head():
-    older = auditlog.read_head(chain(3).export()[-1:], TRUSTED)
+    older = auditlog.read_older(chain(3).export()[-1:], TRUSTED, "test").head
     assert verify(chain(6).export(), TRUSTED, against=older).count == 6
 
 
 def test_an_older_head_of_another_chain():
-    older = auditlog.read_head(chain(3, name="tenants/acme").export(), TRUSTED)
+    older = auditlog.read_older(chain(3, name="tenants/acme").export(), TRUSTED, "test").head
     with pytest.raises(VerificationError, match="another chain"):
         verify(chain(6).export(), TRUSTED, against=older)
 
@@ -258,9 +258,20 @@ def test_a_body_with_a_time_that_no_calendar_has():
 
 
 def test_a_head_signed_at_a_time_that_no_calendar_has():
-    """Shown to fail: without `view(head)` in `end`."""
+    """Shown to fail: without `view(head)` in `_end`."""
     head = audit_pb2.ChainHead(deployment="test", chain="tenants/demo")
     head.sign_time.seconds = 10**15
     envelope = dsse.sign(dsse.CHAIN_HEAD, head.SerializeToString(), KEY.key_id, KEY.private)
     with pytest.raises(VerificationError, match="malformed"):
         verify([auditlog.head_line(envelope)], TRUSTED)
+
+
+def test_a_root_of_an_older_log_that_the_proof_has_no_size_of():
+    """Nothing is read from it, so that it would be a byte that changes unseen."""
+    made = chain()
+    lines = made.export()[:-1]
+    head, proof = made.proven()
+    assert verify([*lines, auditlog.head_line(head, proof)], TRUSTED).checkpoint
+    proof.since_root = bytes(32)
+    with pytest.raises(VerificationError, match="without its size"):
+        verify([*lines, auditlog.head_line(head, proof)], TRUSTED)

@@ -30,7 +30,7 @@ def _made(name: str = "tenants/demo") -> Chain:
 CHAIN = _made()
 WHOLE = [line.encode() + b"\n" for line in CHAIN.export()]
 OTHER = [line.encode() + b"\n" for line in _made("tenants/other").export()]
-OLDER = auditlog.read_head([WHOLE[-1].decode()], TRUSTED)
+OLDER = auditlog.read_older([WHOLE[-1].decode()], TRUSTED, "test").head
 
 
 def _pruned() -> list[bytes]:
@@ -103,7 +103,7 @@ def _same(raw: bytes, size: int, against: audit_pb2.ChainHead | None, processes:
 @given(damaged(), st.integers(1, 9000), st.booleans())
 @settings(deadline=None, max_examples=300)
 def test_runs_give_the_verdict_of_single_links(raw, size, older):
-    """Shown to fail: with any one comparison of run_of or Chain.join taken out."""
+    """Shown to fail: with any one comparison of run_of or _join taken out."""
     _same(raw, size, OLDER if older else None, 1)
 
 
@@ -114,7 +114,7 @@ def test_processes_give_the_verdict_of_one(raw, size):
 
 
 def test_an_older_head_inside_a_run_must_be_that_link():
-    """Shown to fail: without the link that was asked about in Chain.join."""
+    """Shown to fail: without the link that was asked about in _join."""
     older = audit_pb2.ChainHead()
     older.CopyFrom(OLDER)
     older.sequence, older.hash = 7, CHAIN.links[6].hash

@@ -13,7 +13,6 @@ from byokeep.auditlog.verification import (
     head_line,
     leaf_of,
     link_hash,
-    read_head,
     read_older,
     verify,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "head_line",
     "leaf_of",
     "link_hash",
-    "read_head",
     "read_older",
     "verify",
     "verify_chunks",

@@ -164,21 +164,19 @@ def _lines(chunk: bytes) -> list[str]:
 
 def _join(export: Export, run: Run) -> bool:
     """Take a run if it goes on where the export is; False where something is wrong with it."""
-    older = export.against
     begins = export.last_time is None and run.start > 0
     if (
         export.ended
         or (not begins and (run.start, run.start_hash) != (export.sequence, export.hash))
         or run.chain != (export.chain or run.chain)
         or run.deployment != (export.deployment or run.deployment)
-        or not export.of_older(run.chain, run.deployment)
-        or (older is not None and run.asked not in (None, older.hash))
     ):
         return False
     if begins:
         export.begin_after(run.start, run.start_hash)
     export.chain, export.deployment = run.chain, run.deployment
-    export.sequence, export.hash = run.end, run.end_hash
+    export.go_on(run.end, run.end_hash)
+    export.asked = run.asked or export.asked
     export.first_time, export.last_time = export.first_time or run.first_time, run.last_time
     export.stated.update(run.dropped)
     return True
