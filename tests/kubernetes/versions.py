@@ -8,7 +8,6 @@ import os
 import subprocess
 import tarfile
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from deploy.docker.layout import SITE
 from deploy.kubernetes.edges import HERE
 from tests.kubernetes.manifests import Document, rendered
 
-EDGES = tomllib.loads((HERE / "upgrades.toml").read_text())["edges"]
 #: Zones with a service, and the database's table that a migration here adds to, where there is one.
 SERVICES: Mapping[str, str] = {"keyvault": "tenant", "orchestrator": "review", "runner": ""}
 #: What a cluster runs beside them, of every version the same.
@@ -77,8 +75,7 @@ def _commit(name: str) -> str:
 def build() -> list[str]:
     """Build the images of every version, and name them."""
     made = [images.build(zone, tag("dev")) for zone in (*SERVICES, TOOLS)]
-    if any("previous" in (edge["from"], edge["to"]) for edge in EDGES):
-        made += [images.build(zone, tag("previous"), context=previous()) for zone in SERVICES]
+    made += [images.build(zone, tag("previous"), context=previous()) for zone in SERVICES]
     for version, revisions in ADDED.items():
         made += [_with_migrations(zone, version, revisions) for zone in SERVICES]
     return made
