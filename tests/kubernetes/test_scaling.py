@@ -82,7 +82,22 @@ def adapter(cluster: Cluster) -> Iterator[None]:
         cluster.kubectl("delete", "namespace", _NAMESPACE, "--wait=false")
 
 
-def test_runners_become_more_where_reviews_wait(cluster: Cluster, adapter, tmp_path):
+# The component waits five minutes, then takes one runner away in two: a test's patience is less.
+_DOWN_SOON = {
+    "spec": {
+        "behavior": {
+            "scaleDown": {
+                "stabilizationWindowSeconds": 0,
+                "policies": [{"type": "Pods", "value": 1, "periodSeconds": 5}],
+            }
+        }
+    }
+}
+
+
+def test_runners_become_more_where_reviews_wait_and_fewer_where_none_does(
+    cluster: Cluster, adapter, tmp_path
+):
     namespace = "--namespace=byokeep-runner"
 
     def running() -> int:
@@ -95,6 +110,12 @@ def test_runners_become_more_where_reviews_wait(cluster: Cluster, adapter, tmp_p
         with load(cluster, 4.0, unfinished=48) as ended:
             soon(lambda: running() > 2, "nothing scaled the runners", 600)
             cluster.emulator("POST", "/latency", {"seconds": 0})
+        assert ended.keys() == {"completed"}, ended
+        # Long calls, so that each runner that goes has some.
+        cluster.emulator("POST", "/latency", {"seconds": 5})
+        with load(cluster, 2.0) as ended:
+            cluster.kubectl("patch", namespace, "hpa/runner", "--patch", json.dumps(_DOWN_SOON))
+            soon(lambda: running() == 2, "nothing took the runners away")
         assert ended.keys() == {"completed"}, ended
     finally:
         cluster.emulator("POST", "/latency", {"seconds": 0})
