@@ -194,7 +194,7 @@ class Log:
                 generation = anchored.generation + 1
                 start, new = frontier.size, list[Leaf]()
                 async for name, head in self._ledger.reseal(connection, generation):
-                    new.append(self._leaf(frontier.size, name, head))
+                    new.append(self._leaf(self._macs.current, frontier.size, name, head))
                     completed += frontier.append(new[-1].leaf_hash)
                 await sql.reset(connection, start)
                 await sql.add(connection, start, new, completed)
@@ -362,7 +362,7 @@ class Log:
             if there is None or (
                 there.sequence < head.sequence and await leads(connection, name, there.head, head)
             ):
-                new.append(self._leaf(frontier.size, name, head))
+                new.append(self._leaf(self._macs.current, frontier.size, name, head))
                 completed += frontier.append(new[-1].leaf_hash)
         if frontier.size > start:
             await sql.add(connection, end, new, completed)
@@ -394,41 +394,26 @@ class Log:
                 completed += frontier.append(leaf.leaf_hash)
         return frontier, completed
 
-    def _leaf(self, index: int, name: str, head: Head) -> Leaf:
-        blind = self._blind(self._macs.current, index, name, head)
-        return Leaf(
-            index,
-            head.generation,
-            name,
-            head.sequence,
-            head.hash,
-            blind,
-            leaf_hash(fields(blind, chain_of(name), head.sequence, head.hash)),
+    def _leaf(self, key_id: str, index: int, name: str, head: Head) -> Leaf:
+        """Return a head's leaf, with the blind that a key of keyvault's makes."""
+        place = ("byokeep/log/v1", self._deployment, index, head.generation, name)
+        blind = hmac.digest(
+            self._macs.keys[key_id], fields(*place, head.sequence, head.hash), "sha256"
         )
+        named = fields(blind, chain_of(name), head.sequence, head.hash)
+        return Leaf(index, head.generation, name, head.sequence, head.hash, blind, leaf_hash(named))
 
     def wrote(self, leaf: Leaf) -> bool:
         """Say whether keyvault wrote a leaf, with any of its keys. Raises ByokeepError:
         AUDIT_UNAVAILABLE where it may be with one that this process could not open yet."""
-        written = any(
-            hmac.compare_digest(leaf.blind, self._blind(key, leaf.index, leaf.tenant, leaf.head))
-            for key in self._macs.keys
-        )
-        if not written and not self._macs.complete:
+        for key_id in self._macs.keys:
+            own = self._leaf(key_id, leaf.index, leaf.tenant, leaf.head)
+            blind = hmac.compare_digest(leaf.blind, own.blind)
+            if blind and hmac.compare_digest(leaf.leaf_hash, own.leaf_hash):
+                return True
+        if not self._macs.complete:
             raise stale("authenticated")
-        named = fields(leaf.blind, chain_of(leaf.tenant), leaf.sequence, leaf.head_hash)
-        return written and hmac.compare_digest(leaf.leaf_hash, leaf_hash(named))
-
-    def _blind(self, key_id: str, index: int, name: str, head: Head) -> bytes:
-        message = fields(
-            "byokeep/log/v1",
-            self._deployment,
-            index,
-            head.generation,
-            name,
-            head.sequence,
-            head.hash,
-        )
-        return hmac.digest(self._macs.keys[key_id], message, "sha256")
+        return False
 
     async def _distrust(self, why: str) -> None:
         """Give no lease, and say so beside the anchor: no restart forgets it."""

@@ -188,15 +188,15 @@ MUTANTS = (
     Mutant(
         "leaves are taken for what they say",
         _KV + "log.py",
-        "        return written and hmac.compare_digest(leaf.leaf_hash, leaf_hash(named))\n",
-        "        return True\n",
+        "            if blind and hmac.compare_digest(leaf.leaf_hash, own.leaf_hash):\n",
+        "            if True:\n",
         (_LOGGED, _RULES + "test_a_leaf_that_somebody_plants_is_none"),
     ),
     Mutant(
         "a leaf's blind may be anybody's",
         _KV + "log.py",
-        "        return written and hmac.compare_digest(leaf.leaf_hash, leaf_hash(named))\n",
-        "        return hmac.compare_digest(leaf.leaf_hash, leaf_hash(named))\n",
+        "            blind = hmac.compare_digest(leaf.blind, own.blind)\n",
+        "            own, blind = replace(leaf, leaf_hash=leaf_hash(fields(leaf.blind, chain_of(leaf.tenant), leaf.sequence, leaf.head_hash))), True\n",
         (_RULES + "test_a_leaf_that_somebody_plants_is_none",),
     ),
     Mutant(
@@ -556,8 +556,8 @@ MUTANTS = (
     Mutant(
         "a leaf of a MAC key that is not opened yet is nobody's",
         _KV + "log.py",
-        "        if not written and not self._macs.complete:\n            raise",
-        "        if False:\n            raise",
+        "        if not self._macs.complete:\n            raise stale",
+        "        if False:\n            raise stale",
         (_ATTACKS + "test_a_mac_key_that_a_replica_can_not_open_yet",),
     ),
     Mutant(
