@@ -222,6 +222,13 @@ MUTANTS = (
         (_SEC + "test_audit.py::test_audit_tamper_any_byte",),
     ),
     Mutant(
+        "verify: an old head may stand beside a newer checkpoint",
+        _AUDITLOG + "verification.py",
+        "    if newer.size != head.log_size:",
+        "    if False:",
+        ("tests/unit/test_auditlog.py::test_an_old_head_beside_a_newer_checkpoint",),
+    ),
+    Mutant(
         "verify: a proof may be taken out",
         _AUDITLOG + "verification.py",
         "    if head.log_size:",

@@ -282,3 +282,24 @@ def test_a_root_of_an_older_log_that_the_proof_has_no_size_of():
     proof.since_root = bytes(32)
     with pytest.raises(VerificationError, match="without its size"):
         verify([*lines, auditlog.head_line(head, proof)], TRUSTED)
+
+
+def test_an_old_head_beside_a_newer_checkpoint():
+    """Its leaf is in every later log too: only the size that is signed with it tells its age.
+
+    Shown to fail: without the comparison of sizes in `_tied`.
+    """
+    made = chain()
+    head, proof = made.proven()
+    lines = made.export()[:-1]
+    newer = made.proof(proof.leaf_index, proof.leaf_blind)
+    assert newer.checkpoint != proof.checkpoint
+    assert verify([*lines, auditlog.head_line(head, proof)], TRUSTED).checkpoint
+    with pytest.raises(VerificationError, match="not the one that the head was signed for"):
+        verify([*lines, auditlog.head_line(head, newer)], TRUSTED)
+
+
+@pytest.mark.parametrize("lines", [[], ["", "\n"], chain().export()[:-1]])
+def test_an_older_file_without_a_head(lines):
+    with pytest.raises(VerificationError, match="no signed head"):
+        auditlog.read_older(lines, TRUSTED, "test")
