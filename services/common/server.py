@@ -267,12 +267,13 @@ class _Health:
         self._app, self._own, self._status = app, own, status
         self._ready_file = settings.ready_file
         self._known: list[str] | None = None
+        self._was_well = False
 
     async def follow(self) -> None:
         """Look for ever."""
         while True:
             await self._look()
-            await asyncio.sleep(_FIRST_HEALTH_SECONDS if self._ready_file else _HEALTH_SECONDS)
+            await asyncio.sleep(_HEALTH_SECONDS if self._was_well else _FIRST_HEALTH_SECONDS)
 
     async def _look(self) -> None:
         missing = ["an answer"]
@@ -281,6 +282,7 @@ class _Health:
                 missing = await self._app.missing()
         missing += self._app.background.down() + self._own.down()
         metrics.SERVING.set(not missing)
+        self._was_well |= not missing
         if missing == self._known:
             return
         self._known = missing
