@@ -104,7 +104,8 @@ class CallerClasses:
             value
             for value, pattern in self._patterns
             if spiffe_id == pattern
-            or (pattern.endswith("/*") and spiffe_id.startswith(pattern[:-1]))
+            # The last part alone: `/*` stands for no path of several.
+            or (pattern.endswith("/*") and spiffe_id.rpartition("/")[0] == pattern[:-2])
         )
 
 

@@ -15,10 +15,12 @@ from services.common.errors import ByokeepError
 from services.keyvault import kek, lifecycle
 from services.keyvault.event import SYSTEM, Head
 from services.keyvault.ledger import ALL, Ledger, Tenant, end_leases, part_of
-from services.keyvault.lifecycle import Change, State
+from services.keyvault.lifecycle import Change, State, stale
 from services.keyvault.log import Log
 
 _REMEMBERED: Final = 16
+#: The deployment's own row names at most so many ends of damaged tenants' keys.
+_MOST_OWED: Final = 10_000
 _GONE: Final = (State.REVOKED, State.DESTROYED)
 _DAMAGED: Final = ("STATE_TAMPERED", "ROLLED_BACK")
 Key = state_pb2.KeyState
@@ -141,6 +143,8 @@ class Custody:
 
         def note(system: Tenant) -> None:
             if owed not in system.state.owed:
+                if len(system.state.owed) >= _MOST_OWED:
+                    raise stale("extended")
                 system.edit().owed.append(owed)
             event = _whole(key_id, after, origin)
             event.detail = tenant

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 
 import grpc
@@ -70,7 +71,8 @@ class IntakeKeys:
         self._signing = signing
         self._deployment = deployment
         self._making = asyncio.Lock()
-        self._children = asyncio.Semaphore(_CHILDREN)
+        # Apart from other threads, and bounded where a child runs on though its caller has gone.
+        self._children = ThreadPoolExecutor(_CHILDREN, "intake")
         self._verified: set[sql.IntakeKey] = set()
 
     async def statement(self, suite: options_pb2.HpkeSuite.ValueType) -> options_pb2.SignedEnvelope:
@@ -120,8 +122,9 @@ class IntakeKeys:
         }
         head = json.dumps(order).encode() + b"\n"
         with private:
-            async with self._children:
-                output = await asyncio.to_thread(_run_child, head, private.reveal(), data_key)
+            output = await asyncio.get_running_loop().run_in_executor(
+                self._children, _run_child, head, private.reveal(), data_key
+            )
         answer = json.loads(output)
         if "refusal" in answer:
             raise refusal(answer["refusal"], context.provider)

@@ -265,7 +265,7 @@ class Leasing:
         except (EnvelopeError, kek.UnwrapError):
             failure = lifecycle.row_tampered("key", grant.key_id)
         except hpke.SealError:
-            failure = _not_a_recipient(grant.key_id)
+            failure, kind = _not_a_recipient(grant.key_id), audit_pb2.AUDIT_EVENT_TYPE_RELEASED
         except ByokeepError as error:
             failure, kind = error, audit_pb2.AUDIT_EVENT_TYPE_RELEASED
         await self._ledger.change(

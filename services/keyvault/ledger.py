@@ -69,7 +69,8 @@ class Macs:
 
     current: str
     keys: dict[str, bytes]
-    #: Every one that is stored was looked at: what none of them made is not keyvault's.
+    #: Every one that the deployment's own row names was looked at: what none of them made is not
+    #: keyvault's.
     complete: bool = True
 
 
@@ -382,7 +383,7 @@ class Ledger:
             if digest is None:
                 tenant.parts[number] = Part(state_pb2.PartState(), state_pb2.PartUsage())
                 continue
-            if sum(row[0] == number and None not in row for row in rows) != 1:
+            if sum(row[0] == number for row in rows) != 1:
                 raise lifecycle.tampered(tenant.name)
             state, usage = stored[number]
             usage_digest = hashlib.sha256(usage).digest()

@@ -14,7 +14,7 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -46,10 +46,9 @@ STALE_SECONDS: Final = 10.0
 QUIET_SECONDS: Final = 86_400
 _ANSWER_SECONDS: Final = 8.0
 _BATCH: Final = 1_000
-
-
-class _ContradictionError(Exception):
-    """The database is not what its anchor says it was."""
+_NO_END: Final = 2**63 - 1
+#: How often an operator's word is written over what other replicas anchor at the same time.
+_TRIES: Final = 5
 
 
 class Log:
@@ -83,6 +82,8 @@ class Log:
         #: When the last tick began that succeeded, by this process's own steady clock.
         self.fresh = -math.inf
         self.rolled_back = False
+        #: This process found the database to contradict its anchor; only an operator ends that.
+        self._verdict = False
         #: What is anchored, as this process knows it.
         self.position = Position()
         #: The deployment's own state, of the last tick.
@@ -172,8 +173,6 @@ class Log:
                 if await self._tick():
                     self.fresh = began
                     await each("event_lost", list(self._lost), self._tell_lost)
-        except _ContradictionError as error:
-            await self._distrust(str(error))
         finally:
             async with self._ticked:
                 self._ticked.notify_all()
@@ -186,28 +185,16 @@ class Log:
             ByokeepError: ETAG_MISMATCH where another replica wrote the anchor meanwhile.
         """
         async with self._ticking:
-            async with self._database.transaction() as connection:
-                await sql.lock(connection)
-                before = await self._store.read()
-                anchored = self._read(before) or Position()
-                frontier, completed = await self._rebuilt(connection)
-                generation = anchored.generation + 1
-                start, new = frontier.size, list[Leaf]()
-                async for name, head in self._ledger.reseal(connection, generation):
-                    new.append(self._leaf(self._macs.current, frontier.size, name, head))
-                    completed += frontier.append(new[-1].leaf_hash)
-                await sql.reset(connection, start)
-                await sql.add(connection, start, new, completed)
-            position = Position(
-                frontier.size, frontier.root(), generation, int(self._ledger.now().timestamp())
-            )
-            if not await self._store.write(position.text(self._deployment), before):
-                raise ByokeepError(
-                    grpc.StatusCode.ABORTED,
-                    "ETAG_MISMATCH",
-                    "another keyvault wrote the anchor at the same time; try again",
-                    field="anchor",
-                )
+            tries = 0
+            while not await self._seal():
+                tries += 1
+                if tries == _TRIES:
+                    raise ByokeepError(
+                        grpc.StatusCode.ABORTED,
+                        "ETAG_MISMATCH",
+                        "another keyvault wrote the anchor at the same time; try again",
+                        field="anchor",
+                    )
             self.rolled_back = False
         await self.tick()
         event = audit_pb2.AuditEvent(
@@ -215,6 +202,28 @@ class Log:
         )
         _, head = await self._ledger.change(SYSTEM, lambda system: system.events.append(event))
         await self.anchored(SYSTEM, head)
+
+    async def _seal(self) -> bool:
+        """Seal every authentic row by a leaf of a new generation, then anchor that; False where
+        another replica wrote the anchor meanwhile. Until it is anchored nobody can read a row."""
+        async with self._database.transaction() as connection:
+            await sql.lock(connection)
+            before = await self._store.read()
+            anchored = self._read(before) or Position()
+            frontier, completed = merkle.Frontier(), list[tuple[int, int, bytes]]()
+            async for leaf in self._written(connection, 0):
+                completed += frontier.append(leaf.leaf_hash)
+            # An anchor that was lost does not say how many words there were.
+            generation = max(anchored.generation, self._heads.generation) + 1
+            start, new = frontier.size, list[Leaf]()
+            async for name, head in self._ledger.reseal(connection, generation):
+                new.append(self._leaf(self._macs.current, frontier.size, name, head))
+                completed += frontier.append(new[-1].leaf_hash)
+            await sql.reset(connection, start)
+            await sql.add(connection, start, new, completed)
+        said = int(self._ledger.now().timestamp())
+        position = Position(frontier.size, frontier.root(), generation, said)
+        return await self._store.write(position.text(self._deployment), before)
 
     async def start(self) -> None:
         """Look at the anchor for the first time; then owe to the log what no leaf names."""
@@ -266,28 +275,31 @@ class Log:
         async with self._database.transaction() as connection:
             await sql.lock(connection)
             before = await self._store.read()
-            anchored = self._read(before)
-            if anchored is None:
-                if await sql.size(connection):
-                    raise _ContradictionError("there is a log, and no anchor")
-                anchored = Position()
+            anchored = self._read(before) or Position()
+            if before.text is None and await sql.size(connection):
+                self._doubt("there is a log, and no anchor")
+                return False
             if anchored.generation != self._heads.generation:
                 for name in list(self._heads.owed):
                     self._lose(name, self._heads.lose(name))
                 self._heads.forget(anchored.generation)
-                self._frontier = None
-            if anchored.distrusted:
-                # Said before this process started, or by another replica.
-                self.position, self.rolled_back = anchored, True
-                return False
+                self._frontier, self._verdict = None, False
+            if anchored.distrusted or self._verdict:
+                return await self._stop(anchored, before)
             if self._frontier is None:
                 self._frontier = await self._restored(connection, anchored)
             frontier = self._frontier.copy()
-            learned = await self._read_leaves(connection, frontier, anchored.size)
+            learned = dict[str, Leaf]()
+            async for leaf in self._written(connection, frontier.size, anchored.size):
+                frontier.append(leaf.leaf_hash)
+                if leaf.generation == anchored.generation:
+                    learned[leaf.tenant] = leaf
             if frontier.root() != anchored.root:
-                raise _ContradictionError("the leaves are not those that were anchored")
+                self._doubt("the leaves are not those that were anchored")
+                self._verdict = True
+                return await self._stop(anchored, before)
             self.rolled_back = False
-            await self._learn(connection, learned)
+            await self._learn(connection, learned.values())
             # Only now: what fails before this is read, and learned, again.
             self._frontier = frontier.copy()
             added = await self._extend(connection, frontier)
@@ -304,6 +316,19 @@ class Log:
         self.position, self._frontier = new, frontier
         return True
 
+    def _doubt(self, why: str) -> None:
+        self.rolled_back = True
+        logs.event(log, "database_rolled_back", level=logging.CRITICAL, what=why)
+
+    async def _stop(self, anchored: Position, before: Stored) -> bool:
+        """Give no lease, and say so beside the anchor: no restart forgets it there, and every
+        replica reads it."""
+        self.position, self.rolled_back = anchored, True
+        if not anchored.distrusted:
+            said = replace(anchored, distrusted=True)
+            await self._store.write(said.text(self._deployment), before)
+        return False
+
     async def _restored(self, connection: Connection, anchored: Position) -> merkle.Frontier:
         """Return the frontier of the snapshot, with whose heads this process begins; an empty one
         where there is none that keyvault wrote."""
@@ -316,24 +341,18 @@ class Log:
                 return merkle.Frontier(head["leaves"], roots)
         return merkle.Frontier()
 
-    async def _read_leaves(
-        self, connection: Connection, frontier: merkle.Frontier, end: int
-    ) -> list[Leaf]:
-        """Read leaves up to an end, and append them. Raises _ContradictionError."""
-        found: dict[str, Leaf] = {}
-        while frontier.size < end:
-            leaves = await sql.leaves(connection, frontier.size, end)
-            if not leaves:
-                raise _ContradictionError("leaves are missing")
+    async def _written(
+        self, connection: Connection, start: int, end: int = _NO_END
+    ) -> AsyncIterator[Leaf]:
+        """Yield leaves in order, up to the first that is missing or that keyvault did not write."""
+        while leaves := await sql.leaves(connection, start, end):
             for leaf in leaves:
-                if leaf.index != frontier.size or not self.wrote(leaf):
-                    raise _ContradictionError("a leaf is missing, or not what keyvault wrote")
-                frontier.append(leaf.leaf_hash)
-                if leaf.generation == self._heads.generation:
-                    found[leaf.tenant] = leaf
-        return list(found.values())
+                if leaf.index != start or not self.wrote(leaf):
+                    return
+                yield leaf
+                start += 1
 
-    async def _learn(self, connection: Connection, leaves: Sequence[Leaf]) -> None:
+    async def _learn(self, connection: Connection, leaves: Iterable[Leaf]) -> None:
         for leaf in leaves:
             lost = await self._heads.learn(connection, leaf.tenant, leaf.head)
             self._lose(leaf.tenant, lost)
@@ -346,15 +365,12 @@ class Log:
         """Append what another keyvault added beyond the anchor, and the heads that are owed."""
         start, newest = frontier.size, dict[str, Leaf]()
         completed = list[tuple[int, int, bytes]]()
-        while leaves := await sql.leaves(connection, frontier.size, frontier.size + _BATCH):
-            for leaf in leaves:
-                if leaf.index != frontier.size or not await self._follows(connection, leaf, newest):
-                    break
-                completed += frontier.append(leaf.leaf_hash)
-                if leaf.generation == self._heads.generation:
-                    newest[leaf.tenant] = leaf
-            if frontier.size < leaves[-1].index + 1:
+        async for leaf in self._written(connection, start):
+            if not await self._follows(connection, leaf, newest):
                 break
+            completed += frontier.append(leaf.leaf_hash)
+            if leaf.generation == self._heads.generation:
+                newest[leaf.tenant] = leaf
         end, new = frontier.size, list[Leaf]()
         for name, owed in list(self._heads.owed.items()):
             head, there = owed.head, newest.get(name)
@@ -371,28 +387,13 @@ class Log:
     async def _follows(
         self, connection: Connection, leaf: Leaf, newest: Mapping[str, Leaf]
     ) -> bool:
-        """Say whether keyvault wrote a leaf beyond the anchor, and its head goes on from the one
-        before: a leaf of a branch that lost may have been kept, to be put there later."""
-        if not self.wrote(leaf):
-            return False
+        """Say whether the head of a leaf beyond the anchor goes on from the one before: a leaf of a
+        branch that lost may have been kept, to be put there later."""
         taken = newest.get(leaf.tenant)
         before = taken.head if taken is not None else self._heads.logged(leaf.tenant)
         return leaf.generation != before.generation or await leads(
             connection, leaf.tenant, before, leaf.head
         )
-
-    async def _rebuilt(
-        self, connection: Connection
-    ) -> tuple[merkle.Frontier, list[tuple[int, int, bytes]]]:
-        """Return the frontier of the leaves that keyvault wrote, up to the first that it did not,
-        and every node over them."""
-        frontier, completed = merkle.Frontier(), list[tuple[int, int, bytes]]()
-        while leaves := await sql.leaves(connection, frontier.size, frontier.size + _BATCH):
-            for leaf in leaves:
-                if leaf.index != frontier.size or not self.wrote(leaf):
-                    return frontier, completed
-                completed += frontier.append(leaf.leaf_hash)
-        return frontier, completed
 
     def _leaf(self, key_id: str, index: int, name: str, head: Head) -> Leaf:
         """Return a head's leaf, with the blind that a key of keyvault's makes."""
@@ -414,16 +415,6 @@ class Log:
         if not self._macs.complete:
             raise stale("authenticated")
         return False
-
-    async def _distrust(self, why: str) -> None:
-        """Give no lease, and say so beside the anchor: no restart forgets it."""
-        self.rolled_back = True
-        logs.event(log, "database_rolled_back", level=logging.CRITICAL, what=why)
-        before = await self._store.read()
-        anchored = self._read(before)
-        if anchored is not None and not anchored.distrusted:
-            distrusted = replace(anchored, distrusted=True)
-            await self._store.write(distrusted.text(self._deployment), before)
 
     async def _tell_lost(self, name: str) -> None:
         """Put events on the record that this process wrote, and that the branch that is anchored is

@@ -164,7 +164,7 @@ async def refresh(
     """Open keys that were made since, before anything is authenticated with them; use those that
     were activated."""
     new = await sql.names(database) - keys.opened.keys() - keys.unopened
-    keys.macs.complete = not new
+    keys.macs.complete = not new & {(one.kind, one.key_id) for one in system.keys}
     if new:
         rows = [row for row in await sql.rows(database) if (row[0], row[1]) in new]
         opened, _ = await _open(backends, deployment, rows)

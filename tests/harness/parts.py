@@ -42,7 +42,7 @@ class Shared:
     """What replicas share: a database, an anchor, a keyring, the key that signs grants."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        self.url = url
+        self.url, self.folder = url, folder
         self.anchor = FileAnchor(folder / "anchor.json")
         keyring = folder / "keyring.json"
         keyring.touch(mode=0o600)
@@ -155,23 +155,25 @@ class Replica:
             attempt_id=new_id("att"),
             purpose=grant_pb2.LEASE_PURPOSE_VALIDATION,
             runner_class="default",
-            recipient_key_sha256=hashlib.sha256(CHILD.public_bytes).digest(),
-            **changes,
+            **{"recipient_key_sha256": hashlib.sha256(CHILD.public_bytes).digest()} | changes,
         )
         now = datetime.datetime.now(datetime.UTC)
         grant.issue_time.FromDatetime(now)
         grant.expire_time.FromDatetime(now + datetime.timedelta(seconds=55))
         return grant
 
-    async def lease(self, grant: grant_pb2.Grant) -> tuple[str, str]:
-        """Redeem a grant; return the lease's id and the key."""
+    def request(self, grant: grant_pb2.Grant) -> lease_pb2.LeaseKeyRequest:
+        """Return what a runner asks with: the grant, signed, and its child's public key."""
         payload = grant.SerializeToString()
-        envelope = dsse.sign(dsse.GRANT, payload, self.shared.signer_id, self.shared.signer)
-        request = lease_pb2.LeaseKeyRequest(
-            grant=envelope,
+        return lease_pb2.LeaseKeyRequest(
+            grant=dsse.sign(dsse.GRANT, payload, self.shared.signer_id, self.shared.signer),
             recipient_public_key=CHILD.public_bytes,
             suite=options_pb2.HpkeSuite.ValueType(CHILD.suite),
         )
+
+    async def lease(self, grant: grant_pb2.Grant) -> tuple[str, str]:
+        """Redeem a grant; return the lease's id and the key."""
+        request = self.request(grant)
         answer = await self.leasing.lease(request, RUNNER)
-        opened = CHILD.open(answer.sealed_key, lease_info(payload, answer.lease_id))
-        return answer.lease_id, opened.decode()
+        info = lease_info(request.grant.payload, answer.lease_id)
+        return answer.lease_id, CHILD.open(answer.sealed_key, info).decode()

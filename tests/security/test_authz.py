@@ -209,6 +209,22 @@ def test_a_wrong_caller_setting_stops_the_start(callers):
 
 
 @pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("runner/default", True),
+        ("runner/x/default", False),
+        ("runner", False),
+        ("runners/a", False),
+    ],
+)
+def test_a_star_stands_for_the_last_part_of_an_identity(path, known):
+    """Grants name a runner's class by that part. Shown to fail where it stands for several."""
+    classes = authz.CallerClasses(f"runner=spiffe://{kv.TRUST_DOMAIN}/runner/*", kv.TRUST_DOMAIN)
+    caller = classes.identify(f"spiffe://{kv.TRUST_DOMAIN}/{path}")
+    assert bool(caller.classes) is known
+
+
+@pytest.mark.parametrize(
     ("role", "served"),
     [
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from contextlib import asynccontextmanager
 
 import pytest
@@ -22,7 +23,7 @@ from services.keyvault.upkeep import retention
 from services.keyvault.upkeep.retention import Retention
 from tests.harness import keyvault as kv
 from tests.harness import rows
-from tests.harness.parts import ORIGIN, Replica, Shared
+from tests.harness.parts import ORIGIN, RUNNER, Replica, Shared
 
 TENANT, OTHER, KEY = "acme", "other", "key_a"
 VALUE, OTHERS = "sk-ours", "sk-theirs"
@@ -250,6 +251,33 @@ async def test_ciphertext_of_another_version(replica, what):
         "ROW_TAMPERED",
         2,
     )
+
+
+async def test_a_recipient_that_is_no_public_key(replica):
+    """Nothing is wrong with what is stored: the lease ends as released. Shown to fail where every
+    seal that does not come about is told as a row that was changed."""
+    grant = replica.grant(TENANT, KEY, 1, recipient_key_sha256=hashlib.sha256(b"no key").digest())
+    request = replica.request(grant)
+    request.recipient_public_key = b"no key"
+    with pytest.raises(ByokeepError) as refused:
+        await replica.leasing.lease(request, RUNNER)
+    assert refused.value.reason == "INVALID_FIELD"
+    assert (await _chain(replica))[-1].type == audit_pb2.AUDIT_EVENT_TYPE_RELEASED
+
+
+async def test_ends_that_are_owed_are_not_kept_without_bound(replica, monkeypatch):
+    """Whoever asks for more while a row is damaged is told that it is not kept."""
+    monkeypatch.setattr(custody, "_MOST_OWED", 1)
+    await _sql(replica, "UPDATE tenant SET mac = '' WHERE name = 'acme'")
+    said = []
+    for key in ("key_1", "key_2", "key_1"):
+        request = custody.Request("RevokeKey", new_id("req"), bytes(32), "")
+        with pytest.raises(ByokeepError) as refused:
+            async with _ticking(replica):
+                await replica.custody.end(TENANT, key, ORIGIN, request, State.REVOKED)
+        said.append(refused.value.reason)
+    assert said == ["STATE_TAMPERED", "AUDIT_UNAVAILABLE", "STATE_TAMPERED"]
+    assert len((await replica.ledger.read(SYSTEM)).state.owed) == 1
 
 
 async def test_a_tenant_of_an_hour_ago_with_its_events(shared, replica, second):
@@ -787,6 +815,26 @@ async def test_a_mac_key_that_a_replica_can_not_open_yet(keyvault, deployment, m
         await replica.app.log.tick()
         assert not replica.app.log.rolled_back
         assert await kv.try_lease(replica, key) == ""
+
+
+async def test_a_mac_key_that_somebody_plants(keyvault, monkeypatch):
+    """What the deployment's own row does not name excuses no leaf. Shown to fail where every stored
+    key does, and where a row with a NULL is opened."""
+
+    async def away(*_):
+        raise kek.KekUnavailableError("local", "unreachable", "gone")
+
+    columns = "(kind, key_id, kek_backend, kek_version, wrapped_dek, envelope)"
+    row = f"INSERT INTO system_key {columns} VALUES ('state_mac', %s, 'local', 1, %s, 'x')"
+    await keyvault.sql("ALTER TABLE system_key ALTER wrapped_dek DROP NOT NULL")
+    await keyvault.sql(row, "smk_1", None)
+    await keyvault.app._follow_keys()
+    await keyvault.sql(row, "smk_2", b"x")
+    with monkeypatch.context() as gone:
+        gone.setattr(keyvault.app.backends.primary, "unwrap", away)
+        with pytest.raises(kek.KekUnavailableError):
+            await keyvault.app._follow_keys()
+        assert keyvault.app.keys.macs.complete
 
 
 async def test_an_operators_word_beside_what_another_replica_owes(replica, second):

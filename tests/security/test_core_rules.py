@@ -123,6 +123,16 @@ async def test_a_key_is_leased_as_it_was_put_in(one):
             " AND m.key_id = o.key_id",
         ),
         ("ROW_TAMPERED", "UPDATE key_secret SET envelope = envelope || '\\x00'"),
+        (
+            "ROW_TAMPERED",
+            "DO $$ BEGIN ALTER TABLE key_secret ALTER envelope DROP NOT NULL;"
+            " UPDATE key_secret SET envelope = NULL; END $$",
+        ),
+        (
+            "STATE_TAMPERED",
+            "DO $$ BEGIN ALTER TABLE tenant_part ALTER usage DROP NOT NULL;"
+            " UPDATE tenant_part SET usage = NULL WHERE tenant = 'acme'; END $$",
+        ),
     ],
 )
 async def test_what_keyvault_did_not_write_is_refused_at_once(one, monkeypatch, reason, statement):
@@ -291,6 +301,8 @@ async def test_nothing_is_opened_after_an_end_or_a_long_pause(one, monkeypatch, 
         "UPDATE log_leaf SET head_hash = sha256(head_hash) WHERE index = 1",
         "UPDATE log_leaf SET tenant = 'evil' WHERE tenant = 'acme'",
         "UPDATE log_leaf SET blind = sha256(blind) WHERE index = 1",
+        "DO $$ BEGIN ALTER TABLE log_leaf ALTER blind DROP NOT NULL;"
+        " UPDATE log_leaf SET blind = NULL WHERE index = 1; END $$",
         "DELETE FROM log_leaf WHERE index = (SELECT max(index) FROM log_leaf)",
         "DELETE FROM log_leaf",
     ],
@@ -302,6 +314,56 @@ async def test_a_log_that_is_not_what_was_anchored_stops_every_lease(one, start,
     asked = await start()
     assert await lease(asked) == "DATABASE_ROLLED_BACK"
     assert await lease(await start()) == "DATABASE_ROLLED_BACK"
+
+
+async def test_a_verdict_stands_though_the_anchor_could_not_be_told(one, start, monkeypatch):
+    """The database is put right before the anchor can be written. Shown to fail where the next look
+    counts alone: leases went on, and no restart knew."""
+
+    async def lost(text: str, over: Stored) -> bool:
+        return False
+
+    other = await start()
+    await lease(one)
+    await one.log.tick()
+    kept = await sql(one, "SELECT * FROM log_leaf WHERE index = (SELECT max(index) FROM log_leaf)")
+    await sql(one, "DELETE FROM log_leaf WHERE index = %s", kept[0][0])
+    with monkeypatch.context() as away:
+        away.setattr(one.shared.anchor, "write", lost)
+        await other.log.tick()
+    assert other.log.rolled_back
+    await sql(one, f"INSERT INTO log_leaf VALUES ({', '.join(['%s'] * len(kept[0]))})", *kept[0])
+    await other.log.tick()
+    for replica in (other, await start()):
+        assert await lease(replica) == "DATABASE_ROLLED_BACK"
+    await ticking(other, other.log.resume("operator", "looked at it"))
+    assert await lease(other) == f"{VALUE}-acme-{KEY}"
+
+
+async def test_an_anchor_that_is_there_again_needs_no_operator(one):
+    """It was away, and the database does not contradict it."""
+    await one.log.tick()
+    there = await one.shared.anchor.read()
+    (file,) = one.shared.folder.glob("anchor.json")
+    file.unlink()
+    await one.log.tick()
+    assert await lease(one) == "DATABASE_ROLLED_BACK"
+    file.write_text(there.text)
+    await one.log.tick()
+    assert await lease(one) == f"{VALUE}-acme-{KEY}"
+
+
+async def test_a_part_that_is_there_twice_once_with_nothing_in_it(one):
+    """Shown to fail where a row with a NULL is read like any other: a TypeError, and the answer was
+    INTERNAL."""
+    await sql(one, "ALTER TABLE tenant_part DROP CONSTRAINT tenant_part_pkey")
+    await sql(one, "ALTER TABLE tenant_part ALTER state DROP NOT NULL")
+    await sql(one, "INSERT INTO tenant_part SELECT tenant, part, NULL, usage FROM tenant_part")
+    await sql(one, "ALTER TABLE tenant_part ALTER usage DROP NOT NULL")
+    await sql(one, "INSERT INTO tenant_part SELECT tenant, part, NULL, NULL FROM tenant_part")
+    assert (await one.ledger.read("acme", {PART})).key(KEY) is not None
+    # Which of the two is to be written PostgreSQL does not know.
+    assert await lease(one) == "AUDIT_UNAVAILABLE"
 
 
 async def test_a_root_that_is_not_the_anchors_stops_every_lease(one, start):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Database, Row, whole
 
 _BODIES = """
 SELECT sequence, body FROM event WHERE tenant = %s AND sequence > %s AND sequence <= %s
@@ -31,7 +31,7 @@ _BATCH = 1000
 async def bodies(connection: Connection, tenant: str, after: int, upto: int) -> list[Row]:
     """Return (sequence, body) of up to a thousand events in a range, in order."""
     cursor = await connection.execute(_BODIES, (tenant, after, upto, _BATCH), binary=True)
-    return await cursor.fetchall()
+    return whole(await cursor.fetchall())
 
 
 async def page(

@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Database, Row, whole
 from services.keyvault.event import Link
 
 _COLUMNS = """
@@ -230,7 +230,7 @@ async def load(
         cursors.append(await connection.execute(_SECRETS, _columns(wanted), binary=True))
     fetched = [await cursor.fetchall() for cursor in cursors]
     stored = fetched.pop() if wanted else []
-    return fetched[0], [row for rows_ in fetched[1:] for row in rows_], stored
+    return fetched[0], whole(row for rows_ in fetched[1:] for row in rows_), whole(stored)
 
 
 async def create(connection: Connection, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Database, Row, whole
 from services.keyvault.event import Head
 from services.keyvault.merkle import Frontier, Node, nodes_of
 
@@ -90,7 +90,7 @@ async def size(connection: Connection) -> int:
 async def leaves(connection: Connection, start: int, end: int) -> list[Leaf]:
     """Return leaves from `start` up to, not with, `end`: at most 10,000."""
     cursor = await connection.execute(_LEAVES, (start, end, _BATCH), binary=True)
-    return [Leaf(*row) for row in await cursor.fetchall()]
+    return [Leaf(*row) for row in whole(await cursor.fetchall())]
 
 
 async def add(
@@ -145,7 +145,7 @@ async def frontier(connection: Connection, log_size: int) -> Frontier | None:
 async def newest_leaf(connection: Connection, tenant: str, log_size: int) -> Leaf | None:
     """Return a tenant's newest leaf in a log of some size."""
     row = await (await connection.execute(_LEAF_AT, (tenant, log_size))).fetchone()
-    return Leaf(*row) if row else None
+    return Leaf(*row) if row and None not in row else None
 
 
 async def add_checkpoint(database: Database, log_size: int, note: str) -> None:
@@ -172,7 +172,7 @@ async def reset(connection: Connection, log_size: int) -> None:
 
 async def snapshot(connection: Connection) -> list[bytes]:
     """Return the parts of the snapshot."""
-    return [row[0] for row in await (await connection.execute(_PARTS)).fetchall()]
+    return [row[0] for row in whole(await (await connection.execute(_PARTS)).fetchall())]
 
 
 async def save(connection: Connection, parts: Sequence[bytes]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.keyvault.database import Connection, Database, Row
+from services.keyvault.database import Connection, Database, Row, whole
 
 # Two first starts at once make one set of keys.
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('byokeep_system_key'))"
@@ -28,12 +28,12 @@ async def lock(connection: Connection) -> None:
 
 async def rows(database: Database) -> list[Row]:
     """Return (kind, key id, backend, wrapped data key, envelope), oldest first."""
-    return await database.all(_ALL)
+    return whole(await database.all(_ALL))
 
 
 async def names(database: Database) -> set[tuple[str, str]]:
     """Return (kind, key id) of every key."""
-    return {(row[0], row[1]) for row in await database.all(_NAMES)}
+    return {(row[0], row[1]) for row in whole(await database.all(_NAMES))}
 
 
 async def kinds(connection: Connection) -> set[str]:
