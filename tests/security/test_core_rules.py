@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 from byokeep import merkle
 from byokeep.encoding import fields
-from byokeep.keyvault.v1 import audit_pb2, state_pb2
+from byokeep.keyvault.v1 import audit_pb2, custody_pb2, state_pb2
 
 from services.common.errors import ByokeepError
-from services.keyvault import custody, kek
+from services.keyvault import custody, kek, stage
 from services.keyvault.anchor import Stored
 from services.keyvault.event import SYSTEM, chain_of
 from services.keyvault.ledger import ALL, part_of
@@ -456,6 +456,21 @@ async def test_every_change_names_its_state_and_usage_in_its_last_event(one):
     said = audit_pb2.AuditEvent.FromString(bytes(bodies[-1][0])).state_digest
     digests = hashlib.sha256(bytes(state)).digest() + hashlib.sha256(bytes(usage)).digest()
     assert said == hashlib.sha256(digests).digest()
+
+
+@pytest.mark.parametrize(
+    "other", [{"owner": "someone"}, {"provider": "gemini"}, {"key_id": "key_none"}]
+)
+async def test_a_rotation_is_of_a_key_of_that_provider_and_owner(one, other):
+    """Shown to fail where a key is found by its id alone."""
+    order = stage.Order(
+        "acme", KEY, "openai", "", KEY, "rotate", "req_1", custody_pb2.SealedKey(), ""
+    )
+    tenant = await one.ledger.read("acme", ALL)
+    assert stage._next_version(tenant, order) == 2
+    with pytest.raises(ByokeepError) as refused:
+        stage._next_version(tenant, replace(order, **other))
+    assert refused.value.reason == "NOT_FOUND"
 
 
 async def test_the_same_request_is_carried_out_once(one):
