@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import psycopg
 from psycopg import errors
@@ -153,9 +153,6 @@ class Connection(psycopg.AsyncConnection[Any]):
         return SilentError(_SILENT)
 
 
-Configure: TypeAlias = Callable[[Connection], Awaitable[None]]
-
-
 class Pool(AsyncConnectionPool[Connection]):
     """A pool of such connections in autocommit, for one event loop."""
 
@@ -165,7 +162,6 @@ class Pool(AsyncConnectionPool[Connection]):
         connections: int,
         *,
         wait_seconds: float,
-        configure: Configure | None = None,
         **options: Any,
     ) -> None:
         """Prepare for a URL; `open` connects. `wait_seconds` is how long a connection is waited
@@ -173,7 +169,6 @@ class Pool(AsyncConnectionPool[Connection]):
         super().__init__(
             url,
             connection_class=Connection,
-            configure=configure,
             min_size=1,
             max_size=connections,
             open=False,

@@ -6,7 +6,6 @@ the schema and its migrations.
 
 from __future__ import annotations
 
-import datetime
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -15,11 +14,6 @@ from typing import Any, LiteralString
 import grpc
 import psycopg
 import psycopg.errors
-from psycopg.abc import AdaptContext, Buffer
-from psycopg.abc import Loader as AbcLoader
-from psycopg.adapt import Loader
-from psycopg.pq import Format
-from psycopg.types.datetime import TimestamptzBinaryLoader, TimestamptzLoader
 
 from services.common import logs, postgres
 from services.common.errors import ByokeepError
@@ -41,7 +35,6 @@ _OPTIONS = (
     " -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off"
 )
 _LOST = "DEPENDENCY_UNAVAILABLE"
-_TIMESTAMPTZ = psycopg.adapters.types["timestamptz"].oid
 
 
 class DuplicateError(Exception):
@@ -57,7 +50,6 @@ class Database:
             url,
             connections,
             wait_seconds=_WAIT_SECONDS,
-            configure=_configure,
             application_name="byokeep-keyvault",
             options=_OPTIONS,
         )
@@ -117,49 +109,6 @@ class Database:
     async def answers(self) -> bool:
         """Say whether the database answers."""
         return await self._pool.answers(_HEALTH_SECONDS)
-
-
-class _Time(Loader):
-    """A `timestamptz` of any row: one that Python has no time for, such as `infinity`, is the
-    first or the last that it has. No row that SQL can write makes its reading fail."""
-
-    # psycopg's own, in C where that is installed.
-    _OWN: type[AbcLoader] = (
-        psycopg.adapters.get_loader(_TIMESTAMPTZ, Format.TEXT) or TimestamptzLoader
-    )
-
-    def __init__(self, oid: int, context: AdaptContext | None = None) -> None:
-        super().__init__(oid, context)
-        self._load = self._OWN(oid, context).load
-
-    def load(self, data: Buffer) -> datetime.datetime:
-        try:
-            time: datetime.datetime = self._load(data)
-        except psycopg.DataError:
-            past = self._past(bytes(data))
-            time = datetime.datetime.min if past else datetime.datetime.max
-            return time.replace(tzinfo=datetime.UTC)
-        return time
-
-    @staticmethod
-    def _past(data: bytes) -> bool:
-        return data.startswith(b"-") or data.endswith(b"BC")
-
-
-class _BinaryTime(_Time):
-    """The same of a time as PostgreSQL has it: signed microseconds from the year 2000 on."""
-
-    format = Format.BINARY
-    _OWN = psycopg.adapters.get_loader(_TIMESTAMPTZ, Format.BINARY) or TimestamptzBinaryLoader
-
-    @staticmethod
-    def _past(data: bytes) -> bool:
-        return data[0] >= 0x80
-
-
-async def _configure(connection: Connection) -> None:
-    connection.adapters.register_loader("timestamptz", _Time)
-    connection.adapters.register_loader("timestamptz", _BinaryTime)
 
 
 def whole(rows: Iterable[Row]) -> list[Row]:

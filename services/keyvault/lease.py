@@ -29,7 +29,6 @@ from services.keyvault.envelope import (
     Context,
     EnvelopeError,
     UnknownEnvelopeError,
-    check_header,
     decrypt,
 )
 from services.keyvault.event import content_digest
@@ -288,7 +287,6 @@ class Leasing:
         """Open the key, and seal it to the child while it is open."""
         wrapped, envelope = redeemed.secret
         lease_id = redeemed.lease.lease_id
-        check_header(envelope)
         # The KEK's name, and what the envelope must be bound to, come from the grant, never from
         # what is stored.
         backend = self._backends.named(redeemed.backend)

@@ -326,7 +326,8 @@ class Log:
         self.position, self.rolled_back = anchored, True
         if not anchored.distrusted:
             said = replace(anchored, distrusted=True)
-            await self._store.write(said.text(self._deployment), before)
+            if not await self._store.write(said.text(self._deployment), before):
+                self._wake.set()
         return False
 
     async def _restored(self, connection: Connection, anchored: Position) -> merkle.Frontier:

@@ -517,20 +517,6 @@ MUTANTS = (
         (_SEC + "test_tenant_authz.py::test_user_is_asserted_only_by_who_may",),
     ),
     Mutant(
-        "a time that Python does not have keeps its key alive",
-        _KV + "database.py",
-        "        except psycopg.DataError:\n",
-        "        except ZeroDivisionError:\n",
-        (_FORGED,),
-    ),
-    Mutant(
-        "a time that Python does not have keeps its lease alive",
-        _KV + "database.py",
-        '    connection.adapters.register_loader("timestamptz", _BinaryTime)\n',
-        "",
-        (_ENDLESS,),
-    ),
-    Mutant(
         "a number below zero keeps its key alive",
         "clients/python/src/byokeep/encoding.py",
         ", signed=value < 0",

@@ -20,7 +20,8 @@ _FORGET_TENANT = "DELETE FROM content_key WHERE tenant = %s"
 _NEEDED = """
 SELECT kek_backend, max(epoch), NULL::timestamptz FROM content_key GROUP BY kek_backend
 UNION ALL
-SELECT kek_backend, NULL, max(not_after) FROM intake_key GROUP BY kek_backend
+SELECT kek_backend, NULL, max(not_after) FROM intake_key
+WHERE not_after < now() + interval '1 day' GROUP BY kek_backend
 """
 
 
