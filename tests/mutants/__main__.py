@@ -41,6 +41,8 @@ def _verdict(copy: Path, mutant: Mutant) -> str:
             timeout=600,
             check=False,
         )
+    except subprocess.TimeoutExpired:
+        return "timed out"
     finally:
         path.write_text(original)
     # 1: tests failed. Anything else (no test found, usage) is not what was meant.
@@ -67,7 +69,7 @@ def main() -> None:
         shutil.copytree(_ROOT, copy, ignore=_IGNORED)
         for mutant in chosen:
             verdict = _verdict(copy, mutant)
-            bad += verdict != "killed"
+            bad += verdict not in ("killed", "timed out")
             print(f"{verdict:15} {mutant.file}: {mutant.what}", flush=True)
     print(f"{len(chosen) - bad} passed, {bad} failed")
     sys.exit(bad > 0)
