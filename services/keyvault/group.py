@@ -15,7 +15,7 @@ import grpc
 
 from services.common import background, deadline
 from services.common.errors import ByokeepError
-from services.keyvault.database import is_lost, unreachable
+from services.keyvault.database import is_lost
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,7 +25,6 @@ Run = Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]]
 LARGEST = 64
 _WAITING = 4096
 _LANES = 2
-_SECONDS = 10.0
 
 
 class GroupCommit(Generic[T, R]):
@@ -90,12 +89,8 @@ class GroupCommit(Generic[T, R]):
         self._start_soon()
 
     async def _do(self, group: list[tuple[T, asyncio.Future[R]]]) -> None:
-        failure: Exception
         try:
-            async with asyncio.timeout(_SECONDS):
-                outcomes = await self._run([item for item, _ in group])
-        except TimeoutError:
-            failure = unreachable()
+            outcomes = await self._run([item for item, _ in group])
         except Exception as error:
             failure = error
         else:

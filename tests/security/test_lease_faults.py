@@ -120,9 +120,9 @@ async def test_connections_lost_at_any_time(keyvault):
 async def test_a_database_that_hangs_is_given_up(keyvault, monkeypatch):
     """Nobody waits for ever: the group is given up, and the next one goes on.
 
-    Shown to fail: without the timeout in GroupCommit._do.
+    Shown to fail: without the deadline of a round trip in postgres.Connection.wait.
     """
-    monkeypatch.setattr("services.keyvault.group._SECONDS", 1.0)
+    monkeypatch.setattr("services.common.postgres.ROUND_TRIP_SECONDS", 1.0)
     key = await keyvault.add_active()
     async with _locked(keyvault):
         async with asyncio.timeout(60):
