@@ -214,11 +214,9 @@ class Leasing:
         return version, secret
 
     def _check_caps(self, tenant: Tenant, key_id: str) -> None:
-        live = [
-            one.key_id
-            for one in tenant.usage.leases
-            if not one.ended and one.expire_millis > tenant.now.timestamp() * 1_000
-        ]
+        now = tenant.now.timestamp() * 1_000
+        leases = tenant.usage.leases
+        live = [one.key_id for one in leases if not one.ended and one.expire_millis > now]
         usage = tenant.edit_usage()
         limits.roll(usage.meter, tenant.now)
         limits.check("tenant", self._caps[0], len(live), usage.meter, tenant.now)
