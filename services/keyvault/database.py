@@ -7,7 +7,7 @@ the schema and its migrations.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, LiteralString
 
@@ -114,6 +114,11 @@ class Database:
 def whole(rows: Iterable[Row]) -> list[Row]:
     """Return the rows that have no NULL: keyvault writes none there, so somebody else did."""
     return [row for row in rows if None not in row]
+
+
+def columns(rows: Collection[Row], width: int) -> list[list[Any]]:
+    """Return rows of a width as columns, for `unnest`."""
+    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(width)]
 
 
 @asynccontextmanager

@@ -450,7 +450,7 @@ class Ledger:
         return done
 
     def _add(self, change: sql.Write, tenant: Tenant) -> _Done:
-        state_changed = tenant._state_changed
+        name, state_changed = tenant.name, tenant._state_changed
         for number, part in tenant.parts.items():
             if part.state_changed or part.usage_changed:
                 self._add_part(change, tenant, number, part)
@@ -461,30 +461,18 @@ class Ledger:
         if tenant._usage_changed:
             usage, usage_digest = self._serialized(tenant.usage)
         tenant.events[-1].state_digest = hashlib.sha256(state_digest + usage_digest).digest()
-        links = event.links(tenant.name, tenant.head, self._deployment, tenant.now, tenant.events)
+        links = event.links(name, tenant.head, self._deployment, tenant.now, tenant.events)
         head = Head(self._heads.generation, links[-1].sequence, links[-1].hash)
         mac_key = self._macs.current
-        mac = self._mac(mac_key, tenant.name, head, state_digest, usage_digest)
-        change.events(tenant.name, links)
-        change.row(
-            tenant.name,
-            tenant.head.sequence,
-            (head.generation, head.sequence, head.hash),
-            state,
-            usage,
-            (mac_key, mac),
-            self._due(tenant, state_changed),
-        )
+        mac = self._mac(mac_key, name, head, state_digest, usage_digest)
+        own = (state, usage, mac_key, mac, self._due(tenant, state_changed))
+        place = (name, tenant.head.sequence, head.generation, head.sequence, head.hash)
+        change.tenants.append((*place, *own))
+        change.events += [(name, one.sequence, one.key_id, one.body, one.hash) for one in links]
         for lease in tenant.leased:
-            change.lease(
-                lease.lease_id,
-                tenant.name,
-                lease.key_id,
-                lease.version,
-                lease.holder,
-                lease.sequence,
-                datetime.datetime.fromtimestamp(lease.expire_millis / 1_000, datetime.UTC),
-            )
+            end = datetime.datetime.fromtimestamp(lease.expire_millis / 1_000, datetime.UTC)
+            row = (lease.key_id, lease.version, lease.holder, lease.sequence, end)
+            change.leases.append((lease.lease_id, name, *row))
         return _Done(tenant, tenant.head, head, [one.body for one in links])
 
     def _add_part(self, change: sql.Write, tenant: Tenant, number: int, part: Part) -> None:
@@ -495,14 +483,14 @@ class Ledger:
             named = next((one for one in own if one.part == number), None) or own.add(part=number)
             named.digest = digest
         if not part.state_changed:
-            change.used(tenant.name, number, part.raw_usage)
+            change.used.append((tenant.name, number, part.raw_usage))
             return
         part.raw_state, digest = self._serialized(part.state)
         kept = [one for one in tenant.edit().parts if one.part != number]
         kept.append(lifecycle.summary(number, part.state, digest))
         del tenant.state.parts[:]
         tenant.state.parts.extend(sorted(kept, key=lambda one: one.part))
-        change.part(tenant.name, number, part.raw_state, part.raw_usage)
+        change.parts.append((tenant.name, number, part.raw_state, part.raw_usage))
 
     def _serialized(self, message: Message) -> tuple[bytes, bytes]:
         raw = message.SerializeToString(deterministic=True)

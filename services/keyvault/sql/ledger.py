@@ -6,8 +6,7 @@ import datetime
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from services.keyvault.database import Connection, Database, Row, whole
-from services.keyvault.event import Link
+from services.keyvault.database import Connection, Database, Row, columns, whole
 
 _COLUMNS = """
 SELECT name, generation, sequence, head_hash, state, usage, mac_key_id, mac FROM tenant
@@ -37,38 +36,33 @@ VALUES (%s, 0, 0, '', '', '', '', '')
 _WRITE = """
 WITH own AS (
     SELECT * FROM unnest(
-        %(names)b::text[], %(read)b::bigint[], %(generations)b::bigint[], %(sequences)b::bigint[],
-        %(hashes)b::bytea[], %(states)b::bytea[], %(usages)b::bytea[], %(mac_keys)b::text[],
-        %(macs)b::bytea[], %(dues)b::timestamptz[]
+        %b::text[], %b::bigint[], %b::bigint[], %b::bigint[], %b::bytea[], %b::bytea[], %b::bytea[],
+        %b::text[], %b::bytea[], %b::timestamptz[]
     ) AS i (name, read, generation, sequence, hash, state, usage, mac_key, mac, due)
 ), added AS (
     INSERT INTO event (tenant, sequence, key_id, body, hash)
-    SELECT * FROM unnest(%(event_names)b::text[], %(event_sequences)b::bigint[],
-                         %(event_keys)b::text[], %(bodies)b::bytea[], %(event_hashes)b::bytea[])
+    SELECT * FROM unnest(%b::text[], %b::bigint[], %b::text[], %b::bytea[], %b::bytea[])
     ON CONFLICT (tenant, sequence) DO UPDATE SET (key_id, body, hash)
         = (excluded.key_id, excluded.body, excluded.hash)
 ), changed AS (
     INSERT INTO tenant_part (tenant, part, state, usage)
-    SELECT * FROM unnest(%(part_names)b::text[], %(parts)b::int[], %(part_states)b::bytea[],
-                         %(part_usages)b::bytea[])
+    SELECT * FROM unnest(%b::text[], %b::int[], %b::bytea[], %b::bytea[])
     ON CONFLICT (tenant, part) DO UPDATE SET (state, usage) = (excluded.state, excluded.usage)
 ), used AS (
     UPDATE tenant_part p SET usage = i.usage
-    FROM unnest(%(used_names)b::text[], %(used_parts)b::int[], %(used_usages)b::bytea[])
-        AS i (tenant, part, usage)
+    FROM unnest(%b::text[], %b::int[], %b::bytea[]) AS i (tenant, part, usage)
     WHERE p.tenant = i.tenant AND p.part = i.part
 ), leased AS (
     INSERT INTO lease (lease_id, tenant, key_id, version, holder, sequence, expire_time)
-    SELECT * FROM unnest(%(lease_ids)b::text[], %(lease_names)b::text[], %(lease_keys)b::text[],
-                         %(lease_versions)b::int[], %(holders)b::text[],
-                         %(lease_sequences)b::bigint[], %(expires)b::timestamptz[])
+    SELECT * FROM unnest(%b::text[], %b::text[], %b::text[], %b::int[], %b::text[], %b::bigint[],
+                         %b::timestamptz[])
 ), written AS (
 UPDATE tenant t SET generation = i.generation, sequence = i.sequence, head_hash = i.hash,
     state = coalesce(i.state, t.state), usage = i.usage, mac_key_id = i.mac_key, mac = i.mac,
     due_time = coalesce(i.due, t.due_time)
 FROM own i WHERE t.name = i.name AND t.sequence = i.read RETURNING 1
 )
-SELECT 1 / (count(*) = %(tenants)s)::int FROM written
+SELECT 1 / (count(*) = %s)::int FROM written
 """
 _RESEAL = """
 UPDATE tenant t SET generation = %s, mac_key_id = %s, mac = i.mac
@@ -100,101 +94,19 @@ _COUNT = "SELECT count(*) FROM tenant WHERE name <> ''"
 
 @dataclass(slots=True)
 class Write:
-    """What one transaction writes: columns, row by row."""
+    """What one transaction writes: rows, with the columns of `_WRITE` in their order."""
 
-    names: list[str] = field(default_factory=list)
-    read: list[int] = field(default_factory=list)
-    generations: list[int] = field(default_factory=list)
-    sequences: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)
-    states: list[bytes | None] = field(default_factory=list)
-    usages: list[bytes] = field(default_factory=list)
-    mac_keys: list[str] = field(default_factory=list)
-    macs: list[bytes] = field(default_factory=list)
-    dues: list[datetime.datetime | None] = field(default_factory=list)
-    event_names: list[str] = field(default_factory=list)
-    event_sequences: list[int] = field(default_factory=list)
-    event_keys: list[str] = field(default_factory=list)
-    bodies: list[bytes] = field(default_factory=list)
-    event_hashes: list[bytes] = field(default_factory=list)
-    part_names: list[str] = field(default_factory=list)
-    parts: list[int] = field(default_factory=list)
-    part_states: list[bytes] = field(default_factory=list)
-    part_usages: list[bytes] = field(default_factory=list)
-    used_names: list[str] = field(default_factory=list)
-    used_parts: list[int] = field(default_factory=list)
-    used_usages: list[bytes] = field(default_factory=list)
-    lease_ids: list[str] = field(default_factory=list)
-    lease_names: list[str] = field(default_factory=list)
-    lease_keys: list[str] = field(default_factory=list)
-    lease_versions: list[int] = field(default_factory=list)
-    holders: list[str] = field(default_factory=list)
-    lease_sequences: list[int] = field(default_factory=list)
-    expires: list[datetime.datetime] = field(default_factory=list)
-
-    def events(self, name: str, links: Sequence[Link]) -> None:
-        """Add a tenant's events."""
-        for one in links:
-            self.event_names.append(name)
-            self.event_sequences.append(one.sequence)
-            self.event_keys.append(one.key_id)
-            self.bodies.append(one.body)
-            self.event_hashes.append(one.hash)
-
-    def row(
-        self,
-        name: str,
-        read: int,
-        head: tuple[int, int, bytes],
-        state: bytes | None,
-        usage: bytes,
-        mac: tuple[str, bytes],
-        due: datetime.datetime | None,
-    ) -> None:
-        """Add a tenant's row: generation, sequence and hash of its head, and the MAC with its
-        key's id."""
-        self.names.append(name)
-        self.read.append(read)
-        self.generations.append(head[0])
-        self.sequences.append(head[1])
-        self.hashes.append(head[2])
-        self.states.append(state)
-        self.usages.append(usage)
-        self.mac_keys.append(mac[0])
-        self.macs.append(mac[1])
-        self.dues.append(due)
-
-    def part(self, name: str, number: int, state: bytes, usage: bytes) -> None:
-        """Add a part whose state changed."""
-        self.part_names.append(name)
-        self.parts.append(number)
-        self.part_states.append(state)
-        self.part_usages.append(usage)
-
-    def used(self, name: str, number: int, usage: bytes) -> None:
-        """Add a part of which only the usage changed."""
-        self.used_names.append(name)
-        self.used_parts.append(number)
-        self.used_usages.append(usage)
-
-    def lease(
-        self,
-        lease_id: str,
-        name: str,
-        key_id: str,
-        version: int,
-        holder: str,
-        sequence: int,
-        expire_time: datetime.datetime,
-    ) -> None:
-        """Add a lease to the index."""
-        self.lease_ids.append(lease_id)
-        self.lease_names.append(name)
-        self.lease_keys.append(key_id)
-        self.lease_versions.append(version)
-        self.holders.append(holder)
-        self.lease_sequences.append(sequence)
-        self.expires.append(expire_time)
+    #: (name, sequence that was read, then of what is written: generation, sequence, hash, state or
+    #: None, usage, id of the MAC's key, MAC, due time or None)
+    tenants: list[Row] = field(default_factory=list)
+    #: (tenant, sequence, key id, body, hash)
+    events: list[Row] = field(default_factory=list)
+    #: (tenant, part, state, usage)
+    parts: list[Row] = field(default_factory=list)
+    #: (tenant, part, usage), where the state stays.
+    used: list[Row] = field(default_factory=list)
+    #: (lease id, tenant, key id, version, holder, sequence of its event, end)
+    leases: list[Row] = field(default_factory=list)
 
 
 #: Tenant, key id, version.
@@ -222,12 +134,11 @@ async def load(
     statement = _ROWS_TO_WRITE if lock else _ROWS_TO_READ
     cursors = [await connection.execute(statement, (list(names),), binary=True)]
     if some:
-        columns = [one[0] for one in some], [one[1] for one in some]
-        cursors.append(await connection.execute(_PARTS, columns, binary=True))
+        cursors.append(await connection.execute(_PARTS, columns(some, 2), binary=True))
     if every:
         cursors.append(await connection.execute(_ALL_PARTS, (list(every),), binary=True))
     if wanted:
-        cursors.append(await connection.execute(_SECRETS, _columns(wanted), binary=True))
+        cursors.append(await connection.execute(_SECRETS, columns(wanted, 3), binary=True))
     fetched = [await cursor.fetchall() for cursor in cursors]
     stored = fetched.pop() if wanted else []
     return fetched[0], whole(row for rows_ in fetched[1:] for row in rows_), whole(stored)
@@ -240,27 +151,32 @@ async def create(connection: Connection, name: str) -> None:
 
 async def write(connection: Connection, change: Write) -> None:
     """Write a change. It fails, as a whole, where a row is not what was read of it."""
-    values = {name: getattr(change, name) for name in Write.__slots__}
-    await connection.execute(_WRITE, {**values, "tenants": len(change.names)})
+    parameters = [
+        *columns(change.tenants, 10),
+        *columns(change.events, 5),
+        *columns(change.parts, 4),
+        *columns(change.used, 3),
+        *columns(change.leases, 7),
+    ]
+    await connection.execute(_WRITE, [*parameters, len(change.tenants)])
 
 
 async def reseal(
     connection: Connection, generation: int, mac_key: str, macs: Sequence[tuple[str, bytes]]
 ) -> None:
     """Write the generation and the MAC of rows, by name."""
-    names, values = [one[0] for one in macs], [one[1] for one in macs]
-    await connection.execute(_RESEAL, (generation, mac_key, names, values))
+    await connection.execute(_RESEAL, (generation, mac_key, *columns(macs, 2)))
 
 
 async def put_secrets(connection: Connection, new: dict[SecretName, tuple[bytes, bytes]]) -> None:
     """Store (wrapped data key, envelope) of versions."""
-    wrapped, envelopes = [one[0] for one in new.values()], [one[1] for one in new.values()]
-    await connection.execute(_PUT_SECRETS, (*_columns(new), wrapped, envelopes))
+    stored = [(*name, *secret) for name, secret in new.items()]
+    await connection.execute(_PUT_SECRETS, columns(stored, 5))
 
 
 async def drop_secrets(connection: Connection, gone: Collection[SecretName]) -> None:
     """Delete what is stored of versions."""
-    await connection.execute(_DROP_SECRETS, _columns(gone))
+    await connection.execute(_DROP_SECRETS, columns(gone, 3))
 
 
 async def drop_all_secrets(connection: Connection, tenant: str) -> None:
@@ -291,7 +207,3 @@ async def count(database: Database) -> int:
     """Return how many tenants there are."""
     row = await database.one(_COUNT)
     return int(row[0]) if row else 0
-
-
-def _columns(wanted: Collection[SecretName]) -> tuple[list[str], list[str], list[int]]:
-    return [one[0] for one in wanted], [one[1] for one in wanted], [one[2] for one in wanted]

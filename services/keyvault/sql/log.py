@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-from services.keyvault.database import Connection, Database, Row, whole
+from services.keyvault.database import Connection, Database, Row, columns, whole
 from services.keyvault.event import Head
 from services.keyvault.merkle import Frontier, Node, nodes_of
 
@@ -21,12 +21,11 @@ _CUT = "DELETE FROM log_leaf WHERE index >= %s"
 _ADD = """
 WITH leaf AS (
     INSERT INTO log_leaf (index, generation, tenant, sequence, head_hash, blind, leaf_hash)
-    SELECT * FROM unnest(%(indexes)b::bigint[], %(generations)b::bigint[], %(names)b::text[],
-                         %(sequences)b::bigint[], %(heads)b::bytea[], %(blinds)b::bytea[],
-                         %(leaves)b::bytea[])
+    SELECT * FROM unnest(%b::bigint[], %b::bigint[], %b::text[], %b::bigint[], %b::bytea[],
+                         %b::bytea[], %b::bytea[])
 )
 INSERT INTO log_node (level, index, hash)
-SELECT * FROM unnest(%(levels)s::smallint[], %(positions)s::bigint[], %(nodes)b::bytea[])
+SELECT * FROM unnest(%s::smallint[], %s::bigint[], %b::bytea[])
 ON CONFLICT (level, index) DO UPDATE SET hash = excluded.hash
 """
 _NODES = """
@@ -101,21 +100,8 @@ async def add(
 ) -> None:
     """Append leaves to a log that ends at `end`, and the nodes that are completed by then."""
     await connection.execute(_CUT, (end,))
-    await connection.execute(
-        _ADD,
-        {
-            "indexes": [leaf.index for leaf in new],
-            "generations": [leaf.generation for leaf in new],
-            "names": [leaf.tenant for leaf in new],
-            "sequences": [leaf.sequence for leaf in new],
-            "heads": [leaf.head_hash for leaf in new],
-            "blinds": [leaf.blind for leaf in new],
-            "leaves": [leaf.leaf_hash for leaf in new],
-            "levels": [node[0] for node in completed],
-            "positions": [node[1] for node in completed],
-            "nodes": [node[2] for node in completed],
-        },
-    )
+    leaves_ = columns([astuple(leaf) for leaf in new], 7)
+    await connection.execute(_ADD, [*leaves_, *columns(completed, 3)])
 
 
 async def nodes(connection: Connection, wanted: Iterable[Node]) -> dict[Node, bytes]:
