@@ -9,6 +9,7 @@ import pytest
 from tests.harness.walk import walk
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a network of its own")
 def test_from_nothing_to_a_review_in_production_mode():

