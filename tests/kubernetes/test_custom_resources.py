@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.kubernetes import crds
-from tests.kubernetes.cluster import Cluster, at_once
+from tests.kubernetes.cluster import Cluster, at_once, soon
 from tests.kubernetes.manifests import COMPONENTS, Document, layered, name_of, overlay, rendered
 
 pytestmark = pytest.mark.timeout(900)
@@ -33,10 +33,18 @@ def defined(cluster: Cluster) -> Iterator[None]:
     """The definitions, for as long as the tests last; their controllers are not there."""
     files = [str(file) for file in at_once(crds.file, list(crds.DEFINITIONS.values()))]
     named = [f"--filename={file}" for file in files]
+
+    def established() -> bool:
+        """Ask for it: `kubectl wait` fails where a definition has no conditions yet."""
+        return all(
+            any(one["type"] == "Established" for one in item["status"].get("conditions") or ())
+            for item in cluster.get(*named)["items"]
+        )
+
     try:
         # Client-side apply would keep a copy in an annotation, for which they are too large.
         cluster.kubectl("apply", "--server-side", *named)
-        cluster.kubectl("wait", "--for=condition=Established", "--timeout=120s", *named)
+        soon(established, "the definitions are not taken")
         yield
     finally:
         cluster.kubectl("delete", "--wait=false", *named)
