@@ -62,7 +62,7 @@ async def test_connection_lost_before_the_commit(keyvault, monkeypatch):
 
     async def cut_after(connection, change) -> None:
         await write(connection, change)
-        if change.lease_ids and not cut.is_set():
+        if change.leases and not cut.is_set():
             cut.set()
             pid = connection.info.backend_pid
             await keyvault.sql("SELECT pg_terminate_backend(%s)", pid)
