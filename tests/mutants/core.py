@@ -204,7 +204,7 @@ MUTANTS = (
         _KV + "log.py",
         "            if before.text is None and await sql.size(connection):\n",
         "            if False:\n",
-        ("tests/security/test_rows.py::test_a_lost_anchor_is_not_forgotten",),
+        (_RULES + "test_a_log_without_its_anchor_is_no_new_one",),
     ),
     Mutant(
         "a tick that lost the anchor succeeded",

@@ -340,11 +340,18 @@ async def test_a_verdict_stands_though_the_anchor_could_not_be_told(one, start, 
     assert await lease(other) == f"{VALUE}-acme-{KEY}"
 
 
+async def test_a_log_without_its_anchor_is_no_new_one(one, start):
+    """To a process that knows nothing yet: all its leaves are keyvault's, and lead on."""
+    await one.log.tick()
+    one.shared.folder.joinpath("anchor.json").unlink()
+    assert await lease(await start()) == "DATABASE_ROLLED_BACK"
+
+
 async def test_an_anchor_that_is_there_again_needs_no_operator(one):
     """It was away, and the database does not contradict it."""
     await one.log.tick()
     there = await one.shared.anchor.read()
-    (file,) = one.shared.folder.glob("anchor.json")
+    file = one.shared.folder / "anchor.json"
     file.unlink()
     await one.log.tick()
     assert await lease(one) == "DATABASE_ROLLED_BACK"
