@@ -185,16 +185,16 @@ class Log:
             ByokeepError: ETAG_MISMATCH where another replica wrote the anchor meanwhile.
         """
         async with self._ticking:
-            tries = 0
-            while not await self._seal():
-                tries += 1
-                if tries == _TRIES:
-                    raise ByokeepError(
-                        grpc.StatusCode.ABORTED,
-                        "ETAG_MISMATCH",
-                        "another keyvault wrote the anchor at the same time; try again",
-                        field="anchor",
-                    )
+            for _ in range(_TRIES):
+                if await self._seal():
+                    break
+            else:
+                raise ByokeepError(
+                    grpc.StatusCode.ABORTED,
+                    "ETAG_MISMATCH",
+                    "another keyvault wrote the anchor at the same time; try again",
+                    field="anchor",
+                )
             self.rolled_back = False
         await self.tick()
         event = audit_pb2.AuditEvent(
@@ -346,7 +346,7 @@ class Log:
         self, connection: Connection, start: int, end: int = _NO_END
     ) -> AsyncIterator[Leaf]:
         """Yield leaves in order, up to the first that is missing or that keyvault did not write."""
-        while leaves := await sql.leaves(connection, start, end):
+        while start < end and (leaves := await sql.leaves(connection, start, end)):
             for leaf in leaves:
                 if leaf.index != start or not self.wrote(leaf):
                     return

@@ -7,6 +7,7 @@ import ast
 import random
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from tests.mutants.table import Mutant
@@ -89,7 +90,7 @@ def _changes(node: ast.AST, starts: list[int], raw: bytes) -> Iterator[tuple[str
             left = right
     elif isinstance(node, ast.BoolOp):
         word, new = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
-        for one, two in zip(node.values, node.values[1:], strict=False):
+        for one, two in pairwise(node.values):
             start, end = at(one.end_lineno, one.end_col_offset), at(two.lineno, two.col_offset)
             between = raw[start:end].decode()
             yield f"{word} is {new}", start, end, between.replace(word, new, 1)
