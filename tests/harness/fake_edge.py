@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 from byokeep import dsse, hpke, ids, names, sealing
+from byokeep.edge import review_is_over
 from byokeep.keyvault.v1 import admin_pb2, admin_pb2_grpc, audit_pb2, audit_pb2_grpc, custody_pb2
 from byokeep.orchestrator.v1 import (
     key_pb2,
@@ -427,7 +428,10 @@ class _Reviews(_Fake, review_pb2_grpc.ReviewServiceServicer):
             shown.CopyFrom(review)
             del shown.findings[1:]
             more = "1" if len(review.findings) > 1 else ""
-            yield review_pb2.WatchReviewResponse(review=shown, next_page_token=more)
+            answer = review_pb2.WatchReviewResponse(review=shown, next_page_token=more)
+            yield answer
+            if review_is_over(answer):
+                return  # what stands in `states` now is another stream's
 
     def GetReview(self, request, context):
         self.edge.meet(request, context)
