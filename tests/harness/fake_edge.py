@@ -64,7 +64,7 @@ class Edge:
     opened: list[bytes] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     reviews: dict[str, review_pb2.Review] = field(default_factory=dict)
-    states: list[dict[str, Any]] = field(default_factory=list)
+    states: list[dict[str, Any] | str] = field(default_factory=list)  # str: how a stream breaks off
     export: str = "{}"
     unread: list[review_pb2.UnreadPart] = field(default_factory=list)
     settings: settings_pb2.Settings = field(default_factory=settings_pb2.Settings)
@@ -412,13 +412,13 @@ class _Reviews(_Fake, review_pb2_grpc.ReviewServiceServicer):
         review = self.edge.reviews[request.name]
         while self.edge.states:
             change = self.edge.states.pop(0)
-            if "lost" in change:
+            if change == "lost":
                 context.abort(grpc.StatusCode.UNAVAILABLE, "connection lost")
-            if "reset" in change:
+            if change == "reset":
                 context.abort(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2")
-            if "end" in change:
+            if change == "end":
                 return
-            if "wait" in change:
+            if change == "wait":
                 gone = threading.Event()
                 context.add_callback(gone.set)
                 gone.wait(30)

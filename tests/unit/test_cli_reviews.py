@@ -88,7 +88,7 @@ def test_findings_by_file_then_a_summary(edge, byokeep):
 
 
 def test_a_lost_stream_is_taken_up_again(edge, byokeep):
-    edge.states = [RUNNING, {"lost": True}, RUNNING, COMPLETED]
+    edge.states = [RUNNING, "lost", RUNNING, COMPLETED]
     assert submit(byokeep).code == 0
     assert len(edge.sent(review_pb2.WatchReviewRequest)) == 2
 

@@ -126,7 +126,7 @@ def test_a_table_that_is_too_wide_for_columns_is_no_other_in_a_pipe(edge):
 
 
 def test_ctrl_c_says_how_to_go_on(edge):
-    edge.states = [{"state": 2}, {"wait": True}]
+    edge.states = [{"state": 2}, "wait"]
     code, screen = on_a_terminal(
         ["review", "--diff", str(edge.directory / "config.toml")], [(rb"running", b"\x03")]
     )

@@ -141,7 +141,7 @@ def test_a_review_that_fails_is_an_error_with_its_reason(edge: Edge, run: Run) -
 
 def test_a_watched_review_goes_on_past_lost_connections(edge: Edge, run: Run) -> None:
     name = f"tenants/demo/reviews/{edge.add_review(**RUNNING)}"
-    edge.states = [RUNNING, {"lost": True}, RUNNING, {"reset": True}, {"end": True}, COMPLETED]
+    edge.states = [RUNNING, "lost", RUNNING, "reset", "end", COMPLETED]
     answers = run(lambda connection: connection.watch_review(name))
     assert [answer.review.state for answer in answers] == [2, 2, 3]
     assert len(edge.sent(review_pb2.WatchReviewRequest)) >= 4
@@ -210,7 +210,7 @@ def test_pauses_of_many_callers_differ_and_grow() -> None:
 
 def test_a_watch_whose_time_is_over_says_what_it_saw(edge: Edge, run: Run) -> None:
     name = f"tenants/demo/reviews/{edge.add_review(**RUNNING)}"
-    edge.states = [RUNNING, {"wait": True}]
+    edge.states = [RUNNING, "wait"]
     with pytest.raises(byokeep.WatchTimeoutError) as late:
         run(lambda connection: connection.watch_review(name, 3.0))
     assert late.value.latest.review.state == review_pb2.REVIEW_STATE_RUNNING
