@@ -140,9 +140,8 @@ async def test_what_cannot_help_is_not_repeated(stack: Stack, failure: str, says
 async def test_attempts_are_bounded(stack: Stack) -> None:
     stack.runner.default = fails(review_pb2.FAILURE_REASON_PROVIDER_UNAVAILABLE, call=False)
     review = await stack.submit()
-    hurrying = asyncio.create_task(stack.hurried())
-    ended = await stack.ended(review)
-    hurrying.cancel()
+    async with stack.hurrying():
+        ended = await stack.ended(review)
     assert (ended.state, ended.attempts) == (FAILED, failures.MAX_TRIES)
 
 

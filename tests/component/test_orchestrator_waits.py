@@ -65,7 +65,8 @@ def key_of(stack: Stack) -> str:
 
 async def over(stack: Stack, review: review_pb2.Review, reason: str) -> None:
     """It waited uncounted, in one attempt, and completes."""
-    ended = await stack.ended(review, 40)
+    async with stack.hurrying():
+        ended = await stack.ended(review, 40)
     assert (ended.state, ended.attempts) == (COMPLETED, 1)
     assert not ended.HasField("wait")
     assert await stack.sql("SELECT DISTINCT tries FROM attempt WHERE kind = 'REVIEW'") == [(1,)]

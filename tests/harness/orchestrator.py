@@ -645,11 +645,22 @@ class Stack:
         """Have every attempt that waits for its time run now."""
         await self.until("UPDATE attempt SET due_time = now() WHERE state = 'QUEUED' RETURNING 1")
 
-    async def hurried(self) -> None:
-        """Have whatever waits for its time run at once, for ever."""
-        while True:
-            await self.sql("UPDATE attempt SET due_time = now() WHERE state = 'QUEUED'")
-            await asyncio.sleep(0.05)
+    @asynccontextmanager
+    async def hurrying(self) -> AsyncIterator[None]:
+        """Have whatever waits for its time run at once."""
+
+        async def hurry() -> None:
+            while True:
+                await self.sql("UPDATE attempt SET due_time = now() WHERE state = 'QUEUED'")
+                await asyncio.sleep(0.05)
+
+        task = asyncio.create_task(hurry())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
     async def close(self) -> None:
         for channel in self._channels:
