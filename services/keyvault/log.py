@@ -211,10 +211,11 @@ class Log:
             before = await self._store.read()
             anchored = self._read(before) or Position()
             frontier, completed = merkle.Frontier(), list[tuple[int, int, bytes]]()
-            async for leaf in self._written(connection, 0):
-                completed += frontier.append(leaf.leaf_hash)
             # An anchor that was lost does not say how many words there were.
             generation = max(anchored.generation, self._heads.generation) + 1
+            async for leaf in self._written(connection, 0):
+                completed += frontier.append(leaf.leaf_hash)
+                generation = max(generation, leaf.generation + 1)
             start, new = frontier.size, list[Leaf]()
             async for name, head in self._ledger.reseal(connection, generation):
                 new.append(self._leaf(self._macs.current, frontier.size, name, head))

@@ -849,6 +849,53 @@ async def test_an_operators_word_beside_what_another_replica_owes(replica, secon
     assert await _lost(replica) == []
 
 
+async def test_an_operators_word_that_another_replica_crosses(replica, second, monkeypatch):
+    """That one read its database before, and writes the anchor while the rows are sealed: the word
+    is written over it. Shown to fail with one try alone: ETAG_MISMATCH, and no row can be read."""
+    write = replica.shared.anchor.write
+    reached, let = asyncio.Event(), asyncio.Event()
+
+    async def held(text, after):
+        if not reached.is_set():
+            reached.set()
+            await let.wait()
+            return await write(text, after)
+        let.set()
+        await crossing
+        monkeypatch.undo()
+        return await write(text, after)
+
+    await _record(second)
+    monkeypatch.setattr(replica.shared.anchor, "write", held)
+    crossing = asyncio.create_task(second.log.tick())
+    await reached.wait()
+    async with _ticking(replica):
+        await replica.log.resume("operator", "restored")
+    await second.log.tick()
+    assert await _lease(replica) == await _lease(second) == VALUE
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+async def test_an_operators_word_after_the_anchor_was_lost(shared, replica, second, put_back):
+    """It is a new one to a replica that heard the one before. Shown to fail without the numbers of
+    the leaves (said to a process that has just begun), and without that which the process knows
+    (its database was put back, too): the other replica goes on from what it knew."""
+    before = await rows.copied(replica.database, None)
+    async with _ticking(replica):
+        await replica.log.resume("operator", "the first word")
+    await second.log.tick()
+    (shared.folder / "anchor.json").unlink()
+    if put_back:
+        await rows.put_back(replica.database, before)
+    async with _started(shared) as fresh:
+        one = replica if put_back else fresh
+        async with _ticking(one):
+            await one.log.resume("operator", "the second word")
+    await second.log.tick()
+    assert second.heads.generation == 2
+    assert await _lease(second) == VALUE
+
+
 async def test_a_commit_whose_answer_is_late(replica, second):
     """Another process went on from it, and the log has that already: nothing was put back. Shown
     to fail without that case in Ledger._committed: ROLLED_BACK was said of a change that stands."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import threading
 
 import grpc
 import pytest
@@ -203,6 +204,31 @@ async def test_the_same_request_at_once_is_one_key(keyvault):
     answers = await asyncio.gather(*(keyvault.custody.StageKey(request) for _ in range(4)))
     assert {answer.version for answer in answers} == {1}
     assert await keyvault.sql("SELECT count(*) FROM key_secret") == [(1,)]
+
+
+async def test_intake_children_are_bounded(keyvault, monkeypatch):
+    """Those whose callers have gone count. Shown to fail where each caller has a thread of its
+    own."""
+    counted, release = threading.Semaphore(0), threading.Event()
+
+    def child(*_):
+        counted.release()
+        release.wait(30)
+        return b'{"refusal": "charset"}'
+
+    monkeypatch.setattr(intake, "_run_child", child)
+    calls = [
+        keyvault.custody.StageKey(await keyvault.stage_request())
+        for _ in range(2 * intake._CHILDREN)
+    ]
+    for _ in range(intake._CHILDREN):
+        assert await asyncio.to_thread(counted.acquire, timeout=20)
+    for call in calls:
+        call.cancel()
+    after = keyvault.custody.StageKey(await keyvault.stage_request())
+    assert not await asyncio.to_thread(counted.acquire, timeout=0.5)
+    release.set()
+    assert await refusal(after) == "KEY_CHARSET"
 
 
 def test_the_intake_child_gets_no_environment(monkeypatch):
