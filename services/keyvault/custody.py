@@ -22,7 +22,8 @@ _REMEMBERED: Final = 16
 #: The deployment's own row names at most so many ends of damaged tenants' keys.
 _MOST_OWED: Final = 10_000
 _GONE: Final = (State.REVOKED, State.DESTROYED)
-_DAMAGED: Final = ("STATE_TAMPERED", "ROLLED_BACK")
+#: Why nothing of a tenant's row may be believed.
+DAMAGED: Final = ("STATE_TAMPERED", "ROLLED_BACK")
 Key = state_pb2.KeyState
 Decide = Callable[[Key, Tenant], list[Change]]
 
@@ -106,7 +107,7 @@ class Custody:
         try:
             key, head = await self._changed(tenant, key_id, act)
         except ByokeepError as error:
-            if error.reason in _DAMAGED:
+            if error.reason in DAMAGED:
                 await self._owe(tenant, key_id, origin, after)
             raise
         await self._log.anchored(tenant, head)

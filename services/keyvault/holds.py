@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from services.common.errors import ByokeepError
 from services.keyvault import custody, kek
-from services.keyvault.custody import Origin
+from services.keyvault.custody import DAMAGED, Origin
 from services.keyvault.database import Database
 from services.keyvault.event import SYSTEM, Head, content_digest
 from services.keyvault.ledger import Ledger, Tenant, end_leases, part_of
@@ -24,8 +24,6 @@ from services.keyvault.lifecycle import ENDED_BY, State, not_found
 from services.keyvault.log import Log
 from services.keyvault.sql import index
 
-#: Why nothing of a tenant's row may be believed.
-DAMAGED: Final = ("STATE_TAMPERED", "ROLLED_BACK")
 #: The deployment's own row names at most so many tenants that are held.
 _MOST_HELD: Final = 10_000
 _OWED: Final = Origin("keyvault", "asked for while the tenant's row was damaged")

@@ -12,10 +12,9 @@ from byokeep.keyvault.v1 import audit_pb2
 
 from services.common.errors import ByokeepError
 from services.keyvault import custody, kek, lifecycle
-from services.keyvault.custody import Origin, Request
+from services.keyvault.custody import DAMAGED, Origin, Request
 from services.keyvault.database import Database
 from services.keyvault.event import SYSTEM
-from services.keyvault.holds import DAMAGED
 from services.keyvault.ledger import ALL, Ledger, Tenant, end_leases
 from services.keyvault.lifecycle import WHOLE, State
 from services.keyvault.log import Log

@@ -19,9 +19,9 @@ from byokeep.names import tenant_name, tenant_of
 from services.common import authz
 from services.common.errors import ByokeepError
 from services.keyvault import kek, lifecycle, needed, system_keys
-from services.keyvault.custody import Request
+from services.keyvault.custody import DAMAGED, Request
 from services.keyvault.database import Database
-from services.keyvault.holds import DAMAGED, Holds, Word
+from services.keyvault.holds import Holds, Word
 from services.keyvault.ledger import ALL, Ledger
 from services.keyvault.log import Log
 from services.keyvault.shred import Shredding

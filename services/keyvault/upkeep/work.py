@@ -21,11 +21,11 @@ from services.common import logs
 from services.common.background import each
 from services.common.errors import ByokeepError
 from services.keyvault import custody, kek, lifecycle
-from services.keyvault.custody import Origin
+from services.keyvault.custody import DAMAGED, Origin
 from services.keyvault.database import Database
 from services.keyvault.event import SYSTEM
 from services.keyvault.heads import Heads
-from services.keyvault.holds import DAMAGED, Holds
+from services.keyvault.holds import Holds
 from services.keyvault.ledger import Ledger, Macs, Tenant
 from services.keyvault.log import Log
 from services.keyvault.release import Releases
