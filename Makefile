@@ -78,7 +78,7 @@ test-deep: $(VENV) $(STUBS) ## the long rounds: memory scans, kill -9, a million
 test-clients: $(VENV) $(STUBS) ## the packages as others install them: wheels, Go, TypeScript, byokeep.testing, CI
 	$(BIN)/python -m pytest tests/clients --timeout 600 $(PYTEST_ARGS)
 
-test-integration: $(VENV) $(STUBS) ## tests on a real Vault or OpenBao; a Vault is built the first time (ten minutes)
+test-integration: $(VENV) $(STUBS) ## tests on a real Vault or OpenBao; a Vault is built the first time (five minutes)
 	$(BIN)/python -m tests.harness.vault_binary
 	$(BIN)/python -m pytest tests/integration --timeout 300 $(PYTEST_ARGS)
 
