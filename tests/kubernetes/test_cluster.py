@@ -68,7 +68,7 @@ def test_a_rolling_restart_of_each_service_fails_no_review(cluster: Cluster):
             cluster.rolled_out(name)
             assert not before & {pod["metadata"]["name"] for pod in cluster.pods_of(name)}
     assert ended.keys() == {"completed"}, ended
-    assert ended["completed"] > 200
+    assert ended["completed"] > 100  # the faster the restarts, the fewer
 
 
 def test_new_certificates_are_taken_up_and_fail_no_review(cluster: Cluster):
