@@ -16,6 +16,7 @@ _ONCE = _RULES + "test_a_grant_is_redeemed_once_whoever_is_asked"
 _NAMED = _RULES + "test_the_deployments_own_row_holds_a_tenant_by_name"
 _LOGGED = _RULES + "test_a_log_that_is_not_what_was_anchored_stops_every_lease"
 _WORD = _RULES + "test_an_operators_word_seals_rows_as_they_are_and_forgets_the_rest"
+_NEXT_WORD = _ATTACKS + "test_an_operators_word_after_the_anchor_was_lost"
 _ANSWERED = _RULES + "test_a_change_is_answered_once_the_anchor_covers_it_and_not_before"
 _CAP = _RULES + "test_a_cap_holds_over_replicas_and_restarts"
 
@@ -276,9 +277,31 @@ MUTANTS = (
     Mutant(
         "an operator's word raises no generation",
         _KV + "log.py",
-        "            generation = max(anchored.generation, self._heads.generation) + 1\n",
-        "            generation = anchored.generation\n",
+        "            async for name, head in self._ledger.reseal(connection, generation):\n",
+        "            generation = anchored.generation\n"
+        "            async for name, head in self._ledger.reseal(connection, generation):\n",
         (_WORD,),
+    ),
+    Mutant(
+        "an operator's word counts no leaf",
+        _KV + "log.py",
+        "                generation = max(generation, leaf.generation + 1)\n",
+        "",
+        (_NEXT_WORD,),
+    ),
+    Mutant(
+        "an operator's word counts no word that only the process knows",
+        _KV + "log.py",
+        "            generation = max(anchored.generation, self._heads.generation) + 1\n",
+        "            generation = anchored.generation + 1\n",
+        (_NEXT_WORD,),
+    ),
+    Mutant(
+        "an operator's word is not written over what another replica anchored",
+        _KV + "log.py",
+        "_TRIES: Final = 5\n",
+        "_TRIES: Final = 1\n",
+        (_ATTACKS + "test_an_operators_word_that_another_replica_crosses",),
     ),
     Mutant(
         "another replica's word is not heard",
