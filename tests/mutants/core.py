@@ -570,6 +570,13 @@ MUTANTS = (
         (_ATTACKS + "test_a_mac_key_that_a_replica_can_not_open_yet",),
     ),
     Mutant(
+        "what is owed goes on from any leaf of a lower number",
+        _KV + "log.py",
+        "there.sequence < head.sequence and await leads",
+        "there.sequence < head.sequence or await leads",
+        (_ATTACKS + "test_a_longer_branch_beside_a_leaf_that_is_not_anchored",),
+    ),
+    Mutant(
         "what an operator's word took in is told as lost",
         _KV + "log.py",
         "                if not await leads(connection, name, head, anchored):\n",

@@ -483,6 +483,29 @@ async def test_a_forked_row(replica, second):
     assert lost.lease_id not in [one.lease_id for one in await _chain(replica)]
 
 
+async def test_a_longer_branch_beside_a_leaf_that_is_not_anchored(replica, second, monkeypatch):
+    """A failover lost two commits of one process; another went on, and died between its leaf and
+    the anchor. Its branch is the one that stands. Shown to fail where the number alone says that
+    what is owed goes on from that leaf: the tenant was refused to all."""
+
+    async def gone(*_):
+        raise OSError("the process dies here")
+
+    before = await rows.copied(replica.database)
+    for _ in range(2):
+        await _record(replica)
+    await rows.put_back(replica.database, before)
+    head = await _record(second)
+    with monkeypatch.context() as dies:
+        dies.setattr(second.shared.anchor, "write", gone)
+        with pytest.raises(OSError, match="dies here"):
+            await second.log.tick()
+    await replica.log.tick()
+    assert replica.heads.logged(TENANT) == head
+    assert await _lease(replica) == VALUE
+    assert len(await _lost(replica)) == 2
+
+
 async def _lost(one: Replica) -> list[tuple[str, audit_pb2.AuditEvent]]:
     """Return which events were told to be lost, and of which tenants."""
     return [
