@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from byokeep.ids import new_id
@@ -13,7 +14,7 @@ from byokeep.keyvault.v1 import admin_pb2, audit_pb2, state_pb2
 from services.common.errors import ByokeepError
 from services.keyvault import custody, kek, lifecycle
 from services.keyvault.database import Database, unreachable
-from services.keyvault.event import SYSTEM, link_hash
+from services.keyvault.event import SYSTEM, Head, link_hash
 from services.keyvault.ledger import ALL, part_of
 from services.keyvault.lifecycle import State
 from services.keyvault.limits import Caps
@@ -917,6 +918,43 @@ async def test_an_operators_word_after_the_anchor_was_lost(shared, replica, seco
     await second.log.tick()
     assert second.heads.generation == 2
     assert await _lease(second) == VALUE
+
+
+async def test_a_row_of_before_an_operators_word_that_goes_on_from_it(replica):
+    """The operator restored a backup; somebody puts back what came after it, with its events. Shown
+    to fail where a higher number is enough: what the operator took back was there again."""
+    backup = await rows.copied(replica.database)
+    await _end(replica)
+    later = await rows.copied(replica.database)
+    await rows.put_back(replica.database, backup)
+    assert await _lease(replica) == "ROLLED_BACK"
+    async with _ticking(replica):
+        await replica.log.resume("operator", "restored a backup")
+    await rows.put_back(replica.database, later)
+    assert await _lease(replica) == "ROLLED_BACK"
+
+
+async def test_a_commit_that_is_noted_after_an_operators_word(replica):
+    """It was made before: its row was sealed anew meanwhile, which a leaf says. Shown to fail where
+    it stays owed: the tenant was refused to this process until it ended."""
+    sealed = Head(1, 5, bytes(32))
+    replica.heads.forget(1)
+    replica.heads.remember(TENANT, replace(sealed, generation=0), [b"event"])
+    async with replica.database.transaction() as connection:
+        lost = await replica.heads.learn(connection, TENANT, sealed)
+    assert lost == [(replace(sealed, generation=0), [b"event"])]
+    assert replica.heads.get(TENANT) == sealed
+    assert not replica.heads.owed
+
+
+async def test_a_leaf_of_the_first_of_two_commits(replica):
+    """The second stays owed. Shown to fail where all that is owed is given up with it."""
+    first, second = Head(0, 50, b"1" * 32), Head(0, 51, b"2" * 32)
+    for head in (first, second):
+        replica.heads.remember(TENANT, head, [b"event"])
+    async with replica.database.transaction() as connection:
+        assert await replica.heads.learn(connection, TENANT, first) == []
+    assert replica.heads.owed[TENANT].commits == [(second, [b"event"])]
 
 
 async def test_a_commit_whose_answer_is_late(replica, second):
