@@ -21,6 +21,7 @@ _TESTS = (
     "tests/security/test_core_rules.py",
     "tests/security/test_core_regressions.py",
     "tests/security/test_grants.py",
+    "tests/security/test_rogue_orchestrator.py",
     "tests/security/test_intake.py",
     "tests/security/test_rotate_live.py",
     "tests/security/test_holds.py",
