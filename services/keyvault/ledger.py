@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from byokeep.encoding import fields
 from byokeep.keyvault.v1 import audit_pb2, state_pb2
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from services.common import logs
 from services.common.errors import ByokeepError
@@ -360,8 +360,8 @@ class Ledger:
         return Tenant(
             name,
             head,
-            self._parsed(kind, name, state, state_digest),
-            self._parsed(state_pb2.TenantUsage, name, usage, usage_digest),
+            self._parsed(kind, state, state_digest),
+            self._parsed(state_pb2.TenantUsage, usage, usage_digest),
             {},
             {},
             self.now(),
@@ -393,8 +393,8 @@ class Ledger:
             ):
                 raise lifecycle.tampered(tenant.name)
             tenant.parts[number] = Part(
-                self._parsed(state_pb2.PartState, tenant.name, state, digest),
-                self._parsed(state_pb2.PartUsage, tenant.name, usage, usage_digest),
+                self._parsed(state_pb2.PartState, state, digest),
+                self._parsed(state_pb2.PartUsage, usage, usage_digest),
                 state,
                 usage,
             )
@@ -415,17 +415,14 @@ class Ledger:
         key = self._macs.keys.get(key_id)
         return hmac.digest(key, message, "sha256") if key is not None else b""
 
-    def _parsed(self, kind: type[M], name: str, raw: bytes, digest: bytes) -> M:
+    def _parsed(self, kind: type[M], raw: bytes, digest: bytes) -> M:
         """Return the message of authenticated bytes; those of the same digest are parsed once."""
         place = kind.DESCRIPTOR.name.encode() + digest
         cached = self._cache.get(place)
         if cached is not None:
             self._cache.move_to_end(place)
             return cast(M, cached[0])  # its place says its kind
-        try:
-            message = kind.FromString(raw)
-        except DecodeError:
-            raise lifecycle.tampered(name) from None
+        message = kind.FromString(raw)
         self._keep(place, message, len(raw))
         return message
 

@@ -507,6 +507,18 @@ async def test_a_longer_branch_beside_a_leaf_that_is_not_anchored(replica, secon
     assert len(await _lost(replica)) == 2
 
 
+async def test_a_lease_of_a_dead_runner_is_looked_at_once_it_is_over(replica):
+    """The only one that lives sets the time; the next changes no indexed column. Shown to fail with
+    the times the other way round: the lease's end was on no record before the tenant's next."""
+    times = []
+    for _ in range(2):
+        assert await _lease(replica) == VALUE
+        times += await _sql(replica, "SELECT due_time FROM tenant WHERE name = 'acme'")
+    first = (await replica.ledger.read(TENANT)).usage.leases[0]
+    over = first.expire_millis / 1_000 + lifecycle.OVERDUE_SECONDS
+    assert [due.timestamp() for (due,) in times] == pytest.approx([over, over], abs=0.01)
+
+
 async def _lost(one: Replica) -> list[tuple[str, audit_pb2.AuditEvent]]:
     """Return which events were told to be lost, and of which tenants."""
     return [
