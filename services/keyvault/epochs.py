@@ -37,7 +37,7 @@ INTAKE_GRACE = datetime.timedelta(minutes=5)
 #: A KEK is looked for so long after it should have been destroyed: longer than keyvault is away,
 #: and longer than the backups of its database are old.
 ORPHANED = datetime.timedelta(days=30)
-#: How many are looked for in a tick, the newest first: a day's in one, all in ten minutes.
+#: How many are looked for in a tick, the newest first: of one backend a day's, all in ten minutes.
 _LOOKS: Final = 30
 #: The database's clock and ours may differ by so much.
 _CLOCKS: Final = datetime.timedelta(minutes=5)

@@ -30,8 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _BUILD_SECONDS = 3600
-# HashiCorp's module builds unpatched with these two replacements (Go 1.26); 1.21.3 and 1.21.4
-# do not: no vault/sdk is published that matches them.
+# HashiCorp's module builds with the first two replacements (Go 1.26); 1.21.3 and 1.21.4 do not:
+# no vault/sdk is published that matches them. The third is its source with `_PLUGINS` in it.
 _GO_MOD = """module vault-build
 
 go 1.26

@@ -531,9 +531,8 @@ async def _lost(one: Replica) -> list[tuple[str, audit_pb2.AuditEvent]]:
 async def test_an_operators_word_that_a_replica_has_not_heard(replica, second):
     """Between the word and a replica's next tick that one changes nothing: what it wrote of before
     would be of another past. Shown to fail where rows keep their generation until they change."""
-    running = asyncio.create_task(replica.log.run())
-    await replica.log.resume("operator", "a test")
-    running.cancel()
+    async with _ticking(replica):
+        await replica.log.resume("operator", "a test")
     with pytest.raises(ByokeepError) as refused:
         await _end(second)
     assert refused.value.reason == "AUDIT_UNAVAILABLE"
