@@ -123,7 +123,16 @@ class Cluster:
     def rolled_out(self, name: str) -> None:
         """Wait until a Deployment is as it was told to be."""
         place = f"--namespace={DEPLOYMENTS[name]}"
-        self.kubectl("rollout", "status", place, f"deployment/{name}", f"--timeout={PATIENCE}s")
+        self.patiently("rollout", "status", place, f"deployment/{name}")
+
+    def patiently(self, *arguments: str) -> None:
+        """Run a kubectl that waits. Raises RuntimeError with all pods and what happened to them."""
+        try:
+            self.kubectl(*arguments, f"--timeout={PATIENCE}s")
+        except RuntimeError as error:
+            pods = self.kubectl("get", "pods", "--all-namespaces", "--output=wide")
+            warnings = ("events", "--all-namespaces", "--types=Warning")
+            raise RuntimeError(f"{error}\n{pods}\n{self.kubectl(*warnings)}") from None
 
     def ready(self, name: str) -> None:
         """Wait until a Deployment's pods are, two of them. A rollout's status lags their death."""
@@ -204,10 +213,7 @@ def _deploy(cluster: Cluster) -> None:
     cluster.apply(versions.manifests("dev"))
     for name in DEPLOYMENTS:
         cluster.rolled_out(name)
-    cluster.kubectl(
-        *("wait", "--namespace=byokeep-client", "pod/client-0"),
-        *("--for=condition=Ready", f"--timeout={PATIENCE}s"),
-    )
+    cluster.patiently("wait", "--namespace=byokeep-client", "pod/client-0", "--for=condition=Ready")
     _profiles(cluster)
 
 

@@ -75,7 +75,7 @@ def adapter(cluster: Cluster) -> Iterator[None]:
     cluster.kubectl("apply", "--filename=-", text=text)
     api = "apiservice/v1beta1.external.metrics.k8s.io"
     try:
-        cluster.kubectl("wait", "--for=condition=Available", api, "--timeout=300s")
+        cluster.patiently("wait", "--for=condition=Available", api)
         yield
     finally:
         cluster.kubectl("delete", api)

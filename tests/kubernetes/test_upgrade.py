@@ -57,8 +57,8 @@ def _migrate(cluster: Cluster, documents: list[Any], version: str) -> None:
         if "migrate" in name:
             job["metadata"]["name"] = f"{name}-{version}"
             cluster.apply([job])
-            done = (f"job/{name}-{version}", "--for=condition=Complete", "--timeout=300s")
-            cluster.kubectl("wait", place, *done)
+            done = (f"job/{name}-{version}", "--for=condition=Complete")
+            cluster.patiently("wait", place, *done)
 
 
 def _review(cluster: Cluster) -> None:
