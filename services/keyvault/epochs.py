@@ -3,15 +3,14 @@
 Intake keys are wrapped under the KEK of their hour, content keys under that of their
 day (UTC). The admin role makes and destroys these KEKs; the data role only uses them,
 and says EPOCH_MISSING where the current one is not there. Which of them there are follows from
-this process's clock alone, so that no row can keep one alive or have one destroyed: they are made
-in the primary backend, and looked for in every backend, once a day, when they are over. Creation
-and destruction are events of the system chain; a destruction is written after it is done.
+this process's clock, so that no row can keep one alive or have one destroyed: they are made in the
+primary backend, and looked for in every backend, once a day, when they are over. Creation and
+destruction are events of the system chain; a destruction is written after it is done.
 """
 
 from __future__ import annotations
 
 import datetime
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -20,17 +19,15 @@ import grpc
 from byokeep.keyvault.v1 import audit_pb2
 from byokeep.sealing import MAX_WINDOW
 
-from services.common import logs
 from services.common.background import each
 from services.common.errors import ByokeepError
-from services.keyvault import kek
+from services.keyvault import clocks, kek
 from services.keyvault.database import Database
 from services.keyvault.event import SYSTEM
 from services.keyvault.ledger import Ledger, Tenant
 from services.keyvault.log import Log
 from services.keyvault.sql import epochs as sql
 
-log = logging.getLogger(__name__)
 TICK_SECONDS = 20.0
 #: Seals to an intake key are taken so long after its window: clocks, and calls on their way.
 INTAKE_GRACE = datetime.timedelta(minutes=5)
@@ -39,8 +36,6 @@ INTAKE_GRACE = datetime.timedelta(minutes=5)
 ORPHANED = datetime.timedelta(days=30)
 #: How many are looked for in a tick, the newest first: of one backend a day's, all in ten minutes.
 _LOOKS: Final = 30
-#: The database's clock and ours may differ by so much.
-_CLOCKS: Final = datetime.timedelta(minutes=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +105,6 @@ class Epochs:
     async def tick(self) -> None:
         """Make what is missing, destroy what is over; one failure does not stop the rest."""
         now = self._ledger.now()
-        await each("epoch_clocks", [now], self._check_clocks)
         wanted = set(self._wanted(now))
         if self._log.position.generation != self._generation:
             # A database that was put back may be without them.
@@ -119,13 +113,9 @@ class Epochs:
         self._made &= wanted
         if now.date() != self._day:
             self._gone, self._day = set(), now.date()
-        if not self._log.quiet and self._log.refusal() is None:
+        agreed = await clocks.agree(self._database, now)
+        if agreed and not self._log.quiet and self._log.refusal() is None:
             await self._destroy_past(now)
-
-    async def _check_clocks(self, now: datetime.datetime) -> None:
-        theirs = await sql.now(self._database)
-        if abs(theirs - now) > _CLOCKS:
-            logs.event(log, "clocks_differ", level=logging.CRITICAL, database=theirs.isoformat())
 
     def _wanted(self, now: datetime.datetime) -> Iterator[str]:
         for kind in (INTAKE, CONTENT):

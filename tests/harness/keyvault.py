@@ -7,11 +7,13 @@ import base64
 import dataclasses
 import datetime
 import hashlib
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
 import psycopg
+import pytest
 from byokeep import dsse, hpke, sealing, transport
 from byokeep.common.v1 import options_pb2
 from byokeep.errors import error_info
@@ -34,7 +36,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from deploy.local.pki import CertificateAuthority
 from services.common import server
-from services.keyvault import lifecycle, migrate
+from services.keyvault import clocks, lifecycle, migrate
 from services.keyvault.config import Settings
 from services.keyvault.event import link_hash, name_of
 from services.keyvault.kek.keyring import new_keyring
@@ -274,6 +276,18 @@ async def released(
         lease_id=lease_id, outcome=lease_pb2.LeaseOutcome.ValueType(outcome)
     )
     return await refusal(keyvault.leases().ReleaseLease(request))
+
+
+def move_clocks(
+    patch: pytest.MonkeyPatch, keyvault: Keyvault, now: Callable[[], datetime.datetime]
+) -> None:
+    """Have keyvault's clock tell another time, and the database's with it."""
+
+    async def agree(*_: object) -> bool:
+        return True
+
+    patch.setattr(keyvault.app.ledger, "now", now)
+    patch.setattr(clocks, "agree", agree)
 
 
 async def prune(keyvault: Keyvault) -> None:

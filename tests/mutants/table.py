@@ -1182,6 +1182,20 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a clock that runs ahead destroys content KEKs",
+        _KV + "epochs.py",
+        "        if agreed and not self._log.quiet",
+        "        if not self._log.quiet",
+        (_SEC + "test_content_keys.py::test_a_clock_that_runs_ahead_destroys_nothing",),
+    ),
+    Mutant(
+        "a clock that runs ahead drops events",
+        _KV + "upkeep/retention.py",
+        "if not await clocks.agree(self._database, self._ledger.now()):",
+        "if False:",
+        (_SEC + "test_content_keys.py::test_a_clock_that_runs_ahead_destroys_nothing",),
+    ),
+    Mutant(
         "an intake KEK dies before its keys' windows",
         _KV + "epochs.py",
         "INTAKE.end(epoch) + MAX_WINDOW + INTAKE_GRACE",

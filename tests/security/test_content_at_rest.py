@@ -22,6 +22,7 @@ from services.keyvault import content as content_keys
 from services.keyvault import epochs, kek
 from services.orchestrator.custody import content
 from services.orchestrator.custody.keyvault import Keyvault
+from tests.harness import keyvault as kv
 from tests.harness.orchestrator import Conversation, running
 from tests.security.test_canary import add_key, fresh_key
 
@@ -221,7 +222,7 @@ async def test_content_at_rest_after_its_epoch(keyvault, monkeypatch) -> None:
     now = epochs.content_close(key.epoch, datetime.timedelta(days=90))
 
     with monkeypatch.context() as clock:
-        clock.setattr(keyvault.app.ledger, "now", lambda: now)
+        kv.move_clocks(clock, keyvault, lambda: now)
         await keyvault.app.epochs.tick()
         assert await opened() == "CONTENT_EXPIRED"
     # The databases as they are, were the clock turned back.
@@ -232,7 +233,7 @@ async def test_content_at_rest_after_its_epoch(keyvault, monkeypatch) -> None:
     # And where it is not: backend local, a backup with the KEK, the keyring.
     await restore("local_kek", backup_of_kek)
     with monkeypatch.context() as clock:
-        clock.setattr(keyvault.app.ledger, "now", lambda: now)
+        kv.move_clocks(clock, keyvault, lambda: now)
         assert await opened() == "CONTENT_EXPIRED"
     backend = keyvault.app.backends.primary
     assert backend.shred == "none"

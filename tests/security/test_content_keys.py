@@ -41,7 +41,7 @@ def no_ticks(monkeypatch):
 
 @pytest.fixture
 def clock(keyvault, monkeypatch):
-    """keyvault's time, which a test may move on."""
+    """The time of keyvault and its database, which a test may move on."""
 
     class Clock:
         later = datetime.timedelta()
@@ -51,7 +51,7 @@ def clock(keyvault, monkeypatch):
     def now() -> datetime.datetime:
         return real() + Clock.later
 
-    monkeypatch.setattr(keyvault.app.ledger, "now", now)
+    kv.move_clocks(monkeypatch, keyvault, now)
     monkeypatch.setattr(intake_keys, "clock", now)
     return Clock
 
@@ -137,6 +137,28 @@ async def test_an_ended_epoch_dies(keyvault, clock):
         if one.type == audit_pb2.AUDIT_EVENT_TYPE_EPOCH_KEY_DESTROYED and one.kek == name
     ]
     assert event.shred == "none"
+
+
+async def test_a_clock_that_runs_ahead_destroys_nothing(keyvault, monkeypatch, caplog):
+    """keyvault's tells a day of a quarter later, the database's does not: no KEK is destroyed, no
+    event is dropped, and what is wrong is logged.
+
+    Shown to fail: with clocks.agree taken out of Epochs.tick; out of Retention.tick.
+    """
+    key, app = await ask(keyvault), keyvault.app
+    await keyvault.add_active()
+    await keyvault.tick()
+    app.retention._age = DAY
+    before, chain = await keks(keyvault, "content"), await keyvault.events()
+    ahead = app.ledger.now() + DAY * 92
+    monkeypatch.setattr(app.ledger, "now", lambda: ahead)
+    await app.epochs.tick()
+    await app.retention.tick()
+    assert before <= await keks(keyvault, "content")
+    assert await keyvault.events() == chain
+    assert "clocks_differ" in {record.message for record in caplog.records}
+    monkeypatch.undo()
+    assert await ask(keyvault, epoch=key.epoch) == key
 
 
 async def test_an_ended_epoch_is_refused_by_time_alone(keyvault, clock):

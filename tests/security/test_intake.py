@@ -109,7 +109,7 @@ async def test_intake_replay_of_a_closed_epoch(keyvault, monkeypatch):
     epoch = epochs.INTAKE.at(statement.not_before.ToDatetime(datetime.UTC))
     later = epochs.intake_close(epoch)
 
-    monkeypatch.setattr(keyvault.app.ledger, "now", lambda: later)
+    kv.move_clocks(monkeypatch, keyvault, lambda: later)
     await keyvault.app.epochs.tick()
     left = await keyvault.sql("SELECT name FROM local_kek WHERE name = %s", f"intake/{epoch}")
     assert left == []

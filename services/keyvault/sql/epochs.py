@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import dataclass
 
 from services.keyvault.database import Connection, Database, Row
 
-_NOW = "SELECT now()"
 _CONTENT = """
 SELECT kek_backend, kek_version, wrapped_dek FROM content_key WHERE tenant = %s AND epoch = %s
 """
@@ -32,14 +30,6 @@ class ContentRow:
     kek_backend: str
     kek_version: int
     wrapped_dek: bytes
-
-
-async def now(database: Database) -> datetime.datetime:
-    """Return the database's time."""
-    row = await database.one(_NOW)
-    assert row is not None  # noqa: S101 a SELECT without FROM
-    moment: datetime.datetime = row[0]
-    return moment.astimezone(datetime.UTC)
 
 
 async def content_key(database: Database, tenant: str, epoch: str) -> ContentRow | None:

@@ -16,6 +16,7 @@ from typing import Final
 from byokeep.keyvault.v1 import audit_pb2
 
 from services.common.background import each
+from services.keyvault import clocks
 from services.keyvault.database import Database
 from services.keyvault.event import GENESIS, link_hash
 from services.keyvault.heads import Heads
@@ -50,6 +51,8 @@ class Retention:
     async def tick(self) -> None:
         """Look at every chain once."""
         if not self._age or self._log.quiet or self._log.refusal() is not None:
+            return
+        if not await clocks.agree(self._database, self._ledger.now()):
             return
         async for names in upkeep.names(self._database):
             await each("retention", names, self._chain)
