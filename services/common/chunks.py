@@ -10,7 +10,8 @@
 
 A numbered line has its number in the new file (in a hunk that leaves no line, as of a deleted file,
 in the old one) right-aligned in six columns, a blank, and its sign.
-A long line is shown in pieces, one below the other: those after the first have `…` for a number.
+A long line is shown in pieces, one below the other: those after the first have `…` for a number,
+but for one that begins a chunk.
 Content never starts before the sign and never breaks its line, so that it can't pass for a header.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -50,6 +51,8 @@ SEPARATOR: Final = "   ..."
 """Stands between two hunks of a file."""
 
 _CONTINUED: Final = "…"
+_PIECE: Final = f"{_CONTINUED:>6}"
+_NUMBER: Final = re.compile(r"( *[0-9]+| {6}) .*", re.DOTALL)
 _UNSAFE: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 _PLAIN_MODE: Final = "100644"
 _NOTES: Final = {
@@ -163,10 +166,10 @@ class _Packer:
             self.flush()
             if self._put(file.path, header, hunk):
                 continue
-            for line in hunk:
+            for at, line in enumerate(hunk):
                 if not self._put(file.path, header, [line], same_hunk=True):
                     self.flush()
-                    self._put(file.path, header, [line], same_hunk=True)
+                    self._put(file.path, header, [beginning(hunk, at)], same_hunk=True)
 
     def flush(self) -> None:
         """Close the text at hand, if there is one."""
@@ -190,6 +193,15 @@ class _Packer:
         self._files[path] = None
         self._header = header
         return True
+
+
+def beginning(lines: Sequence[str], at: int) -> str:
+    """Return a line as a chunk can begin with it: a later piece of a long line has its number, for
+    no finding could name a line of this chunk otherwise."""
+    if not lines[at].startswith(_PIECE):
+        return lines[at]
+    first = next(line for line in reversed(lines[:at]) if not line.startswith(_PIECE))
+    return _NUMBER.sub(r"\1", first) + lines[at].removeprefix(_PIECE)
 
 
 def _size(lines: list[str]) -> int:
@@ -216,7 +228,7 @@ def _render(hunk: Hunk, cap: int) -> Iterator[str]:
             text = text.translate(_VISIBLE)
         shown = line.new_no if hunk.new_len else line.old_no
         number = "" if shown is None else shown
-        yield from _pieces(f"{number:>6} {line.kind}", text, f"{_CONTINUED:>6} {line.kind}", cap)
+        yield from _pieces(f"{number:>6} {line.kind}", text, f"{_PIECE} {line.kind}", cap)
 
 
 def _pieces(start: str, text: str, continued: str, cap: int) -> Iterator[str]:

@@ -115,9 +115,9 @@ class Hunk:
 class FileDiff:
     """The change of one file.
 
-    Paths carry no `a/` or `b/`, and an unprintable character in one is shown as `\\uXXXX`, so that
-    a path is always one harmless line. `old_path` is None for an added file, `new_path` for a
-    deleted one. Modes are octal strings where the diff states them.
+    Paths carry no `a/` or `b/`; an unprintable character in one is shown as `\\uXXXX`, and a byte
+    that isn't UTF-8 as `\\xXX`, so that a path is always one harmless line. `old_path` is None for
+    an added file, `new_path` for a deleted one. Modes are octal strings where the diff states them.
     """
 
     old_path: str | None
@@ -155,8 +155,8 @@ def parse(diff: str | bytes) -> Diff:
     """Parse a diff of at least one file.
 
     Lines end at a newline and nowhere else: carriage returns, form feeds and Unicode separators
-    belong to the content. Bytes that aren't UTF-8 are read as Latin-1 inside hunks, and are refused
-    in paths. Raises `DiffError`, and nothing else, for every input that can't be used.
+    belong to the content. Bytes that aren't UTF-8 are read as Latin-1 inside hunks. Raises
+    `DiffError`, and nothing else, for every input that can't be used.
     """
     text = _decode(diff)
     if not text.strip():
@@ -400,15 +400,13 @@ class _Parser:
 
     def _path(self, raw: str) -> str:
         """A path without quotes; see `FileDiff` for what becomes of unprintable characters."""
-        path: str | None = raw
         if len(raw) > 1 and raw.startswith('"') and raw.endswith('"'):
-            path = _unquote(raw[1:-1])
-        if path is None or _BYTES.keys() & {ord(c) for c in path}:
-            raise DiffError(
-                "DIFF_NOT_UTF8",
-                f"Line {self._at + 1} of the diff names a path that isn't UTF-8; leave it out.",
-            )
-        return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in path)
+            raw = _unquote(raw[1:-1])
+        return "".join(c if c.isprintable() else _escaped(ord(c)) for c in raw)
+
+
+def _escaped(code: int) -> str:
+    return f"\\x{ord(_BYTES[code]):02x}" if code in _BYTES else f"\\u{code:04x}"
 
 
 def _common(old: str, new: str) -> tuple[str, str]:
@@ -433,13 +431,10 @@ def _unread(hunks: Sequence[Hunk]) -> Unread | None:
     return None
 
 
-def _unquote(quoted: str) -> str | None:
-    """Undo git's C-style quoting (git-config(1), core.quotePath); None if it isn't UTF-8."""
+def _unquote(quoted: str) -> str:
+    """Undo git's C-style quoting (git-config(1), core.quotePath)."""
     data = _ESCAPE.sub(_unescape, quoted.encode("utf-8", "surrogateescape"))
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return None
+    return data.decode("utf-8", "surrogateescape")
 
 
 def _unescape(match: re.Match[bytes]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 
-from services.common.chunks import MIN_CHUNK_TOKENS, SEPARATOR, Chunk, estimate_tokens
+from services.common.chunks import MIN_CHUNK_TOKENS, SEPARATOR, Chunk, beginning, estimate_tokens
 
 
 def halve(chunk: Chunk) -> tuple[Chunk, ...]:
@@ -19,7 +19,7 @@ def halve(chunk: Chunk) -> tuple[Chunk, ...]:
     cut = _border(lines) if chunk.estimated_tokens > MIN_CHUNK_TOKENS else None
     if cut is None:
         return ()
-    first, second = lines[:cut], lines[cut:]
+    first, second = lines[:cut], [beginning(lines, cut), *lines[cut + 1 :]]
     if second[0] == SEPARATOR:
         del second[0]
     if not second[0].startswith("### "):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from services.common import chunks
 from services.common.chunks import MIN_CHUNK_TOKENS, Chunk, estimate_tokens, plan
 from services.common.diff import parse
+from services.llm_runner import split
 
 BUDGET = MIN_CHUNK_TOKENS
 
@@ -110,11 +111,25 @@ def test_huge_line_is_shown_in_pieces(budget: int, character: str) -> None:
     parts = planned(added("p", [line, "next"]), budget)
     rows = [row for part in parts for row in part.text.split("\n")[1:]]
     assert rows[-1] == "     2 +next"
-    assert [row[:8] for row in rows[:-1]] == ["     1 +"] + ["     … +"] * (len(rows) - 2)
+    for part in parts:
+        first, *others = part.text.split("\n")[1:]
+        assert first[:8] == "     1 +"
+        assert {row[:8] for row in others} <= {"     … +", "     2 +"}
     assert "".join(row[8:] for row in rows[:-1]) == line
     assert min(len(row.encode()) for row in rows[:-2]) > 0.9 * min(
         budget * 3, chunks.MAX_LINE_BYTES
     )
+
+
+def test_a_chunk_that_begins_in_a_line_shows_its_number() -> None:
+    """Was shown to fail without it, of chunks and of halves: no finding could name a line there."""
+    wide = 1_234_567
+    diff = f"--- a/p\n+++ b/p\n@@ -{wide} +{wide} @@\n-{'y' * 99_000}\n+{'z' * 99_000}\n"
+    parts = planned(diff, 16_000)
+    begun = [*parts, *(half for part in parts for half in split.halve(part))]
+    firsts = {chunk.text.split("\n")[1][:9] for chunk in begun}
+    assert firsts == {"       -y", "1234567 +"}
+    assert sum(half.text.count("z") for half in begun[len(parts) :]) == 99_000
 
 
 def test_a_piece_of_a_removed_line_has_no_number() -> None:
@@ -198,7 +213,8 @@ def test_every_added_line_once_and_no_chunk_above_budget(
             if line.startswith("### "):
                 path = line[4:]
             elif match := re.fullmatch(r" *([0-9]+) \+(.*)", line, re.DOTALL):
-                seen.append((path, int(match[1]), match[2]))
+                begun = seen.pop()[2] if seen and seen[-1][:2] == (path, int(match[1])) else ""
+                seen.append((path, int(match[1]), begun + match[2]))
             else:
                 path_before, number, text = seen.pop()
                 assert (path_before, line[:8]) == (path, "     … +")
