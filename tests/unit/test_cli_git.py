@@ -66,6 +66,21 @@ def test_a_clone_without_the_base_is_told_the_commands_that_get_it(
     assert edge.requests[-1].input.diff.startswith(b"diff --git a/file b/file")
 
 
+@pytest.mark.parametrize("base", ["HEAD~1", "v1"])
+def test_what_is_no_branch_is_to_be_tried_again_as_it_is(
+    edge, byokeep, monkeypatch, origin, tmp_path, base
+):
+    """Was shown to fail with `--base origin/HEAD~1`, and with tags that are not fetched."""
+    git(origin, "tag", "v1", "main")
+    git(tmp_path, "clone", "-q", "--depth=1", "--branch=feature", f"file://{origin}", "clone")
+    monkeypatch.chdir(tmp_path / "clone")
+    ran = byokeep("review", "--base", base, "--dry-run")
+    fetch, said = re.search(r"(git fetch .*?') .*(, then .*)", ran.err).groups()
+    assert said == (", then again" if base == "HEAD~1" else ", then --base origin/v1 (a tag: v1)")
+    subprocess.run(["/bin/sh", "-c", fetch], check=True, capture_output=True)
+    assert byokeep("review", "--base", base, "--dry-run").code == 0
+
+
 def test_a_checkout_of_others_is_refused_in_gits_words(edge, byokeep, monkeypatch, origin):
     """Shown to fail where git's last line, which is advice, is taken for its reason."""
     if os.geteuid():

@@ -400,7 +400,7 @@ def test_a_link_that_appears_after_the_look_is_not_followed(
 def test_an_endless_diff_ends_with_a_sentence(edge, byokeep, tmp_path):
     assert "neither a file nor a pipe" in byokeep("review", "--diff", "/dev/zero").err
     os.truncate(os.open(tmp_path / "huge", os.O_CREAT | os.O_WRONLY), 2**40)
-    assert "larger than 4 MiB" in byokeep("review", "--diff", "huge").err
+    assert "larger than 4 MiB\n  → a part of it: git" in byokeep("review", "--diff", "huge").err
     assert edge.requests == []
 
 

@@ -96,6 +96,9 @@ _DAMAGED = (
     " tenant of which that is so"
 )
 
+A_PART = "a part of it: git diff main...HEAD -- . ':!*.lock' | byokeep review --diff -"
+"""What is left to do with a diff that is too large."""
+
 HINTS: Mapping[str, str] = {
     "KEY_EXISTS": "byokeep key rotate {key}; of a revoked one: byokeep key destroy {key}, then add",
     "KEY_NEEDS_REKEY": "byokeep key rotate {key}",
@@ -123,7 +126,7 @@ HINTS: Mapping[str, str] = {
     "STATE_TAMPERED": _DAMAGED,
     "DATABASE_ROLLED_BACK": "an operator looks into it, then: byokeep admin resume-leases"
     " --reason TEXT",
-    "DIFF_TOO_LARGE": "review a part of it; byokeep limit show tells the ceiling",
+    "DIFF_TOO_LARGE": f"{A_PART}; byokeep limit show tells the ceiling",
     "TOO_MANY_CALLS": "byokeep review --dry-run shows the calls; byokeep limit show tells whose"
     " ceiling it is",
     "DAILY_LIMIT": "byokeep limit show tells the ceilings",

@@ -43,6 +43,8 @@ _DIFF = ("diff", "--ignore-submodules=dirty")
 # Flags of the index that hide changes, as `ls-files -v` shows them.
 _HIDING = {"--no-assume-unchanged": re.compile(rb"[a-z] "), "--no-skip-worktree": re.compile(b"S ")}
 _UNTEXTUAL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+# What no remote has a branch of: HEAD~1, @{u}, a commit's hash.
+_RELATIVE = re.compile(r"[~^@:]|^HEAD$|^[0-9a-f]{7,64}$")
 _MOST_LOOKED_AT = 100
 
 
@@ -158,11 +160,12 @@ def _whole(checkout: Checkout, base: str) -> str:
     """Return what gets a base that this clone does not have, or not with its history."""
     branch = clean(base.removeprefix("origin/"))
     every = "origin '+refs/heads/*:refs/remotes/origin/*'"
+    then = "then again" if _RELATIVE.search(base) else f"then --base origin/{branch} (a tag: {branch})"
     if checkout.path("shallow").exists():
-        again = f"git fetch --unshallow {every} (GitHub's checkout action: fetch-depth: 0)"
-        return f"this clone is shallow: {again}, then --base origin/{branch}"
+        again = f"git fetch --tags --unshallow {every} (GitHub's checkout action: fetch-depth: 0)"
+        return f"this clone is shallow: {again}, {then}"
     there = "git branch --all lists what there is"
-    return f"{there}; of origin: git fetch {every}, then --base origin/{branch}"
+    return f"{there}; of origin: git fetch --tags {every}, {then}"
 
 
 def _take_index(checkout: Checkout, private: _Private) -> None:

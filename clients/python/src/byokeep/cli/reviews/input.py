@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from byokeep.cli.base import checked
-from byokeep.cli.base.errors import CliError
+from byokeep.cli.base.errors import A_PART, CliError
 from byokeep.cli.base.text import count
 from byokeep.cli.reviews import files, gitdiff, gitinfo
 from byokeep.orchestrator.v1 import review_pb2
@@ -101,7 +101,7 @@ def _diff(given: Given, checkout: gitinfo.Checkout | None, note: Callable[[str],
         if untracked:
             note(f"{count(untracked, 'untracked file')} not reviewed; `git add -N FILE` adds one")
     if len(text) > _DIFF_BYTES:
-        raise CliError(f"the diff is larger than {_DIFF_BYTES // 2**20} MiB", "review a part of it")
+        raise CliError(f"the diff is larger than {_DIFF_BYTES // 2**20} MiB", A_PART)
     return text
 
 
