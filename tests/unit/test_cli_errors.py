@@ -71,6 +71,11 @@ def test_the_hint_fits_what_is_known(edge, byokeep, metadata, hint):
     assert hint in byokeep("key", "list").err
 
 
+@pytest.mark.parametrize("reason", ["BAD_REQUEST", "REFUSED", "CONTEXT_TOO_LONG"])
+def test_what_ends_alike_each_time_is_not_to_be_retried(reason):
+    assert "retry" not in errors.failure_hint(reason, "key_1", "rev_1")
+
+
 def test_every_failure_of_a_review_has_a_hint_that_is_a_command():
     """The API's sentences name none: see test_service_errors."""
     for value in review_pb2.FailureReason.DESCRIPTOR.values[1:]:

@@ -73,6 +73,11 @@ BY_FAILURE: Mapping[str, Exit] = {
 }
 """Exit code of a review's FailureReason; every other one is REVIEW_FAILED."""
 
+A_PART = "a part of it: git diff main...HEAD -- . ':!*.lock' | byokeep review --diff -"
+"""What is left to do with a diff that is too large."""
+
+_OTHER_MODEL = "byokeep model list, then submit the diff again with --model PROVIDER/MODEL"
+
 _FAILURE_HINTS: Mapping[str, str] = {
     "KEY_REJECTED": "byokeep key rotate {key}, then {retry}",
     "KEY_RESTRICTED": "give the key the scope at its provider, or byokeep key rotate {key}",
@@ -82,6 +87,10 @@ _FAILURE_HINTS: Mapping[str, str] = {
     "DAILY_LIMIT": "byokeep limit show tells the ceiling; later, {retry}",
     "LEASE_REFUSED": "byokeep doctor tells an operator whether the tenant is held; then {retry}",
     "AMBIGUOUS": "look at the provider's bill, then {retry}",
+    "BAD_REQUEST": _OTHER_MODEL,
+    "REFUSED": _OTHER_MODEL,
+    "CONTEXT_TOO_LONG": A_PART,
+    "REGION_REFUSED": "once who runs byokeep has mended that: {retry}",
 }
 
 _WAIT_HINTS: Mapping[str, str] = {
@@ -95,9 +104,6 @@ _DAMAGED = (
     "an operator finds out who changed it, and puts it back: byokeep admin status names every"
     " tenant of which that is so"
 )
-
-A_PART = "a part of it: git diff main...HEAD -- . ':!*.lock' | byokeep review --diff -"
-"""What is left to do with a diff that is too large."""
 
 HINTS: Mapping[str, str] = {
     "KEY_EXISTS": "byokeep key rotate {key}; of a revoked one: byokeep key destroy {key}, then add",

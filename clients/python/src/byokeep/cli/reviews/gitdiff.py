@@ -160,7 +160,8 @@ def _whole(checkout: Checkout, base: str) -> str:
     """Return what gets a base that this clone does not have, or not with its history."""
     branch = clean(base.removeprefix("origin/"))
     every = "origin '+refs/heads/*:refs/remotes/origin/*'"
-    then = "then again" if _RELATIVE.search(base) else f"then --base origin/{branch} (a tag: {branch})"
+    named = f"then --base origin/{branch} (a tag: {branch})"
+    then = "then again" if _RELATIVE.search(base) else named
     if checkout.path("shallow").exists():
         again = f"git fetch --tags --unshallow {every} (GitHub's checkout action: fetch-depth: 0)"
         return f"this clone is shallow: {again}, {then}"
