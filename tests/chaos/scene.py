@@ -116,7 +116,7 @@ class Scene:
         key: key_pb2.Key = answer.key
         return key
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
         """Wait for a condition. Raises TimeoutError, which says what did not come."""
         end = time.monotonic() + seconds
         while not condition():

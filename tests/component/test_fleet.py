@@ -52,7 +52,7 @@ class Town:
     async def end(self, address: str) -> None:
         await self._servers.pop(address).stop(0)
 
-    async def until(self, wanted, seconds: float = 10) -> None:
+    async def until(self, wanted, seconds: float = 60) -> None:
         async with asyncio.timeout(seconds):
             while not wanted():
                 await asyncio.sleep(0.01)

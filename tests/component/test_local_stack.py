@@ -171,7 +171,7 @@ def child(tmp_path) -> Iterator[Process]:
         log=tmp_path / "child.log",
     )
     process.start()
-    assert wait_for(lambda: "here" in process.last_lines(), 10)
+    assert wait_for(lambda: "here" in process.last_lines(), 60)
     yield process
     process.stop(1)
 
@@ -193,7 +193,7 @@ def test_process_that_ignores_sigterm_is_killed(tmp_path) -> None:
         "deaf", [sys.executable, "-c", code], environment={}, log=tmp_path / "deaf.log"
     )
     process.start()
-    assert wait_for(lambda: "deaf" in process.last_lines(), 10)
+    assert wait_for(lambda: "deaf" in process.last_lines(), 60)
     process.stop(0.2)
     assert process.exit_status == -signal.SIGKILL
 
@@ -210,10 +210,10 @@ def test_grandchildren_end_with_the_process(tmp_path) -> None:
         log=tmp_path / "parent.log",
     )
     process.start()
-    assert wait_for(lambda: process.last_lines() != "", 10)
+    assert wait_for(lambda: process.last_lines() != "", 60)
     grandchild = int(process.last_lines())
     process.stop(1)
-    assert wait_for(lambda: not alive(grandchild), 5)
+    assert wait_for(lambda: not alive(grandchild), 60)
 
 
 _PARENT = """
@@ -237,7 +237,7 @@ def test_child_ends_with_a_killed_supervisor(tmp_path) -> None:
     ) as parent:
         pid = int(parent.stdout.readline())
         parent.kill()
-    assert wait_for(lambda: not alive(pid), 5)
+    assert wait_for(lambda: not alive(pid), 60)
 
 
 # Keys and client files

@@ -143,7 +143,7 @@ def test_server_dies_with_a_killed_parent(directory) -> None:
     ) as parent:
         pid = int(parent.stdout.readline())
         parent.kill()
-    assert wait_for(lambda: not alive(pid), 10)
+    assert wait_for(lambda: not alive(pid), 60)
 
 
 @pytest.fixture

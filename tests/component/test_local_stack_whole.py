@@ -65,13 +65,13 @@ def test_up_twice_killed_up_again_down(root, stack) -> None:
     # What ends is started again, and known by its new process.
     runner = _description(root)["processes"]["runner"]
     os.kill(runner, signal.SIGKILL)
-    assert wait_for(lambda: _description(root)["processes"]["runner"] != runner, 30)
-    assert wait_for(lambda: _run(root, "status").returncode == 0, 30)
+    assert wait_for(lambda: _description(root)["processes"]["runner"] != runner, 60)
+    assert wait_for(lambda: _run(root, "status").returncode == 0, 60)
     pids = list(_description(root)["processes"].values())
     assert all(map(alive, pids))
 
     os.kill(_description(root)["pid"], signal.SIGKILL)
-    assert wait_for(lambda: not any(map(alive, pids)), 15)
+    assert wait_for(lambda: not any(map(alive, pids)), 60)
     assert _run(root, "status").returncode == 3
 
     # Fixed ports, and an emulator whose control is where `up` says.

@@ -567,7 +567,7 @@ class Stack:
         )
         return response.review
 
-    async def ended(self, review: review_pb2.Review, seconds: float = 30) -> review_pb2.Review:
+    async def ended(self, review: review_pb2.Review, seconds: float = 60) -> review_pb2.Review:
         """Watch a review until it has ended."""
         last = review
         async with asyncio.timeout(seconds):
@@ -584,7 +584,7 @@ class Stack:
         return (await client.GetReview(review_pb2.GetReviewRequest(name=review.name))).review
 
     async def waiting(
-        self, review: review_pb2.Review, reason: str, seconds: float = 20
+        self, review: review_pb2.Review, reason: str, seconds: float = 60
     ) -> review_pb2.Review:
         """Return a review once it says that it waits for a reason."""
         value = review_pb2.FailureReason.Value(f"FAILURE_REASON_{reason}")
@@ -600,7 +600,7 @@ class Stack:
                     raise AssertionError(f"it has ended: {last}")
                 await asyncio.sleep(0.05)
 
-    async def until_room(self, places: int, seconds: float = 10) -> None:
+    async def until_room(self, places: int, seconds: float = 60) -> None:
         """Wait until the orchestrator has heard that its runners have so many free places."""
         async with asyncio.timeout(seconds):
             while sum(one._told.free for one in self.app.fleet._heard()) != places:
@@ -610,7 +610,7 @@ class Stack:
         response = await self.client(tenant).keys.AddKey(add_key_request(tenant, **values))
         return response.key
 
-    async def validated(self, key: key_pb2.Key, seconds: float = 20) -> key_pb2.Key:
+    async def validated(self, key: key_pb2.Key, seconds: float = 60) -> key_pb2.Key:
         """Watch a key until its verdict is known."""
         tenant = names.tenant_of(key.provider_key.name)
         async with asyncio.timeout(seconds):
@@ -635,7 +635,7 @@ class Stack:
             found = await connection.execute(query.format(psycopg.sql.Identifier(name)))
             return await found.fetchall()
 
-    async def until(self, statement: str, *values: Any, seconds: float = 20) -> None:
+    async def until(self, statement: str, *values: Any, seconds: float = 60) -> None:
         """Wait until a statement has rows."""
         async with asyncio.timeout(seconds):
             while not await self.sql(statement, *values):

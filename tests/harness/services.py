@@ -62,7 +62,7 @@ class Service:
         lines = [json.loads(line) for line in self.said().splitlines()]
         return [line for line in lines if line["event"] == name]
 
-    def ended(self, seconds: float = 30) -> tuple[int, float]:
+    def ended(self, seconds: float = 60) -> tuple[int, float]:
         """Wait for its end; return its status, and what it used of a processor in seconds."""
         assert self._process is not None
         end = time.monotonic() + seconds
@@ -75,7 +75,7 @@ class Service:
             assert time.monotonic() < end, self.said()
             time.sleep(0.01)
 
-    def terminate(self, seconds: float = 30) -> int:
+    def terminate(self, seconds: float = 60) -> int:
         """SIGTERM, and its status at the end."""
         os.kill(self.pid, signal.SIGTERM)
         return self.ended(seconds)[0]

@@ -72,7 +72,7 @@ async def _status(keyvault) -> tuple[int, int]:
     return status.undecryptable_keys, status.open_kek_jobs
 
 
-async def until(condition, seconds: float = 40.0) -> None:
+async def until(condition, seconds: float = 60.0) -> None:
     """Wait for an awaitable condition."""
     end = time.monotonic() + seconds
     while not await condition():

@@ -28,7 +28,7 @@ def said(caplog) -> Callable[[], list[dict]]:
     return lambda: [{"event": one.msg, **one.byokeep_fields} for one in caplog.records]
 
 
-async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+async def until(condition: Callable[[], object], seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)

@@ -89,4 +89,4 @@ def test_last_stream_of_a_retired_channel_ends(server, monkeypatch):
             server.go_on.set()
             assert list(stream) == [LAST]
             assert list(other)[-1] == LAST
-    assert wait_for(lambda: set(closed) == set(dialled), 10)
+    assert wait_for(lambda: set(closed) == set(dialled), 60)

@@ -39,8 +39,8 @@ async def test_an_outbox_repeats_what_is_not_stored():
     await asyncio.sleep(0)
     outbox.ack(4)
 
-    assert await asyncio.wait_for(first, 1) == [2, 3]
-    assert await asyncio.wait_for(second, 1) == [2, 3, 4]
+    assert await asyncio.wait_for(first, 60) == [2, 3]
+    assert await asyncio.wait_for(second, 60) == [2, 3, 4]
     assert not outbox.pending
 
 

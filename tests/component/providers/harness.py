@@ -143,7 +143,7 @@ def running_emulator(folder: Path, *flags: str) -> Iterator[Emulator]:
 
 
 def _wait_ready(process: subprocess.Popen[bytes], ready: Path) -> dict[str, int]:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not ready.exists():
         assert process.poll() is None, "the emulator ended before it was ready"
         assert time.monotonic() < deadline, "the emulator was not ready in time"
