@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from services.common import tracing
 from services.common.errors import ByokeepError
 from services.common.secret import Secret
-from services.keyvault import kek, ledger, lifecycle, limits
+from services.keyvault import kek, lifecycle, limits
 from services.keyvault.envelope import (
     Context,
     EnvelopeError,
@@ -86,7 +86,7 @@ class Leasing:
 
     def __init__(
         self,
-        ledger_: Ledger,
+        ledger: Ledger,
         log: Log,
         backends: kek.Backends,
         grant_keys: Mapping[str, Ed25519PublicKey],
@@ -96,7 +96,7 @@ class Leasing:
     ) -> None:
         """`caps` are a tenant's and a key's. `denied` is told why a grant was refused, or a valid
         one not served."""
-        self._ledger = ledger_
+        self._ledger = ledger
         self._log = log
         self._backends = backends
         self._grant_keys = grant_keys
@@ -208,8 +208,9 @@ class Leasing:
             raise GrantRefusedError("key binding")
         _check_state(grant, version)
         self._check_caps(tenant, grant.key_id)
-        secret = tenant.secrets.get((tenant.name, grant.key_id, grant.key_version), (b"", b""))
-        if ledger.secret_digest(*secret) != version.secret_digest:
+        name = tenant.name, grant.key_id, grant.key_version
+        secret = tenant.secret(name, version.secret_digest)
+        if secret is None:
             raise lifecycle.row_tampered("key", grant.key_id)
         return version, secret
 

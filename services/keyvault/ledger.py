@@ -138,6 +138,14 @@ class Tenant:
             self.usage, self._usage_changed = _copy(self.usage), True
         return self.usage
 
+    def secret(self, name: SecretName, digest: bytes) -> tuple[bytes, bytes] | None:
+        """Return the ciphertext of a version that was asked for; None where what is stored is not
+        what its state names by a digest."""
+        stored = self.secrets.get(name)
+        if stored is None or not hmac.compare_digest(secret_digest(*stored), digest):
+            return None
+        return stored
+
     def key(self, key_id: str) -> state_pb2.KeyState | None:
         """Return a key; its part was read."""
         return lifecycle.find(self.parts[part_of(key_id)].state.keys, key_id)

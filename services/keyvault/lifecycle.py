@@ -200,6 +200,12 @@ def kek_of(state: state_pb2.TenantState, backend: str) -> state_pb2.KekState:
     return found[0] if found else state_pb2.KekState(backend=backend)
 
 
+def edit_kek(state: state_pb2.TenantState, backend: str) -> state_pb2.KekState:
+    """Return the tenant's KEK in a backend, to be changed; it is added where there is none."""
+    found = [one for one in state.keks if one.backend == backend]
+    return found[0] if found else state.keks.add(backend=backend)
+
+
 def may_store(state: state_pb2.TenantState, backend: str, kek_version: int) -> bool:
     """Say whether a data key that a KEK's version wraps may be stored: not where that version is
     destroyed soon, or was."""

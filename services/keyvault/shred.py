@@ -71,13 +71,10 @@ class Shredding:
         await self._destroy(tenant)
 
         def done(found: Tenant) -> None:
-            left = untrimmed(found.state, self._backends)
-            if not found.state.shredded or not left:
+            if not found.state.shredded or not untrimmed(found.state, self._backends):
                 return
-            names = {one.backend for one in left}
-            for one in found.edit().keks:
-                if one.backend in names:
-                    one.trimming = one.trimmed = WHOLE
+            for one in untrimmed(found.edit(), self._backends):
+                one.trimming = one.trimmed = WHOLE
             found.events.append(
                 audit_pb2.AuditEvent(
                     type=audit_pb2.AUDIT_EVENT_TYPE_TENANT_SHREDDED,
@@ -110,10 +107,8 @@ class Shredding:
             return 0
         state = found.edit()
         state.shredded = True
-        known = {one.backend for one in state.keks}
         for backend in self._backends:
-            if backend.name not in known:
-                state.keks.add(backend=backend.name)
+            lifecycle.edit_kek(state, backend.name)
         for one in state.keks:
             one.trimming = WHOLE
         end_leases(found)

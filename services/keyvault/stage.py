@@ -23,7 +23,7 @@ from services.keyvault.envelope import Context
 from services.keyvault.event import Head
 from services.keyvault.intake import IntakeKeys, Opened, refusal
 from services.keyvault.ledger import ALL, Ledger, Tenant, part_of, secret_digest
-from services.keyvault.lifecycle import MOST_KEYS, WHOLE, State
+from services.keyvault.lifecycle import MOST_KEYS, State
 from services.keyvault.log import Log
 from services.keyvault.sql import intake as sql
 
@@ -134,7 +134,22 @@ class Staging:
         self, order: Order, origin: Origin, tenant: Tenant
     ) -> tuple[tuple[Key, int], Head]:
         number = _next_version(tenant, order)
-        return await self._store(order, origin, number, await self._secret(order, number))
+        secret = await self._secret(order, number)
+
+        def decide(found: Tenant) -> tuple[Key, int]:
+            # The same request, sent twice at once: the other one was faster.
+            done = _done(found, order)
+            if done is not None:
+                return done
+            if not lifecycle.may_store(found.state, secret.kek_backend, secret.kek_version):
+                if found.state.shredded:
+                    raise lifecycle.tenant_key_missing(order.tenant)
+                raise _RacedError
+            if _next_version(found, order) != number:
+                raise _RacedError
+            return _add(found, order, origin, number, secret, self._backends), number
+
+        return await self._ledger.change(order.tenant, decide, ALL)
 
     async def _secret(self, order: Order, number: int) -> _Secret:
         """Open a seal and encrypt what is in it, for a version of a number."""
@@ -176,24 +191,6 @@ class Staging:
         of_actor, of_tenant = await sql.recent(self._database, order.tenant, origin.actor)
         if of_actor > self._intake_per_hour or of_tenant > TENANT_FACTOR * self._intake_per_hour:
             raise _limit(self._intake_per_hour)
-
-    async def _store(
-        self, order: Order, origin: Origin, number: int, secret: _Secret
-    ) -> tuple[tuple[Key, int], Head]:
-        def decide(tenant: Tenant) -> tuple[Key, int]:
-            # The same request, sent twice at once: the other one was faster.
-            done = _done(tenant, order)
-            if done is not None:
-                return done
-            if not lifecycle.may_store(tenant.state, secret.kek_backend, secret.kek_version):
-                if tenant.state.shredded:
-                    raise lifecycle.tenant_key_missing(order.tenant)
-                raise _RacedError
-            if _next_version(tenant, order) != number:
-                raise _RacedError
-            return _add(tenant, order, origin, number, secret, self._backends), number
-
-        return await self._ledger.change(order.tenant, decide, ALL)
 
 
 def _done(tenant: Tenant, order: Order) -> tuple[Key, int] | None:
@@ -274,26 +271,10 @@ def _add(
     )
     apply(tenant, order.key_id, over, origin, backends)
     tenant.put[order.tenant, order.key_id, number] = secret.wrapped, secret.envelope
-    note_kek(tenant, secret.kek_backend, secret.kek_version)
+    own = lifecycle.edit_kek(tenant.edit(), secret.kek_backend)
+    own.version = max(own.version, secret.kek_version)
     remember(key.requests, order.request().past(number))
     return key
-
-
-def note_kek(tenant: Tenant, backend: str, version: int) -> None:
-    """Note in a tenant that is being changed that its KEK has a version in a backend. One that was
-    destroyed there is another KEK now."""
-    kek_ = lifecycle.kek_of(tenant.state, backend)
-    if kek_.version >= version and kek_.trimmed != WHOLE:
-        return
-    state = tenant.edit()
-    kept = [one for one in state.keks if one.backend != backend]
-    trimmed = 0 if kek_.trimmed == WHOLE else kek_.trimmed
-    trimming = 0 if kek_.trimmed == WHOLE else kek_.trimming
-    kept.append(
-        state_pb2.KekState(backend=backend, version=version, trimming=trimming, trimmed=trimmed)
-    )
-    del state.keks[:]
-    state.keks.extend(kept)
 
 
 def _seal_context(order: Order) -> SealContext:

@@ -50,14 +50,13 @@ class TenantKeys:
         """
         there = await self._there(tenant)
         backend, name = self._backends.primary, kek.tenant_kek(tenant)
-        aim = Aim(0, await backend.create(name))
-        aim = Aim(await backend.newest(name), aim.made)
+        made = await backend.create(name)
+        aim = Aim(await backend.newest(name), made)
         created = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED, backend, aim, caller)
 
         def begin(found: Tenant) -> None:
-            found.state.keks.add(backend=backend.name, version=aim.version)
-            custody.remember(found.state.requests, request.past())
-            found.events.append(created)
+            lifecycle.edit_kek(found.edit(), backend.name).version = aim.version
+            _note(found, request, created, aim.version)
 
         def note(found: Tenant, new: bool) -> None:
             if new:
@@ -158,10 +157,8 @@ class TenantKeys:
         state = found.edit()
         state.target_backend, state.target_version = self._backends.primary.name, version
         state.trim = trim or under_way
-        known = {one.backend for one in state.keks}
-        held = {one.backend for one in lifecycle.holdings(state) if one.backend}
-        for backend in sorted(held - known):
-            state.keks.add(backend=backend)
+        for backend in sorted({one.backend for one in lifecycle.holdings(state)}):
+            lifecycle.edit_kek(state, backend)
 
     async def _there(self, tenant: str) -> bool:
         """Say whether there is a tenant. Raises ByokeepError where there was one."""
@@ -204,11 +201,10 @@ class TenantKeys:
         def take(found: Tenant) -> T:
             if found.state.shredded:
                 raise lifecycle.tenant_key_missing(tenant)
-            known = next((one for one in found.state.keks if one.backend == backend), None)
+            known = lifecycle.kek_of(found.state, backend)
             # Destroyed, as the state says, and there all the same: made anew by who died then.
-            again = known is not None and known.trimmed > aim.version
-            over = known is not None and known.trimming > aim.version
-            new = aim.made or over or known is None or known.version < aim.version
+            again = known.trimmed > aim.version
+            new = aim.made or known.trimming > aim.version or known.version < aim.version
             if new:
                 _take_version(found, backend, Aim(aim.version, aim.made or again))
             return act(found, new)
@@ -219,8 +215,7 @@ class TenantKeys:
 def _take_version(found: Tenant, backend: str, aim: Aim) -> None:
     """Note a version in the state. A KEK that was made anew starts over: what was destroyed with
     the one before it is owed nothing any more."""
-    keks = found.edit().keks
-    own = next((one for one in keks if one.backend == backend), None) or keks.add(backend=backend)
+    own = lifecycle.edit_kek(found.edit(), backend)
     own.version = aim.version
     if not aim.made:
         # It is the target again: what was about to be destroyed is not.

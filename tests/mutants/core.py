@@ -91,9 +91,9 @@ MUTANTS = (
     ),
     Mutant(
         "any ciphertext is opened",
-        _KV + "lease.py",
-        "        if ledger.secret_digest(*secret) != version.secret_digest:\n",
-        "        if False:\n",
+        _KV + "ledger.py",
+        "        if stored is None or not hmac.compare_digest(secret_digest(*stored), digest):\n",
+        "        if stored is None:\n",
         (_WRITTEN,),
     ),
     Mutant(

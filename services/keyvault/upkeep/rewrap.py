@@ -39,7 +39,6 @@ _BATCH: Final = 500
 # A version that moves costs calls of its own: fewer in a batch, some of them at once.
 _MOVES: Final = 64
 _AT_ONCE: Final = 8
-_NONE: Final = (b"", b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +64,6 @@ class _Swap:
 
     secret: tuple[bytes, bytes]
     kek_version: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why it can't be wrapped again: an ErrorReason name."""
-
-    reason: str
 
 
 class Rewrap:
@@ -132,8 +124,8 @@ class Rewrap:
         if not self._left(tenant):
             return 0
         target = tenant.state.target_backend, tenant.state.target_version
-        sound = [one for one in batch if _is(one, tenant)]
-        results: dict[SecretName, _Swap | _Failure] = {}
+        sound = [one for one in batch if tenant.secret(one.name, one.digest) is not None]
+        results: dict[SecretName, _Swap | kek.RewrapFailed] = {}
         results |= await self._rewrapped(
             name, [one for one in sound if one.backend == target[0]], tenant
         )
@@ -151,7 +143,7 @@ class Rewrap:
         self,
         found: Tenant,
         batch: Sequence[_Wrap],
-        results: Mapping[SecretName, _Swap | _Failure],
+        results: Mapping[SecretName, _Swap | kek.RewrapFailed],
         target: tuple[str, int],
     ) -> int:
         """Put new ciphertexts in their places, and mark what failed; return how many versions
@@ -170,10 +162,10 @@ class Rewrap:
             result = results.get(one.name)
             if result is None:
                 # It was not what the state names. Here both are locked: they change together.
-                if _is(one, found):
+                if found.secret(one.name, one.digest) is not None:
                     continue
-                result = _Failure("ROW_TAMPERED")
-            if isinstance(result, _Failure):
+                result = kek.RewrapFailed("ROW_TAMPERED")
+            if isinstance(result, kek.RewrapFailed):
                 version.unopened_time = int(found.now.timestamp())
                 version.unopened_reason = result.reason
                 reasons.append(result.reason)
@@ -198,7 +190,7 @@ class Rewrap:
 
     async def _rewrapped(
         self, name: str, batch: Sequence[_Wrap], tenant: Tenant
-    ) -> dict[SecretName, _Swap | _Failure]:
+    ) -> dict[SecretName, _Swap | kek.RewrapFailed]:
         if not batch:
             return {}
         secrets = [tenant.secrets[one.name] for one in batch]
@@ -206,32 +198,31 @@ class Rewrap:
         try:
             results = await backend.rewrap(kek.tenant_kek(name), [one[0] for one in secrets])
         except kek.KekMissingError:
-            return {one.name: _Failure("UNDECRYPTABLE") for one in batch}
+            return {one.name: kek.RewrapFailed("UNDECRYPTABLE") for one in batch}
         return {
             one.name: _Swap((result.wrapped, secret[1]), result.kek_version)
             if isinstance(result, kek.Rewrapped)
-            else _Failure(result.reason)
+            else result
             for one, secret, result in zip(batch, secrets, results, strict=True)
         }
 
     async def _moved(
         self, batch: Sequence[_Wrap], tenant: Tenant
-    ) -> dict[SecretName, _Swap | _Failure]:
+    ) -> dict[SecretName, _Swap | kek.RewrapFailed]:
         at_once = asyncio.Semaphore(_AT_ONCE)
 
-        async def move(one: _Wrap) -> _Swap | _Failure:
+        async def move(one: _Wrap) -> _Swap | kek.RewrapFailed:
             async with at_once:
                 return await self._move(one, *tenant.secrets[one.name])
 
         results = await asyncio.gather(*(move(one) for one in batch))
         return {one.name: result for one, result in zip(batch, results, strict=True)}
 
-    async def _move(self, one: _Wrap, wrapped: bytes, envelope: bytes) -> _Swap | _Failure:
+    async def _move(self, one: _Wrap, wrapped: bytes, envelope: bytes) -> _Swap | kek.RewrapFailed:
         name = kek.tenant_kek(one.tenant)
         context = Context(
             self._deployment, one.tenant, one.owner, one.provider, one.key_id, one.version
         )
-        reason = "UNDECRYPTABLE"
         try:
             with kek.opened_for(f"move_{one.key_id}"):
                 opened = await self._backends.named(one.backend).unwrap(name, wrapped)
@@ -243,10 +234,9 @@ class Rewrap:
                     moved = encrypt(new.reveal(), plaintext.reveal(), context)
             return _Swap((fresh.wrapped, moved), fresh.kek_version)
         except (kek.KekMissingError, UnknownEnvelopeError):
-            pass
+            return kek.RewrapFailed("UNDECRYPTABLE")
         except (kek.UnwrapError, EnvelopeError):
-            reason = "ROW_TAMPERED"
-        return _Failure(reason)
+            return kek.RewrapFailed("ROW_TAMPERED")
 
 
 def _candidates(tenant: Tenant) -> Iterator[_Wrap]:
@@ -264,12 +254,6 @@ def _candidates(tenant: Tenant) -> Iterator[_Wrap]:
                     one.kek_backend,
                     one.secret_digest,
                 )
-
-
-def _is(one: _Wrap, tenant: Tenant) -> bool:
-    """Say whether what was read of a version is the ciphertext that its state names."""
-    digest = secret_digest(*tenant.secrets.get(one.name, _NONE))
-    return hmac.compare_digest(digest, one.digest)
 
 
 def _is_left(state: state_pb2.TenantState, version: state_pb2.VersionState) -> bool:

@@ -10,10 +10,9 @@ the state, and may be repeated.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from byokeep.keyvault.v1 import audit_pb2, state_pb2
@@ -21,10 +20,11 @@ from byokeep.keyvault.v1 import audit_pb2, state_pb2
 from services.common import logs
 from services.common.errors import ByokeepError
 from services.keyvault import kek, lifecycle
-from services.keyvault.ledger import Ledger, Tenant, secret_digest
+from services.keyvault.ledger import ALL, Ledger, Tenant
 from services.keyvault.lifecycle import State
 from services.keyvault.log import Log
 from services.keyvault.shred import Shredding
+from services.keyvault.sql.ledger import SecretName
 from services.keyvault.tenant_keys import TenantKeys, untrimmed
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ TRIM_DELAY: Final = 12.0
 _CALLER: Final = "keyvault"
 #: A trim that is refused is looked at again after so long, or once nothing is marked any more.
 _REFUSED_SECONDS: Final = 600.0
-_NONE: Final = (b"", b"")
 #: Tenant, backend and version.
 _Target = tuple[str, str, int]
 
@@ -139,10 +138,8 @@ class Trim:
         def announce(found: Tenant) -> None:
             if not self._same(tenant, found):
                 return
-            names = {one.backend for one in untrimmed(found.state, self._backends)}
-            for one in found.edit().keks:
-                if one.backend in names:
-                    one.trimming = max(one.trimming, lifecycle.minimum(found.state, one))
+            for one in untrimmed(found.edit(), self._backends):
+                one.trimming = max(one.trimming, lifecycle.minimum(found.state, one))
             found.events.append(self._event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_TRIMMING, found))
 
         _, head = await self._ledger.change(tenant.name, announce)
@@ -172,10 +169,8 @@ class Trim:
         def done(found: Tenant) -> None:
             if not self._same(tenant, found):
                 return
-            names = {one.backend for one in untrimmed(found.state, self._backends)}
-            for one in found.edit().keks:
-                if one.backend in names:
-                    one.trimmed = lifecycle.minimum(found.state, one)
+            for one in untrimmed(found.edit(), self._backends):
+                one.trimmed = lifecycle.minimum(found.state, one)
             found.edit().owed_since = 0
             event = self._event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_TRIMMED, found)
             event.shred = self._backends.shred_of(found.state.target_backend)
@@ -185,50 +180,36 @@ class Trim:
         self._forget(tenant.name)
         return True
 
-    async def _unproven(self, tenant: Tenant) -> list[tuple[str, int]] | None:
+    async def _unproven(self, tenant: Tenant) -> set[SecretName] | None:
         """Return the living versions whose ciphertext at the target is not there as their state
         names it; None where the tenant's target changed, or something is left below it. What was
         read was, and is anchored then."""
-        bad: list[tuple[str, int]] = []
+        bad = set[SecretName]()
         for part in tenant.state.parts:
             read = await self._ledger.read(tenant.name, {part.part})
-            names = [
-                (tenant.name, key.key_id, one.version)
-                for key in read.every_key()
-                for one in key.versions
-                if lifecycle.state_of(one) is not State.DESTROYED
-            ]
+            names = {name for name, _ in _living(read)}
             read = await self._ledger.read(tenant.name, {part.part}, names)
             if not self._same(tenant, read) or lifecycle.left(read.state):
                 return None
-            for key in read.every_key():
-                for one in key.versions:
-                    place = tenant.name, key.key_id, one.version
-                    # What came since was stored at the target: below it nothing may be any more.
-                    if lifecycle.state_of(one) is State.DESTROYED or place not in names:
-                        continue
-                    digest = secret_digest(*read.secrets.get(place, _NONE))
-                    if not hmac.compare_digest(digest, one.secret_digest):
-                        bad.append((key.key_id, one.version))
+            for name, one in _living(read):
+                # What came since was stored at the target: below it nothing may be any more.
+                if name in names and read.secret(name, one.secret_digest) is None:
+                    bad.add(name)
         last = await self._ledger.read(tenant.name)
         await self._log.anchored(tenant.name, last.head)
         if not self._same(tenant, last) or lifecycle.left(last.state):
             return None
         return bad
 
-    async def _mark(self, tenant: Tenant, bad: list[tuple[str, int]]) -> None:
+    async def _mark(self, tenant: Tenant, bad: Collection[SecretName]) -> None:
         """Mark versions whose ciphertext is not there, where that is so under the lock too."""
-        names = [(tenant.name, *one) for one in bad]
 
         def mark(found: Tenant) -> None:
-            for key_id, number in bad:
-                key = found.key(key_id)
-                versions = [one for one in key.versions if one.version == number] if key else []
-                digest = secret_digest(*found.secrets.get((found.name, key_id, number), _NONE))
-                if not versions or lifecycle.state_of(versions[0]) is State.DESTROYED:
+            for name, one in _living(found):
+                there = found.secret(name, one.secret_digest) is not None
+                if name not in bad or one.unopened_time or there:
                     continue
-                if versions[0].unopened_time or versions[0].secret_digest == digest:
-                    continue
+                _, key_id, number = name
                 version = lifecycle.version_of(found.edit_key(key_id), number)
                 version.unopened_time = int(found.now.timestamp())
                 version.unopened_reason = "ROW_TAMPERED"
@@ -242,7 +223,7 @@ class Trim:
                     )
                 )
 
-        await self._ledger.change(tenant.name, mark, None, names)
+        await self._ledger.change(tenant.name, mark, ALL, bad)
 
     def _same(self, tenant: Tenant, found: Tenant) -> bool:
         """Say whether a tenant still has the target that it had."""
@@ -270,6 +251,14 @@ class Trim:
     ) -> audit_pb2.AuditEvent:
         detail = f"{found.state.target_backend} v{found.state.target_version}"
         return audit_pb2.AuditEvent(type=kind, caller=_CALLER, detail=detail)
+
+
+def _living(tenant: Tenant) -> Iterator[tuple[SecretName, state_pb2.VersionState]]:
+    """Yield the versions of the parts that were read that are not destroyed."""
+    for key in tenant.every_key():
+        for one in key.versions:
+            if lifecycle.state_of(one) is not State.DESTROYED:
+                yield (tenant.name, key.key_id, one.version), one
 
 
 def _target(tenant: Tenant) -> _Target:
