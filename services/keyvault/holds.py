@@ -8,33 +8,24 @@ tenant's keys since (revoked or destroyed meanwhile) is carried out before the h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from byokeep.keyvault.v1 import audit_pb2
-from google.protobuf.message import DecodeError
 
 from services.common.errors import ByokeepError
 from services.keyvault import custody, kek
 from services.keyvault.custody import DAMAGED, Origin
 from services.keyvault.database import Database
-from services.keyvault.event import SYSTEM, Head, content_digest
+from services.keyvault.event import SYSTEM, Head
 from services.keyvault.ledger import Ledger, Tenant, end_leases, part_of
 from services.keyvault.lifecycle import ENDED_BY, State, not_found
 from services.keyvault.log import Log
+from services.keyvault.release import leased_event
 from services.keyvault.sql import index
 
 #: The deployment's own row names at most so many tenants that are held.
 _MOST_HELD: Final = 10_000
 _OWED: Final = Origin("keyvault", "asked for while the tenant's row was damaged")
-
-
-@dataclass(frozen=True, slots=True)
-class Word:
-    """An operator's word: the caller's identity, and why."""
-
-    caller: str
-    reason: str
 
 
 class Holds:
@@ -49,7 +40,7 @@ class Holds:
         self._log = log
         self._backends = backends
 
-    async def revoke_tenant(self, tenant: str, word: Word) -> int:
+    async def revoke_tenant(self, tenant: str, caller: str, reason: str) -> int:
         """End every lease of a tenant and give none until it is resumed; return how many ended.
 
         Said as often as it is asked: what lives by then ends.
@@ -61,7 +52,7 @@ class Holds:
         def hold(found: Tenant) -> int:
             found.edit().held = True
             ended = end_leases(found)
-            found.events.append(_said(word, held=True, detail=word.reason, count=ended))
+            found.events.append(_said(caller, held=True, detail=reason, count=ended))
             return ended
 
         head: Head | None = None
@@ -72,12 +63,12 @@ class Holds:
                 raise
         if head is None:
             ended = await self._end_indexed(tenant)
-        await self._name(tenant, word, ended, damaged=head is None)
+        await self._name(tenant, caller, ended, damaged=head is None)
         if head is not None:
             await self._log.anchored(tenant, head)
         return ended
 
-    async def resume_tenant(self, tenant: str, word: Word) -> bool:
+    async def resume_tenant(self, tenant: str, caller: str, reason: str) -> bool:
         """Give leases to a tenant again; False where it was not held.
 
         Raises:
@@ -89,14 +80,14 @@ class Holds:
             if not found.state.held:
                 return False
             found.edit().held = False
-            found.events.append(_said(word, held=False, detail=word.reason))
+            found.events.append(_said(caller, held=False, detail=reason))
             return True
 
         def forget(system: Tenant) -> bool:
             if tenant not in system.state.held:
                 return False
             system.edit().held.remove(tenant)
-            system.events.append(_said(word, held=False, detail=tenant))
+            system.events.append(_said(caller, held=False, detail=tenant))
             return True
 
         resumed, head = await self._ledger.change(tenant, resume)
@@ -105,38 +96,37 @@ class Holds:
         await self._log.anchored(SYSTEM, head)
         return owed or resumed or named
 
-    async def revoke_lease(self, lease_id: str, word: Word) -> bool:
+    async def revoke_lease(self, lease_id: str, caller: str, reason: str) -> bool:
         """End one lease; False where it had ended before. Raises ByokeepError: NOT_FOUND."""
-        rows = await index.find(self._database, [lease_id])
-        if not rows:
+        place = (await index.find(self._database, [lease_id])).get(lease_id)
+        if place is None:
             raise not_found("lease")
-        tenant, body = rows[0][1], bytes(rows[0][-1] or b"")
 
         def end(found: Tenant) -> bool:
-            lease = next((one for one in found.usage.leases if one.lease_id == lease_id), None)
+            leases = found.edit_usage().leases
+            lease = next((one for one in leases if one.lease_id == lease_id), None)
             if lease is None or lease.ended:
                 return False
-            found.ends = True
-            next(one for one in found.edit_usage().leases if one.lease_id == lease_id).ended = True
+            lease.ended = found.ends = True
             found.ended.append(lease_id)
+            leased = leased_event(lease, place.body)
             event = audit_pb2.AuditEvent(
                 type=audit_pb2.AUDIT_EVENT_TYPE_LEASE_REVOKED,
                 key_id=lease.key_id,
                 key_version=lease.version,
                 lease_id=lease_id,
-                caller=word.caller,
-                detail=word.reason,
+                grant_id=leased.grant_id,
+                review_id=leased.review_id,
+                attempt_id=leased.attempt_id,
+                fence=leased.fence,
+                caller=caller,
+                detail=reason,
             )
-            # Of the stored event only where it is what keyvault wrote.
-            leased = _parsed(body)
-            if content_digest(leased) == lease.event_digest:
-                event.grant_id, event.review_id = leased.grant_id, leased.review_id
-                event.attempt_id, event.fence = leased.attempt_id, leased.fence
             found.events.append(event)
             return True
 
-        ended, head = await self._ledger.change(tenant, end)
-        await self._log.anchored(tenant, head)
+        ended, head = await self._ledger.change(place.tenant, end)
+        await self._log.anchored(place.tenant, head)
         return ended
 
     async def carry_out(self, tenant: str) -> bool:
@@ -176,7 +166,7 @@ class Holds:
         await self._log.anchored(SYSTEM, head)
         return True
 
-    async def _name(self, tenant: str, word: Word, count: int, *, damaged: bool) -> None:
+    async def _name(self, tenant: str, caller: str, count: int, *, damaged: bool) -> None:
         """Hold a tenant by name in the deployment's own row."""
 
         def name(system: Tenant) -> None:
@@ -186,7 +176,7 @@ class Holds:
             if not named:
                 system.edit().held.append(tenant)
             if damaged or not named:
-                system.events.append(_said(word, held=True, detail=tenant, count=count))
+                system.events.append(_said(caller, held=True, detail=tenant, count=count))
 
         _, head = await self._ledger.change(SYSTEM, name)
         await self._log.anchored(SYSTEM, head)
@@ -201,21 +191,12 @@ class Holds:
         return len(lease_ids)
 
 
-def _said(word: Word, *, held: bool, detail: str, count: int = 0) -> audit_pb2.AuditEvent:
+def _said(caller: str, *, held: bool, detail: str, count: int = 0) -> audit_pb2.AuditEvent:
     return audit_pb2.AuditEvent(
         type=audit_pb2.AUDIT_EVENT_TYPE_TENANT_REVOKED
         if held
         else audit_pb2.AUDIT_EVENT_TYPE_TENANT_RESUMED,
-        caller=word.caller,
+        caller=caller,
         detail=detail,
         count=count,
     )
-
-
-def _parsed(body: bytes) -> audit_pb2.AuditEvent:
-    event = audit_pb2.AuditEvent()
-    try:
-        event.ParseFromString(body)
-    except DecodeError:
-        event.Clear()
-    return event

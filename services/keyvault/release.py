@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,19 +18,9 @@ from services.keyvault.group import GroupCommit
 from services.keyvault.ledger import Ledger, Tenant, part_of
 from services.keyvault.lifecycle import OVERDUE_SECONDS, Change, State
 from services.keyvault.sql import index
+from services.keyvault.sql.index import Place
 
 _UNOPENED: Final = ("ROW_TAMPERED", "UNDECRYPTABLE")
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where the index has a lease, and its LEASED event as it is stored: hints, until the tenant's
-    usage bears them out."""
-
-    tenant: str
-    key_id: str
-    holder: str
-    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +63,12 @@ class Releases:
     async def expire(self, name: str) -> None:
         """End a tenant's leases that were never released, on the record. Raises ByokeepError."""
         tenant = await self._ledger.read(name)
-        places = await self._places([one.lease_id for one in _overdue(tenant)])
+        places = await index.find(self._database, [one.lease_id for one in overdue(tenant)])
 
         def decide(found: Tenant) -> None:
-            for lease in _overdue(found):
+            for lease in overdue(found):
                 place = places.get(lease.lease_id)
-                event = _event(lease, place.body if place else b"")
+                event = leased_event(lease, place.body if place else b"")
                 event.type = audit_pb2.AUDIT_EVENT_TYPE_LEASE_EXPIRED
                 event.actor = ""
                 _remove(found, lease.lease_id, event)
@@ -86,7 +76,7 @@ class Releases:
         await self._ledger.change(name, decide)
 
     async def _close(self, ends: Sequence[_End]) -> list[Exception | None]:
-        places = await self._places({end.lease_id for end in ends})
+        places = await index.find(self._database, {end.lease_id for end in ends})
         parts: dict[str, set[int]] = {}
         for place in places.values():
             parts.setdefault(place.tenant, set()).add(part_of(place.key_id))
@@ -101,7 +91,7 @@ class Releases:
 
         return await self._ledger.group(parts, (), decide) if parts else decide({})
 
-    def _end(self, end: _End, place: _Place, tenant: Tenant | ByokeepError) -> Exception | None:
+    def _end(self, end: _End, place: Place, tenant: Tenant | ByokeepError) -> Exception | None:
         """End one lease of a tenant that is being changed. Returns why it can't be."""
         if isinstance(tenant, ByokeepError):
             return tenant
@@ -110,7 +100,7 @@ class Releases:
             return lifecycle.not_found("lease")
         if lease is None:
             return None  # it was closed before
-        event = _event(lease, place.body)
+        event = leased_event(lease, place.body)
         event.type, event.actor = audit_pb2.AUDIT_EVENT_TYPE_RELEASED, ""
         event.outcome = end.outcome
         event.report.CopyFrom(end.report)
@@ -128,12 +118,6 @@ class Releases:
             changes = [Change(event.key_version, audit_pb2.AUDIT_EVENT_TYPE_REJECTED)]
             apply(tenant, event.key_id, changes, Origin(holder, ""), self._backends)
 
-    async def _places(self, lease_ids: Collection[str]) -> dict[str, _Place]:
-        if not lease_ids:
-            return {}
-        rows = await index.find(self._database, lease_ids)
-        return {row[0]: _Place(row[1], row[2], row[3], row[4] or b"") for row in rows}
-
 
 def ended_early(
     tenant: Tenant,
@@ -143,7 +127,7 @@ def ended_early(
 ) -> None:
     """End a lease whose key could not be sealed, of a tenant that is being changed. A version that
     did not open is marked."""
-    event = _event(lease, b"")
+    event = leased_event(lease, b"")
     event.type, event.reason = kind, reason
     event.outcome = lease_pb2.LEASE_OUTCOME_FAILED
     _remove(tenant, lease.lease_id, event)
@@ -156,7 +140,8 @@ def ended_early(
             version.unopened_reason = reason
 
 
-def _overdue(tenant: Tenant) -> list[state_pb2.LiveLease]:
+def overdue(tenant: Tenant) -> list[state_pb2.LiveLease]:
+    """Return the leases that nobody released in time."""
     over = (tenant.now.timestamp() - OVERDUE_SECONDS) * 1_000
     return [one for one in tenant.usage.leases if one.expire_millis < over]
 
@@ -172,7 +157,7 @@ def _remove(tenant: Tenant, lease_id: str, event: audit_pb2.AuditEvent) -> None:
     tenant.closed.append(lease_id)
 
 
-def _event(lease: state_pb2.LiveLease, body: bytes) -> audit_pb2.AuditEvent:
+def leased_event(lease: state_pb2.LiveLease, body: bytes) -> audit_pb2.AuditEvent:
     """Return what the LEASED event of a lease says, for the event of its end: from that event where
     it is stored as keyvault wrote it, else from the lease alone."""
     leased = audit_pb2.AuditEvent()

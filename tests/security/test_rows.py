@@ -204,7 +204,7 @@ async def test_forged_row_does_not_keep_its_tenant_alive(keyvault, forgery):
 async def test_an_event_repeats_nothing_of_a_forged_one(keyvault):
     """What a lease was given for is told at its end from the event that keyvault wrote alone.
 
-    Shown to fail with the body of any event in release._event.
+    Shown to fail with the body of any event in release.leased_event.
     """
     key = await keyvault.add_active()
     child = kv.Child()

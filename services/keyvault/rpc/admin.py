@@ -21,7 +21,7 @@ from services.common.errors import ByokeepError
 from services.keyvault import kek, lifecycle, needed, system_keys
 from services.keyvault.custody import DAMAGED, Request
 from services.keyvault.database import Database
-from services.keyvault.holds import Holds, Word
+from services.keyvault.holds import Holds
 from services.keyvault.ledger import ALL, Ledger
 from services.keyvault.log import Log
 from services.keyvault.shred import Shredding
@@ -202,24 +202,25 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: pb.RevokeTenantRequest, context: Any
     ) -> pb.RevokeTenantResponse:
         """End a tenant's leases, and hold back new ones."""
-        word = Word(_caller(), request.reason)
-        ended = await self._on.holds.revoke_tenant(tenant_of(request.tenant), word)
+        ended = await self._on.holds.revoke_tenant(
+            tenant_of(request.tenant), _caller(), request.reason
+        )
         return pb.RevokeTenantResponse(ended_leases=ended)
 
     async def ResumeTenant(
         self, request: pb.ResumeTenantRequest, context: Any
     ) -> pb.ResumeTenantResponse:
         """Give leases to a tenant again."""
-        word = Word(_caller(), request.reason)
-        resumed = await self._on.holds.resume_tenant(tenant_of(request.tenant), word)
+        resumed = await self._on.holds.resume_tenant(
+            tenant_of(request.tenant), _caller(), request.reason
+        )
         return pb.ResumeTenantResponse(resumed=resumed)
 
     async def RevokeLease(
         self, request: pb.RevokeLeaseRequest, context: Any
     ) -> pb.RevokeLeaseResponse:
         """End one lease."""
-        word = Word(_caller(), request.reason)
-        ended = await self._on.holds.revoke_lease(request.lease_id, word)
+        ended = await self._on.holds.revoke_lease(request.lease_id, _caller(), request.reason)
         return pb.RevokeLeaseResponse(ended=ended)
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from services.common import logs
 from services.keyvault.database import Connection, Database, Row, aside
@@ -29,7 +30,7 @@ SELECT (SELECT min(sequence) FROM told) > (SELECT max(sequence) FROM revocation)
 """
 _OF_TENANT = "SELECT lease_id FROM lease WHERE tenant = %s AND end_time IS NULL"
 _FIND = """
-SELECT l.lease_id, l.tenant, l.key_id, l.holder, e.body
+SELECT l.lease_id, l.tenant, l.key_id, l.holder, coalesce(e.body, '')
 FROM lease l LEFT JOIN event e ON e.tenant = l.tenant AND e.sequence = l.sequence
 WHERE l.lease_id = ANY(%s)
 """
@@ -46,6 +47,17 @@ _FORGET_CLOSED = """
 DELETE FROM lease WHERE end_time IS NOT NULL AND expire_time < now() - interval '1 day'
 """
 _UNTOLD = "watchers_not_told"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the index has a lease, and its LEASED event as it is stored, if it is: hints, until the
+    tenant's usage bears them out."""
+
+    tenant: str
+    key_id: str
+    holder: str
+    body: bytes
 
 
 async def close(connection: Connection, lease_ids: Collection[str]) -> None:
@@ -74,9 +86,10 @@ async def of_tenant(connection: Connection, tenant: str) -> list[str]:
     return [row[0] for row in await (await connection.execute(_OF_TENANT, (tenant,))).fetchall()]
 
 
-async def find(database: Database, lease_ids: Collection[str]) -> list[Row]:
-    """Return (lease id, tenant, key id, holder, body of its LEASED event or None) of leases."""
-    return await database.all(_FIND, (list(lease_ids),))
+async def find(database: Database, lease_ids: Collection[str]) -> dict[str, Place]:
+    """Return where leases are, by id: those that the index has."""
+    rows = await database.all(_FIND, (list(lease_ids),))
+    return {row[0]: Place(*row[1:]) for row in rows}
 
 
 async def live_count(database: Database) -> int:

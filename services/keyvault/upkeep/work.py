@@ -28,7 +28,7 @@ from services.keyvault.heads import Heads
 from services.keyvault.holds import Holds
 from services.keyvault.ledger import Ledger, Macs, Tenant
 from services.keyvault.log import Log
-from services.keyvault.release import Releases
+from services.keyvault.release import Releases, overdue
 from services.keyvault.shred import Shredding
 from services.keyvault.sql import ledger as ledger_sql
 from services.keyvault.sql import upkeep as sql
@@ -203,10 +203,7 @@ class Upkeep:
         """End leases and superseded versions whose time is over."""
         now = tenant.now.timestamp()
         worked = False
-        over = (now - lifecycle.OVERDUE_SECONDS) * 1_000
-        if self._releases is not None and any(
-            one.expire_millis < over for one in tenant.usage.leases
-        ):
+        if self._releases is not None and overdue(tenant):
             await self._releases.expire(tenant.name)
             worked = True
         parts = {one.part for one in tenant.state.parts if one.grace_end and one.grace_end < now}
