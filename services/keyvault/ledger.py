@@ -41,11 +41,10 @@ M = TypeVar("M", bound=Message)
 _MAC: Final = "byokeep/tenant/v1"
 _CACHED_BYTES: Final = 16 * 1024 * 1024
 _BATCH: Final = 500
-PARTS: Final = 64
-#: Every part of a tenant, where some are asked for.
-ALL: Final[None] = None
+#: Every part of a tenant.
+ALL: Final = range(64)
 #: Which parts are to be read of each tenant.
-Wanted = Mapping[str, Collection[int] | None]
+Wanted = Mapping[str, Collection[int]]
 
 
 def part_of(key_id: str) -> int:
@@ -115,7 +114,8 @@ class Tenant:
     _state_digest: bytes = b""
     _state_changed: bool = False
     _usage_changed: bool = False
-    _mac_key: str = ""
+    #: Id of the key that the row was authenticated with.
+    mac_key: str = ""
     #: What is written with the change.
     events: list[audit_pb2.AuditEvent] = field(default_factory=list)
     put: dict[SecretName, tuple[bytes, bytes]] = field(default_factory=dict)
@@ -167,11 +167,6 @@ class Tenant:
         """The number of the next event."""
         return self.head.sequence + len(self.events) + 1
 
-    @property
-    def mac_key(self) -> str:
-        """Id of the key that the row was authenticated with."""
-        return self._mac_key
-
 
 class Ledger:
     """Reads and changes tenants (see the module)."""
@@ -201,10 +196,10 @@ class Ledger:
     async def read(
         self,
         name: str,
-        parts: Collection[int] | None = (),
+        parts: Collection[int] = (),
         secrets: Collection[SecretName] = (),
     ) -> Tenant:
-        """Return a tenant, with some of its parts and ciphertexts; `parts` None: all.
+        """Return a tenant, with some of its parts and ciphertexts.
 
         Raises:
             ByokeepError: TENANT_KEY_MISSING, STATE_TAMPERED, ROLLED_BACK.
@@ -252,13 +247,13 @@ class Ledger:
                 sealed.append((name, self._mac(self._macs.current, name, head, *digests)))
                 yield name, head
             await sql.reseal(connection, generation, self._macs.current, sealed)
-            after = names[-1]
+            *_, after = names
 
     async def change(
         self,
         name: str,
         decide: Callable[[Tenant], T],
-        parts: Collection[int] | None = (),
+        parts: Collection[int] = (),
         secrets: Collection[SecretName] = (),
     ) -> tuple[T, Head]:
         """Change a tenant as `decide` does; return what that returned, and the head after it.
@@ -329,9 +324,8 @@ class Ledger:
         *,
         lock: bool,
     ) -> dict[str, Tenant | ByokeepError]:
-        some = [(name, part) for name, parts in wanted.items() for part in parts or ()]
-        every = [name for name, parts in wanted.items() if parts is None]
-        rows, parts, stored = await sql.load(connection, wanted, some, every, secrets, lock=lock)
+        places = [(name, part) for name, parts in wanted.items() for part in parts]
+        rows, parts, stored = await sql.load(connection, wanted, places, secrets, lock=lock)
         found: dict[str, Tenant | ByokeepError] = {}
         for name, asked in wanted.items():
             own = [row for row in rows if row[0] == name]
@@ -375,19 +369,17 @@ class Ledger:
             self.now(),
             usage,
             state_digest,
-            _mac_key=mac_key,
+            mac_key=mac_key,
         )
 
-    def _add_parts(
-        self, tenant: Tenant, asked: Collection[int] | None, rows: Collection[Row]
-    ) -> None:
-        if asked is not None and not asked:
+    def _add_parts(self, tenant: Tenant, asked: Collection[int], rows: Collection[Row]) -> None:
+        if not asked:
             return
         states = {one.part: one.digest for one in tenant.state.parts}
         usages = {one.part: one.digest for one in tenant.usage.parts}
         stored = {row[0]: row[1:] for row in rows}
-        known = {one: states.get(one) for one in (range(PARTS) if asked is None else asked)}
-        for number, digest in known.items():
+        for number in asked:
+            digest = states.get(number)
             if digest is None:
                 tenant.parts[number] = Part(state_pb2.PartState(), state_pb2.PartUsage())
                 continue
@@ -455,7 +447,7 @@ class Ledger:
         return done
 
     def _add(self, change: sql.Write, tenant: Tenant) -> _Done:
-        name, state_changed = tenant.name, tenant._state_changed
+        name = tenant.name
         for number, part in tenant.parts.items():
             if part.state_changed or part.usage_changed:
                 self._add_part(change, tenant, number, part)
@@ -470,7 +462,7 @@ class Ledger:
         head = Head(self._heads.generation, links[-1].sequence, links[-1].hash)
         mac_key = self._macs.current
         mac = self._mac(mac_key, name, head, state_digest, usage_digest)
-        own = (state, usage, mac_key, mac, self._due(tenant, state_changed))
+        own = (state, usage, mac_key, mac, self._due(tenant))
         place = (name, tenant.head.sequence, head.generation, head.sequence, head.hash)
         change.tenants.append((*place, *own))
         change.events += [(name, one.sequence, one.key_id, one.body, one.hash) for one in links]
@@ -503,11 +495,11 @@ class Ledger:
         self._keep(message.DESCRIPTOR.name.encode() + digest, message, len(raw))
         return raw, digest
 
-    def _due(self, tenant: Tenant, state_changed: bool) -> datetime.datetime | None:
+    def _due(self, tenant: Tenant) -> datetime.datetime | None:
         """Return when the tenant is to be looked at; None where its row says so already: a lease
         changes no indexed column but where it is the only one that lives."""
         first_lease = tenant.leased and len(tenant.usage.leases) == len(tenant.leased)
-        if not tenant.name or not (tenant._state_changed or state_changed or first_lease):
+        if not tenant.name or not (tenant._state_changed or first_lease):
             return None
         return lifecycle.due(tenant.state, tenant.usage, tenant.now, self._shred_after)
 

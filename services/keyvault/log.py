@@ -45,7 +45,6 @@ STALE_SECONDS: Final = 10.0
 #: After an operator's word nothing irreversible is done for so long.
 QUIET_SECONDS: Final = 86_400
 _ANSWER_SECONDS: Final = 8.0
-_BATCH: Final = 1_000
 _NO_END: Final = 2**63 - 1
 #: How often an operator's word is written over what other replicas anchor at the same time.
 _TRIES: Final = 5
@@ -234,15 +233,9 @@ class Log:
 
     async def scan(self) -> None:
         """Owe heads to the log that no leaf names, as a process that died may have left them."""
-        after: str | None = None
-        while True:
-            async with self._database.transaction() as connection:
-                rows = await ledger_sql.heads(connection, after, _BATCH)
-            unnamed = [name for name, at in rows if at > self._heads.get(name).sequence]
+        async for found in ledger_sql.every_name(self._database):
+            unnamed = [name for name, at in found.items() if at > self._heads.get(name).sequence]
             await each("unlogged_head", unnamed, self._owe)
-            if len(rows) < _BATCH:
-                return
-            after = rows[-1][0]
 
     async def save(self) -> None:
         """Keep what is known, so that the next start need not read the whole log."""

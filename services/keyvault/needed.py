@@ -22,8 +22,8 @@ from services.keyvault.database import Database
 from services.keyvault.event import SYSTEM
 from services.keyvault.ledger import Ledger
 from services.keyvault.sql import epochs as epoch_sql
+from services.keyvault.sql import ledger as ledger_sql
 from services.keyvault.sql import system_keys as system_sql
-from services.keyvault.sql import upkeep as sql
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ async def needs(
                 need.data_keys += versions
                 need.tenants += 1
 
-    async for names in sql.names(database):
+    async for names in ledger_sql.every_name(database):
         await each("needed_count", names, count)
     for backend, epoch, not_after in await epoch_sql.needed(database):
         end = _end(epoch, not_after, retention)

@@ -67,7 +67,6 @@ async def test_no_statement_of_a_call_or_sweep_reads_a_table_whole(empty_databas
         (ledger._ROWS_TO_READ, (names,)),
         (ledger._ROWS_TO_WRITE, (names,)),
         (ledger._PARTS, (names, numbers)),
-        (ledger._ALL_PARTS, (names,)),
         (ledger._SECRETS, (names, keys, numbers)),
         (ledger._PUT_SECRETS, (names, keys, numbers, blobs, blobs)),
         (ledger._DROP_SECRETS, (names, keys, numbers)),

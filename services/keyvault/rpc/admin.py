@@ -118,7 +118,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         """Say where each tenant's data keys are."""
         size = request.page_size or _PAGE
         async with self._database.transaction() as connection:
-            names = await sql.names(connection, request.page_token, size)
+            names = list(await sql.names(connection, request.page_token, size))
         answer = pb.ListTenantKeysResponse()
         for name in names:
             entry = answer.tenant_keys.add(tenant=tenant_name(name))

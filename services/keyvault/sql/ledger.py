@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 
 from services.keyvault.database import Connection, Database, Row, columns, whole
 
-_COLUMNS = """
+_PAGE = 1000
+_ROWS_TO_READ = """
 SELECT name, generation, sequence, head_hash, state, usage, mac_key_id, mac FROM tenant
 WHERE name = ANY(%s) ORDER BY name
 """
-_ROWS_TO_READ = _COLUMNS
 # Rows are locked in one order everywhere. What the statements after it read is therefore what the
 # last holder of the lock left behind.
-_ROWS_TO_WRITE = _COLUMNS + " FOR UPDATE"
+_ROWS_TO_WRITE = _ROWS_TO_READ + " FOR UPDATE"
 _PARTS = """
 SELECT p.tenant, p.part, p.state, p.usage FROM unnest(%s::text[], %s::int[]) AS w (tenant, part)
 JOIN tenant_part p ON p.tenant = w.tenant AND p.part = w.part
 """
-_ALL_PARTS = "SELECT tenant, part, state, usage FROM tenant_part WHERE tenant = ANY(%s)"
 _SECRETS = """
 SELECT s.tenant, s.key_id, s.version, s.wrapped_dek, s.envelope
 FROM unnest(%s::text[], %s::text[], %s::int[]) AS w (tenant, key_id, version)
@@ -80,15 +78,11 @@ USING unnest(%s::text[], %s::text[], %s::int[]) AS w (tenant, key_id, version)
 WHERE s.tenant = w.tenant AND s.key_id = w.key_id AND s.version = w.version
 """
 _DROP_ALL_SECRETS = "DELETE FROM key_secret WHERE tenant = %s"
+# A name once, however many rows somebody made of it.
 _NAMES = """
-SELECT DISTINCT name FROM tenant WHERE (%(after)s::text IS NULL OR name > %(after)s)
-ORDER BY name LIMIT %(limit)s
+SELECT name, greatest(max(sequence), 0) FROM tenant
+WHERE (%(after)s::text IS NULL OR name > %(after)s) GROUP BY name ORDER BY name LIMIT %(limit)s
 """
-_HEADS = """
-SELECT name, greatest(sequence, 0) FROM tenant
-WHERE (%(after)s::text IS NULL OR name > %(after)s) ORDER BY name LIMIT %(limit)s
-"""
-_PUT_OFF = "UPDATE tenant SET due_time = %s WHERE name = %s AND sequence = %s RETURNING 1"
 _COUNT = "SELECT count(*) FROM tenant WHERE name <> ''"
 
 
@@ -122,26 +116,23 @@ async def rows(connection: Connection, names: Collection[str], *, lock: bool) ->
 async def load(
     connection: Connection,
     names: Collection[str],
-    some: Collection[tuple[str, int]],
-    every: Collection[str],
-    wanted: Collection[SecretName],
+    parts: Collection[tuple[str, int]],
+    secrets: Collection[SecretName],
     *,
     lock: bool,
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """Return rows as `rows` does; (tenant, part, state, usage) of some parts, and of every part of
-    some tenants; (tenant, key id, version, wrapped data key, envelope) of versions. In a pipeline
-    that is one round trip; the rows are locked before the rest is read."""
+    """Return rows as `rows` does; (tenant, part, state, usage) of parts; (tenant, key id, version,
+    wrapped data key, envelope) of versions. In a pipeline that is one round trip; the rows are
+    locked before the rest is read."""
     statement = _ROWS_TO_WRITE if lock else _ROWS_TO_READ
     cursors = [await connection.execute(statement, (list(names),), binary=True)]
-    if some:
-        cursors.append(await connection.execute(_PARTS, columns(some, 2), binary=True))
-    if every:
-        cursors.append(await connection.execute(_ALL_PARTS, (list(every),), binary=True))
-    if wanted:
-        cursors.append(await connection.execute(_SECRETS, columns(wanted, 3), binary=True))
+    if parts:
+        cursors.append(await connection.execute(_PARTS, columns(parts, 2), binary=True))
+    if secrets:
+        cursors.append(await connection.execute(_SECRETS, columns(secrets, 3), binary=True))
     fetched = [await cursor.fetchall() for cursor in cursors]
-    stored = fetched.pop() if wanted else []
-    return fetched[0], whole(row for rows_ in fetched[1:] for row in rows_), whole(stored)
+    stored = fetched.pop() if secrets else []
+    return fetched[0], whole(fetched[1] if parts else []), whole(stored)
 
 
 async def create(connection: Connection, name: str) -> None:
@@ -184,23 +175,23 @@ async def drop_all_secrets(connection: Connection, tenant: str) -> None:
     await connection.execute(_DROP_ALL_SECRETS, (tenant,))
 
 
-async def heads(connection: Connection, after: str | None, limit: int) -> list[Row]:
-    """Return (name, sequence) of rows after a name; None: from the first."""
-    parameters = {"after": after, "limit": limit}
-    return await (await connection.execute(_HEADS, parameters, binary=True)).fetchall()
+async def names(connection: Connection, after: str | None, limit: int) -> dict[str, int]:
+    """Return names after one, in order, each with its row's sequence; None: from the first, which
+    is the deployment's own."""
+    cursor = await connection.execute(_NAMES, {"after": after, "limit": limit}, binary=True)
+    return dict(whole(await cursor.fetchall()))
 
 
-async def names(connection: Connection, after: str | None, limit: int) -> list[str]:
-    """Return names after one, in order; None: from the first, which is the deployment's own."""
-    cursor = await connection.execute(_NAMES, {"after": after, "limit": limit})
-    return [row[0] for row in await cursor.fetchall()]
-
-
-async def put_off(
-    database: Database, name: str, sequence: int, due_time: datetime.datetime
-) -> None:
-    """Say when a tenant, as it was read, is to be looked at again."""
-    await database.all(_PUT_OFF, (due_time, name, sequence))
+async def every_name(database: Database) -> AsyncIterator[dict[str, int]]:
+    """Yield all that `names` returns, a thousand at a time, each in a transaction of its own."""
+    after: str | None = None
+    while True:
+        async with database.transaction() as connection:
+            found = await names(connection, after, _PAGE)
+        if not found:
+            return
+        yield found
+        *_, after = found
 
 
 async def count(database: Database) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import AsyncIterator, Collection
+from collections.abc import Collection
 
 from services.keyvault.database import Database
-from services.keyvault.sql import ledger
 
 _PAGE = 1000
 # By the index of `due_time`: by that of the names every row would be looked at.
@@ -17,6 +16,7 @@ WITH found AS MATERIALIZED (
 )
 SELECT name, sequence FROM found WHERE name > %s ORDER BY name LIMIT %s
 """
+_PUT_OFF = "UPDATE tenant SET due_time = %s WHERE name = %s AND sequence = %s RETURNING 1"
 _HASTEN = """
 UPDATE tenant SET due_time = %(due)s
 WHERE name = %(name)s AND sequence = %(sequence)s AND due_time > %(due)s
@@ -32,16 +32,11 @@ async def due(
     return [(row[0], row[1]) for row in rows]
 
 
-async def names(database: Database) -> AsyncIterator[list[str]]:
-    """Yield all names, a thousand at a time, by name; that of the deployment's own row too."""
-    after: str | None = None
-    while True:
-        async with database.transaction() as connection:
-            found = await ledger.names(connection, after, _PAGE)
-        if not found:
-            return
-        yield found
-        after = found[-1]
+async def put_off(
+    database: Database, name: str, sequence: int, due_time: datetime.datetime
+) -> None:
+    """Say when a tenant, as it was read, is to be looked at again."""
+    await database.all(_PUT_OFF, (due_time, name, sequence))
 
 
 async def hasten(database: Database, name: str, sequence: int, due_time: datetime.datetime) -> None:

@@ -22,7 +22,8 @@ from services.keyvault.event import GENESIS, link_hash
 from services.keyvault.heads import Heads
 from services.keyvault.ledger import Ledger, Tenant
 from services.keyvault.log import Log
-from services.keyvault.sql import events, upkeep
+from services.keyvault.sql import events
+from services.keyvault.sql import ledger as ledger_sql
 
 TICK_SECONDS: Final = 3600.0
 
@@ -54,7 +55,7 @@ class Retention:
             return
         if not await clocks.agree(self._database, self._ledger.now()):
             return
-        async for names in upkeep.names(self._database):
+        async for names in ledger_sql.every_name(self._database):
             await each("retention", names, self._chain)
 
     async def _chain(self, name: str) -> None:

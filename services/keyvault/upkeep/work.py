@@ -104,7 +104,7 @@ class Upkeep:
     async def scan(self) -> None:
         """Look at every tenant that there is or was, whatever its row hints."""
         known = set(self._heads.names())
-        async for names in sql.names(self._database):
+        async for names in ledger_sql.every_name(self._database):
             known.difference_update(names)
             await each("scan", names, self._look)
         # Of these there is no row.
@@ -139,7 +139,7 @@ class Upkeep:
         self._put_aside(name, sequence)
         due = self._due(tenant)
         if due > tenant.now:
-            await ledger_sql.put_off(self._database, name, tenant.head.sequence, due)
+            await sql.put_off(self._database, name, tenant.head.sequence, due)
 
     async def _look(self, name: str) -> None:
         """Look at one tenant: is it whole, sealed with the key in use, and is its hint right?"""
