@@ -41,14 +41,14 @@ class Position:
         return json.dumps({"deployment": deployment, **asdict(self), "root": self.root.hex()})
 
 
-def position(text: str | None, deployment: str) -> Position | None:
-    """Return the position of an anchor's text; None for none.
+def position(text: str | None, deployment: str) -> Position:
+    """Return the position of an anchor's text; that of an empty log where there is none.
 
     Raises:
         ConfigError: it is no anchor, or another deployment's.
     """
     if text is None:
-        return None
+        return Position()
     try:
         data = json.loads(text)
         if data["deployment"] != deployment:

@@ -16,7 +16,7 @@ from byokeep.keyvault.v1 import audit_pb2
 from services.common import logs
 from services.common.errors import ByokeepError
 from services.keyvault.event import SYSTEM
-from services.keyvault.ledger import Ledger, Tenant
+from services.keyvault.ledger import Ledger
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
@@ -64,15 +64,6 @@ class Denials:
         if not due:
             return
         counts = {kind: self._counts.pop(kind) for kind in due}
-        try:
-            await self._write(counts)
-        except ByokeepError as error:
-            logs.failure(log, "denials_not_written", error, kinds=len(counts))
-            self._counts.update(counts)
-            return
-        self._written.update(dict.fromkeys(due, now))
-
-    async def _write(self, counts: dict[Kind, int]) -> None:
         events = [
             audit_pb2.AuditEvent(
                 type=audit_pb2.AUDIT_EVENT_TYPE_DENIED,
@@ -83,8 +74,10 @@ class Denials:
             )
             for kind, count in counts.items()
         ]
-
-        def add(system: Tenant) -> None:
-            system.events += events
-
-        await self._ledger.change(SYSTEM, add)
+        try:
+            await self._ledger.change(SYSTEM, lambda system: system.events.extend(events))
+        except ByokeepError as error:
+            logs.failure(log, "denials_not_written", error, kinds=len(counts))
+            self._counts.update(counts)
+            return
+        self._written.update(dict.fromkeys(due, now))

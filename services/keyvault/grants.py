@@ -48,10 +48,7 @@ def refused() -> ByokeepError:
 
 def _load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
     """Load the orchestrator replicas' public keys, by id. Raises ConfigError."""
-    keys = {
-        public_key_id("gsk", key.public_bytes_raw()): key
-        for key in map(_load_key, sorted(folder.glob("*.pem")))
-    }
+    keys = dict(map(_load_key, sorted(folder.glob("*.pem"))))
     if not keys:
         raise ConfigError(
             f"BYOKEEP_GRANT_KEYS_DIR: no *.pem in {folder}, or no such folder; no lease could be"
@@ -60,7 +57,7 @@ def _load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
     return keys
 
 
-def _load_key(path: Path) -> Ed25519PublicKey:
+def _load_key(path: Path) -> tuple[str, Ed25519PublicKey]:
     key = None
     with contextlib.suppress(ValueError, UnsupportedAlgorithm, PermissionError):
         key = serialization.load_pem_public_key(path.read_bytes())
@@ -68,7 +65,7 @@ def _load_key(path: Path) -> Ed25519PublicKey:
         raise ConfigError(
             f"BYOKEEP_GRANT_KEYS_DIR: {path}: not an Ed25519 public key, or not readable"
         )
-    return key
+    return public_key_id("gsk", key.public_bytes_raw()), key
 
 
 class GrantKeys:
@@ -92,12 +89,12 @@ class GrantKeys:
         broken = False
         for path in sorted(self._folder.glob("*.pem")):
             try:
-                key = _load_key(path)
+                key_id, key = _load_key(path)
             except (ConfigError, OSError):
                 broken = True
                 logs.event(log, "grant_keys_broken", level=logging.CRITICAL, file=path.name)
             else:
-                found[public_key_id("gsk", key.public_bytes_raw())] = key
+                found[key_id] = key
         if not broken:
             self._seen = seen
         if found.keys() != self.trusted.keys():

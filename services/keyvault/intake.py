@@ -56,7 +56,7 @@ class Opened:
 
 
 class IntakeKeys:
-    """Makes, signs, opens and closes intake keys."""
+    """Makes and signs intake keys, and opens what is sealed to them."""
 
     def __init__(
         self,
@@ -129,10 +129,6 @@ class IntakeKeys:
         if "refusal" in answer:
             raise refusal(answer["refusal"], context.provider)
         return Opened(bytes.fromhex(answer["envelope"]), answer["hint"])
-
-    async def forget_closed(self) -> None:
-        """Delete intake keys whose window is over; their KEKs die with their epoch."""
-        await sql.forget_closed(self._database)
 
     async def _make(self, suite: options_pb2.HpkeSuite.ValueType) -> sql.IntakeKey:
         key_id = new_id("ink")

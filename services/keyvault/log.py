@@ -208,7 +208,7 @@ class Log:
         async with self._database.transaction() as connection:
             await sql.lock(connection)
             before = await self._store.read()
-            anchored = self._read(before) or Position()
+            anchored = anchor.position(before.text, self._deployment)
             frontier, completed = merkle.Frontier(), list[tuple[int, int, bytes]]()
             # An anchor that was lost does not say how many words there were.
             generation = max(anchored.generation, self._heads.generation) + 1
@@ -269,7 +269,7 @@ class Log:
         async with self._database.transaction() as connection:
             await sql.lock(connection)
             before = await self._store.read()
-            anchored = self._read(before) or Position()
+            anchored = anchor.position(before.text, self._deployment)
             if before.text is None and await sql.size(connection):
                 self._doubt("there is a log, and no anchor")
                 return False
@@ -425,6 +425,3 @@ class Log:
             told = [audit_pb2.AuditEvent(type=kind, detail=name, lost=body) for body in lost]
             await self._ledger.change(SYSTEM, lambda system: system.events.extend(told))
         del self._lost[name]
-
-    def _read(self, stored: Stored) -> Position | None:
-        return anchor.position(stored.text, self._deployment)

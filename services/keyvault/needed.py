@@ -53,7 +53,8 @@ async def needs(
 ) -> dict[str, Need]:
     """Return what each backend holds; content is kept for `retention`. What a damaged tenant's row
     names is not counted."""
-    found = await system_keys(database)
+    counts = await system_sql.counts(database)
+    found = {backend: Need(system_keys=keys) for backend, keys in counts}
 
     async def count(name: str) -> None:
         living: dict[str, int] = {}
@@ -76,13 +77,6 @@ async def needs(
     return found
 
 
-async def system_keys(database: Database) -> dict[str, Need]:
-    """Return what of keyvault's own each backend holds."""
-    return {
-        backend: Need(system_keys=count) for backend, count in await system_sql.counts(database)
-    }
-
-
 async def check(
     database: Database,
     ledger: Ledger,
@@ -92,13 +86,9 @@ async def check(
 ) -> None:
     """Refuse to go on without a backend that ever wrapped something and still is needed. The log
     was looked at before. Raises ConfigError."""
-    if not set(system.backends) <= set(usable):
-        require(await needs(database, ledger, retention), usable)
-
-
-def require(found: dict[str, Need], usable: Collection[str]) -> None:
-    """Refuse to go on without a backend that is needed. Raises ConfigError."""
-    for backend, need in found.items():
+    if set(system.backends) <= set(usable):
+        return
+    for backend, need in (await needs(database, ledger, retention)).items():
         if backend not in usable and need.sentence():
             raise ConfigError(
                 f"KEK backend {backend} is not configured, and is needed for {need.sentence()}:"

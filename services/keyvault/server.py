@@ -7,6 +7,7 @@ import contextlib
 import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -64,7 +65,7 @@ from services.keyvault.rpc.content import ContentKeyService
 from services.keyvault.rpc.custody import CustodyService
 from services.keyvault.rpc.lease import LeaseService
 from services.keyvault.shred import Shredding
-from services.keyvault.sql import index
+from services.keyvault.sql import index, intake
 from services.keyvault.stage import Staging
 from services.keyvault.tenant_keys import TenantKeys
 from services.keyvault.upkeep import retention, work
@@ -182,6 +183,9 @@ class App:
             database, self.ledger, self.heads, self.log, settings.audit_retention_days
         )
         self.upkeep = self._upkeep()
+        self.rotation = system_keys.Rotation(
+            database, self.ledger, self.log, backends, self.keys, deployment
+        )
         metrics.ANCHOR_AGE.set_function(lambda: self.log.age)
         metrics.ROLLED_BACK.set_function(lambda: self.log.rolled_back)
 
@@ -240,8 +244,9 @@ class App:
         run("scan", work.SCAN_SECONDS, self.upkeep.scan)
         run("retention", retention.TICK_SECONDS, self.retention.tick)
         run("revocations", revocations.HEARTBEAT_SECONDS, self._revocations.read, vital=True)
-        run("keys", _KEYS_SECONDS, self._follow_keys, self._grant_keys.follow)
-        run("forget", _FORGET_SECONDS, self._intake.forget_closed, self._forget)
+        run("keys", _KEYS_SECONDS, self.rotation.refresh, self._grant_keys.follow)
+        forget = partial(intake.forget, self.database), partial(index.forget, self.database)
+        run("forget", _FORGET_SECONDS, *forget)
         if self._serves("admin"):
             run("epochs", epochs.TICK_SECONDS, self.epochs.tick)
 
@@ -278,21 +283,13 @@ class App:
             admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin(), server)
 
     def _admin(self) -> AdminService:
-        rotation = system_keys.Rotation(
-            self.database,
-            self.ledger,
-            self.log,
-            self.backends,
-            self.keys,
-            self._settings.deployment,
-        )
         administered = Administered(
             self.ledger,
             self.log,
             self._holds,
             self._tenant_keys,
             self._shredding,
-            rotation,
+            self.rotation,
             self.upkeep,
         )
         return AdminService(
@@ -309,27 +306,11 @@ class App:
         """Write what is counted, anchor once more, close."""
         await self.background.close()
         if self._began:
+            count: Work = partial(self._denials.flush, 0.0, everything=True)
+            steps = count, self.log.tick, self.log.save
             # A locked table, or a database that is away, must not hold a shutdown up.
             with deadline.within(_LAST_SECONDS), contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_SECONDS):
-                    await each("last_write", self._last_steps(), lambda step: step())
+                    await each("last_write", steps, lambda step: step())
         await self.backends.close()
         await self.database.close()
-
-    def _last_steps(self) -> tuple[Work, ...]:
-        async def count() -> None:
-            await self._denials.flush(0.0, everything=True)
-
-        return count, self.log.tick, self.log.save
-
-    async def _forget(self) -> None:
-        await index.forget(self.database)
-
-    async def _follow_keys(self) -> None:
-        await system_keys.refresh(
-            self.keys,
-            self.database,
-            self.backends,
-            self._settings.deployment,
-            self.log.system,
-        )

@@ -154,31 +154,8 @@ async def load(database: Database, backends: kek.Backends, deployment: str) -> S
     )
 
 
-async def refresh(
-    keys: SystemKeys,
-    database: Database,
-    backends: kek.Backends,
-    deployment: str,
-    system: state_pb2.SystemState,
-) -> None:
-    """Open keys that were made since, before anything is authenticated with them; use those that
-    were activated."""
-    new = await sql.names(database) - keys.opened.keys() - keys.unopened
-    keys.macs.complete = not new & {(one.kind, one.key_id) for one in system.keys}
-    if new:
-        rows = [row for row in await sql.rows(database) if (row[0], row[1]) in new]
-        opened, _ = await _open(backends, deployment, rows)
-        keys.opened.update(opened)
-        keys.unopened |= new - opened.keys()
-        for (kind, key_id), raw in opened.items():
-            if kind == STATE_MAC:
-                keys.macs.keys[key_id] = raw
-        keys.macs.complete = True
-    keys.choose(system)
-
-
 class Rotation:
-    """Rotates keyvault's own keys, on an operator's word."""
+    """Rotates keyvault's own keys, on an operator's word, and takes up what others rotated."""
 
     def __init__(
         self,
@@ -197,6 +174,23 @@ class Rotation:
         self._keys = keys
         self._deployment = deployment
 
+    async def refresh(self) -> None:
+        """Open keys that were made since, before anything is authenticated with them; use those
+        that were activated."""
+        keys, system = self._keys, self._log.system
+        new = await sql.names(self._database) - keys.opened.keys() - keys.unopened
+        keys.macs.complete = not new & {(one.kind, one.key_id) for one in system.keys}
+        if new:
+            rows = [row for row in await sql.rows(self._database) if (row[0], row[1]) in new]
+            opened, _ = await _open(self._backends, self._deployment, rows)
+            keys.opened.update(opened)
+            keys.unopened |= new - opened.keys()
+            for (kind, key_id), raw in opened.items():
+                if kind == STATE_MAC:
+                    keys.macs.keys[key_id] = raw
+            keys.macs.complete = True
+        keys.choose(system)
+
     async def prepare(self, kind: str, caller: str) -> tuple[str, bytes]:
         """Make a key that is not used yet, or return the one that waits: its id, and its public
         part; none of a MAC key."""
@@ -204,7 +198,7 @@ class Rotation:
         if waiting is None:
             async with self._database.transaction() as connection:
                 key_id = await _add(connection, self._backends.primary, self._deployment, kind)
-            await self._refresh()
+            await self.refresh()
 
             def add(system: Tenant) -> None:
                 system.edit().keys.add(kind=kind, key_id=key_id)
@@ -222,7 +216,7 @@ class Rotation:
         Raises:
             ByokeepError: NOT_FOUND.
         """
-        await self._refresh()
+        await self.refresh()
         if kind == STATE_MAC:
             # Whoever has not opened it yet would find the log to be of somebody else.
             await asyncio.sleep(_OPENED_SECONDS)
@@ -245,7 +239,7 @@ class Rotation:
         await self._log.anchored(SYSTEM, head)
 
     async def _waiting(self, kind: str) -> str | None:
-        await self._refresh()
+        await self.refresh()
         system = await self._ledger.read(SYSTEM)
         found = [
             one.key_id
@@ -253,11 +247,6 @@ class Rotation:
             if one.kind == kind and not one.active and (kind, one.key_id) in self._keys.opened
         ]
         return found[-1] if found else None
-
-    async def _refresh(self) -> None:
-        await refresh(
-            self._keys, self._database, self._backends, self._deployment, self._log.system
-        )
 
 
 async def move(database: Database, backends: kek.Backends, deployment: str) -> None:

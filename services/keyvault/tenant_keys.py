@@ -137,7 +137,7 @@ class TenantKeys:
             return Aim(newest, made=False)
         except kek.KekMissingError:
             pass
-        if not await self._elsewhere(name):
+        if not await self._backends.have(name):
             raise lifecycle.tenant_key_missing(tenant)
         made = await backend.create(name)
         return Aim(await backend.newest(name), made)
@@ -179,17 +179,6 @@ class TenantKeys:
         if found.state.shredded:
             raise lifecycle.tenant_key_missing(tenant)
         return found
-
-    async def _elsewhere(self, name: str) -> bool:
-        for backend in self._backends:
-            if backend is self._backends.primary:
-                continue
-            try:
-                await backend.newest(name)
-            except kek.KekMissingError:
-                continue
-            return True
-        return False
 
     async def _take(
         self, tenant: str, aim: Aim, act: Callable[[Tenant, bool], T], *, whole: bool = False

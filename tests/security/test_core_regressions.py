@@ -812,7 +812,7 @@ async def test_a_mac_key_that_is_activated_at_once(keyvault, deployment):
         made = await keyvault.admin.PrepareSystemKey(admin_pb2.PrepareSystemKeyRequest(kind=kind))
         activate = admin_pb2.ActivateSystemKeyRequest(kind=kind, key_id=made.key_id)
         await keyvault.admin.ActivateSystemKey(activate)
-        await keyvault.app._follow_keys()
+        await keyvault.app.rotation.refresh()
         assert keyvault.app.keys.macs.current == made.key_id
         assert await kv.try_lease(keyvault, key) == ""
         for one in (keyvault, replica):
@@ -838,15 +838,15 @@ async def test_a_mac_key_that_a_replica_can_not_open_yet(keyvault, deployment, m
                 admin_pb2.PrepareSystemKeyRequest(kind=kind)
             )
             with pytest.raises(kek.KekUnavailableError):
-                await replica.app._follow_keys()
+                await replica.app.rotation.refresh()
             activate = admin_pb2.ActivateSystemKeyRequest(kind=kind, key_id=made.key_id)
             await keyvault.admin.ActivateSystemKey(activate)
-            await keyvault.app._follow_keys()
+            await keyvault.app.rotation.refresh()
             assert await kv.try_lease(keyvault, key) == ""
             await keyvault.app.log.tick()
             with pytest.raises(ByokeepError, match="authenticated"):
                 await replica.app.log.tick()
-        await replica.app._follow_keys()
+        await replica.app.rotation.refresh()
         await replica.app.log.tick()
         assert not replica.app.log.rolled_back
         assert await kv.try_lease(replica, key) == ""
@@ -863,12 +863,12 @@ async def test_a_mac_key_that_somebody_plants(keyvault, monkeypatch):
     row = f"INSERT INTO system_key {columns} VALUES ('state_mac', %s, 'local', 1, %s, 'x')"
     await keyvault.sql("ALTER TABLE system_key ALTER wrapped_dek DROP NOT NULL")
     await keyvault.sql(row, "smk_1", None)
-    await keyvault.app._follow_keys()
+    await keyvault.app.rotation.refresh()
     await keyvault.sql(row, "smk_2", b"x")
     with monkeypatch.context() as gone:
         gone.setattr(keyvault.app.backends.primary, "unwrap", away)
         with pytest.raises(kek.KekUnavailableError):
-            await keyvault.app._follow_keys()
+            await keyvault.app.rotation.refresh()
         assert keyvault.app.keys.macs.complete
 
 

@@ -94,7 +94,7 @@ async def test_intake_replay_of_a_closed_window(keyvault, monkeypatch):
     monkeypatch.setattr(keyvault, "statement", unchecked)
     request = await keyvault.stage_request()
     assert await refusal(keyvault.custody.StageKey(request)) == "INTAKE_KEY_EXPIRED"
-    await keyvault.app._intake.forget_closed()
+    await intake_store.forget(keyvault.app.database)
     assert await keyvault.sql("SELECT count(*) FROM intake_key") == [(0,)]
 
 

@@ -9,7 +9,7 @@ stand in the row, so that two live side by side during a migration.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -190,6 +190,14 @@ class Backends:
         """Return why no call to a backend is worth trying now; None also where it isn't in use."""
         backend = self._by_name.get(name)
         return backend.refusal() if backend is not None else None
+
+    async def have(self, kek: str) -> bool:
+        """Say whether some backend has a KEK of a name. Raises KekUnavailableError."""
+        for backend in self:
+            with suppress(KekMissingError):
+                await backend.newest(kek)
+                return True
+        return False
 
     def __iter__(self) -> Iterator[Backend]:
         """Yield every backend."""

@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import hashlib
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -129,21 +130,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                     raise
                 continue  # it is named by GetStatus
             if not entry.holdings:
-                entry.kek_destroyed = await self._destroyed(name)
+                with suppress(kek.KekUnavailableError):
+                    entry.kek_destroyed = not await self._backends.have(kek.tenant_kek(name))
         if len(names) == size:
             answer.next_page_token = names[-1]
         return answer
-
-    async def _destroyed(self, tenant: str) -> bool:
-        for backend in self._backends:
-            try:
-                await backend.newest(kek.tenant_kek(tenant))
-            except kek.KekMissingError:
-                continue
-            except kek.KekUnavailableError:
-                pass
-            return False
-        return True
 
     async def ListKekBackends(
         self, request: pb.ListKekBackendsRequest, context: Any
@@ -266,11 +257,8 @@ def _holdings(state: state_pb2.TenantState) -> list[pb.KekHolding]:
     for one in lifecycle.holdings(state):
         if not one.living:
             continue
-        known = found.get(one.backend)
-        if known is None:
-            known = found[one.backend] = pb.KekHolding(
-                backend=one.backend, oldest_version=one.oldest
-            )
+        new = pb.KekHolding(backend=one.backend, oldest_version=one.oldest)
+        known = found.setdefault(one.backend, new)
         known.oldest_version = min(known.oldest_version, one.oldest)
         known.newest_version = max(known.newest_version, one.newest)
         known.rows += one.living

@@ -135,8 +135,7 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
             return pb.ExportEventsResponse(head=await self._sign(parent, head, 0))
         await self._log.anchored(name, head)
         position, note = await self._signed()
-        async with self._database.transaction() as connection:
-            leaf = await log_sql.newest_leaf(connection, name, position.size)
+        leaf = await log_sql.newest_leaf(self._database, name, position.size)
         if leaf is None or not self._log.wrote(leaf) or leaf.sequence < head.sequence:
             raise stale("read")
         proof = await self._checkpoints.prove(position, note, leaf.index, leaf.blind, since_size)

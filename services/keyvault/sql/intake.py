@@ -77,8 +77,9 @@ async def insert(database: Database, key: IntakeKey) -> None:
         await connection.execute(_INSERT, astuple(key))
 
 
-async def forget_closed(database: Database) -> None:
-    """Forget the intake keys that are closed, and requests older than a week."""
+async def forget(database: Database) -> None:
+    """Forget the intake keys that are closed, whose KEKs die with their epoch, and requests older
+    than a week."""
     async with database.transaction() as connection:
         await connection.execute(_FORGET_CLOSED)
         await connection.execute(_FORGET)

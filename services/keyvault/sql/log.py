@@ -12,10 +12,9 @@ from services.keyvault.merkle import Frontier, Node, nodes_of
 _BATCH = 10_000
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('byokeep_log'))"
 _SIZE = "SELECT coalesce(max(index) + 1, 0) FROM log_leaf"
-_LEAVES = """
-SELECT index, generation, tenant, sequence, head_hash, blind, leaf_hash FROM log_leaf
-WHERE index >= %s AND index < %s ORDER BY index LIMIT %s
-"""
+_LEAF = "SELECT index, generation, tenant, sequence, head_hash, blind, leaf_hash FROM log_leaf "
+_LEAVES = _LEAF + "WHERE index >= %s AND index < %s ORDER BY index LIMIT %s"
+_LEAF_AT = _LEAF + "WHERE tenant = %s AND index < %s ORDER BY index DESC LIMIT 1"
 # What stands beyond the end already, keyvault did not write.
 _CUT = "DELETE FROM log_leaf WHERE index >= %s"
 _ADD = """
@@ -35,10 +34,6 @@ USING (level, index)
 UNION ALL
 SELECT 0, index, leaf_hash FROM log_leaf
 WHERE index IN (SELECT unnest(%(leaves)s::bigint[]))
-"""
-_LEAF_AT = """
-SELECT index, generation, tenant, sequence, head_hash, blind, leaf_hash FROM log_leaf
-WHERE tenant = %s AND index < %s ORDER BY index DESC LIMIT 1
 """
 _ADD_CHECKPOINT = """
 INSERT INTO log_checkpoint (size, note) VALUES (%s, %s) ON CONFLICT DO NOTHING
@@ -128,9 +123,9 @@ async def frontier(connection: Connection, log_size: int) -> Frontier | None:
     return Frontier(log_size, [found[node] for node in wanted])
 
 
-async def newest_leaf(connection: Connection, tenant: str, log_size: int) -> Leaf | None:
+async def newest_leaf(database: Database, tenant: str, log_size: int) -> Leaf | None:
     """Return a tenant's newest leaf in a log of some size."""
-    row = await (await connection.execute(_LEAF_AT, (tenant, log_size))).fetchone()
+    row = await database.one(_LEAF_AT, (tenant, log_size))
     return Leaf(*row) if row and None not in row else None
 
 
