@@ -96,15 +96,19 @@ class Edge:
         self.write_trust()
         self.write_config()
 
-    def serve(self, zone: str, dns: str, add: Callable[[grpc.Server], None]) -> str:
-        """Start a server with a certificate for a DNS name; return its address."""
+    def serve(
+        self, zone: str, dns: str, add: Callable[[grpc.Server], None], streams: int = 256
+    ) -> str:
+        """Start a server with a certificate for a DNS name, which takes so many calls of a
+        connection; return its address."""
         files = self.ca.issue(self.directory / f"{zone}-{dns}", spiffe_id=zone, dns=[dns])
         credentials = grpc.ssl_server_credentials(
             [(files.key.read_bytes(), files.certificate.read_bytes())],
             self.ca.pem.encode(),
             require_client_auth=True,
         )
-        server = grpc.server(futures.ThreadPoolExecutor(8))
+        options = [("grpc.max_concurrent_streams", streams)]
+        server = grpc.server(futures.ThreadPoolExecutor(8), options=options)
         add(server)
         port = server.add_secure_port("127.0.0.1:0", credentials)
         server.start()

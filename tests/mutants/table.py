@@ -1541,7 +1541,7 @@ MUTANTS = (
     Mutant(
         "a stream that was lost is not opened again",
         _CLIENT + "watching.py",
-        "            elif failed.code() not in UNANSWERED and failed.reason not in _PASSING:",
+        "            elif failed.code() not in UNANSWERED and failed.reason != _BROKEN_OFF:",
         "            else:",
         (_CALLS + "test_a_watched_review_goes_on_past_lost_connections",),
     ),

@@ -27,6 +27,13 @@ _LONGEST_PAUSE_SECONDS: Final = 8.0
 _dice: Final = random.SystemRandom()
 
 
+def overload_pause(asked: float, refusals: int) -> float:
+    """Return the seconds to the next try after so many refusals before this one: at least what the
+    service asked for, longer each time, and never the same for two callers."""
+    longest = max(asked, _LONGEST_PAUSE_SECONDS)
+    return min(asked * 1.5**refusals, longest) * _dice.uniform(1.0, 1.5)
+
+
 class Patience:
     """How long a call that was refused as one too many waits for its next try."""
 
@@ -40,12 +47,11 @@ class Patience:
         return max(self._end - time.monotonic(), 0.0)
 
     def pause(self, failed: CallError) -> float:
-        """Return the seconds to the next try: what the service asked for, longer each time, and
-        never the same for two callers. Raises `failed` where that does not help, or is too late."""
+        """Return the seconds to the next try. Raises `failed` where that does not help, or is too
+        late."""
         if failed.reason != OVERLOADED or failed.retry_after_seconds is None:
             raise failed
-        asked = failed.retry_after_seconds * 1.5**self._refusals
-        pause = min(asked, _LONGEST_PAUSE_SECONDS) * _dice.uniform(1.0, 1.5)
+        pause = overload_pause(failed.retry_after_seconds, self._refusals)
         self._refusals += 1
         if pause >= self.left():
             raise failed

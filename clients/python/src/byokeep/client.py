@@ -13,6 +13,7 @@ Every call that fails raises CallError. `byokeep.aio` has the same for asyncio.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,14 @@ import grpc
 
 from byokeep import edge, ids, sealing
 from byokeep.calls import DEADLINE_SECONDS, Calls
-from byokeep.edge import REVIEW_SECONDS, VERDICT_SECONDS, Edge, ReviewOptions, new_request_id
+from byokeep.edge import (
+    REVIEW_SECONDS,
+    SUBMIT_SECONDS,
+    VERDICT_SECONDS,
+    Edge,
+    ReviewOptions,
+    new_request_id,
+)
 from byokeep.errors import WatchTimeoutError
 from byokeep.identity import TlsFiles
 from byokeep.keyshape import check_key
@@ -190,19 +198,28 @@ class Connection(Edge):
         """
         request = key_pb2.WatchKeyRequest(name=name)
         return watch(
-            lambda left: self.keys.WatchKey(request, timeout=left), edge.verdict_is_known, seconds
+            lambda left: self._watched_keys.WatchKey(request, timeout=left),
+            edge.verdict_is_known,
+            seconds,
         )
 
     def submit_review(
-        self, diff: bytes | str, repository: str, **options: Unpack[ReviewOptions]
+        self,
+        diff: bytes | str,
+        repository: str,
+        *,
+        wait: float = SUBMIT_SECONDS,
+        **options: Unpack[ReviewOptions],
     ) -> review_pb2.Review:
         """Submit a unified diff, as git prints it, and return the review, QUEUED.
 
+        ``wait`` is how many seconds it may take: a service that has too much to do takes it later.
+
         Raises:
-            CallError: it was refused.
+            CallError: it was refused, or the service stays away.
         """
         request = edge.review_request(self.parent, diff, repository, options)
-        return self.reviews.SubmitReview(request).review
+        return self.reviews.SubmitReview(request, timeout=wait).review
 
     def review(
         self,
@@ -219,8 +236,9 @@ class Connection(Edge):
             WatchTimeoutError: ``wait`` seconds were over before; the review goes on.
             CallError: it was refused, or the service stays away.
         """
-        review = self.submit_review(diff, repository, **options)
-        for answer in self.watch_review(review.name, wait):
+        end = time.monotonic() + wait
+        review = self.submit_review(diff, repository, wait=min(wait, SUBMIT_SECONDS), **options)
+        for answer in self.watch_review(review.name, max(end - time.monotonic(), 0.0)):
             review = answer.review
         return edge.completed(review)
 
@@ -245,7 +263,7 @@ class Connection(Edge):
         """
         request = review_pb2.WatchReviewRequest(name=name)
         answers = watch(
-            lambda left: self.reviews.WatchReview(request, timeout=left),
+            lambda left: self._watched_reviews.WatchReview(request, timeout=left),
             edge.review_is_over,
             seconds,
         )
@@ -293,6 +311,20 @@ class Connection(Edge):
     @cached_property
     def _orchestrator(self) -> grpc.Channel:
         return self._open(self.profile.orchestrator)
+
+    # What is watched has a connection of its own: the calls that one takes at a time are few, and
+    # many reviews that go on would leave none for any other.
+    @cached_property
+    def _watched(self) -> grpc.Channel:
+        return self._open(self.profile.orchestrator)
+
+    @cached_property
+    def _watched_reviews(self) -> review_pb2_grpc.ReviewServiceStub:
+        return review_pb2_grpc.ReviewServiceStub(self._watched)
+
+    @cached_property
+    def _watched_keys(self) -> key_pb2_grpc.KeyServiceStub:
+        return key_pb2_grpc.KeyServiceStub(self._watched)
 
     @cached_property
     def _keyvault(self) -> grpc.Channel:

@@ -21,6 +21,8 @@ from byokeep.profile import Endpoint, Profile, ProfileError, TrustBundle, load_p
 
 VERDICT_SECONDS: Final = 60.0
 """How long a provider's verdict on a key is waited for by default."""
+SUBMIT_SECONDS: Final = 600.0
+"""How long a service that has too much to do is given to take a review, by default."""
 REVIEW_SECONDS: Final = 24 * 3600.0
 """How long the end of a review is waited for by default."""
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import grpc
 
+from byokeep.calls import overload_pause
 from byokeep.errors import OVERLOADED, UNANSWERED, CallError, WatchTimeoutError
 
 FAILURES_IN_A_ROW: Final = 8
@@ -21,9 +22,8 @@ FAILURES_IN_A_ROW: Final = 8
 With the channel's own repetitions this outlasts a service's restart."""
 _LONGEST_PAUSE_SECONDS: Final = 2.0
 _LAST_WORDS_SECONDS: Final = 1.0
-# A connection that broke off, said in the ways in which proxies and gRPC say it; or one stream too
-# many for now.
-_PASSING = ("UNEXPLAINED", OVERLOADED)
+# A connection that broke off, said in the ways in which proxies and gRPC say it.
+_BROKEN_OFF = "UNEXPLAINED"
 
 
 def watch(
@@ -101,6 +101,7 @@ class _Course:
         self._end = time.monotonic() + seconds
         self._latest: Any = None
         self._failures = 0
+        self._refusals = 0
 
     def left(self) -> float:
         """Return the seconds that are left. Raises WatchTimeoutError where none is."""
@@ -112,7 +113,7 @@ class _Course:
     def seen(self, message: Any) -> None:
         """Keep a message: the service is there."""
         self._latest = message
-        self._failures = 0
+        self._failures = self._refusals = 0
 
     def pause(self, failed: CallError | None) -> float:
         """Return the seconds to the next try, of a stream that failed, or just stopped (None).
@@ -121,15 +122,23 @@ class _Course:
             WatchTimeoutError: the stream ended because the time is over.
             CallError: a refusal, or one failure too many.
         """
+        if failed is not None and failed.reason == OVERLOADED:
+            # The service is there, and has one stream too many for now.
+            pause = overload_pause(failed.retry_after_seconds or 1.0, self._refusals)
+            self._refusals += 1
+            return self._at_most(pause)
         self._failures += 1
         if failed is not None:
             if failed.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 self.left()
-            elif failed.code() not in UNANSWERED and failed.reason not in _PASSING:
+            elif failed.code() not in UNANSWERED and failed.reason != _BROKEN_OFF:
                 raise failed
             if self._failures >= FAILURES_IN_A_ROW:
                 raise failed
-        pause: float = min(0.1 * 2 ** min(self._failures, 10), _LONGEST_PAUSE_SECONDS)
+        pause = min(0.1 * 2 ** min(self._failures, 10), _LONGEST_PAUSE_SECONDS)
         if failed is not None and failed.retry_after_seconds is not None:
             pause = max(pause, failed.retry_after_seconds)
+        return self._at_most(pause)
+
+    def _at_most(self, pause: float) -> float:
         return min(pause, max(self._end - time.monotonic(), 0.0))

@@ -12,17 +12,25 @@ files, which are small, before it returns.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Unpack
+from typing import Final, Literal, Unpack
 
 import grpc
 
 from byokeep import edge, ids, sealing
 from byokeep.calls import AioCalls
-from byokeep.edge import REVIEW_SECONDS, VERDICT_SECONDS, Edge, ReviewOptions, new_request_id
+from byokeep.edge import (
+    REVIEW_SECONDS,
+    SUBMIT_SECONDS,
+    VERDICT_SECONDS,
+    Edge,
+    ReviewOptions,
+    new_request_id,
+)
 from byokeep.errors import WatchTimeoutError
 from byokeep.identity import TlsFiles
 from byokeep.keyshape import check_key
@@ -40,6 +48,10 @@ from byokeep.transport import following_aio_channel
 from byokeep.watching import watch_aio
 
 __all__ = ["Connection", "ReviewOptions", "connect", "new_request_id"]
+
+# The orchestrator serves a hundred of a tenant at a time, and a connection of many large requests
+# begins to refuse calls.
+_SUBMISSIONS: Final = 50
 
 
 def connect(
@@ -76,6 +88,7 @@ class Connection(Edge):
         """Keep the profile; open nothing yet."""
         super().__init__(profile, tenant)
         self._channels: list[grpc.aio.Channel] = []
+        self._submitting = asyncio.Semaphore(_SUBMISSIONS)
 
     @cached_property
     def tenants(self) -> tenant_pb2_grpc.TenantServiceAsyncStub:
@@ -191,19 +204,30 @@ class Connection(Edge):
         """
         request = key_pb2.WatchKeyRequest(name=name)
         return watch_aio(
-            lambda left: self.keys.WatchKey(request, timeout=left), edge.verdict_is_known, seconds
+            lambda left: self._watched_keys.WatchKey(request, timeout=left),
+            edge.verdict_is_known,
+            seconds,
         )
 
     async def submit_review(
-        self, diff: bytes | str, repository: str, **options: Unpack[ReviewOptions]
+        self,
+        diff: bytes | str,
+        repository: str,
+        *,
+        wait: float = SUBMIT_SECONDS,
+        **options: Unpack[ReviewOptions],
     ) -> review_pb2.Review:
         """Submit a unified diff, as git prints it, and return the review, QUEUED.
 
+        ``wait`` is how many seconds it may take: a service that has too much to do takes it later.
+        More than a few at once wait for one another here.
+
         Raises:
-            CallError: it was refused.
+            CallError: it was refused, or the service stays away.
         """
         request = edge.review_request(self.parent, diff, repository, options)
-        return (await self.reviews.SubmitReview(request)).review
+        async with self._submitting:
+            return (await self.reviews.SubmitReview(request, timeout=wait)).review
 
     async def review(
         self,
@@ -220,8 +244,11 @@ class Connection(Edge):
             WatchTimeoutError: ``wait`` seconds were over before; the review goes on.
             CallError: it was refused, or the service stays away.
         """
-        review = await self.submit_review(diff, repository, **options)
-        async for answer in self.watch_review(review.name, wait):
+        end = time.monotonic() + wait
+        review = await self.submit_review(
+            diff, repository, wait=min(wait, SUBMIT_SECONDS), **options
+        )
+        async for answer in self.watch_review(review.name, max(end - time.monotonic(), 0.0)):
             review = answer.review
         return edge.completed(review)
 
@@ -246,7 +273,7 @@ class Connection(Edge):
         """
         request = review_pb2.WatchReviewRequest(name=name)
         answers = watch_aio(
-            lambda left: self.reviews.WatchReview(request, timeout=left),
+            lambda left: self._watched_reviews.WatchReview(request, timeout=left),
             edge.review_is_over,
             seconds,
         )
@@ -295,6 +322,20 @@ class Connection(Edge):
     @cached_property
     def _orchestrator(self) -> grpc.aio.Channel:
         return self._open(self.profile.orchestrator)
+
+    # What is watched has a connection of its own: the calls that one takes at a time are few, and
+    # many reviews that go on would leave none for any other.
+    @cached_property
+    def _watched(self) -> grpc.aio.Channel:
+        return self._open(self.profile.orchestrator)
+
+    @cached_property
+    def _watched_reviews(self) -> review_pb2_grpc.ReviewServiceAsyncStub:
+        return review_pb2_grpc.ReviewServiceStub(self._watched)
+
+    @cached_property
+    def _watched_keys(self) -> key_pb2_grpc.KeyServiceAsyncStub:
+        return key_pb2_grpc.KeyServiceStub(self._watched)
 
     @cached_property
     def _keyvault(self) -> grpc.aio.Channel:

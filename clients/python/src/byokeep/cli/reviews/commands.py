@@ -183,6 +183,8 @@ def review(
     if dry_run:
         _dry_run(session, content, gate)
         return
+    from byokeep.edge import SUBMIT_SECONDS
+
     connection = session.connection
     submitted = connection.reviews.SubmitReview(
         review_pb2.SubmitReviewRequest(
@@ -191,7 +193,8 @@ def review(
             request_id=request or request_id(),
             priority=review_pb2.Priority.Value(f"PRIORITY_{priority.upper()}"),
             keep_older=keep,
-        )
+        ),
+        timeout=SUBMIT_SECONDS,
     ).review
     if detach:
         _detached(session, submitted)
