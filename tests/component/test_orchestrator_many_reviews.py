@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 from byokeep.errors import error_info
 from byokeep.names import last_of
@@ -60,6 +61,24 @@ async def listed(stack: Stack, **fields: Any) -> list[str]:
     request = review_pb2.ListReviewsRequest(parent="tenants/acme", filter=Filter(**fields))
     answer = await stack.client("acme").reviews.ListReviews(request)
     return [one.name for one in answer.reviews]
+
+
+# --- submitting
+
+
+async def test_submissions_of_one_tenant_leave_connections_for_the_others(stack: Stack) -> None:
+    """Was shown to fail without turns: each waited for its tenant's row with a connection."""
+    await stack.tenant("other")
+    stack.keyvault.add("other")
+    before = await stack.submit(tenant="acme")
+    async with await psycopg.AsyncConnection.connect(stack.database_url) as holding:
+        await holding.execute("SELECT FROM tenant WHERE id = 'acme' FOR UPDATE")
+        waiting = [asyncio.create_task(stack.submit(title=str(n))) for n in range(30)]
+        await stack.until("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        for _ in range(8):
+            await stack.submit(tenant="other")
+    names = {(await task).name for task in waiting}
+    assert len(names - {before.name}) == 30
 
 
 # --- superseding
