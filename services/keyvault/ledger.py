@@ -15,10 +15,10 @@ import hashlib
 import hmac
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from byokeep.encoding import fields
@@ -38,6 +38,8 @@ from services.keyvault.sql.ledger import SecretName
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
+S = TypeVar("S", bound=Message)
+U = TypeVar("U", bound=Message)
 _MAC: Final = "byokeep/tenant/v1"
 _CACHED_BYTES: Final = 16 * 1024 * 1024
 _BATCH: Final = 500
@@ -74,23 +76,21 @@ class Macs:
 
 
 @dataclass(slots=True)
-class Part:
-    """A part of a tenant's keys: what was read of it is shared; `edit` copies it first."""
+class _Read(Generic[S, U]):
+    """State and usage as they were read: they are shared, and whoever edits one gets a copy."""
 
-    state: state_pb2.PartState
-    usage: state_pb2.PartUsage
-    raw_state: bytes = b""
-    raw_usage: bytes = b""
-    state_changed: bool = False
-    usage_changed: bool = False
+    state: S
+    usage: U
+    state_changed: bool = field(default=False, init=False)
+    usage_changed: bool = field(default=False, init=False)
 
-    def edit(self) -> state_pb2.PartState:
+    def edit(self) -> S:
         """Return the state, to be changed."""
         if not self.state_changed:
             self.state, self.state_changed = _copy(self.state), True
         return self.state
 
-    def edit_usage(self) -> state_pb2.PartUsage:
+    def edit_usage(self) -> U:
         """Return the usage, to be changed."""
         if not self.usage_changed:
             self.usage, self.usage_changed = _copy(self.usage), True
@@ -98,22 +98,27 @@ class Part:
 
 
 @dataclass(slots=True)
-class Tenant:
-    """One tenant as it was read and authenticated, and what is changed of it."""
+class Part(_Read[state_pb2.PartState, state_pb2.PartUsage]):
+    """A part of a tenant's keys."""
+
+    raw_state: bytes = b""
+    raw_usage: bytes = b""
+
+
+@dataclass(slots=True)
+class Tenant(_Read[Any, state_pb2.TenantUsage]):
+    """One tenant as it was read and authenticated, and what is changed of it. Its state is a
+    TenantState, that of the deployment's own row a SystemState."""
 
     name: str
     head: Head
-    state: Any  # TenantState; SystemState for the deployment's own row
-    usage: state_pb2.TenantUsage
-    parts: dict[int, Part]
+    now: datetime.datetime
+    parts: dict[int, Part] = field(default_factory=dict)
     #: (wrapped data key, envelope) of the versions that were asked for, as they are stored: their
     #: digests are in the versions' state.
-    secrets: dict[SecretName, tuple[bytes, bytes]]
-    now: datetime.datetime
+    secrets: dict[SecretName, tuple[bytes, bytes]] = field(default_factory=dict)
     _raw_usage: bytes = b""
     _state_digest: bytes = b""
-    _state_changed: bool = False
-    _usage_changed: bool = False
     #: Id of the key that the row was authenticated with.
     mac_key: str = ""
     #: What is written with the change.
@@ -125,18 +130,6 @@ class Tenant:
     closed: list[str] = field(default_factory=list)
     #: The change takes something away from whoever has a lease.
     ends: bool = False
-
-    def edit(self) -> Any:
-        """Return the state, to be changed."""
-        if not self._state_changed:
-            self.state, self._state_changed = _copy(self.state), True
-        return self.state
-
-    def edit_usage(self) -> state_pb2.TenantUsage:
-        """Return the usage, to be changed."""
-        if not self._usage_changed:
-            self.usage, self._usage_changed = _copy(self.usage), True
-        return self.usage
 
     def secret(self, name: SecretName, digest: bytes) -> tuple[bytes, bytes] | None:
         """Return the ciphertext of a version that was asked for; None where what is stored is not
@@ -161,6 +154,13 @@ class Tenant:
         """Return the keys of every part that was read, by id."""
         found = (key for part in self.parts.values() for key in part.state.keys)
         return sorted(found, key=lambda key: key.key_id)
+
+    def living(self) -> Iterator[tuple[state_pb2.KeyState, state_pb2.VersionState]]:
+        """Yield each version that is not destroyed, with its key, of every part that was read."""
+        for key in self.every_key():
+            for version in key.versions:
+                if lifecycle.state_of(version) is not lifecycle.State.DESTROYED:
+                    yield key, version
 
     @property
     def next_sequence(self) -> int:
@@ -267,7 +267,6 @@ class Ledger:
             async with self._database.transaction() as connection:
                 found = await self._load(connection, {name: parts}, secrets, lock=True)
                 result = decide(_whole(found[name]))
-                await self._aside(connection, found.values())
                 done = await self._write(connection, found.values())
             await self._committed(done)
         # Where nothing was written, what was read: somebody else may have, and is not anchored yet.
@@ -285,7 +284,6 @@ class Ledger:
             async with self._database.pipelined() as connection:
                 found = await self._load(connection, wanted, secrets, lock=True)
                 result = decide(found)
-                await self._aside(connection, found.values())
                 done = await self._write(connection, found.values())
             await self._committed(done)
         return result
@@ -297,7 +295,7 @@ class Ledger:
             if self._heads.knows(name):
                 raise lifecycle.rolled_back(name)
             head = Head(self._heads.generation)
-            tenant = Tenant(name, head, state, state_pb2.TenantUsage(), {}, {}, self.now())
+            tenant = Tenant(state, state_pb2.TenantUsage(), name, head, self.now())
             tenant.edit()
             async with self._database.transaction() as connection:
                 await sql.create(connection, name)
@@ -360,15 +358,13 @@ class Ledger:
             raise lifecycle.tampered(name)
         kind = state_pb2.TenantState if name else state_pb2.SystemState
         return Tenant(
-            name,
-            head,
             self._parsed(kind, state, state_digest),
             self._parsed(state_pb2.TenantUsage, usage, usage_digest),
-            {},
-            {},
+            name,
+            head,
             self.now(),
-            usage,
-            state_digest,
+            _raw_usage=usage,
+            _state_digest=state_digest,
             mac_key=mac_key,
         )
 
@@ -437,11 +433,22 @@ class Ledger:
     async def _write(
         self, connection: Connection, tenants: Iterable[Tenant | ByokeepError]
     ) -> list[_Done]:
-        """Write what was changed of tenants that are locked; return the heads after it."""
-        change, done = sql.Write(), list[_Done]()
+        """Write what was changed of tenants that are locked, with its ciphertexts, and what the
+        index of leases is to say; return the heads after it."""
+        change, done, closed = sql.Write(), list[_Done](), list[str]()
         for tenant in tenants:
-            if isinstance(tenant, Tenant) and tenant.events:
-                done.append(self._add(change, tenant))
+            if not isinstance(tenant, Tenant) or not tenant.events:
+                continue
+            done.append(self._add(change, tenant))
+            closed += tenant.closed
+            if tenant.put:
+                await sql.put_secrets(connection, tenant.put)
+            if tenant.dropped:
+                await sql.drop_secrets(connection, tenant.dropped)
+            if tenant.ended:
+                await index.end(connection, tenant.ended)
+        if closed:
+            await index.close(connection, closed)
         if done:
             await sql.write(connection, change)
         return done
@@ -452,10 +459,10 @@ class Ledger:
             if part.state_changed or part.usage_changed:
                 self._add_part(change, tenant, number, part)
         state_digest, state = tenant._state_digest, None
-        if tenant._state_changed:
+        if tenant.state_changed:
             state, state_digest = self._serialized(tenant.state)
         usage, usage_digest = tenant._raw_usage, hashlib.sha256(tenant._raw_usage).digest()
-        if tenant._usage_changed:
+        if tenant.usage_changed:
             usage, usage_digest = self._serialized(tenant.usage)
         tenant.events[-1].state_digest = hashlib.sha256(state_digest + usage_digest).digest()
         links = event.links(name, tenant.head, self._deployment, tenant.now, tenant.events)
@@ -499,26 +506,9 @@ class Ledger:
         """Return when the tenant is to be looked at; None where its row says so already: a lease
         changes no indexed column but where it is the only one that lives."""
         first_lease = tenant.leased and len(tenant.usage.leases) == len(tenant.leased)
-        if not tenant.name or not (tenant._state_changed or first_lease):
+        if not tenant.name or not (tenant.state_changed or first_lease):
             return None
         return lifecycle.due(tenant.state, tenant.usage, tenant.now, self._shred_after)
-
-    async def _aside(
-        self, connection: Connection, tenants: Iterable[Tenant | ByokeepError]
-    ) -> None:
-        """Write what goes with the changes: ciphertexts, and the index of leases."""
-        closed: list[str] = []
-        for tenant in tenants:
-            if isinstance(tenant, Tenant):
-                if tenant.put:
-                    await sql.put_secrets(connection, tenant.put)
-                if tenant.dropped:
-                    await sql.drop_secrets(connection, tenant.dropped)
-                if tenant.ended:
-                    await index.end(connection, tenant.ended)
-                closed += tenant.closed
-        if closed:
-            await index.close(connection, closed)
 
     async def _committed(self, done: Iterable[_Done]) -> None:
         """Remember heads that are durable. What is known is looked at again: a database that lied

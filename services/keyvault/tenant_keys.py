@@ -84,7 +84,7 @@ class TenantKeys:
             return past.version
         backend = self._backends.primary
         aim = await self.aim(tenant, above=WHOLE)
-        event = _event(_rotated(aim), backend, aim, caller)
+        event = _event(audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_ROTATED, backend, aim, caller)
 
         def note(found: Tenant, new: bool) -> int:
             return _note(found, request, event, aim.version)
@@ -106,17 +106,13 @@ class TenantKeys:
             return
         aim = await self.aim(tenant)
         backend = self._backends.primary
-        kind = (
-            audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED
-            if aim.made
-            else audit_pb2.AUDIT_EVENT_TYPE_REWRAPPED
-        )
+        event = _event(audit_pb2.AUDIT_EVENT_TYPE_REWRAPPED, backend, aim, caller)
 
         def order(found: Tenant, new: bool) -> None:
             if custody.done_before(found.state.requests, request) is None:
                 self._target(found, aim.version, trim=trim)
                 _clear_unopened(found)
-                _note(found, request, _event(kind, backend, aim, caller), aim.version)
+                _note(found, request, event, aim.version)
 
         _, head = await self._take(tenant, aim, order, whole=True)
         await self._log.anchored(tenant, head)
@@ -145,9 +141,12 @@ class TenantKeys:
     async def take_target(self, tenant: str, aim: Aim, caller: str, *, trim: bool) -> None:
         """Have a tenant's data keys wrapped as `aim` says, of keyvault's own accord."""
 
+        kind = audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_ROTATED
+        event = _event(kind, self._backends.primary, aim, caller)
+
         def order(found: Tenant, new: bool) -> None:
             self._target(found, aim.version, trim=trim)
-            found.events.append(_event(_rotated(aim), self._backends.primary, aim, caller))
+            found.events.append(event)
 
         await self._take(tenant, aim, order)
 
@@ -224,11 +223,10 @@ def _take_version(found: Tenant, backend: str, aim: Aim) -> None:
 
 def _clear_unopened(found: Tenant) -> None:
     """Have versions tried again that did not open; every part was read."""
-    for key in found.every_key():
-        for one in key.versions:
-            if one.unopened_time:
-                version = lifecycle.version_of(found.edit_key(key.key_id), one.version)
-                version.unopened_time, version.unopened_reason = 0, ""
+    for key, one in found.living():
+        if one.unopened_time:
+            version = lifecycle.version_of(found.edit_key(key.key_id), one.version)
+            version.unopened_time, version.unopened_reason = 0, ""
 
 
 def untrimmed(state: state_pb2.TenantState, backends: kek.Backends) -> list[state_pb2.KekState]:
@@ -247,14 +245,10 @@ def _note(found: Tenant, request: Request, event: audit_pb2.AuditEvent, version:
     return version
 
 
-def _rotated(aim: Aim) -> audit_pb2.AuditEventType.ValueType:
-    if aim.made:
-        return audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED
-    return audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_ROTATED
-
-
 def _event(
     kind: audit_pb2.AuditEventType.ValueType, backend: kek.Backend, aim: Aim, caller: str
 ) -> audit_pb2.AuditEvent:
+    """Return an event of a kind, or that the KEK was created, where it was made for this."""
     detail = f"{backend.name} v{aim.version}"
+    kind = audit_pb2.AUDIT_EVENT_TYPE_TENANT_KEY_CREATED if aim.made else kind
     return audit_pb2.AuditEvent(type=kind, caller=caller, detail=detail)

@@ -6,7 +6,7 @@ from byokeep.keyvault.v1 import admin_pb2 as pb
 
 from services.keyvault import kek, lifecycle
 from services.keyvault.ledger import Tenant
-from services.keyvault.lifecycle import RETRY_SECONDS, State
+from services.keyvault.lifecycle import RETRY_SECONDS
 from services.keyvault.tenant_keys import untrimmed
 
 #: Phases in which nothing more is done.
@@ -21,23 +21,19 @@ def progress(tenant: Tenant, backends: kek.Backends, *, quiet: bool) -> pb.Rewra
     answer = pb.RewrapTenantResponse(backend=state.target_backend, version=state.target_version)
     waiting, refused = 0, False
     tried = tenant.now.timestamp() - RETRY_SECONDS
-    for key in tenant.every_key():
-        for one in key.versions:
-            if lifecycle.state_of(one) is State.DESTROYED:
-                continue
-            answer.total += 1
-            there = lifecycle.at_target(state, one)
-            answer.done += there
-            if not one.unopened_time:
-                waiting += not there
-                continue
-            refused = refused or there
-            answer.failed += not there
-            waiting += not there and one.unopened_time <= tried
-            if len(answer.failures) < _MOST_FAILURES:
-                answer.failures.add(
-                    key_id=key.key_id, version=one.version, reason=one.unopened_reason
-                )
+    for key, one in tenant.living():
+        answer.total += 1
+        there = lifecycle.at_target(state, one)
+        answer.done += there
+        if not one.unopened_time:
+            waiting += not there
+            continue
+        refused = refused or there
+        answer.failed += not there
+        waiting += not there and one.unopened_time <= tried
+        if len(answer.failures) < _MOST_FAILURES:
+            reason = one.unopened_reason
+            answer.failures.add(key_id=key.key_id, version=one.version, reason=reason)
     if state.shredded or state.target_backend != backends.primary.name:
         answer.phase = pb.KEK_JOB_PHASE_CANCELLED
     elif waiting:

@@ -242,18 +242,17 @@ class Rewrap:
 def _candidates(tenant: Tenant) -> Iterator[_Wrap]:
     """Yield the versions of the parts that were read that are to be wrapped again now."""
     tried = tenant.now.timestamp() - RETRY_SECONDS
-    for key in tenant.every_key():
-        for one in key.versions:
-            if _is_left(tenant.state, one) and one.unopened_time <= tried:
-                yield _Wrap(
-                    tenant.name,
-                    key.owner,
-                    key.provider,
-                    key.key_id,
-                    one.version,
-                    one.kek_backend,
-                    one.secret_digest,
-                )
+    for key, one in tenant.living():
+        if not lifecycle.at_target(tenant.state, one) and one.unopened_time <= tried:
+            yield _Wrap(
+                tenant.name,
+                key.owner,
+                key.provider,
+                key.key_id,
+                one.version,
+                one.kek_backend,
+                one.secret_digest,
+            )
 
 
 def _is_left(state: state_pb2.TenantState, version: state_pb2.VersionState) -> bool:

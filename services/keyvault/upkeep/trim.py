@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Final
 
 from byokeep.keyvault.v1 import audit_pb2, state_pb2
@@ -21,7 +21,6 @@ from services.common import logs
 from services.common.errors import ByokeepError
 from services.keyvault import kek, lifecycle
 from services.keyvault.ledger import ALL, Ledger, Tenant
-from services.keyvault.lifecycle import State
 from services.keyvault.log import Log
 from services.keyvault.shred import Shredding
 from services.keyvault.sql.ledger import SecretName
@@ -187,11 +186,12 @@ class Trim:
         bad = set[SecretName]()
         for part in tenant.state.parts:
             read = await self._ledger.read(tenant.name, {part.part})
-            names = {name for name, _ in _living(read)}
+            names = {(tenant.name, key.key_id, one.version) for key, one in read.living()}
             read = await self._ledger.read(tenant.name, {part.part}, names)
             if not self._same(tenant, read) or lifecycle.left(read.state):
                 return None
-            for name, one in _living(read):
+            for key, one in read.living():
+                name = tenant.name, key.key_id, one.version
                 # What came since was stored at the target: below it nothing may be any more.
                 if name in names and read.secret(name, one.secret_digest) is None:
                     bad.add(name)
@@ -205,19 +205,19 @@ class Trim:
         """Mark versions whose ciphertext is not there, where that is so under the lock too."""
 
         def mark(found: Tenant) -> None:
-            for name, one in _living(found):
+            for key, one in found.living():
+                name = found.name, key.key_id, one.version
                 there = found.secret(name, one.secret_digest) is not None
                 if name not in bad or one.unopened_time or there:
                     continue
-                _, key_id, number = name
-                version = lifecycle.version_of(found.edit_key(key_id), number)
+                version = lifecycle.version_of(found.edit_key(key.key_id), one.version)
                 version.unopened_time = int(found.now.timestamp())
                 version.unopened_reason = "ROW_TAMPERED"
                 found.events.append(
                     audit_pb2.AuditEvent(
                         type=audit_pb2.AUDIT_EVENT_TYPE_INTEGRITY_FAILED,
-                        key_id=key_id,
-                        key_version=number,
+                        key_id=key.key_id,
+                        key_version=one.version,
                         caller=_CALLER,
                         reason="ROW_TAMPERED",
                     )
@@ -251,14 +251,6 @@ class Trim:
     ) -> audit_pb2.AuditEvent:
         detail = f"{found.state.target_backend} v{found.state.target_version}"
         return audit_pb2.AuditEvent(type=kind, caller=_CALLER, detail=detail)
-
-
-def _living(tenant: Tenant) -> Iterator[tuple[SecretName, state_pb2.VersionState]]:
-    """Yield the versions of the parts that were read that are not destroyed."""
-    for key in tenant.every_key():
-        for one in key.versions:
-            if lifecycle.state_of(one) is not State.DESTROYED:
-                yield (tenant.name, key.key_id, one.version), one
 
 
 def _target(tenant: Tenant) -> _Target:
