@@ -11,7 +11,7 @@ destruction are events of the system chain; a destruction is written after it is
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,9 +40,9 @@ _LOOKS: Final = 30
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of epoch: its KEKs' prefix, how long it lasts, and how many are made ahead."""
+    """One kind of epoch: how its KEKs are named, how long it lasts, how many are made ahead."""
 
-    prefix: str
+    kek: Callable[[str], str]
     length: datetime.timedelta
     form: str
     ahead: int
@@ -57,9 +57,8 @@ class Kind:
         return start.replace(tzinfo=datetime.UTC) + self.length
 
 
-INTAKE = Kind("intake", datetime.timedelta(hours=1), "%Y-%m-%dT%H", ahead=6)
-CONTENT = Kind("content", datetime.timedelta(days=1), "%Y-%m-%d", ahead=3)
-_NAMES = {INTAKE.prefix: kek.intake_kek, CONTENT.prefix: kek.content_kek}
+INTAKE = Kind(kek.intake_kek, datetime.timedelta(hours=1), "%Y-%m-%dT%H", ahead=6)
+CONTENT = Kind(kek.content_kek, datetime.timedelta(days=1), "%Y-%m-%d", ahead=3)
 
 
 def intake_close(epoch: str) -> datetime.datetime:
@@ -70,12 +69,6 @@ def intake_close(epoch: str) -> datetime.datetime:
 def content_close(epoch: str, retention: datetime.timedelta) -> datetime.datetime:
     """Return when a content epoch's KEK is destroyed. Raises ValueError, OverflowError."""
     return CONTENT.end(epoch) + retention
-
-
-def close(name: str, retention: datetime.timedelta) -> datetime.datetime:
-    """Return when the KEK of an epoch is destroyed, by its name."""
-    prefix, _, epoch = name.partition("/")
-    return intake_close(epoch) if prefix == INTAKE.prefix else content_close(epoch, retention)
 
 
 class Epochs:
@@ -120,7 +113,7 @@ class Epochs:
     def _wanted(self, now: datetime.datetime) -> Iterator[str]:
         for kind in (INTAKE, CONTENT):
             for step in range(kind.ahead + 1):
-                yield _NAMES[kind.prefix](kind.at(now + step * kind.length))
+                yield kind.kek(kind.at(now + step * kind.length))
 
     def _past(self, now: datetime.datetime) -> list[str]:
         """Return the KEKs that are over and may still be there, the newest first."""
@@ -128,12 +121,13 @@ class Epochs:
         for kind in (INTAKE, CONTENT):
             moment = now
             while True:
-                name = _NAMES[kind.prefix](kind.at(moment))
-                end = close(name, self._retention)
+                epoch = kind.at(moment)
+                content = kind is CONTENT
+                end = content_close(epoch, self._retention) if content else intake_close(epoch)
                 if end <= now - ORPHANED:
                     break
                 if end <= now:
-                    names.append((end, name))
+                    names.append((end, kind.kek(epoch)))
                 moment -= kind.length
         return [name for _, name in sorted(names, reverse=True)]
 
@@ -171,8 +165,8 @@ class Epochs:
 
     async def _destroy(self, backend: kek.Backend, name: str) -> None:
         """Destroy a KEK that is over, where it is there."""
-        prefix, _, epoch = name.partition("/")
-        if prefix == CONTENT.prefix:
+        epoch = name.partition("/")[2]
+        if name == CONTENT.kek(epoch):
             await sql.forget_epoch(self._database, epoch, backend.name)
         try:
             await backend.newest(name)

@@ -144,31 +144,22 @@ class Leasing:
         parts: dict[str, set[int]] = {}
         for order in orders:
             parts.setdefault(order.grant.tenant, set()).add(part_of(order.grant.key_id))
-
-        def decide(
-            found: Mapping[str, Tenant | ByokeepError],
-        ) -> list[tuple[state_pb2.LiveLease, tuple[bytes, bytes], str] | Exception]:
-            return [self._outcome(order, found[order.grant.tenant]) for order in orders]
-
         ends = {name: self._ledger.ends[name] for name in parts}
-        outcomes = await self._ledger.group(parts, {order.secret for order in orders}, decide)
-        committed = time.monotonic()
-        self._note_redeemed(orders, outcomes, committed)
-        return [
-            one
-            if isinstance(one, Exception)
-            else _Redeemed(*one, committed, ends[order.grant.tenant])
-            for order, one in zip(orders, outcomes, strict=True)
-        ]
-
-    def _note_redeemed(
-        self, orders: Sequence[_Order], outcomes: Sequence[object], now: float
-    ) -> None:
+        outcomes = await self._ledger.group(
+            parts,
+            {order.secret for order in orders},
+            lambda found: [self._outcome(order, found[order.grant.tenant]) for order in orders],
+        )
+        now, answers = time.monotonic(), list[_Redeemed | Exception]()
         for order, outcome in zip(orders, outcomes, strict=True):
-            if not isinstance(outcome, Exception):
-                self._redeemed[limits.grant_digest(order.grant)] = now
+            if isinstance(outcome, Exception):
+                answers.append(outcome)
+                continue
+            answers.append(_Redeemed(*outcome, now, ends[order.grant.tenant]))
+            self._redeemed[limits.grant_digest(order.grant)] = now
         while self._redeemed and now - next(iter(self._redeemed.values())) > _REDEEMED_SECONDS:
             del self._redeemed[next(iter(self._redeemed))]
+        return answers
 
     def _outcome(
         self, order: _Order, tenant: Tenant | ByokeepError

@@ -46,7 +46,6 @@ class Shredding:
             ByokeepError: TENANT_KEY_MISSING where there never was one; then its KEKs are destroyed
                 all the same. REQUEST_ID_CONFLICT.
         """
-        failed: ByokeepError | None = None
         try:
             destroyed, head = await self._ledger.change(
                 tenant, lambda found: self._shred(found, request, Origin(caller, "")), ALL
@@ -56,7 +55,7 @@ class Shredding:
             if error.reason not in (*DAMAGED, "TENANT_KEY_MISSING"):
                 raise
             failed = error
-        if failed is None:
+        else:
             await self.finish(tenant, caller)
             return destroyed
         if failed.reason in DAMAGED:
