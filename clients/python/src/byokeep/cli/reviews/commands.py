@@ -186,16 +186,17 @@ def review(
     from byokeep.edge import SUBMIT_SECONDS
 
     connection = session.connection
-    submitted = connection.reviews.SubmitReview(
-        review_pb2.SubmitReviewRequest(
-            parent=connection.parent,
-            input=content,
-            request_id=request or request_id(),
-            priority=review_pb2.Priority.Value(f"PRIORITY_{priority.upper()}"),
-            keep_older=keep,
-        ),
-        timeout=SUBMIT_SECONDS,
-    ).review
+    submission = review_pb2.SubmitReviewRequest(
+        parent=connection.parent,
+        input=content,
+        request_id=request or request_id(),
+        priority=review_pb2.Priority.Value(f"PRIORITY_{priority.upper()}"),
+        keep_older=keep,
+    )
+    # A service that is busy takes it later: whoever waits sees for what.
+    with session.out.progress("submitting"):
+        answer = connection.reviews.SubmitReview(submission, timeout=SUBMIT_SECONDS)
+    submitted = answer.review
     if detach:
         _detached(session, submitted)
     else:
