@@ -10,8 +10,8 @@
 
 A numbered line has its number in the new file (in a hunk that leaves no line, as of a deleted file,
 in the old one) right-aligned in six columns, a blank, and its sign.
-A long line is shown in pieces, one below the other: those after the first have `…` for a number,
-but for one that begins a chunk.
+A long line is shown in pieces, one below the other: those after the first have `…` for a number.
+A chunk that has a part of a hunk begins with a number whatever its first line is.
 Content never starts before the sign and never breaks its line, so that it can't pass for a header.
 """
 
@@ -20,8 +20,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, takewhile
 from typing import Final
 
 from services.common.diff import Diff, FileDiff, Hunk
@@ -52,7 +53,9 @@ SEPARATOR: Final = "   ..."
 
 _CONTINUED: Final = "…"
 _PIECE: Final = f"{_CONTINUED:>6}"
-_NUMBER: Final = re.compile(r"( *[0-9]+| {6}) .*", re.DOTALL)
+_NUMBERLESS: Final = (_PIECE, " " * 7)
+_NUMBER: Final = re.compile(r"( *[0-9]+) ")
+_WIDEST: Final = len("999999999 +")
 _UNSAFE: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 _PLAIN_MODE: Final = "100644"
 _NOTES: Final = {
@@ -166,7 +169,7 @@ class _Packer:
             self.flush()
             if self._put(file.path, header, hunk):
                 continue
-            for at, line in enumerate(hunk):
+            for at, line in enumerate([beginning(hunk, 0), *hunk[1:]]):
                 if not self._put(file.path, header, [line], same_hunk=True):
                     self.flush()
                     self._put(file.path, header, [beginning(hunk, at)], same_hunk=True)
@@ -196,12 +199,18 @@ class _Packer:
 
 
 def beginning(lines: Sequence[str], at: int) -> str:
-    """Return a line as a chunk can begin with it: a later piece of a long line has its number, for
-    no finding could name a line of this chunk otherwise."""
-    if not lines[at].startswith(_PIECE):
+    """Return a line as a part of a hunk begins with it: where it has no number of its own (a
+    removed line, a later piece of a long one) it gets that of the nearest line that has one.
+    Else a chunk might show no number, and no finding could name a line."""
+    if not lines[at].startswith(_NUMBERLESS):
         return lines[at]
-    first = next(line for line in reversed(lines[:at]) if not line.startswith(_PIECE))
-    return _NUMBER.sub(r"\1", first) + lines[at].removeprefix(_PIECE)
+    beside = (_of_hunk(reversed(lines[:at])), _of_hunk(lines[at + 1 :]))
+    number = next((found[1] for row in chain(*beside) if (found := _NUMBER.match(row))), " " * 6)
+    return number + lines[at][6:]
+
+
+def _of_hunk(rows: Iterable[str]) -> Iterator[str]:
+    return takewhile(lambda row: row != SEPARATOR and not row.startswith("#"), rows)
 
 
 def _size(lines: list[str]) -> int:
@@ -233,7 +242,7 @@ def _render(hunk: Hunk, cap: int) -> Iterator[str]:
 
 def _pieces(start: str, text: str, continued: str, cap: int) -> Iterator[str]:
     data = text.encode()
-    room = cap - max(len(start), len(continued.encode())) - 1
+    room = cap - _WIDEST - 1
     if len(data) <= room:
         yield start + text
         return

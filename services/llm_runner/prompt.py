@@ -12,7 +12,7 @@ from typing import Final
 
 from services.common.chunks import Chunk
 
-VERSION: Final = "3"
+VERSION: Final = "4"
 """Belongs into a chunk's salt: an answer to another prompt is another answer."""
 
 _INERT: Final = "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}"
@@ -49,7 +49,8 @@ no line in the new one, as of a deleted file)
     42 +an added line, with its number in the new file
    ...
 The line of three dots separates hunks: lines between them are unchanged and not shown. A long \
-line is shown in pieces: those after the first have "…" for a number, and the number of the first.
+line is shown in pieces: those after the first have "…" for a number, and the number of the first. \
+Where the diff begins within a hunk, a first line without a number shows that of the nearest line.
 
 ## What to report
 - Correctness: wrong results, crashes, unhandled errors and edge cases, races, leaks, broken \

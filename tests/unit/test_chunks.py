@@ -121,15 +121,24 @@ def test_huge_line_is_shown_in_pieces(budget: int, character: str) -> None:
     )
 
 
-def test_a_chunk_that_begins_in_a_line_shows_its_number() -> None:
+def test_a_part_of_a_hunk_begins_with_a_number() -> None:
     """Was shown to fail without it, of chunks and of halves: no finding could name a line there."""
-    wide = 1_234_567
-    diff = f"--- a/p\n+++ b/p\n@@ -{wide} +{wide} @@\n-{'y' * 99_000}\n+{'z' * 99_000}\n"
-    parts = planned(diff, 16_000)
-    begun = [*parts, *(half for part in parts for half in split.halve(part))]
-    firsts = {chunk.text.split("\n")[1][:9] for chunk in begun}
-    assert firsts == {"       -y", "1234567 +"}
-    assert sum(half.text.count("z") for half in begun[len(parts) :]) == 99_000
+    wide = 123_456_789
+    removed = "".join(f"-{'x' * 16_372}\n" for _ in range(9))
+    lines = f"{removed}-{'y' * 99_000}\n+{'z' * 99_000}\n"
+    parts = planned(f"--- a/p\n+++ b/p\n@@ -{wide},10 +{wide} @@\n{lines}", 16_000)
+    halves = [half for part in parts for half in split.halve(part)]
+    for chunks_of_it in (parts, halves):
+        firsts = {chunk.text.split("\n")[1][:11] for chunk in chunks_of_it}
+        assert firsts == {f"{wide} -", f"{wide} +"}
+        shown = "".join(chunk.text for chunk in chunks_of_it)
+        assert [shown.count(letter) for letter in "xyz"] == [lines.count(one) for one in "xyz"]
+
+
+def test_a_part_of_a_hunk_takes_no_number_of_another() -> None:
+    rows = ["### p", "     1 +a", "   ...", "       -b", "     9 +c", "   ...", "    20 +d"]
+    assert chunks.beginning(rows, 3) == "     9 -b"
+    assert chunks.beginning(rows[:4], 3) == "       -b"
 
 
 def test_a_piece_of_a_removed_line_has_no_number() -> None:
