@@ -11,6 +11,7 @@ import typer
 from byokeep.cli.base import errors
 from byokeep.cli.base.errors import BY_CODE, BY_FAILURE, BY_REASON, HINTS, Exit
 from byokeep.common.v1 import error_reason_pb2
+from byokeep.errors import ErrorInfo
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
 
 pytest_plugins = ["tests.harness.cli_fixtures"]
@@ -181,6 +182,13 @@ def test_a_server_that_hangs_up_on_an_old_certificate_is_not_away(edge, byokeep)
     ran = byokeep("key", "list")
     assert ran.code == 5
     assert "this client's certificate is valid from" in ran.err
+
+
+def test_a_server_that_says_nothing_is_not_said_to_refuse_the_certificate():
+    """What gRPC says of a stopped orchestrator after its 20 s: nobody looked at a certificate."""
+    words = "last error: UNAVAILABLE: ipv4:127.0.0.1:1: Handshake read failed (Endpoint closing)"
+    said, _ = errors.unreachable(ErrorInfo(grpc.StatusCode.UNAVAILABLE, words), None)
+    assert said == "takes the connection, and says nothing on it"
 
 
 def test_a_service_with_another_name_is_refused(edge, byokeep):

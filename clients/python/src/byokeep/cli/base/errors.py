@@ -289,6 +289,11 @@ _UNREACHABLE = (
         _CLOCK,
     ),
     (
+        "Handshake read failed",
+        "takes the connection, and says nothing on it",
+        "it is stuck, or another program has that port",
+    ),
+    (
         "(?i)handshake|certificate|ssl",
         "and this client do not accept each other's certificates",
         "its certificate must be issued by a CA of trust.json, and yours by its; do not go on",
