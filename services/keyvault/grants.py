@@ -46,17 +46,6 @@ def refused() -> ByokeepError:
     return ByokeepError(grpc.StatusCode.PERMISSION_DENIED, "GRANT_REFUSED", "the grant was refused")
 
 
-def _load_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
-    """Load the orchestrator replicas' public keys, by id. Raises ConfigError."""
-    keys = dict(map(_load_key, sorted(folder.glob("*.pem"))))
-    if not keys:
-        raise ConfigError(
-            f"BYOKEEP_GRANT_KEYS_DIR: no *.pem in {folder}, or no such folder; no lease could be"
-            " given"
-        )
-    return keys
-
-
 def _load_key(path: Path) -> tuple[str, Ed25519PublicKey]:
     key = None
     with contextlib.suppress(ValueError, UnsupportedAlgorithm, PermissionError):
@@ -75,41 +64,29 @@ class GrantKeys:
     def __init__(self, folder: Path) -> None:
         """Load the folder. Raises ConfigError."""
         self._folder = folder
-        self._seen = _snapshot(folder)
         #: The keys by id: always the same dict, so that whoever holds it sees changes.
-        self.trusted = _load_keys(folder)
+        self.trusted = dict(map(_load_key, sorted(folder.glob("*.pem"))))
+        if not self.trusted:
+            raise ConfigError(
+                f"BYOKEEP_GRANT_KEYS_DIR: no *.pem in {folder}, or no such folder; no lease could"
+                " be given"
+            )
 
     async def follow(self) -> None:
         """Take up changes. A file that can't be loaded raises an alarm, and what it held before is
         not trusted any more; the others count, and a key whose file is gone never does."""
-        seen = _snapshot(self._folder)
-        if seen == self._seen:
-            return
         found: dict[str, Ed25519PublicKey] = {}
-        broken = False
         for path in sorted(self._folder.glob("*.pem")):
             try:
                 key_id, key = _load_key(path)
             except (ConfigError, OSError):
-                broken = True
                 logs.event(log, "grant_keys_broken", level=logging.CRITICAL, file=path.name)
             else:
                 found[key_id] = key
-        if not broken:
-            self._seen = seen
         if found.keys() != self.trusted.keys():
             self.trusted.clear()
             self.trusted.update(found)
             logs.event(log, "grant_keys_changed", keys=" ".join(sorted(found)))
-
-
-def _snapshot(folder: Path) -> set[tuple[str, int, int, int]]:
-    found = set()
-    for path in folder.glob("*.pem"):
-        with contextlib.suppress(FileNotFoundError):
-            status = path.stat()
-            found.add((path.name, status.st_ino, status.st_mtime_ns, status.st_size))
-    return found
 
 
 def verify(

@@ -131,13 +131,11 @@ def ended_early(
     event.type, event.reason = kind, reason
     event.outcome = lease_pb2.LEASE_OUTCOME_FAILED
     _remove(tenant, lease.lease_id, event)
-    if reason in _UNOPENED and (key := tenant.key(lease.key_id)) is not None:
-        if all(one.version != lease.version for one in key.versions):
-            return
+    living = {(key.key_id, one.version) for key, one in tenant.living()}
+    if reason in _UNOPENED and (lease.key_id, lease.version) in living:
         version = lifecycle.version_of(tenant.edit_key(lease.key_id), lease.version)
-        if lifecycle.state_of(version) is not State.DESTROYED:
-            version.unopened_time = int(tenant.now.timestamp())
-            version.unopened_reason = reason
+        version.unopened_time = int(tenant.now.timestamp())
+        version.unopened_reason = reason
 
 
 def overdue(tenant: Tenant) -> list[state_pb2.LiveLease]:

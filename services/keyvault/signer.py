@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from byokeep import dsse
-from byokeep.common.v1 import options_pb2
-
 from services.keyvault.system_keys import SigningKey
 
 
@@ -49,15 +46,3 @@ class WrappedKeySigner:
     async def sign(self, message: bytes) -> bytes:
         """Return the signature of a message."""
         return self._current().private.sign(message)
-
-
-async def sign_statement(
-    signer: Signer, payload_type: str, payload: bytes
-) -> options_pb2.SignedEnvelope:
-    """Return a DSSE envelope over serialized bytes of a type."""
-    return options_pb2.SignedEnvelope(
-        payload_type=payload_type,
-        payload=payload,
-        key_id=signer.key_id,
-        signature=await signer.sign(dsse.pre_authentication_encoding(payload_type, payload)),
-    )

@@ -428,8 +428,8 @@ MUTANTS = (
     Mutant(
         "a version that does not open is not marked",
         _KV + "release.py",
-        "            version.unopened_reason = reason\n",
-        "            version.unopened_reason = ''\n",
+        "        version.unopened_reason = reason\n",
+        "        version.unopened_reason = ''\n",
         (_RULES + "test_a_lost_kek_is_no_other_key",),
     ),
     Mutant(

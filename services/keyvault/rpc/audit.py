@@ -21,7 +21,7 @@ from services.keyvault.event import Head, name_of
 from services.keyvault.ledger import Ledger
 from services.keyvault.lifecycle import not_found, stale
 from services.keyvault.log import Log
-from services.keyvault.signer import Signer, sign_statement
+from services.keyvault.signer import Signer
 from services.keyvault.sql import events as sql
 from services.keyvault.sql import log as log_sql
 
@@ -153,6 +153,11 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
             log_size=log_size,
         )
         statement.sign_time.FromDatetime(datetime.datetime.now(datetime.UTC))
-        return await sign_statement(
-            self._signer, dsse.CHAIN_HEAD, statement.SerializeToString(deterministic=True)
+        payload = statement.SerializeToString(deterministic=True)
+        message = dsse.pre_authentication_encoding(dsse.CHAIN_HEAD, payload)
+        return options_pb2.SignedEnvelope(
+            payload_type=dsse.CHAIN_HEAD,
+            payload=payload,
+            key_id=self._signer.key_id,
+            signature=await self._signer.sign(message),
         )
