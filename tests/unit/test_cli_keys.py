@@ -33,6 +33,15 @@ def test_add_seals_here_and_shows_the_verdict(edge, byokeep):
     assert KEY.encode() not in request.SerializeToString()
 
 
+def test_a_second_provider_is_said_to_need_a_choice_of_model(edge, byokeep):
+    """Every review that named no model was refused from then on, CI's too, and nobody had said."""
+    assert "model" not in add(byokeep).err
+    edge.add_key("anthropic")
+    assert "choose one: byokeep model set" in add(byokeep, "--name", "second").err
+    edge.settings.default_model = "openai/gpt-5"
+    assert "model" not in add(byokeep, "--name", "third").err
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [

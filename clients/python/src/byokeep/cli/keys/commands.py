@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -29,6 +30,7 @@ from byokeep.cli.keys.ref import (
 )
 from byokeep.cli.keys.verdict import follow, follow_check
 from byokeep.cli.keys.view import key_row, print_change, print_key
+from byokeep.cli.settings import shared as tenant_settings
 from byokeep.keyvault.v1 import custody_pb2
 from byokeep.orchestrator.v1 import key_pb2
 
@@ -98,6 +100,8 @@ def add(
 
     Asks for the key at a hidden prompt, unless --stdin or --from-env is given.
     """
+    from byokeep.errors import CallError
+
     checked.key_name(name)
     checked.user(user)
     if managed and user:
@@ -117,6 +121,24 @@ def add(
         )
     )
     follow(session, answer.key, wait)
+    if wait and not user:
+        # The key is there, whether this can be looked up or not.
+        with contextlib.suppress(CallError):
+            _say_that_a_model_is_needed(session)
+
+
+def _say_that_a_model_is_needed(session: Session) -> None:
+    """With keys of one provider its default model is taken; of several, none is."""
+    providers = {
+        provider_of(key)
+        for key in list_keys(session)
+        if key_state(key) == "ACTIVE" and not key.provider_key.owner
+    }
+    if len(providers) > 1 and not tenant_settings.read(session).default_model:
+        session.out.note(
+            "there are keys of several providers now, and reviews that name no model are refused"
+        )
+        session.out.note("  choose one: byokeep model set PROVIDER/MODEL", style="cyan")
 
 
 @app.command(epilog=examples("byokeep key rotate openai", "byokeep key rotate key_01k --now"))
