@@ -150,15 +150,20 @@ def _seam() -> Iterator[None]:
     if failed == "DUPLICATE":
         raise DuplicateError
     if failed:
-        raise ByokeepError(
-            grpc.StatusCode.UNAVAILABLE,
-            failed,
-            "keyvault's database does not answer, or does not take what must be written;"
-            " nothing was released; try again",
-            dependency="database",
-        )
+        raise unreachable(failed)
 
 
 def is_lost(error: Exception) -> bool:
     """Say whether an error is that of a database that does not answer."""
     return isinstance(error, ByokeepError) and error.reason == _LOST
+
+
+def unreachable(reason: str = _LOST) -> ByokeepError:
+    """Return the error for a database that does not answer, or does not take what is written."""
+    return ByokeepError(
+        grpc.StatusCode.UNAVAILABLE,
+        reason,
+        "keyvault's database does not answer, or does not take what must be written;"
+        " nothing was released; try again",
+        dependency="database",
+    )

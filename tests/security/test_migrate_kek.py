@@ -190,7 +190,7 @@ async def test_back_before_the_old_kek_is_gone(deployment, moved, monkeypatch):
 async def test_a_lost_kek_is_not_replaced(deployment, moved):
     """Only a KEK that is held elsewhere is made anew in the primary backend.
 
-    Shown to fail: without `_elsewhere` in TenantKeys.aim.
+    Shown to fail: without `Backends.have` in TenantKeys.aim.
     """
     async with kv.running(deployment) as keyvault:
         await keyvault.create_tenant()

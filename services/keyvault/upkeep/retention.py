@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import hmac
-from dataclasses import dataclass
 from typing import Final
 
 from byokeep.keyvault.v1 import audit_pb2
@@ -26,14 +25,8 @@ from services.keyvault.sql import events
 from services.keyvault.sql import ledger as ledger_sql
 
 TICK_SECONDS: Final = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """Where a chain is cut off: number and hash of the last event that is dropped."""
-
-    sequence: int
-    hash: bytes
+#: Where a chain is cut off: number and hash of the last event that is dropped.
+_Cut = tuple[int, bytes]
 
 
 class Retention:
@@ -86,7 +79,7 @@ class Retention:
             at, digest = sequence, link_hash(digest, body)
             young = young or at > high or _time(body) >= cutoff
             if not young:
-                cut = _Cut(at, digest)
+                cut = at, digest
             elif cut is None:
                 return None
         known = tenant.head
@@ -97,17 +90,18 @@ class Retention:
     async def _cut(self, tenant: Tenant, cut: _Cut) -> int:
         """Put a cut on record; return up to which event the chain is cut off by then."""
         before = tenant.state.pruned_sequence
+        sequence, digest = cut
         event = audit_pb2.AuditEvent(
             type=audit_pb2.AUDIT_EVENT_TYPE_RETENTION_PRUNED,
-            pruned_sequence=cut.sequence,
-            pruned_hash=cut.hash,
+            pruned_sequence=sequence,
+            pruned_hash=digest,
         )
 
         def prune(found: Tenant) -> int:
             # Not where another replica did so just now, elsewhere perhaps.
             if found.state.pruned_sequence == before:
                 state = found.edit()
-                state.pruned_sequence, state.pruned_hash = cut.sequence, cut.hash
+                state.pruned_sequence, state.pruned_hash = sequence, digest
                 found.events.append(event)
             return int(found.state.pruned_sequence)
 
