@@ -118,7 +118,7 @@ async def test_a_lease_changes_no_indexed_column(tmp_path, keyvault_database_url
 
 async def _updates(deployment) -> dict[str, tuple[int, int]]:
     """By table: rows that were updated, and how many of those on their own page."""
-    async with kv.database(deployment) as connection, asyncio.timeout(30):
+    async with kv.database(deployment) as connection, asyncio.timeout(60):
         # A connection tells what it did when it ends.
         while await (await connection.execute(_OTHERS)).fetchone():
             await asyncio.sleep(0.02)

@@ -46,7 +46,7 @@ def reason_of(refused: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> str:
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -166,7 +166,7 @@ async def test_provider_that_cannot_be_asked_is_asked_later(stack: Stack, script
     stack.runner.scripts = [script]
     added = await stack.add_key()
     name = key_pb2.GetKeyRequest(name=added.provider_key.name)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (key := (await stack.client("acme").keys.GetKey(name)).key).validation.attempts:
             await asyncio.sleep(0.02)
     assert key.provider_key.state == PENDING
@@ -285,7 +285,7 @@ async def test_key_that_is_staged_while_its_tenant_is_deleted_is_destroyed(stack
     under its lock."""
     there, go_on = held
     adding = asyncio.create_task(stack.add_key())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await there.wait()
     deletion = tenant_pb2.DeleteTenantRequest(name="tenants/acme", request_id=request_id())
     deleted = await stack.client("operator").tenants.DeleteTenant(deletion)
@@ -619,10 +619,17 @@ async def check(stack: Stack, name: str, **values) -> key_pb2.Key:
 async def test_a_key_is_checked_now_and_its_models_are_as_new(stack: Stack) -> None:
     """Shown to fail where WatchKey looks at the newest version's state alone."""
     key = await stack.validated(await stack.add_key())
-    stack.runner.default = verdict(key_pb2.VALIDATION_VERDICT_VALID, "gpt-7")
+    seen = asyncio.Event()
+
+    async def answer(talk: Conversation) -> None:
+        await seen.wait()
+        await verdict(key_pb2.VALIDATION_VERDICT_VALID, "gpt-7")(talk)
+
+    stack.runner.default = answer
     name, same = key.provider_key.name, request_id()
     checked = await check(stack, name, request_id=same)
     assert checked.check.open
+    seen.set()
     checked = await stack.validated(checked)
     assert (checked.check.open, checked.check.failure) == (False, 0)
     assert list(checked.validation.models) == ["gpt-7"]

@@ -406,7 +406,7 @@ class System:
         try:
             await self._begin(self.dice.random() < 0.3)
             for _ in range(STEPS):
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     await self._step()
                     await self._holds()
             self.steps.append("heal")

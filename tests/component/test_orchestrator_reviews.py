@@ -637,7 +637,7 @@ async def test_watch_streams_what_changes(stack: Stack) -> None:
     stack.runner.scripts = [broken_after_first_chunk, second_chunk]
     states = []
     review = await stack.submit()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async for response in stack.client("acme").reviews.WatchReview(
             review_pb2.WatchReviewRequest(name=review.name)
         ):

@@ -639,7 +639,7 @@ async def test_room_of_several_runners_is_used(orchestrator_database_url, tmp_pa
         await stack.until_room(6)
         reviews = [await stack.submit() for _ in range(9)]
         await stack.until("SELECT 1 FROM attempt WHERE state = 'RUNNING' HAVING count(*) = 6")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while [one.busy for one in everyone] != [2, 2, 2]:
                 await asyncio.sleep(0.02)
         go.set()
@@ -666,13 +666,13 @@ async def test_a_child_that_is_fenced_off_is_killed(stack: Stack) -> None:
 
     stack.runner.scripts, stack.runner.resumed = [holds], [cancelled]
     review = await stack.submit()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await in_call.wait()
     await stack.app.background.end("heartbeat")
     await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
     ((attempt,),) = await stack.sql("SELECT id FROM attempt")
     await stack.app.sweeper.fence_off(attempt)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await told.wait()
     assert (await stack.ended(review)).failure == review_pb2.FAILURE_REASON_AMBIGUOUS
 
@@ -783,7 +783,7 @@ async def test_how_far_a_call_is_is_shown_and_no_change_of_the_review(stack: Sta
     stack.runner.scripts = [slowly]
     review = await stack.submit()
     told = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async for response in stack.client("acme").reviews.WatchReview(
             review_pb2.WatchReviewRequest(name=review.name)
         ):

@@ -297,7 +297,7 @@ class Conversation:
         return self._sequence
 
     async def acked(self, sequence: int) -> None:
-        async with asyncio.timeout(20), self._news:
+        async with asyncio.timeout(60), self._news:
             await self._news.wait_for(lambda: self._acked >= sequence)
 
     async def accept(self, *chunks: str) -> None:
@@ -310,7 +310,7 @@ class Conversation:
                 prompt_version="9",
             )
         )
-        async with asyncio.timeout(20), self._news:
+        async with asyncio.timeout(60), self._news:
             await self._news.wait_for(lambda: self.proceed.HasField("grant"))
         await self.say(leased=runner_pb2.Leased(lease_id=ids.new_id("lea")))
 

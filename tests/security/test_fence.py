@@ -86,7 +86,7 @@ class Pausable:
 
 async def fenced_off(stack: Stack, paused: Pausable) -> None:
     """A sleeps so long that its attempt is given to another worker."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await paused.accepted.wait()
     (attempt,) = await stack.sql("SELECT id FROM attempt WHERE state = 'RUNNING'")
     await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
@@ -109,7 +109,7 @@ async def test_paused_attempt_changes_nothing_after_its_turn(stack: Stack, says)
     assert (ended.state, ended.attempts) == (review_pb2.REVIEW_STATE_COMPLETED, 2)
     before = await everything(stack)
     paused.resume.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await paused.over.wait()
     await asyncio.sleep(0.2)
     assert await everything(stack) == before
@@ -131,7 +131,7 @@ async def test_call_under_way_is_not_repeated_when_its_worker_falls_silent(stack
 
     stack.runner.scripts = [silent]
     review = await stack.submit()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await in_call.wait()
     (attempt,) = await stack.sql("SELECT id FROM attempt")
     await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
@@ -168,7 +168,7 @@ async def test_call_that_begins_as_its_silent_worker_is_fenced_off_is_not_repeat
     monkeypatch.setattr(endings, "_STALE", slow)
     stack.runner.scripts = [silent]
     review = await stack.submit()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await leased.wait()
     await stack.app.background.end("heartbeat")
     ((attempt,),) = await stack.sql("SELECT id FROM attempt")
@@ -176,7 +176,7 @@ async def test_call_that_begins_as_its_silent_worker_is_fenced_off_is_not_repeat
     fencing = asyncio.create_task(stack.app.sweeper.fence_off(attempt))
     await stack.until("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
     go.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await in_call.wait()
         assert not fencing.done()
         await fencing
@@ -191,7 +191,7 @@ async def test_worker_that_lives_keeps_its_attempt(stack: Stack) -> None:
     paused = Pausable(calls=True, **SAYS["the attempt did its work"])
     stack.runner.scripts = [paused]
     await stack.submit()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await paused.accepted.wait()
     await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '1 minute'")
     await stack.app.dispatcher.beat()
@@ -203,9 +203,9 @@ async def test_worker_that_lives_keeps_its_attempt(stack: Stack) -> None:
 
 async def taken_over(stack: Stack, paused: Pausable) -> None:
     """A sleeps in a call so long that another replica goes on with its attempt, to its end."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await paused.accepted.wait()
-    async with replica(stack) as other, asyncio.timeout(30):
+    async with replica(stack) as other, asyncio.timeout(60):
         while not await stack.sql("SELECT 1 FROM attempt WHERE turn > 0"):
             # Again where A's beat came in between.
             await stack.sql("UPDATE attempt SET heartbeat_time = now() - interval '13 seconds'")
@@ -225,7 +225,7 @@ async def test_open_call_is_taken_over_and_its_first_worker_fenced(stack: Stack,
         goes_on.set()
         paused.resume.set()
         await talk.result("c9", finding(2))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await paused.over.wait()  # while the attempt still runs
         await talk.call("c10", 2)
         await talk.result("c10")
@@ -268,7 +268,7 @@ async def test_open_call_is_not_repeated_where_keyvault_is_away_too(stack: Stack
     paused = Pausable(calls=True, **SAYS["the attempt did its work"])
     stack.runner.scripts = [paused]
     review = await stack.submit()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await paused.accepted.wait()
     stack.keyvault.no_content_keys = True
     await taken_over(stack, paused)
@@ -283,7 +283,7 @@ async def test_chunk_that_is_being_stored_is_no_open_call(stack: Stack) -> None:
     paused = Pausable(calls=True, **SAYS["the attempt did its work"])
     stack.runner.scripts = [paused]
     await stack.submit()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await paused.accepted.wait()
     ((attempt,),) = await stack.sql("SELECT id FROM attempt")
     held = {"id": attempt, "fence": 1, "turn": 0}
@@ -309,11 +309,11 @@ async def test_worker_that_wakes_leaves_its_successors_child_alone(stack: Stack)
 
     stack.runner.scripts = [watched]
     await stack.submit()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await paused.accepted.wait()
     await stack.sql("UPDATE attempt SET turn = 1")
     paused.resume.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while stack.app.dispatcher._running:
             await asyncio.sleep(0.02)
     assert not cancelled.is_set()

@@ -68,7 +68,7 @@ def half(opened: grpc.aio.Channel, method: str = _SUBMIT) -> Any:
 
 async def refused(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await call
     return raised.value
 
@@ -240,7 +240,7 @@ async def test_a_stream_that_says_nothing_is_not_waited_for(
     monkeypatch.setattr(interceptor, "READ_SECONDS", 0.05)
     async with runner(stack) as address, channel(stack, "orchestrator/a", address) as flood:
         silent = flood.stream_stream("/byokeep.runner.v1.RunnerService/Execute")()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await silent.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -417,7 +417,7 @@ async def test_watches_that_nobody_reads_are_bounded(
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(60):
         while not await condition():
             await asyncio.sleep(0.05)
 

@@ -224,7 +224,7 @@ async def test_a_revocation_that_commits_first_wins(keyvault, deployment):
     async with kv.running(deployment) as second, kv.database(deployment) as watching:
 
         async def waiting(number: int) -> None:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while (await (await watching.execute(_WAITING)).fetchone())[0] < number:
                     await asyncio.sleep(0.02)
 

@@ -45,7 +45,7 @@ async def _status(keyvault) -> admin_pb2.GetStatusResponse:
 
 async def _told(stream, number: int) -> set[str]:
     told: set[str] = set()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while len(told) < number:
             told |= set((await stream.read()).revocation.lease_ids)
     return told

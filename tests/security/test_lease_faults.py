@@ -141,7 +141,7 @@ async def test_a_tenant_that_waits_does_not_hold_up_another(keyvault):
     async with _locked(keyvault):
         waiting = [asyncio.create_task(try_lease(keyvault, stuck)) for _ in range(3)]
         await asyncio.sleep(0.2)
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             assert [await try_lease(keyvault, free) for _ in range(3)] == [""] * 3
         assert not any(one.done() for one in waiting)
     assert await asyncio.gather(*waiting) == [""] * 3
@@ -225,7 +225,7 @@ async def test_a_database_that_stops_and_comes_back(tmp_path):
             assert await refusal(keyvault.leases().LeaseKey(request)) == "DEPENDENCY_UNAVAILABLE"
             await asyncio.to_thread(server.start)
             await _heals(keyvault, key)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while (last := await refusal(keyvault.leases().LeaseKey(request))) != "":
                     assert last in ("DEPENDENCY_UNAVAILABLE", "AUDIT_UNAVAILABLE")
     finally:

@@ -100,7 +100,7 @@ class ChoiceStore:
             "provider": provider,
             "key_id": message.key,
         }
-        async with self._database.transaction() as session:
+        async with self._database.of_tenant(tenant_id) as session:
             if await requests.first_time(session, tenant_id, message):
                 set_or_unset = _SET_REPOSITORY_KEY if message.key else _UNSET_REPOSITORY_KEY
                 await session.run(set_or_unset, values)
@@ -115,7 +115,7 @@ class ChoiceStore:
     ) -> TenantRow:
         """Set the model of a repository pattern, or remove it. Raises ByokeepError: INVALID_FIELD,
         where there are too many."""
-        async with self._database.transaction() as session:
+        async with self._database.of_tenant(tenant_id) as session:
             if await requests.first_time(session, tenant_id, message):
                 values = {
                     "tenant": tenant_id,

@@ -17,6 +17,7 @@ from psycopg.rows import namedtuple_row
 
 from services.common import logs, postgres
 from services.common.errors import ByokeepError
+from services.common.turns import Turns
 
 log = logging.getLogger(__name__)
 _WAIT_SECONDS: Final = 5.0
@@ -54,6 +55,7 @@ class Database:
     def __init__(self, url: str, connections: int) -> None:
         """Prepare for a `postgresql://` URL; `open` connects."""
         self._told = logs.Repeated(log)
+        self._turns = Turns(at_once=1)
         self._pool = postgres.Pool(
             url,
             connections,
@@ -96,6 +98,20 @@ class Database:
         """Give a session in a transaction: committed at the end, rolled back on error."""
         async with self.statement() as session, session.connection.transaction():
             yield session
+
+    @asynccontextmanager
+    async def of_tenant(self, tenant: str) -> AsyncIterator[Session]:
+        """Give a session in a transaction that locks a tenant's row, or changes it.
+
+        The row lets one in at a time, here and at other replicas. The others of this one wait
+        before they have a connection: one tenant's would keep all of them from every other.
+        """
+        give_back = await self._turns.take(tenant)
+        try:
+            async with self.transaction() as session:
+                yield session
+        finally:
+            give_back()
 
     async def batch(self, *statements: tuple[LiteralString, Parameters]) -> list[Row]:
         """Run statements as one transaction, all sent before the first answer is waited for: no

@@ -216,7 +216,7 @@ class KeyStore:
             "actor": actor,
             "destroy_previous": destroy_previous,
         }
-        async with self._database.transaction() as session:
+        async with self._database.of_tenant(tenant) as session:
             if await is_deleted(session, tenant):
                 return False
             if await session.one(_SCHEDULE, values) is not None:
@@ -234,7 +234,7 @@ class KeyStore:
 
         Raises ByokeepError: REQUEST_ID_CONFLICT, and WRONG_STATE of a deleted tenant.
         """
-        async with self._database.transaction() as session:
+        async with self._database.of_tenant(tenant) as session:
             # Orders who asks; and the tenant's deletion erases what it finds.
             if await is_deleted(session, tenant):
                 raise deleted()
@@ -250,7 +250,7 @@ class KeyStore:
 
     async def refresh(self, tenant: str, key: custody_pb2.ProviderKey, actor: str) -> None:
         """Have the provider asked about the version that serves, though nobody asked for it."""
-        async with self._database.transaction() as session:
+        async with self._database.of_tenant(tenant) as session:
             if not await is_deleted(session, tenant):
                 await _ask(session, tenant, key, actor)
 

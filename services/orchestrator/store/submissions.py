@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +11,6 @@ from byokeep import ids
 from byokeep.orchestrator.v1 import review_pb2
 
 from services.common.errors import ByokeepError
-from services.common.turns import Turns
 from services.orchestrator.policy.refusals import not_active
 from services.orchestrator.policy.states import Fallback, Priority, TenantState
 from services.orchestrator.store import requests
@@ -140,22 +138,6 @@ class SubmissionStore:
         """Use a database, and what reads the reviews that are there."""
         self._database = database
         self._reviews = reviews
-        self._turns = Turns(at_once=1)
-
-    @asynccontextmanager
-    async def _admitting(self, tenant: str, most_waiting: int) -> AsyncIterator[Session]:
-        """Give a transaction in which a tenant has room for one more review. Raises as `_admit`.
-
-        The tenant's row lets one in at a time, here and at other replicas. The others of this one
-        wait before they have a connection: one tenant's would keep all of them from every other.
-        """
-        give_back = await self._turns.take(tenant)
-        try:
-            async with self._database.transaction() as session:
-                await _admit(session, tenant, most_waiting)
-                yield session
-        finally:
-            give_back()
 
     async def earlier(self, tenant: str, scope: str, digest: bytes) -> ReviewRow | None:
         """Return the review that the same submission made before. Raises REQUEST_ID_CONFLICT."""
@@ -182,7 +164,8 @@ class SubmissionStore:
         parameters = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
         parameters["attempt_id"] = ids.new_id("att")
         parameters["fallback_models"] = list(new.fallback_models)
-        async with self._admitting(new.tenant, most_waiting) as session:
+        async with self._database.of_tenant(new.tenant) as session:
+            await _admit(session, new.tenant, most_waiting)
             row = await session.one(_SUBMIT, parameters)
             if row is None:
                 raise requests.Repeated
@@ -233,7 +216,8 @@ class SubmissionStore:
             "key_owner": key_owner,
             "max_calls": max_calls,
         }
-        async with self._admitting(tenant, most_waiting) as session:
+        async with self._database.of_tenant(tenant) as session:
+            await _admit(session, tenant, most_waiting)
             if not await requests.first_time(session, tenant, message):
                 return
             row = await session.one(_RETRY, parameters)

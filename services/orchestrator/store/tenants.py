@@ -217,7 +217,7 @@ class TenantStore:
     ) -> TenantRow:
         """Suspend or resume a tenant that is not deleted."""
         state = TenantState.ACTIVE if message.resume else TenantState.SUSPENDED
-        async with self._database.transaction() as session:
+        async with self._database.of_tenant(tenant_id) as session:
             first = await requests.first_time(session, tenant_id, message)
             if first and not await session.run(_SET_STATE, {"tenant": tenant_id, "state": state}):
                 raise deleted()
@@ -229,7 +229,7 @@ class TenantStore:
 
     async def mark_deleted(self, tenant_id: str) -> None:
         """Take a tenant out of service for good; its callers lose their rights."""
-        async with self._database.transaction() as session:
+        async with self._database.of_tenant(tenant_id) as session:
             await session.run(_MARK_DELETED, {"tenant": tenant_id})
             await session.run(_DENY_ALL, {"tenant": tenant_id})
 
@@ -270,7 +270,7 @@ class TenantStore:
             "roles": list(row.roles),
             "may_assert_users": row.may_assert_users,
         }
-        async with self._database.transaction() as session:
+        async with self._database.of_tenant(tenant_id) as session:
             # Under the tenant's lock: its deletion erases the callers that it finds.
             if await is_deleted(session, tenant_id):
                 raise deleted()
@@ -304,7 +304,7 @@ class TenantStore:
         etag: str = "",
     ) -> TenantRow:
         """Set columns of a tenant's settings. Raises ByokeepError: ETAG_MISMATCH."""
-        async with self._database.transaction() as session:
+        async with self._database.of_tenant(tenant_id) as session:
             if await requests.first_time(session, tenant_id, message):
                 row = _tenant(await session.one(_LOCK, {"tenant": tenant_id}))
                 check_etag(etag, row.etag)
