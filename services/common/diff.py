@@ -165,7 +165,8 @@ def parse(diff: str | bytes) -> Diff:
     if not files:
         raise DiffError(
             "DIFF_NOT_A_DIFF",
-            "No file of a unified diff was found; send the output of 'git diff --no-color'.",
+            "No file of a unified diff was found; send the output of 'git diff --no-color', of a"
+            " merge that of 'git show -m --first-parent'.",
         )
     return Diff(files)
 

@@ -420,6 +420,11 @@ def test_refused(diff: str | bytes, expected: str) -> None:
     assert reason(diff) == expected
 
 
+def test_a_merge_that_shows_no_diff_is_told_how_to_show_one() -> None:
+    with pytest.raises(DiffError, match="git show -m --first-parent"):
+        parse("commit 1f6589ec\nMerge: 2ac8988 258d68b\n\n    Merge branch 'stable'\n")
+
+
 @pytest.mark.parametrize("where", ["+secret", " secret", "secret"])
 def test_message_names_the_line_but_no_content(where: str) -> None:
     with pytest.raises(DiffError) as caught:
