@@ -100,6 +100,9 @@ async def test_a_newer_head_ends_what_runs_and_what_waits(stack: Stack) -> None:
     await stack.until_room(1)
     old = await stack.submit(pull_request=7, head_commit="a" * 40)
     await stack.until("SELECT 1 FROM provider_call")
+    # Whatever waits goes on waiting when `old` is cancelled.
+    await stack.runner.tell(places=0)
+    await stack.until_room(0)
     waiting = await stack.submit(pull_request=7, head_commit="b" * 40)
     others = [
         await stack.submit(pull_request=8, head_commit="a" * 40),
@@ -111,6 +114,7 @@ async def test_a_newer_head_ends_what_runs_and_what_waits(stack: Stack) -> None:
     assert (await stack.get(waiting)).superseded_by == others[-1].name
     stack.runner.default = one_chunk
     new = await stack.submit(pull_request=7, head_commit="c" * 40)
+    await stack.runner.tell(places=1)
     for older, by in ((old, waiting), (others[-1], new)):
         found = await stack.ended(older)
         assert (found.state, found.superseded_by) == (CANCELLED, by.name)
