@@ -396,17 +396,6 @@ def stale(what: str) -> ByokeepError:
     )
 
 
-def key_limit() -> ByokeepError:
-    """Return the error for one key more than a tenant may have."""
-    return ByokeepError(
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "KEY_LIMIT",
-        f"the tenant has {MOST_KEYS} keys, the most that one may have; destroy those that are not"
-        " needed",
-        limit=str(MOST_KEYS),
-    )
-
-
 def find(keys: Iterable[state_pb2.KeyState], key_id: str) -> state_pb2.KeyState | None:
     """Return the key of an id."""
     return next((key for key in keys if key.key_id == key_id), None)

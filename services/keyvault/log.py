@@ -226,8 +226,12 @@ class Log:
         return await self._store.write(position.text(self._deployment), before)
 
     async def start(self) -> None:
-        """Look at the anchor for the first time; then owe to the log what no leaf names."""
-        await self.tick()
+        """Look at the anchor for the first time, again where another replica was faster to write
+        it; then owe to the log what no leaf names."""
+        self._wake.set()
+        while self._wake.is_set():
+            self._wake.clear()
+            await self.tick()
         if not self.rolled_back:
             await self.scan()
 

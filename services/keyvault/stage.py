@@ -218,7 +218,13 @@ def _next_version(tenant: Tenant, order: Order) -> int:
     if key is not None or same:
         raise _exists(same[0].key_id if same else order.key_id)
     if len(living) >= MOST_KEYS:
-        raise lifecycle.key_limit()
+        raise ByokeepError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "KEY_LIMIT",
+            f"the tenant has {MOST_KEYS} keys, the most that one may have; destroy those that are"
+            " not needed",
+            limit=str(MOST_KEYS),
+        )
     return 1
 
 

@@ -438,7 +438,6 @@ async def test_a_damaged_tenant_is_stopped_by_name(keyvault, deployment):
     # Whole again it is held; the revocation comes before the end of that.
     await rows.put_back(keyvault.app.database, whole)
     async with kv.running(deployment) as fresh:
-        await fresh.tick()  # the first one may lose the anchor to the other replica
         assert await kv.try_lease(fresh, key) == "TENANT_NOT_ACTIVE"
         await fresh.admin.ResumeTenant(admin_pb2.ResumeTenantRequest(**word))
         await fresh.tick()
@@ -764,6 +763,25 @@ async def _record(one: Replica):
     event = audit_pb2.AuditEvent(type=audit_pb2.AUDIT_EVENT_TYPE_STATE_RESEALED)
     _, head = await one.ledger.change(TENANT, lambda found: found.events.append(event))
     return head
+
+
+async def test_a_process_that_begins_beside_another_serves_at_once(shared, replica):
+    """The other has added leaves, and writes the anchor between its look and its write. Shown to
+    fail with one tick in Log.start: no lease was given until the next."""
+    await _record(replica)
+    write, lost = shared.anchor.write, list[str]()
+
+    async def late(text, before) -> bool:
+        if len(lost) == 2:
+            return await write(text, before)
+        lost.append(text)
+        return False
+
+    shared.anchor.write = late
+    await replica.log.tick()
+    async with _started(shared) as begun:
+        assert len(lost) == 2
+        assert await _lease(begun) == VALUE
 
 
 async def test_two_processes_that_cut_a_chain_off(replica, second):
