@@ -760,6 +760,26 @@ def test_how_far_it_is_is_told(edge, byokeep):
     assert "now    the provider reads chunk 2" in shown.out
 
 
+@pytest.mark.parametrize("what", ["in the queue", "Next try at", "KiB of an answer"])
+def test_a_log_has_one_line_for_what_changes_all_the_time(edge, byokeep, what):
+    """Was shown to fail: a log of CI had one for each look at a busy service, and for each KiB."""
+
+    def state(number: int) -> dict[str, object]:
+        if what == "in the queue":
+            stage = review_pb2.REVIEW_STAGE_QUEUED
+            return {"progress": review_pb2.ReviewProgress(stage=stage, place=number)}
+        if what == "Next try at":
+            wait = waiting()
+            wait.next_try_time.seconds += number
+            return {"wait": wait}
+        return {"answer_bytes": 1024 * number}
+
+    edge.states = [RUNNING, *({**RUNNING, **state(number)} for number in (9, 8, 7)), COMPLETED]
+    said = submit(byokeep).err
+    on_its_way = [line for line in said.splitlines() if what in line and "findings" not in line]
+    assert len(on_its_way) == 1, said
+
+
 def test_policies_are_shown_and_set(edge, byokeep):
     assert "ends its older reviews" in byokeep("policy", "show").out
     ran = byokeep("policy", "set", "--keep-superseded", "--retry-ambiguous")

@@ -50,8 +50,9 @@ STATE_STYLES: Mapping[str, str] = {
 class Progress(Protocol):
     """Where a command says what it is waiting for."""
 
-    def __call__(self, text: str) -> None:
-        """Replace the text that is shown."""
+    def __call__(self, text: str, steady: str = "") -> None:
+        """Replace the text that is shown. `steady` is it without what changes all the time: a log
+        gets no new line for that."""
 
 
 class Bar(Protocol):
@@ -150,19 +151,19 @@ class Output:
     def progress(self, text: str) -> Iterator[Progress]:
         """Show a spinner on a terminal; elsewhere a line of stderr for each new text."""
         if self.as_json:
-            yield lambda text: None
+            yield lambda text, steady="": None
         elif self._err.is_terminal:
             with self._err.status(text) as status:
-                yield lambda text: status.update(text)
+                yield lambda text, steady="": status.update(text)
         else:
             self._err.print(text)
             shown = text
 
-            def update(text: str) -> None:
+            def update(text: str, steady: str = "") -> None:
                 nonlocal shown
-                if text != shown:
+                if shown not in (text, steady):
                     self._err.print(text)
-                    shown = text
+                shown = steady or text
 
             yield update
 

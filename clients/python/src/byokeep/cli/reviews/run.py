@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ def _watch(session: Session, submitted: Review) -> Review:
     ):
         for answer in session.connection.watch_review(submitted.name):
             latest = answer.review
-            progress(progress_line(latest))
+            progress(progress_line(latest), progress_line(_steady(latest)))
             if session.out.as_json:
                 session.out.json_line(message_dict(latest))
     if latest.state in TERMINAL:
@@ -73,6 +74,16 @@ def _watch(session: Session, submitted: Review) -> Review:
         f"byokeep review show {review_id(submitted)} --watch",
         Exit.UNAVAILABLE,
     )
+
+
+def _steady(review: Review) -> Review:
+    """Return a review with what changes all the time as it never is: it counts that it is there."""
+    steady = copy.deepcopy(review)
+    steady.answer_bytes = min(review.answer_bytes, 1)
+    steady.progress.place = min(review.progress.place, 1)
+    if review.wait.HasField("next_try_time"):
+        steady.wait.next_try_time.FromSeconds(0)
+    return steady
 
 
 @dataclass(frozen=True, slots=True)
