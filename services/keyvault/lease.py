@@ -246,9 +246,6 @@ class Leasing:
         try:
             self._check_fresh(grant.tenant, redeemed)
             return await self._seal(grant, redeemed, request)
-        except kek.KekUnavailableError as error:
-            # Nothing is wrong with the row; the grant is spent, and its lease must not count.
-            failure, kind = error, audit_pb2.AUDIT_EVENT_TYPE_RELEASED
         except (UnknownEnvelopeError, kek.KekMissingError):
             failure = _undecryptable(grant.key_id)
         except (EnvelopeError, kek.UnwrapError):
@@ -256,6 +253,7 @@ class Leasing:
         except hpke.SealError:
             failure, kind = _not_a_recipient(grant.key_id), audit_pb2.AUDIT_EVENT_TYPE_RELEASED
         except ByokeepError as error:
+            # Nothing is wrong with the row; the grant is spent, and its lease must not count.
             failure, kind = error, audit_pb2.AUDIT_EVENT_TYPE_RELEASED
         await self._ledger.change(
             grant.tenant,
