@@ -327,7 +327,7 @@ async def test_a_lost_answer_is_asked_for_again_where_the_tenant_wants_it(stack:
     await set_policy(stack, retry_ambiguous=True)
     stack.runner.scripts = [fails(review_pb2.FAILURE_REASON_AMBIGUOUS, ambiguous_call=True), lost]
     async with stack.hurrying():
-        review = await stack.ended(await stack.submit(), seconds=60)
+        review = await stack.ended(await stack.submit())
     assert (review.state, review.attempts, review.ambiguous_calls) == (COMPLETED, 3, 2)
     assert review.calls_started == 3
 

@@ -198,7 +198,7 @@ class Connection(Edge):
         """
         request = key_pb2.WatchKeyRequest(name=name)
         return watch(
-            lambda left: self._watched_keys.WatchKey(request, timeout=left),
+            lambda left: key_pb2_grpc.KeyServiceStub(self._watched).WatchKey(request, timeout=left),
             edge.verdict_is_known,
             seconds,
         )
@@ -263,7 +263,9 @@ class Connection(Edge):
         """
         request = review_pb2.WatchReviewRequest(name=name)
         answers = watch(
-            lambda left: self._watched_reviews.WatchReview(request, timeout=left),
+            lambda left: review_pb2_grpc.ReviewServiceStub(self._watched).WatchReview(
+                request, timeout=left
+            ),
             edge.review_is_over,
             seconds,
         )
@@ -317,14 +319,6 @@ class Connection(Edge):
     @cached_property
     def _watched(self) -> grpc.Channel:
         return self._open(self.profile.orchestrator)
-
-    @cached_property
-    def _watched_reviews(self) -> review_pb2_grpc.ReviewServiceStub:
-        return review_pb2_grpc.ReviewServiceStub(self._watched)
-
-    @cached_property
-    def _watched_keys(self) -> key_pb2_grpc.KeyServiceStub:
-        return key_pb2_grpc.KeyServiceStub(self._watched)
 
     @cached_property
     def _keyvault(self) -> grpc.Channel:

@@ -204,7 +204,7 @@ class Connection(Edge):
         """
         request = key_pb2.WatchKeyRequest(name=name)
         return watch_aio(
-            lambda left: self._watched_keys.WatchKey(request, timeout=left),
+            lambda left: key_pb2_grpc.KeyServiceStub(self._watched).WatchKey(request, timeout=left),
             edge.verdict_is_known,
             seconds,
         )
@@ -273,7 +273,9 @@ class Connection(Edge):
         """
         request = review_pb2.WatchReviewRequest(name=name)
         answers = watch_aio(
-            lambda left: self._watched_reviews.WatchReview(request, timeout=left),
+            lambda left: review_pb2_grpc.ReviewServiceStub(self._watched).WatchReview(
+                request, timeout=left
+            ),
             edge.review_is_over,
             seconds,
         )
@@ -328,14 +330,6 @@ class Connection(Edge):
     @cached_property
     def _watched(self) -> grpc.aio.Channel:
         return self._open(self.profile.orchestrator)
-
-    @cached_property
-    def _watched_reviews(self) -> review_pb2_grpc.ReviewServiceAsyncStub:
-        return review_pb2_grpc.ReviewServiceStub(self._watched)
-
-    @cached_property
-    def _watched_keys(self) -> key_pb2_grpc.KeyServiceAsyncStub:
-        return key_pb2_grpc.KeyServiceStub(self._watched)
 
     @cached_property
     def _keyvault(self) -> grpc.aio.Channel:
