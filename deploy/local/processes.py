@@ -38,7 +38,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> bool:
     """Poll until the condition holds; False if it doesn't within the time."""
     deadline = time.monotonic() + seconds
     while not condition():

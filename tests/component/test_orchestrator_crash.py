@@ -9,7 +9,7 @@ from byokeep.ids import new_id
 from byokeep.orchestrator.v1 import review_pb2
 from byokeep.testing import Stack
 
-from tests.component.runner.harness import wait_for
+from deploy.local.processes import wait_for
 from tests.security.test_canary import DIFF, add_key
 
 pytestmark = [pytest.mark.deep, pytest.mark.timeout(300)]

@@ -16,7 +16,8 @@ from byokeep.keyvault.v1 import lease_pb2
 from byokeep.orchestrator.v1 import key_pb2, review_pb2
 from byokeep.runner.v1 import runner_pb2
 
-from tests.component.runner.harness import DIFF, KEYS, alive, refusal, running_bench, wait_for
+from deploy.local.processes import alive, wait_for
+from tests.component.runner.harness import DIFF, KEYS, refusal, running_bench
 
 
 @pytest.fixture(scope="module")

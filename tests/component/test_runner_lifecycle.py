@@ -13,7 +13,8 @@ from byokeep.orchestrator.v1 import review_pb2
 from byokeep.runner.v1 import runner_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from tests.component.runner.harness import alive, running_bench, wait_for
+from deploy.local.processes import alive, wait_for
+from tests.component.runner.harness import running_bench
 
 
 @pytest.fixture

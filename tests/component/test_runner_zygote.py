@@ -12,9 +12,10 @@ import sys
 import pytest
 from byokeep.runner.v1 import runner_pb2
 
+from deploy.local.processes import alive, wait_for
 from services.llm_runner.channel import ChildEnd, Kind
 from services.llm_runner.zygote import REPLY
-from tests.component.runner.harness import ROOT, alive, child_pids, wait_for
+from tests.component.runner.harness import ROOT, child_pids
 
 ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
 

@@ -19,7 +19,8 @@ from byokeep.ids import new_id
 from byokeep.keyvault.v1 import grant_pb2, lease_pb2
 from byokeep.orchestrator.v1 import review_pb2
 
-from tests.component.runner.harness import ROOT, alive, running_bench, wait_for
+from deploy.local.processes import alive, wait_for
+from tests.component.runner.harness import ROOT, running_bench
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from byokeep.orchestrator.v1 import key_pb2, review_pb2
 from byokeep.testing import Stack
 from cryptography.hazmat.primitives import serialization
 
-from tests.component.runner.harness import alive, child_pids, wait_for
+from deploy.local.processes import alive, wait_for
+from tests.component.runner.harness import child_pids
 from tests.harness import keyvault as kv
 from tests.harness.replica import Process
 from tests.security.test_canary import DIFF, add_key, parent_of

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from deploy.local.emulator.models import CHAT_MODELS
 from deploy.local.pki import CertificateAuthority
+from deploy.local.processes import wait_for
 from services.common.errors import ByokeepError
 from tests.component.providers.harness import HOSTS, Emulator, running_emulator
 
@@ -269,23 +270,6 @@ def child_pids(pid: int) -> set[int]:
         if int(parent) == pid and state != "Z":
             found.add(int(stat.parent.name))
     return found
-
-
-def alive(pid: int) -> bool:
-    """Whether a process lives; one that waits to be reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 @contextmanager
